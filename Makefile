@@ -1,0 +1,58 @@
+# One target for each thing a developer does. `make test` and `make demo` set up all that they need.
+#   VENV=      uses the interpreter in place, which then must hold torch, numpy, pytest, setuptools, cuda-core
+#   PYTHON=... the interpreter to start from
+
+VENV ?= .venv
+PYTHON ?= python3
+
+ifeq ($(strip $(VENV)),)
+RUN := PYTHONPATH=. $(PYTHON)
+else
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+endif
+
+# Where a GPU answers and the interpreter already has a CUDA build of torch, the venv sees that one.
+HAS_CUDA_TORCH = $(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())" 2>/dev/null
+
+.PHONY: demo test build bench lint format asan warmup clean
+
+demo: build
+	$(RUN) -m flash_attn_sm120 demo
+
+test: build
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+build: $(READY)
+	$(RUN) setup.py -q build_ext --inplace
+
+$(VENV)/.ready: pyproject.toml
+	if $(HAS_CUDA_TORCH); \
+	then $(PYTHON) -m venv --system-site-packages $(VENV); \
+	elif nvidia-smi >/dev/null 2>&1; \
+	then $(PYTHON) -m venv $(VENV) && $(VENV)/bin/pip install -q torch; \
+	else $(PYTHON) -m venv $(VENV) && $(VENV)/bin/pip install -q torch==2.13.0; \
+	fi
+	$(VENV)/bin/pip install -q -e .[test,bench]
+	touch $@
+
+bench: build
+	FA_SM120_LIMITS=120 $(RUN) benchmarks/forward.py
+	$(RUN) benchmarks/overhead.py
+
+warmup: build
+	$(RUN) -m flash_attn_sm120 warmup
+
+lint: build
+	$(RUN) -m pytest -q tests/test_source.py
+
+format: $(READY)
+	$(RUN) -m ruff format flash_attn_sm120 tests benchmarks setup.py
+	$(RUN) -m ruff check --fix -q flash_attn_sm120 tests benchmarks setup.py
+	$(dir $(RUN))clang-format -i csrc/*.c csrc/*.h csrc/cpu/*.c csrc/cpu/*.h
+
+asan: build
+	$(RUN) -m pytest -q tests/test_sanitizers.py
+
+clean:
+	rm -rf build dist *.egg-info flash_attn_sm120/*.so

@@ -1,0 +1,55 @@
+"""Builds flash_attn_sm120._C: plain C against Python's limited API; neither CUDA nor PyTorch is needed."""
+
+import os
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+LIMITED_API = "cp310"
+
+
+class AbiWheel(bdist_wheel):
+    """One wheel for every Python from 3.10 on."""
+
+    def finalize_options(self):
+        self.py_limited_api = LIMITED_API
+        super().finalize_options()
+
+
+class BuildWithCubins(build_py):
+    """Ships compiled kernels where FA_SM120_PREBUILD names architectures, say "sm_120f,sm_90a"."""
+
+    def run(self):
+        super().run()
+        architectures = os.environ.get("FA_SM120_PREBUILD", "")
+        if architectures and not self.editable_mode:
+            self.run_command("build_ext")
+            self._prebuild(architectures.split(","))
+
+    def _prebuild(self, architectures):
+        import subprocess
+        import sys
+
+        target = Path(self.build_lib, "flash_attn_sm120", "prebuilt").resolve()
+        path = os.pathsep.join([str(Path(self.build_lib).resolve()), *sys.path])
+        subprocess.run(
+            [sys.executable, "-m", "flash_attn_sm120", "prebuild", str(target), *architectures],
+            check=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+
+
+extension = Extension(
+    "flash_attn_sm120._C",
+    sources=sorted(str(path) for path in Path("csrc").rglob("*.c")),
+    depends=[str(path) for path in (*Path("csrc").rglob("*.h"), Path("kernels/params.h"))],
+    define_macros=[("Py_LIMITED_API", "0x030A0000")],
+    extra_compile_args=["-std=c11", "-O3", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
+    + os.environ.get("FA_SM120_CFLAGS", "").split(),
+    extra_link_args=os.environ.get("FA_SM120_CFLAGS", "").split(),
+    py_limited_api=True,
+)
+
+setup(ext_modules=[extension], cmdclass={"bdist_wheel": AbiWheel, "build_py": BuildWithCubins})
