@@ -1,0 +1,140 @@
+#include "driver.h"
+
+#include "platform.h"
+
+/* cuLibraryLoadData and the context-free kernels came with CUDA 12.0. */
+#define MIN_DRIVER_VERSION 12000
+
+int fa_driver_check(struct fa_driver *driver, CUresult result, const char *call)
+{
+    if (result == CUDA_SUCCESS)
+        return 0;
+    const char *name = NULL, *text = NULL;
+    if (driver->cuGetErrorName(result, &name) != CUDA_SUCCESS ||
+        driver->cuGetErrorString(result, &text) != CUDA_SUCCESS)
+        name = text = "unknown error";
+    const char *hint = result == CUDA_ERROR_NOT_INITIALIZED
+                           ? "; CUDA does not survive a fork: start worker processes with \"spawn\""
+                           : "";
+    PyErr_Format(PyExc_RuntimeError, "%s failed: %s (%s, error %d)%s", call, text, name, result,
+                 hint);
+    return -1;
+}
+
+static int load_symbols(struct fa_driver *driver, void *library, const char *path)
+{
+    const char *missing = NULL;
+#define FA_LOAD(entry, symbol, parameters)                                                         \
+    *(void **)&driver->entry = fa_library_symbol(library, symbol);                                 \
+    if (!driver->entry)                                                                            \
+        missing = symbol;
+    FA_DRIVER_FUNCTIONS(FA_LOAD)
+#undef FA_LOAD
+    int version = 0;
+    if (driver->cuDriverGetVersion)
+        driver->cuDriverGetVersion(&version);
+    if (version < MIN_DRIVER_VERSION) {
+        PyErr_Format(PyExc_RuntimeError,
+                     "the NVIDIA driver supports CUDA %d.%d; at least CUDA %d.%d is needed: update "
+                     "the driver",
+                     version / 1000, version % 1000 / 10, MIN_DRIVER_VERSION / 1000,
+                     MIN_DRIVER_VERSION % 1000 / 10);
+        return -1;
+    }
+    if (missing) {
+        PyErr_Format(PyExc_RuntimeError, "%s is not a usable CUDA driver: it has no %s", path,
+                     missing);
+        return -1;
+    }
+    driver->version = version;
+    return 0;
+}
+
+static int read_device(struct fa_driver *driver, int ordinal)
+{
+    struct fa_cuda_device *cuda = &driver->devices[ordinal];
+    struct fa_device *device = &cuda->device;
+    int major, minor;
+    if (FA_CUDA(driver, cuDeviceGet, (&cuda->handle, ordinal)) < 0 ||
+        FA_CUDA(driver, cuDeviceGetName, (cuda->name, sizeof cuda->name, cuda->handle)) < 0)
+        return -1;
+    const struct {
+        int attribute, *value;
+    } wanted[] = {
+        {CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, &major},
+        {CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, &minor},
+        {CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, &device->sms},
+        {CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, &device->smem_per_block},
+        {CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR, &device->smem_per_sm},
+        {CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, &device->l2_bytes},
+    };
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
+        if (FA_CUDA(driver, cuDeviceGetAttribute,
+                    (wanted[i].value, wanted[i].attribute, cuda->handle)) < 0)
+            return -1;
+    device->arch = major * 10 + minor;
+    return 0;
+}
+
+static int read_devices(struct fa_driver *driver)
+{
+    if (FA_CUDA(driver, cuInit, (0)) < 0 ||
+        FA_CUDA(driver, cuDeviceGetCount, (&driver->device_count)) < 0)
+        return -1;
+    if (driver->device_count > FA_MAX_DEVICES)
+        driver->device_count = FA_MAX_DEVICES;
+    for (int i = 0; i < driver->device_count; i++)
+        if (read_device(driver, i) < 0)
+            return -1;
+    return 0;
+}
+
+int fa_driver_open(struct fa_driver *driver, const char *path)
+{
+    if (driver->library)
+        return 0;
+    char reason[512];
+    path = path && *path ? path : FA_CUDA_DRIVER_NAME;
+    void *library = fa_library_open(path, reason, sizeof reason);
+    if (!library) {
+        PyErr_Format(PyExc_RuntimeError, "no CUDA driver: %s cannot be opened (%s)", path, reason);
+        return -1;
+    }
+    if (load_symbols(driver, library, path) < 0 || read_devices(driver) < 0)
+        return -1;
+    driver->library = library;
+    return 0;
+}
+
+struct fa_cuda_device *fa_driver_device(struct fa_driver *driver, int ordinal)
+{
+    if (ordinal >= 0 && ordinal < driver->device_count)
+        return &driver->devices[ordinal];
+    PyErr_Format(PyExc_ValueError, "there is no CUDA device %d; the driver has %d", ordinal,
+                 driver->device_count);
+    return NULL;
+}
+
+int fa_driver_enter(struct fa_driver *driver, struct fa_cuda_device *device, bool *pushed)
+{
+    CUcontext current;
+    *pushed = false;
+    if (!device->context &&
+        FA_CUDA(driver, cuDevicePrimaryCtxRetain, (&device->context, device->handle)) < 0)
+        return -1;
+    if (FA_CUDA(driver, cuCtxGetCurrent, (&current)) < 0)
+        return -1;
+    if (current == device->context)
+        return 0;
+    if (FA_CUDA(driver, cuCtxPushCurrent, (device->context)) < 0)
+        return -1;
+    *pushed = true;
+    return 0;
+}
+
+void fa_driver_leave(struct fa_driver *driver, bool pushed)
+{
+    CUcontext popped;
+    if (pushed)
+        driver->cuCtxPopCurrent(&popped);
+}

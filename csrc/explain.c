@@ -1,0 +1,60 @@
+#include "explain.h"
+
+#include "launch.h"
+#include "platform.h"
+#include "state.h"
+
+static PyObject *reasons_of(const struct fa_plan *plan)
+{
+    PyObject *reasons = PyDict_New();
+    for (int i = 0; reasons && i < plan->reason_count; i++) {
+        PyObject *why = PyUnicode_FromString(plan->reasons[i].why);
+        if (!why || PyDict_SetItemString(reasons, plan->reasons[i].choice, why) < 0)
+            Py_CLEAR(reasons);
+        Py_XDECREF(why);
+    }
+    return reasons;
+}
+
+static PyObject *explain_cpu(void)
+{
+    return Py_BuildValue("{s:s,s:i,s:{s:s}}", "kernel", "cpu", "threads", fa_cpu_count(), "reasons",
+                         "kernel", "CPU tensors run the reference implementation in C");
+}
+
+PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem, int arch)
+{
+    if (!arch && problem->q.device_type == FA_CPU)
+        return explain_cpu();
+    struct fa_plan plan;
+    if (fa_launch_plan(state, &problem->shape, problem->q.device_id, arch, &plan) < 0)
+        return NULL;
+    char name[FA_VARIANT_NAME_SIZE];
+    fa_variant_name(&plan.variant, name);
+    return Py_BuildValue(
+        "{s:s,s:s,s:N,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:N}", "kernel",
+        fa_variant_kernel(&plan.variant), "variant", name, "options",
+        fa_kernels_options(&plan.variant), "tile_m", plan.tile_m, "tile_n", plan.variant.tile_n,
+        "warps", plan.variant.warps, "stages", plan.variant.stages, "blocks", plan.blocks,
+        "group_heads", plan.group_heads, "smem_bytes", plan.smem_bytes, "smem_request",
+        plan.smem_request, "blocks_per_sm", plan.blocks_per_sm, "reasons", reasons_of(&plan));
+}
+
+PyObject *fa_explain_devices(struct fa_state *state)
+{
+    struct fa_driver *driver = &state->driver;
+    if (fa_settings_read(&state->settings) < 0 ||
+        fa_driver_open(driver, state->settings.driver) < 0)
+        return NULL;
+    PyObject *devices = PyList_New(driver->device_count);
+    for (int i = 0; devices && i < driver->device_count; i++) {
+        const struct fa_device *device = &driver->devices[i].device;
+        PyObject *entry = Py_BuildValue(
+            "{s:s,s:i,s:i,s:i,s:i,s:i}", "name", driver->devices[i].name, "arch", device->arch,
+            "sms", device->sms, "smem_per_block", device->smem_per_block, "smem_per_sm",
+            device->smem_per_sm, "l2_bytes", device->l2_bytes);
+        if (!entry || PyList_SetItem(devices, i, entry) < 0)
+            Py_CLEAR(devices);
+    }
+    return devices ? Py_BuildValue("iN", driver->version, devices) : NULL;
+}

@@ -1,0 +1,160 @@
+#include "kernels.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include "state.h"
+
+/* FNV-1a (http://www.isthe.com/chongo/tech/comp/fnv) over the key's ints. */
+static size_t hash_key(const struct fa_variant *variant, int ordinal)
+{
+    const int *fields = (const int *)variant;
+    uint64_t hash = 0xcbf29ce484222325u ^ (unsigned)ordinal;
+    for (size_t i = 0; i < sizeof *variant / sizeof *fields; i++)
+        hash = (hash ^ (unsigned)fields[i]) * 0x100000001b3u;
+    return (size_t)(hash ^ hash >> 32);
+}
+
+/* The entry of the key, or the free slot where it belongs. */
+static struct fa_kernel_entry *find_slot(struct fa_kernels *kernels,
+                                         const struct fa_variant *variant, int ordinal)
+{
+    const size_t mask = kernels->capacity - 1;
+    for (size_t i = hash_key(variant, ordinal) & mask;; i = (i + 1) & mask) {
+        struct fa_kernel_entry *entry = &kernels->entries[i];
+        if (!entry->kernel ||
+            (entry->ordinal == ordinal && memcmp(&entry->variant, variant, sizeof *variant) == 0))
+            return entry;
+    }
+}
+
+static int grow(struct fa_kernels *kernels)
+{
+    struct fa_kernels larger = {.capacity = kernels->capacity ? 2 * kernels->capacity : 64};
+    larger.entries = calloc(larger.capacity, sizeof *larger.entries);
+    if (!larger.entries) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (size_t i = 0; i < kernels->capacity; i++)
+        if (kernels->entries[i].kernel)
+            *find_slot(&larger, &kernels->entries[i].variant, kernels->entries[i].ordinal) =
+                kernels->entries[i];
+    larger.count = kernels->count;
+    free(kernels->entries);
+    *kernels = larger;
+    return 0;
+}
+
+/* Loading a module is not allowed while a graph is captured. */
+static int refuse_capture(struct fa_driver *driver, const struct fa_variant *variant,
+                          CUstream stream)
+{
+    int status;
+    if (FA_CUDA(driver, cuStreamIsCapturing, (stream, &status)) < 0)
+        return -1;
+    if (status == CU_STREAM_CAPTURE_STATUS_NONE)
+        return 0;
+    char name[FA_VARIANT_NAME_SIZE];
+    fa_variant_name(variant, name);
+    PyErr_Format(
+        PyExc_RuntimeError,
+        "the kernel %s is not loaded yet, and a stream under graph capture cannot load it: "
+        "run the same call once before the capture",
+        name);
+    return -1;
+}
+
+PyObject *fa_kernels_options(const struct fa_variant *variant)
+{
+    char option[FA_VARIANT_OPTION_SIZE];
+    PyObject *options = PyTuple_New(FA_VARIANT_FIELD_COUNT);
+    for (size_t i = 0; options && i < FA_VARIANT_FIELD_COUNT; i++) {
+        fa_variant_option(variant, i, option);
+        PyObject *text = PyUnicode_FromString(option);
+        if (!text || PyTuple_SetItem(options, (Py_ssize_t)i, text) < 0)
+            Py_CLEAR(options);
+    }
+    return options;
+}
+
+/* Asks flash_attn_sm120.jit for the cubin: a bytes object, or NULL with the exception set. */
+static PyObject *compile(struct fa_state *state, const struct fa_variant *variant, int arch)
+{
+    PyObject *jit = fa_state_import(&state->python_jit, "flash_attn_sm120.jit");
+    PyObject *options = jit ? fa_kernels_options(variant) : NULL;
+    if (!options)
+        return NULL;
+    char name[FA_VARIANT_NAME_SIZE];
+    fa_variant_name(variant, name);
+    PyObject *cubin = PyObject_CallMethod(jit, "compile", "ssOii", fa_variant_kernel(variant), name,
+                                          options, arch, state->driver.version);
+    if (cubin && !PyBytes_Check(cubin)) {
+        PyErr_Format(PyExc_TypeError, "jit.compile must return bytes, got %R", cubin);
+        Py_CLEAR(cubin);
+    }
+    Py_DECREF(options);
+    return cubin;
+}
+
+static int load(struct fa_driver *driver, PyObject *cubin, const struct fa_plan *plan, int ordinal,
+                struct fa_kernel_entry *entry)
+{
+    const struct fa_cuda_device *device = &driver->devices[ordinal];
+    void *function;
+    *entry = (struct fa_kernel_entry){.variant = plan->variant, .ordinal = ordinal};
+    if (FA_CUDA(driver, cuLibraryLoadData,
+                (&entry->library, PyBytes_AsString(cubin), NULL, NULL, 0, NULL, NULL, 0)) < 0)
+        return -1;
+    /* cuKernelGetFunction ends the driver's lazy loading, which a later graph capture would trip
+     * over. */
+    if (FA_CUDA(driver, cuLibraryGetKernel,
+                (&entry->kernel, entry->library, fa_variant_kernel(&plan->variant))) < 0 ||
+        FA_CUDA(driver, cuKernelGetFunction, (&function, entry->kernel)) < 0 ||
+        FA_CUDA(driver, cuKernelSetAttribute,
+                (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, plan->smem_request, entry->kernel,
+                 device->handle)) < 0) {
+        driver->cuLibraryUnload(entry->library);
+        return -1;
+    }
+    return 0;
+}
+
+CUkernel fa_kernels_get(struct fa_state *state, const struct fa_plan *plan, int ordinal,
+                        CUstream stream)
+{
+    struct fa_kernels *kernels = &state->kernels;
+    if (kernels->capacity) {
+        struct fa_kernel_entry *entry = find_slot(kernels, &plan->variant, ordinal);
+        if (entry->kernel)
+            return entry->kernel;
+    }
+    if (refuse_capture(&state->driver, &plan->variant, stream) < 0)
+        return NULL;
+    PyObject *cubin = compile(state, &plan->variant, state->driver.devices[ordinal].device.arch);
+    if (!cubin)
+        return NULL;
+    struct fa_kernel_entry loaded;
+    int status = load(&state->driver, cubin, plan, ordinal, &loaded);
+    Py_DECREF(cubin);
+    if (status < 0 || (2 * kernels->count >= kernels->capacity && grow(kernels) < 0))
+        return NULL;
+    /* Python ran while this compiled: another thread may have been first, and grown the table. */
+    struct fa_kernel_entry *entry = find_slot(kernels, &plan->variant, ordinal);
+    if (entry->kernel) {
+        state->driver.cuLibraryUnload(loaded.library);
+        return entry->kernel;
+    }
+    *entry = loaded;
+    kernels->count++;
+    return entry->kernel;
+}
+
+void fa_kernels_clear(struct fa_kernels *kernels, struct fa_driver *driver)
+{
+    for (size_t i = 0; i < kernels->capacity; i++)
+        if (kernels->entries[i].kernel)
+            driver->cuLibraryUnload(kernels->entries[i].library);
+    free(kernels->entries);
+    *kernels = (struct fa_kernels){0};
+}

@@ -1,0 +1,34 @@
+/* Variant -> loaded kernel: a hash table; Python compiles on a miss. */
+#ifndef FA_KERNELS_H
+#define FA_KERNELS_H
+
+#include "driver.h"
+#include "plan.h"
+#include "variant.h"
+
+struct fa_kernel_entry {
+    struct fa_variant variant;
+    int ordinal; /* of the device it is loaded for */
+    CUlibrary library;
+    CUkernel kernel; /* NULL: the slot is free */
+};
+
+struct fa_kernels {
+    struct fa_kernel_entry *entries; /* open addressing, a power of two, at most half full */
+    size_t capacity, count;
+};
+
+struct fa_state;
+
+/* The kernel of `plan` on device `ordinal`, whose context is current; compiled and loaded where it
+ * is not yet, which a stream under capture does not allow. NULL with the exception set. */
+CUkernel fa_kernels_get(struct fa_state *state, const struct fa_plan *plan, int ordinal,
+                        CUstream stream);
+
+/* The compiler's options of a variant: a tuple of str. NULL with the exception set. */
+PyObject *fa_kernels_options(const struct fa_variant *variant);
+
+/* Unloads everything. */
+void fa_kernels_clear(struct fa_kernels *kernels, struct fa_driver *driver);
+
+#endif

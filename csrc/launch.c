@@ -1,0 +1,109 @@
+#include "launch.h"
+
+#include <math.h>
+
+#include "../kernels/params.h"
+#include "state.h"
+
+#define LOG2_E 1.4426950408889634
+
+static int raise_plan_error(const struct fa_plan_error *error)
+{
+    PyErr_SetString(error->unsupported ? PyExc_NotImplementedError : PyExc_ValueError,
+                    error->message);
+    return -1;
+}
+
+int fa_launch_plan(struct fa_state *state, const struct fa_shape *shape, int ordinal, int arch,
+                   struct fa_plan *plan)
+{
+    struct fa_device device;
+    if (fa_settings_read(&state->settings) < 0)
+        return -1;
+    if (arch)
+        device = fa_device_of_arch(arch);
+    else {
+        struct fa_cuda_device *cuda = NULL;
+        if (fa_driver_open(&state->driver, state->settings.driver) == 0)
+            cuda = fa_driver_device(&state->driver, ordinal);
+        if (!cuda)
+            return -1;
+        device = cuda->device;
+        if (state->settings.plan_as)
+            device.arch = state->settings.plan_as;
+    }
+    struct fa_plan_error error;
+    if (fa_plan_forward(shape, &device, state->settings.limits_arch, plan, &error) < 0)
+        return raise_plan_error(&error);
+    return 0;
+}
+
+static struct fa_strides outer_strides(const struct fa_tensor *tensor)
+{
+    return (struct fa_strides){tensor->stride[0], tensor->stride[1], tensor->stride[2]};
+}
+
+static struct fa_forward_params forward_params(const struct fa_problem *problem,
+                                               const struct fa_plan *plan)
+{
+    const struct fa_shape *shape = &problem->shape;
+    return (struct fa_forward_params){
+        .q = problem->q.data,
+        .k = problem->k.data,
+        .v = problem->v.data,
+        .out = problem->out.data,
+        .lse = problem->lse.object ? problem->lse.data : NULL,
+        .q_stride = outer_strides(&problem->q),
+        .k_stride = outer_strides(&problem->k),
+        .v_stride = outer_strides(&problem->v),
+        .out_stride = outer_strides(&problem->out),
+        .batch = shape->batch,
+        .heads_q = shape->heads_q,
+        .heads_per_kv = shape->heads_q / shape->heads_kv,
+        .seqlen_q = shape->seqlen_q,
+        .seqlen_k = shape->seqlen_k,
+        .m_blocks = plan->m_blocks,
+        .group_heads = plan->group_heads,
+        .window_left = shape->window_left,
+        .window_right = shape->window_right,
+        .scale_log2 = (float)(shape->softmax_scale * LOG2_E),
+    };
+}
+
+int fa_launch_forward(struct fa_state *state, const struct fa_problem *problem)
+{
+    const int ordinal = problem->q.device_id;
+    struct fa_driver *driver = &state->driver;
+    struct fa_plan plan;
+    void *stream;
+    if (fa_launch_plan(state, &problem->shape, ordinal, 0, &plan) < 0 ||
+        fa_tensor_stream(state, &problem->q, &stream) < 0)
+        return -1;
+    if (plan.blocks == 0)
+        return 0;
+
+    bool pushed;
+    if (fa_driver_enter(driver, &driver->devices[ordinal], &pushed) < 0)
+        return -1;
+    int status = -1;
+    CUkernel kernel = fa_kernels_get(state, &plan, ordinal, stream);
+    if (kernel) {
+        struct fa_forward_params params = forward_params(problem, &plan);
+        void *arguments[] = {&params};
+        const CUlaunchConfig config = {
+            .grid_x = (unsigned)plan.blocks,
+            .grid_y = 1,
+            .grid_z = 1,
+            .block_x = (unsigned)plan.threads,
+            .block_y = 1,
+            .block_z = 1,
+            .shared_bytes = (unsigned)plan.smem_request,
+            .stream = stream,
+        };
+        CUresult result;
+        Py_BEGIN_ALLOW_THREADS result = driver->cuLaunchKernelEx(&config, kernel, arguments, NULL);
+        Py_END_ALLOW_THREADS status = fa_driver_check(driver, result, "cuLaunchKernelEx");
+    }
+    fa_driver_leave(driver, pushed);
+    return status;
+}

@@ -1,0 +1,19 @@
+/* fa_plan + tensors -> parameters, grid, launch. */
+#ifndef FA_LAUNCH_H
+#define FA_LAUNCH_H
+
+#include "plan.h"
+#include "problem.h"
+
+struct fa_state;
+
+/* Plans and launches the forward on the caller's current stream; does not wait for it. 0, or -1
+ * with the exception set and nothing launched. */
+int fa_launch_forward(struct fa_state *state, const struct fa_problem *problem);
+
+/* The plan of `shape` on CUDA device `ordinal`, or without a device for the architecture `arch`
+ * where that is not 0. 0, or -1 with the exception set. */
+int fa_launch_plan(struct fa_state *state, const struct fa_shape *shape, int ordinal, int arch,
+                   struct fa_plan *plan);
+
+#endif

@@ -1,0 +1,179 @@
+#include "plan.h"
+
+#include <stdint.h>
+#include <string.h>
+
+#include "tiles.h"
+
+/* CUDA reserves 1 KB of a multiprocessor's shared memory for each block that is resident. */
+#define SMEM_RESERVED_PER_BLOCK 1024
+
+#define MIN(a, b)      ((a) < (b) ? (a) : (b))
+#define MAX(a, b)      ((a) > (b) ? (a) : (b))
+#define CEIL_DIV(a, b) (((a) + (b) - 1) / (b))
+
+/* ---- devices --------------------------------------------------------------------------------- */
+
+/* Shared memory per architecture: CUDA C++ programming guide, table "Technical specifications per
+ * compute capability". Multiprocessors and L2: of the largest card of the kind that the project
+ * knows. */
+static const struct fa_device DEVICES[] = {
+    {80, 108, 163 << 10, 164 << 10, 40 << 20},   /* A100 */
+    {86, 84, 99 << 10, 100 << 10, 6 << 20},      /* RTX 3090 class */
+    {89, 128, 99 << 10, 100 << 10, 72 << 20},    /* RTX 4090 */
+    {90, 132, 227 << 10, 228 << 10, 50 << 20},   /* H100, H200 */
+    {100, 148, 227 << 10, 228 << 10, 126 << 20}, /* B200 */
+    {120, 170, 99 << 10, 100 << 10, 96 << 20},   /* RTX 5090 */
+    {121, 48, 99 << 10, 100 << 10, 24 << 20},    /* DGX Spark */
+};
+
+/* Warps that are resident on a multiprocessor at most, from the same table. */
+static int warps_per_sm(int arch) { return arch == 80 || arch == 90 || arch == 100 ? 64 : 48; }
+
+struct fa_device fa_device_of_arch(int arch)
+{
+    struct fa_device device = DEVICES[0];
+    for (size_t i = 0; i < sizeof DEVICES / sizeof *DEVICES; i++)
+        if (DEVICES[i].arch <= arch)
+            device = DEVICES[i];
+    device.arch = arch;
+    return device;
+}
+
+/* ---- the steps of a plan --------------------------------------------------------------------- */
+
+static void because(struct fa_plan *plan, const char *choice, const char *why)
+{
+    if (plan->reason_count < FA_MAX_REASONS)
+        plan->reasons[plan->reason_count++] = (struct fa_reason){choice, why};
+}
+
+static int refuse(struct fa_plan_error *error, bool unsupported, const char *message)
+{
+    *error = (struct fa_plan_error){unsupported, message};
+    return -1;
+}
+
+static int check_supported(const struct fa_shape *shape, const struct fa_device *device,
+                           struct fa_plan_error *error)
+{
+    if (device->arch < 80)
+        return refuse(error, true, "CUDA devices before compute capability 8.0 are not supported");
+    if (shape->dtype == FA_FLOAT32)
+        return refuse(error, true,
+                      "float32 is supported on the CPU alone; on CUDA q, k and v must be float16 "
+                      "or bfloat16");
+    if (shape->softcap != 0)
+        return refuse(error, true, "softcap is not supported on CUDA yet");
+    if (shape->has_sink)
+        return refuse(error, true, "learnable_sink is not supported on CUDA yet");
+    return 0;
+}
+
+/* Bytes of shared memory of kernels/forward.cu: a ring of K and V tiles, rows padded to whole mma
+ * steps. */
+static int forward_smem(const struct fa_shape *shape, const struct fa_tile *tile)
+{
+    const int row = CEIL_DIV(shape->head_dim, 16) * 16 + CEIL_DIV(shape->head_dim_v, 16) * 16;
+    return tile->stages * tile->tile_n * row * 2;
+}
+
+/* The first row of the table that covers the head dims within the shared memory, stages included.
+ */
+static const struct fa_tile *choose_tile(const struct fa_shape *shape, int smem_per_block)
+{
+    for (size_t i = 0; i < FA_TILE_COUNT; i++) {
+        const struct fa_tile_row *row = &FA_TILES[i];
+        if (shape->head_dim <= row->head_dim && shape->head_dim_v <= row->head_dim_v &&
+            forward_smem(shape, &row->tile) <= smem_per_block)
+            return &row->tile;
+    }
+    return NULL;
+}
+
+static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile,
+                        struct fa_plan *plan)
+{
+    plan->variant = (struct fa_variant){
+        .kernel = FA_KERNEL_FORWARD,
+        .dtype_bf16 = shape->dtype == FA_BFLOAT16,
+        .head_dim = shape->head_dim,
+        .head_dim_v = shape->head_dim_v,
+        .tile_n = tile->tile_n,
+        .sub_n = tile->sub_n,
+        .warps = tile->warps,
+        .warp_m = tile->warp_m,
+        .stages = tile->stages,
+        .mask_right = shape->window_right != FA_UNBOUNDED,
+        .mask_left = shape->window_left != FA_UNBOUNDED,
+    };
+    plan->tile_m = tile->warps * tile->warp_m;
+    plan->threads = tile->warps * 32;
+}
+
+/* Blocks run group by group, so that the K and V that a group reads fill at most half of the L2. */
+static int set_grid(const struct fa_shape *shape, const struct fa_device *device,
+                    struct fa_plan *plan, struct fa_plan_error *error)
+{
+    const int64_t heads = (int64_t)shape->batch * shape->heads_q;
+    const int64_t kv_bytes = (int64_t)shape->seqlen_k * (shape->head_dim + shape->head_dim_v) * 2;
+    const int64_t kv_heads = MAX(1, device->l2_bytes / 2 / MAX(1, kv_bytes));
+    plan->m_blocks = CEIL_DIV(shape->seqlen_q, plan->tile_m);
+    const int64_t blocks = heads * plan->m_blocks;
+    if (blocks > INT32_MAX)
+        return refuse(error, false,
+                      "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
+    plan->group_heads = (int)MIN(heads, kv_heads * (shape->heads_q / shape->heads_kv));
+    plan->blocks = (int)blocks;
+    because(plan, "group_heads",
+            plan->group_heads == heads
+                ? "K and V of all heads fit in half of the L2"
+                : "as many heads at a time as keep K and V in half of the L2");
+    return 0;
+}
+
+static int blocks_that_fit(const struct fa_plan *plan, const struct fa_device *device)
+{
+    const int by_smem = device->smem_per_sm / (plan->smem_bytes + SMEM_RESERVED_PER_BLOCK);
+    return MAX(1, MIN(by_smem, warps_per_sm(device->arch) / plan->variant.warps));
+}
+
+/* Asks for so much shared memory that no more blocks share a multiprocessor than would on
+ * limits_arch. */
+static void pad_to_limits(const struct fa_device *device, int limits_arch, struct fa_plan *plan)
+{
+    const struct fa_device limits = fa_device_of_arch(limits_arch);
+    plan->blocks_per_sm = MIN(plan->blocks_per_sm, blocks_that_fit(plan, &limits));
+    const int one_too_many =
+        device->smem_per_sm / (plan->blocks_per_sm + 1) - SMEM_RESERVED_PER_BLOCK;
+    const int padded =
+        (one_too_many / 128 + 1) * 128; /* shared memory is given out in 128-byte steps */
+    plan->smem_request = MIN(MAX(plan->smem_bytes, padded), device->smem_per_block);
+    because(plan, "smem_request", "padded to the blocks per SM of FA_SM120_LIMITS");
+}
+
+int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device, int limits_arch,
+                    struct fa_plan *plan, struct fa_plan_error *error)
+{
+    plan->reason_count = 0;
+    if (check_supported(shape, device, error) < 0)
+        return -1;
+    because(plan, "kernel", "forward: mma.sync fed by cp.async, the path of every device from 8.0");
+
+    /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds
+     * on 12.x. */
+    const int smem_per_block = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
+    const struct fa_tile *tile = choose_tile(shape, smem_per_block);
+    if (!tile)
+        return refuse(error, true,
+                      "no tile fits the shared memory of this device at these head dims");
+    because(plan, "tile",
+            "first row of csrc/tiles.c that covers the head dims and fits the shared memory");
+
+    set_variant(shape, tile, plan);
+    plan->smem_bytes = plan->smem_request = forward_smem(shape, tile);
+    plan->blocks_per_sm = blocks_that_fit(plan, device);
+    if (limits_arch)
+        pad_to_limits(device, limits_arch, plan);
+    return set_grid(shape, device, plan, error);
+}

@@ -1,0 +1,50 @@
+/* One attention call, validated: everything that plan.c, cpu/ and launch.c need to know of it. */
+#ifndef FA_PROBLEM_H
+#define FA_PROBLEM_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "tensor.h"
+
+#define FA_UNBOUNDED INT32_MAX /* a window side without an end */
+
+/* What the call computes, apart from where its data lies: all that a plan depends on. */
+struct fa_shape {
+    enum fa_dtype dtype;
+    int batch, seqlen_q, seqlen_k;
+    int heads_q, heads_kv;
+    int head_dim, head_dim_v;
+    /* Query i sees the keys i + seqlen_k - seqlen_q + [-window_left, window_right]. */
+    int window_left, window_right;
+    float softmax_scale;
+    float softcap; /* 0: none */
+    bool has_sink;
+};
+
+struct fa_problem {
+    struct fa_shape shape;
+    struct fa_tensor q;    /* [batch, seqlen_q, heads_q, head_dim] */
+    struct fa_tensor k;    /* [batch, seqlen_k, heads_kv, head_dim] */
+    struct fa_tensor v;    /* [batch, seqlen_k, heads_kv, head_dim_v] */
+    struct fa_tensor sink; /* [heads_q]; object NULL where there is none */
+    struct fa_tensor out;  /* [batch, seqlen_q, heads_q, head_dim_v] */
+    struct fa_tensor lse;  /* [batch, heads_q, seqlen_q] fp32; object NULL where not wanted */
+};
+
+/* The arguments of flash_attn_func as Python gave them. */
+struct fa_arguments {
+    PyObject *q, *k, *v, *softmax_scale, *causal, *window_size, *softcap, *sink;
+};
+
+/* Reads and checks all arguments; out and lse are not allocated yet. 0, or -1 with the exception of
+ * the design set; fa_problem_release in both cases. */
+int fa_problem_read(struct fa_state *state, const struct fa_arguments *arguments,
+                    struct fa_problem *problem);
+
+/* Allocates out, and lse where it is wanted. 0 or -1. */
+int fa_problem_allocate(struct fa_state *state, bool return_lse, struct fa_problem *problem);
+
+void fa_problem_release(struct fa_problem *problem);
+
+#endif

@@ -1,0 +1,21 @@
+/* The environment variables that the C code reads; the README has the table of all of them. */
+#ifndef FA_SETTINGS_H
+#define FA_SETTINGS_H
+
+#include <stdbool.h>
+
+struct fa_settings {
+    bool ready;
+    int limits_arch; /* FA_SM120_LIMITS: keep within the limits of this architecture; 0: the
+                        device's own */
+    int plan_as; /* FA_SM120_PLAN_AS: plan with the rows of this architecture; 0: the device's own
+                  */
+    char driver[512]; /* FA_SM120_DRIVER: library to open in place of the CUDA driver; "": the
+                         driver */
+};
+
+/* Reads the environment, once. 0, or -1 with ValueError set where a variable has an unknown value;
+ * the next call then reads it again. */
+int fa_settings_read(struct fa_settings *settings);
+
+#endif

@@ -1,0 +1,24 @@
+/* The module's state: all that outlives a call. One per interpreter; no other file keeps any. */
+#ifndef FA_STATE_H
+#define FA_STATE_H
+
+#include <Python.h>
+
+#include "driver.h"
+#include "kernels.h"
+#include "settings.h"
+#include "tensor.h"
+
+struct fa_state {
+    struct fa_settings settings;
+    struct fa_producers producers;
+    struct fa_driver driver;
+    struct fa_kernels kernels;
+    PyObject *python_producers; /* flash_attn_sm120.producers, imported when first needed */
+    PyObject *python_jit;       /* flash_attn_sm120.jit, likewise */
+};
+
+/* A borrowed reference to one of the two modules above. NULL with the exception set. */
+PyObject *fa_state_import(PyObject **slot, const char *name);
+
+#endif

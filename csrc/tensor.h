@@ -1,0 +1,59 @@
+/* Tensors as the C code sees them, whatever framework they come from. */
+#ifndef FA_TENSOR_H
+#define FA_TENSOR_H
+
+#include <Python.h>
+#include <stdint.h>
+
+#define FA_MAX_NDIM 4
+
+enum fa_dtype { FA_FLOAT32, FA_FLOAT16, FA_BFLOAT16 };
+enum fa_device_type { FA_CPU = 1, FA_CUDA = 2 }; /* DLPack's numbers */
+
+struct fa_tensor {
+    void *data;
+    int ndim;
+    int64_t shape[FA_MAX_NDIM];
+    int64_t stride[FA_MAX_NDIM]; /* in elements; 0 and negative are legal */
+    enum fa_dtype dtype;
+    enum fa_device_type device_type;
+    int device_id;
+    PyObject *object;               /* what it was read from, a strong reference; NULL: no tensor */
+    void *managed;                  /* the producer's DLPack struct, where a capsule was consumed */
+    void (*release)(void *managed); /* and how to give it back */
+};
+
+struct fa_state;
+
+/* Reads `object` (an argument called `name` that must have `ndim` dimensions) without copying.
+ * 0, or -1 with TypeError or ValueError set and nothing held. */
+int fa_tensor_read(struct fa_state *state, PyObject *object, const char *name, int ndim,
+                   struct fa_tensor *tensor);
+
+/* Makes the tensor contiguous where the kernels could not read its layout in place. 0 or -1. */
+int fa_tensor_ensure_readable(struct fa_state *state, const char *name, struct fa_tensor *tensor);
+
+/* A new uninitialised tensor of the framework and device of `like`. 0 or -1. */
+int fa_tensor_empty(struct fa_state *state, const struct fa_tensor *like, enum fa_dtype dtype,
+                    int ndim, const int64_t *shape, struct fa_tensor *tensor);
+
+/* The stream on which the framework of `tensor` works now (CUDA only). 0 or -1. */
+int fa_tensor_stream(struct fa_state *state, const struct fa_tensor *tensor, void **stream);
+
+/* Drops what the tensor holds; safe on a zeroed one. */
+void fa_tensor_release(struct fa_tensor *tensor);
+
+size_t fa_dtype_size(enum fa_dtype dtype);
+const char *fa_dtype_name(enum fa_dtype dtype); /* "float32", "float16", "bfloat16" */
+
+/* What tensor.c keeps between calls: the exchange API of each tensor type it has met. */
+#define FA_MAX_PRODUCERS 16
+struct fa_producers {
+    struct {
+        PyObject *type;  /* a reference, so that its address is not used again by another type */
+        const void *api; /* DLPackExchangeAPI; NULL: the type has none */
+    } seen[FA_MAX_PRODUCERS];
+    int count;
+};
+
+#endif

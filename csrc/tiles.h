@@ -1,0 +1,23 @@
+/* The tile table: which shape of block serves which head dimensions. */
+#ifndef FA_TILES_H
+#define FA_TILES_H
+
+#include <stddef.h>
+
+struct fa_tile {
+    int tile_n; /* keys per stage of the ring in shared memory */
+    int sub_n;  /* keys whose scores are in registers at a time */
+    int warps;
+    int warp_m; /* query rows per warp; tile_m is warps * warp_m */
+    int stages; /* of the ring; each holds a K and a V tile */
+};
+
+struct fa_tile_row {
+    int head_dim, head_dim_v; /* the row serves head dims up to these */
+    struct fa_tile tile;
+};
+
+extern const struct fa_tile_row FA_TILES[];
+extern const size_t FA_TILE_COUNT;
+
+#endif

@@ -1,0 +1,34 @@
+#include "variant.h"
+
+#include <stdio.h>
+
+const char *fa_variant_kernel(const struct fa_variant *variant)
+{
+    static const char *const names[] = {[FA_KERNEL_FORWARD] = "forward"};
+    return names[variant->kernel];
+}
+
+void fa_variant_name(const struct fa_variant *variant, char name[FA_VARIANT_NAME_SIZE])
+{
+    snprintf(name, FA_VARIANT_NAME_SIZE, "%s_%s_d%d_dv%d_n%dx%d_w%dx%d_s%d%s%s",
+             fa_variant_kernel(variant), variant->dtype_bf16 ? "bf16" : "fp16", variant->head_dim,
+             variant->head_dim_v, variant->tile_n, variant->sub_n, variant->warps, variant->warp_m,
+             variant->stages, variant->mask_right ? "_right" : "",
+             variant->mask_left ? "_left" : "");
+}
+
+void fa_variant_option(const struct fa_variant *variant, size_t i,
+                       char option[FA_VARIANT_OPTION_SIZE])
+{
+    static const char *const constants[] = {
+#define FA_NAME(field, constant) constant,
+        FA_VARIANT_FIELDS(FA_NAME)
+#undef FA_NAME
+    };
+    const int values[] = {
+#define FA_VALUE(field, constant) variant->field,
+        FA_VARIANT_FIELDS(FA_VALUE)
+#undef FA_VALUE
+    };
+    snprintf(option, FA_VARIANT_OPTION_SIZE, "-D%s=%d", constants[i], values[i]);
+}
