@@ -1,0 +1,35 @@
+from typing import Any, TypedDict
+
+class Device(TypedDict):
+    name: str
+    arch: int
+    sms: int
+    smem_per_block: int
+    smem_per_sm: int
+    l2_bytes: int
+
+def forward(
+    q: Any,
+    k: Any,
+    v: Any,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+    softcap: float,
+    learnable_sink: Any | None,
+    return_lse: bool,
+    /,
+) -> tuple[Any, Any | None]: ...
+def explain(
+    q: Any,
+    k: Any,
+    v: Any,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+    softcap: float,
+    learnable_sink: Any | None,
+    arch: int,
+    /,
+) -> dict[str, Any]: ...
+def devices() -> tuple[int, list[Device]]: ...

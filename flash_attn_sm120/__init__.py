@@ -1,0 +1,8 @@
+"""FlashAttention for consumer Blackwell (compute capability 12.x) and every NVIDIA GPU since Ampere."""
+
+from flash_attn_sm120.interface import Plan, explain, flash_attn_func
+from flash_attn_sm120.variants import warmup
+
+__version__ = "0.1.0"
+
+__all__ = ["Plan", "explain", "flash_attn_func", "warmup"]

@@ -1,0 +1,169 @@
+"""``python -m flash_attn_sm120 info | demo | check | warmup``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from tqdm import tqdm
+
+from flash_attn_sm120 import __version__, _C, cache, explain, flash_attn_func, jit, variants
+
+
+def _devices() -> tuple[int, list[Any], str]:
+    """The driver's version and devices, or none of them and the reason."""
+    try:
+        version, devices = _C.devices()
+        return version, list(devices), "" if devices else "the driver has no device"
+    except RuntimeError as error:
+        return 0, [], str(error)
+
+
+def _qkv(
+    device: str, dtype: torch.dtype, seqlen: int, heads: tuple[int, int], head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Random q, k, v with a mean that is not zero, (1, seqlen, heads, head_dim)."""
+    generator = torch.Generator(device).manual_seed(0)
+    return tuple(  # type: ignore[return-value]
+        torch.randn(1, seqlen, h, head_dim, generator=generator, device=device).add_(0.5).to(dtype)
+        for h in (heads[0], heads[1], heads[1])
+    )
+
+
+def _sdpa(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, upcast: bool = False
+) -> torch.Tensor:
+    """torch's attention in our layout, seqlen_q == seqlen_k; in fp32 where ``upcast``."""
+    q, k, v = (x.transpose(1, 2).to(torch.float32 if upcast else x.dtype) for x in (q, k, v))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(1, 2)
+
+
+def info() -> int:
+    """What the machine offers and which path the common calls would take on it."""
+    print(f"flash_attn_sm120 {__version__}, Python {platform.python_version()}, {platform.platform()}")
+    print(f"torch {torch.__version__}, CUDA {torch.version.cuda or 'not in this build'}")
+    version, devices, problem = _devices()
+    print(f"driver: {f'CUDA {version // 1000}.{version % 1000 // 10}' if version else problem}")
+    for i, device in enumerate(devices):
+        arch, sms, smem = device["arch"], device["sms"], device["smem_per_block"] // 1024
+        print(f"  cuda:{i} {device['name']}: compute capability {arch // 10}.{arch % 10}, {sms} SMs, {smem} KB")
+    print(f"compiler: {jit.describe()}")
+    print(f"kernel cache: {cache.describe()}")
+    settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith("FA_SM120_")}
+    print(f"environment: {settings or 'no FA_SM120_ variable is set'}")
+    for arch in sorted({device["arch"] for device in devices} or {120}):
+        print(f"\ncommon calls on compute capability {arch // 10}.{arch % 10}:")
+        for plan in variants.common_plans(arch):
+            print(f"  {plan.variant:52} tile {plan.tile_m} x {plan.tile_n}, {plan.smem_bytes // 1024} KB")
+    return 0
+
+
+def demo() -> int:
+    """Attention of a Llama-3-8B layer on the best device there is, beside torch's."""
+    on_gpu = torch.cuda.is_available()
+    device = "cuda" if on_gpu else "cpu"
+    seqlen, dtype = (4096, torch.bfloat16) if on_gpu else (512, torch.float32)
+    q, k, v = _qkv(device, dtype, seqlen, (32, 8), 128)
+    print(f"causal attention, 32 query heads over 8 KV heads, head_dim 128, seqlen {seqlen}, {dtype} on {device}")
+    print(explain(q, k, v, causal=True), end="\n\n")
+    out, _ = flash_attn_func(q, k, v, causal=True)
+    reference = _sdpa(q, k, v, True, upcast=True)
+    print(f"largest error against fp32: {(out.float() - reference).abs().max().item():.2e}")
+    if dtype != torch.float32:
+        torch_error = (_sdpa(q, k, v, True).float() - reference).abs().max().item()
+        print(f"plain PyTorch in {dtype}:   {torch_error:.2e}")
+    seconds = _seconds_per_call(lambda: flash_attn_func(q, k, v, causal=True), on_gpu)
+    flops = 4 * 32 * seqlen * seqlen * 128 / 2
+    print(f"{seconds * 1e3:.3f} ms per call, {flops / seconds / 1e12:.3g} TFLOPS")
+    return 0
+
+
+def _seconds_per_call(call: Callable[[], object], on_gpu: bool) -> float:
+    """Mean over enough calls to fill a third of a second."""
+    call()
+    torch.cuda.synchronize() if on_gpu else None
+    calls, start = 0, time.perf_counter()
+    while time.perf_counter() - start < 0.3:
+        for _ in range(10 if on_gpu else 1):
+            call()
+            calls += 1
+        torch.cuda.synchronize() if on_gpu else None
+    return (time.perf_counter() - start) / calls
+
+
+def check() -> int:
+    """A self-test against torch, to paste into a report. 0 where all is right."""
+    info()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = (torch.float16, torch.bfloat16) + ((torch.float32,) if device == "cpu" else ())
+    failures = 0
+    print(f"\n{'check':44} {'error':>9} {'allowed':>9}")
+    for dtype in dtypes:
+        for head_dim in (64, 96, 128, 256):
+            for seqlen in (1, 127, 512):
+                for causal in (False, True):
+                    failures += not _check_one(device, dtype, head_dim, seqlen, causal)
+    print(f"\n{failures} failed" if failures else "\nall passed")
+    return 1 if failures else 0
+
+
+def _check_one(device: str, dtype: torch.dtype, head_dim: int, seqlen: int, causal: bool) -> bool:
+    """Whether one call keeps to the tolerance rule: twice plain PyTorch's error, plus rounding."""
+    q, k, v = _qkv(device, dtype, seqlen, (8, 2), head_dim)
+    reference = _sdpa(q, k, v, causal, upcast=True)
+    out, _ = flash_attn_func(q, k, v, causal=causal)
+    error = (out.float() - reference).abs().max().item()
+    rounded = (reference.to(dtype) + 0.3 - 0.3).float()
+    rounding = (rounded - reference).abs().max().item()
+    allowed = 2 * (_sdpa(q, k, v, causal).float() - reference).abs().max().item() + 2 * rounding
+    passed = error <= allowed  # NaN is not
+    name = f"{str(dtype)[6:]} head_dim {head_dim} seqlen {seqlen}{' causal' if causal else ''}"
+    print(f"{name:44} {error:9.2e} {allowed:9.2e} {'' if passed else 'FAILED'}")
+    return passed
+
+
+def warmup(arch: int | None) -> int:
+    """Compiles the common kernels into the disk cache."""
+    total = sum(1 for _ in variants.common_plans(arch or 120))
+
+    def progress(plans: Iterable[Any]) -> Iterable[Any]:
+        return tqdm(plans, total=total, unit="kernel")
+
+    print(f"{variants.warmup(arch, progress)} kernels are ready in {cache.describe()}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m flash_attn_sm120", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for command in (info, demo, check, warmup):
+        sub = commands.add_parser(command.__name__, help=(command.__doc__ or "").split("\n")[0])
+        sub.set_defaults(run=command)
+    commands.choices["warmup"].add_argument(
+        "--arch", type=int, help="compute capability to compile for, say 120; default: the first GPU's"
+    )
+    prebuild = commands.add_parser("prebuild", help="Writes the common kernels for a wheel to ship.")
+    prebuild.add_argument("directory", type=Path)
+    prebuild.add_argument("architectures", nargs="+", help="as NVRTC names them: sm_120f sm_90a")
+    prebuild.set_defaults(run=variants.prebuild)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = vars(_parser().parse_args(argv))
+    del arguments["command"]
+    run = arguments.pop("run")
+    return int(run(**arguments) or 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,73 @@
+"""What the C extension asks of the frameworks that tensors come from, off its fast path.
+
+torch tensors of PyTorch 2.10 and newer are read through DLPack's C exchange API without any of this;
+older ones, numpy, CuPy, JAX and every other producer are read through the capsules of :func:`export`.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+_CUDA_DEVICE_TYPES = (2, 13)  # kDLCUDA, kDLCUDAManaged
+_LEGACY_DEFAULT_STREAM = 1  # DLPack's name for CUDA's stream 0
+
+
+def export(x: Any) -> Any:
+    """A DLPack capsule of ``x``, ready on the stream that the kernels will use.
+
+    Asks for a versioned capsule and, where the producer is too old to know of those, for a legacy one.
+    """
+    if isinstance(x, torch.Tensor):
+        x = x.detach()  # torch does not export what requires grad; interface.py has dealt with that
+    arguments: dict[str, Any] = {"max_version": (1, 3)}
+    device_type, device_id = x.__dlpack_device__()
+    if device_type in _CUDA_DEVICE_TYPES:
+        arguments["stream"] = current_stream(device_id) or _LEGACY_DEFAULT_STREAM
+    try:
+        return x.__dlpack__(**arguments)
+    except TypeError:
+        del arguments["max_version"]
+        return x.__dlpack__(**arguments)
+
+
+def contiguous(x: Any) -> Any:
+    """A copy of ``x``, contiguous and aligned, in its own framework where that is torch or numpy."""
+    if _is_numpy(x):
+        return x.copy(order="C")
+    if not isinstance(x, torch.Tensor):
+        if not hasattr(x, "__dlpack_device__"):
+            raise ValueError(
+                "a bare DLPack capsule must be contiguous in its last dimension and aligned to 16 bytes"
+            )
+        x = torch.from_dlpack(x)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
+    """An uninitialised array on the device of ``like``: numpy for numpy, else a torch tensor."""
+    if isinstance(like, torch.Tensor):
+        return like.new_empty(shape, dtype=getattr(torch, dtype))
+    if _is_numpy(like):
+        return sys.modules["numpy"].empty(shape, dtype=dtype)
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=_torch_device(like))
+
+
+def current_stream(device_id: int) -> int:
+    """The handle of torch's current stream on CUDA device ``device_id``."""
+    return int(torch.cuda.current_stream(device_id).cuda_stream)
+
+
+def _is_numpy(x: Any) -> bool:
+    """Whether ``x`` is a numpy array, without importing numpy where nobody has."""
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(x, numpy.ndarray)
+
+
+def _torch_device(x: Any) -> torch.device:
+    if not hasattr(x, "__dlpack_device__"):  # a bare capsule says nothing once it is consumed
+        return torch.device("cpu")
+    device_type, device_id = x.__dlpack_device__()
+    return torch.device("cuda", device_id) if device_type in _CUDA_DEVICE_TYPES else torch.device("cpu")

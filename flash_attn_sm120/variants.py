@@ -1,0 +1,59 @@
+"""The common kernels: what ``warmup`` compiles ahead, wheels ship, and CI gates."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from flash_attn_sm120 import _C, jit
+from flash_attn_sm120.interface import Plan, explain
+
+# (head_dim, head_dim_v) of the models that people run: Llama, Qwen, Mistral, Gemma, Phi, DeepSeek (MLA).
+COMMON_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+
+T = TypeVar("T")
+
+
+def common_plans(arch: int) -> Iterator[Plan]:
+    """The plans of the common forward calls on compute capability ``arch``; needs no GPU."""
+    for dtype in (torch.bfloat16, torch.float16):
+        for head_dim, head_dim_v in COMMON_HEAD_DIMS:
+            # One row seen 4096 times: explain() looks at shapes alone.
+            q = torch.empty(head_dim, dtype=dtype).expand(1, 4096, 8, head_dim)
+            v = torch.empty(head_dim_v, dtype=dtype).expand(1, 4096, 8, head_dim_v)
+            for causal in (False, True):
+                yield explain(q, q, v, causal=causal, arch=arch)
+
+
+def warmup(
+    arch: int | None = None, progress: Callable[[Iterable[Plan]], Iterable[Plan]] = iter
+) -> int:
+    """Compiles the common kernels into the disk cache, over all cores.
+
+    Args:
+        arch: compute capability; default that of the first CUDA device.
+        progress: wraps the iterable of finished plans, say ``tqdm``.
+
+    Returns:
+        How many kernels are ready.
+
+    Raises:
+        RuntimeError: no device, or a kernel that does not compile.
+    """
+    driver_version = 0
+    if arch is None:
+        driver_version, devices = _C.devices()
+        arch = devices[0]["arch"]
+    chosen: int = arch
+
+    def ready(plan: Plan) -> Plan:
+        assert plan.variant is not None
+        jit.compile(plan.kernel, plan.variant, plan.options, chosen, driver_version)
+        return plan
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return sum(1 for _ in progress(pool.map(ready, list(common_plans(chosen)))))
