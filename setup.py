@@ -1,4 +1,4 @@
-"""Builds flash_attn_sm120._C: plain C against Python's limited API; neither CUDA nor PyTorch is needed."""
+"""Builds flash_attn_sm120._C: plain C against Python's limited API, without CUDA or PyTorch."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 LIMITED_API = "cp310"
+CFLAGS = ["-std=c11", "-O3", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
+EXTRA_CFLAGS = os.environ.get("FA_SM120_CFLAGS", "").split()
 
 
 class AbiWheel(bdist_wheel):
@@ -37,6 +39,7 @@ class BuildWithCubins(build_py):
         subprocess.run(
             [sys.executable, "-m", "flash_attn_sm120", "prebuild", str(target), *architectures],
             check=True,
+            cwd=self.build_lib,  # not here, where the package lies without its extension
             env={**os.environ, "PYTHONPATH": path},
         )
 
@@ -46,9 +49,8 @@ extension = Extension(
     sources=sorted(str(path) for path in Path("csrc").rglob("*.c")),
     depends=[str(path) for path in (*Path("csrc").rglob("*.h"), Path("kernels/params.h"))],
     define_macros=[("Py_LIMITED_API", "0x030A0000")],
-    extra_compile_args=["-std=c11", "-O3", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
-    + os.environ.get("FA_SM120_CFLAGS", "").split(),
-    extra_link_args=os.environ.get("FA_SM120_CFLAGS", "").split(),
+    extra_compile_args=[*CFLAGS, *EXTRA_CFLAGS],
+    extra_link_args=EXTRA_CFLAGS,
     py_limited_api=True,
 )
 

@@ -85,6 +85,7 @@ static const struct fa_tile *choose_tile(const struct fa_shape *shape, int smem_
     for (size_t i = 0; i < FA_TILE_COUNT; i++) {
         const struct fa_tile_row *row = &FA_TILES[i];
         if (shape->head_dim <= row->head_dim && shape->head_dim_v <= row->head_dim_v &&
+            (!row->mask_left || shape->window_left != FA_UNBOUNDED) &&
             forward_smem(shape, &row->tile) <= smem_per_block)
             return &row->tile;
     }

@@ -9,6 +9,9 @@
 
 #define FA_MAX_HEAD_DIM 256
 
+/* Batch, lengths and heads: so that kernels can add a few of them, and a window, in 32 bits. */
+#define FA_MAX_SIZE (INT32_MAX / 8)
+
 /* ---- scalars --------------------------------------------------------------------------------- */
 
 /* A finite float. 0 or -1. */
@@ -28,7 +31,8 @@ static int read_float(PyObject *object, const char *name, float *out)
     return 0;
 }
 
-/* One side of the window: None is unbounded, negative values are legal. */
+/* One side of the window: None is unbounded, negative values are legal. What is beyond any sequence
+ * counts as unbounded, or as the largest negative bound. */
 static int read_window_side(PyObject *object, int *out)
 {
     if (object == Py_None) {
@@ -41,10 +45,10 @@ static int read_window_side(PyObject *object, int *out)
     }
     int overflow;
     long value = PyLong_AsLongAndOverflow(object, &overflow);
-    if (overflow > 0 || value > FA_UNBOUNDED)
+    if (overflow > 0 || value > 2 * FA_MAX_SIZE)
         value = FA_UNBOUNDED;
-    else if (overflow < 0 || value < -FA_UNBOUNDED)
-        value = -FA_UNBOUNDED;
+    else if (overflow < 0 || value < -2 * FA_MAX_SIZE)
+        value = -2 * FA_MAX_SIZE;
     *out = (int)value;
     return 0;
 }
@@ -136,10 +140,10 @@ static int check_heads(int64_t heads_q, int64_t heads_kv)
 static int check_counts(const struct fa_tensor *tensor, const char *name)
 {
     for (int i = 0; i < tensor->ndim; i++)
-        if (tensor->shape[i] > INT32_MAX / 2) {
+        if (tensor->shape[i] > FA_MAX_SIZE) {
             PyErr_Format(PyExc_ValueError,
                          "%s has size %lld in dimension %d, at most %d is supported", name,
-                         (long long)tensor->shape[i], i, INT32_MAX / 2);
+                         (long long)tensor->shape[i], i, FA_MAX_SIZE);
             return -1;
         }
     return 0;

@@ -2,6 +2,7 @@
 #ifndef FA_TILES_H
 #define FA_TILES_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
 struct fa_tile {
@@ -14,6 +15,7 @@ struct fa_tile {
 
 struct fa_tile_row {
     int head_dim, head_dim_v; /* the row serves head dims up to these */
+    bool mask_left;           /* and only calls whose window ends on the left; else all */
     struct fa_tile tile;
 };
 

@@ -1,4 +1,4 @@
-"""FlashAttention for consumer Blackwell (compute capability 12.x) and every NVIDIA GPU since Ampere."""
+"""FlashAttention for consumer Blackwell and every NVIDIA GPU since Ampere."""
 
 from flash_attn_sm120.interface import Plan, explain, flash_attn_func
 from flash_attn_sm120.variants import warmup

@@ -40,9 +40,11 @@ def flash_attn_func(
     """Attention: ``softmax(softmax_scale * q @ k.T) @ v`` per head, in one pass over the keys.
 
     Args:
-        q: ``(batch, seqlen_q, heads_q, head_dim)``. On CUDA float16 or bfloat16; on the CPU float32 too.
-        k: ``(batch, seqlen_k, heads_kv, head_dim)``, dtype and device of ``q``. ``heads_kv`` divides
-            ``heads_q``: query head ``h`` reads KV head ``h * heads_kv // heads_q`` (GQA, MQA).
+        q: ``(batch, seqlen_q, heads_q, head_dim)``. float16 or bfloat16; on the CPU float32
+            too.
+        k: ``(batch, seqlen_k, heads_kv, head_dim)``, dtype and device of ``q``. ``heads_kv``
+            divides ``heads_q``: query head ``h`` reads KV head ``h * heads_kv // heads_q`` (GQA,
+            MQA).
         v: ``(batch, seqlen_k, heads_kv, head_dim_v)``.
             ``head_dim`` and ``head_dim_v`` are multiples of 8 from 8 to 256 and need not be equal.
             Any strides with a contiguous, 16-byte-aligned last dimension are read in place; other
@@ -52,19 +54,19 @@ def flash_attn_func(
         window_size: ``(left, right)``: query ``i`` sees ``i + seqlen_k - seqlen_q - left <= j`` and
             ``j <= i + seqlen_k - seqlen_q + right``. None is unbounded, negative values are legal,
             ``causal`` makes ``right`` 0.
-        learnable_sink: ``(heads_q,)``: one more logit per head that takes part in the softmax and has no
-            value (Xiao et al. 2023, https://arxiv.org/abs/2309.17453). CPU only so far.
+        learnable_sink: ``(heads_q,)``: one more logit per head that takes part in the softmax and
+            has no value (Xiao et al. 2023, https://arxiv.org/abs/2309.17453). CPU only so far.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is none. CPU only so far.
         deterministic: accepted; the forward is always bitwise reproducible.
         return_lse: also return the log-sum-exp of the scores.
-        qv, gather_kv_indices, num_splits, pack_gqa, score_mod, score_mod_bwd, mask_mod, aux_tensors,
-            aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd: as in FlashAttention-4, not
-            supported yet: anything but the default raises NotImplementedError.
+        qv, gather_kv_indices, num_splits, pack_gqa, score_mod, score_mod_bwd, mask_mod,
+            aux_tensors, aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd: as in
+            FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
 
     Returns:
         ``(out, lse)``: ``out (batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``; ``lse
-        (batch, heads_q, seqlen_q)`` float32, natural logarithm, or None without ``return_lse``. A query
-        without any visible key gets out 0 and lse -inf (the sink's value where there is a sink).
+        (batch, heads_q, seqlen_q)`` float32, natural logarithm, or None without ``return_lse``. A
+        query without any visible key gets out 0 and lse -inf (the sink's value where there is one).
         numpy arrays give numpy arrays; producers other than torch and numpy give torch tensors.
 
     Raises:
@@ -106,7 +108,7 @@ def flash_attn_func(
         or getattr(learnable_sink, "requires_grad", None) is True
     ):
         raise NotImplementedError(
-            "flash_attn_func has no backward yet: call it under torch.no_grad(), or detach its inputs"
+            "flash_attn_func has no backward yet: call it under torch.no_grad(), or detach q, k, v"
         )
     return _C.forward(
         q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, return_lse
@@ -120,7 +122,7 @@ def _reject_unsupported(**arguments: Any) -> NoReturn:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a call is carried out. Bytes and counts; fields that a CPU call has no use for are None."""
+    """How a call is carried out. Bytes and counts; None where a CPU call has no use for it."""
 
     kernel: str  # "cpu", or the kernel source of that name
     threads: int | None = None  # CPU: cores used
@@ -155,12 +157,13 @@ def explain(
     softcap: float = 0.0,
     arch: int | None = None,
 ) -> Plan:
-    """The plan of ``flash_attn_func(q, k, v, ...)`` with the reason for every choice; launches nothing.
+    """The plan of ``flash_attn_func(q, k, v, ...)``, with the reason for every choice.
 
     Args:
         q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap: as in
             :func:`flash_attn_func`.
-        arch: plan for this compute capability (120, 90, ...) instead of the device of ``q``; needs no GPU.
+        arch: plan for this compute capability (120, 90, ...) instead of the device of ``q``, which
+            needs no GPU.
 
     Raises:
         The exceptions of :func:`flash_attn_func`.

@@ -1,7 +1,7 @@
 """What the C extension asks of the frameworks that tensors come from, off its fast path.
 
-torch tensors of PyTorch 2.10 and newer are read through DLPack's C exchange API without any of this;
-older ones, numpy, CuPy, JAX and every other producer are read through the capsules of :func:`export`.
+torch tensors of PyTorch 2.10 and newer are read through DLPack's C exchange API without any of
+this; older ones, numpy, CuPy, JAX and every other producer through the capsules of :func:`export`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import sys
 from typing import Any
 
 import torch
+import torch.utils.dlpack
 
 _CUDA_DEVICE_TYPES = (2, 13)  # kDLCUDA, kDLCUDAManaged
 _LEGACY_DEFAULT_STREAM = 1  # DLPack's name for CUDA's stream 0
@@ -18,7 +19,7 @@ _LEGACY_DEFAULT_STREAM = 1  # DLPack's name for CUDA's stream 0
 def export(x: Any) -> Any:
     """A DLPack capsule of ``x``, ready on the stream that the kernels will use.
 
-    Asks for a versioned capsule and, where the producer is too old to know of those, for a legacy one.
+    Asks for a versioned capsule, and for a legacy one where the producer does not know of those.
     """
     if isinstance(x, torch.Tensor):
         x = x.detach()  # torch does not export what requires grad; interface.py has dealt with that
@@ -34,15 +35,16 @@ def export(x: Any) -> Any:
 
 
 def contiguous(x: Any) -> Any:
-    """A copy of ``x``, contiguous and aligned, in its own framework where that is torch or numpy."""
+    """A contiguous, aligned copy of ``x``, in its own framework where that is torch or numpy."""
     if _is_numpy(x):
         return x.copy(order="C")
     if not isinstance(x, torch.Tensor):
         if not hasattr(x, "__dlpack_device__"):
             raise ValueError(
-                "a bare DLPack capsule must be contiguous in its last dimension and aligned to 16 bytes"
+                "a bare DLPack capsule must be contiguous in its last dimension, "
+                "with rows aligned to 16 bytes"
             )
-        x = torch.from_dlpack(x)
+        x = torch.utils.dlpack.from_dlpack(x)
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -70,4 +72,8 @@ def _torch_device(x: Any) -> torch.device:
     if not hasattr(x, "__dlpack_device__"):  # a bare capsule says nothing once it is consumed
         return torch.device("cpu")
     device_type, device_id = x.__dlpack_device__()
-    return torch.device("cuda", device_id) if device_type in _CUDA_DEVICE_TYPES else torch.device("cpu")
+    return (
+        torch.device("cuda", device_id)
+        if device_type in _CUDA_DEVICE_TYPES
+        else torch.device("cpu")
+    )

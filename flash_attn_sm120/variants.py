@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from pathlib import Path
 
 import torch
 
 from flash_attn_sm120 import _C, jit
 from flash_attn_sm120.interface import Plan, explain
 
-# (head_dim, head_dim_v) of the models that people run: Llama, Qwen, Mistral, Gemma, Phi, DeepSeek (MLA).
+# (head_dim, head_dim_v) of Llama, Qwen, Mistral, Gemma, Phi and DeepSeek (MLA).
 COMMON_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
-
-T = TypeVar("T")
 
 
 def common_plans(arch: int) -> Iterator[Plan]:
@@ -57,3 +56,21 @@ def warmup(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return sum(1 for _ in progress(pool.map(ready, list(common_plans(chosen)))))
+
+
+def prebuild(directory: Path, architectures: Iterable[str]) -> None:
+    """Compiles the common kernels into ``directory`` for a wheel to ship.
+
+    Args:
+        directory: ``prebuilt/`` of the package that the wheel is made of.
+        architectures: as NVRTC names them, say ``"sm_120f"``.
+
+    Raises:
+        RuntimeError: a name that is none, or a kernel that does not compile.
+    """
+    for arch in architectures:
+        number = re.fullmatch(r"sm_(\d+)[af]?", arch)
+        if not number:
+            raise RuntimeError(f"an architecture is named like sm_120f, got {arch!r}")
+        plans = common_plans(int(number[1]))
+        jit.prebuild(directory, [(p.kernel, str(p.variant), p.options) for p in plans], arch)

@@ -1,0 +1,284 @@
+"""From a kernel variant to its cubin: shipped in the package, cached on disk, or made by NVRTC.
+
+``flash_attn_sm120._C`` calls :func:`compile` when a process needs a variant for the first time.
+A variant is a kernel (``kernels/<kernel>.cu``), a canonical name for messages and file names, and
+the ``-D`` options that set its compile-time constants.
+
+NVRTC is reached through cuda-bindings, which finds it inside PyTorch's CUDA wheels, conda or a
+toolkit. It is imported at the first compilation: importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from flash_attn_sm120 import cache
+
+PREBUILT = Path(__file__).resolve().parent / "prebuilt"
+
+OPTIONS = ("--std=c++17", "-default-device", "--ptxas-options=-v")
+
+Version = tuple[int, int]  # (major, minor)
+
+
+class Build(NamedTuple):
+    """One compiled variant and what ptxas says of it."""
+
+    cubin: bytes
+    registers: int  # per thread
+    spill_bytes: int  # per thread, stores plus loads, of the kernel and the functions it calls
+    shared_bytes: int  # per block, static only
+    log: str
+    seconds: float  # in NVRTC
+
+
+def compile(
+    kernel: str,
+    name: str,
+    options: tuple[str, ...],
+    compute_capability: int,
+    driver_version: int,
+) -> bytes:
+    """The cubin of a variant, from the fastest place that has it.
+
+    Args:
+        kernel: file name without ``.cu``, and name of the ``__global__`` function.
+        name: canonical name of the variant.
+        options: ``-D`` options.
+        compute_capability: of the device, say 120.
+        driver_version: as cuDriverGetVersion has it, say 13000; 0 to compile for another machine.
+
+    Raises:
+        RuntimeError: NVRTC is missing, too old for the device or too new for the driver, or the
+            kernel does not compile.
+    """
+    job = _Job(kernel, name, options, architecture(compute_capability), sources(kernel))
+    shipped = _find_prebuilt(job)
+    if shipped and (driver_version == 0 or _cuda_major(shipped) <= driver_version // 1000):
+        return shipped.read_bytes()
+    try:
+        _, version = load_nvrtc()
+        _check_driver(version, driver_version)
+        job = job._replace(arch=architecture(compute_capability, version))
+    except RuntimeError:
+        if not shipped:
+            raise
+        return shipped.read_bytes()  # of a newer CUDA than the driver's: no promise, but a chance
+    return cache.get_or_build(job.key(f"nvrtc {_dotted(version)}"), lambda: _run_nvrtc(job).cubin)
+
+
+def build(kernel: str, name: str, options: tuple[str, ...], arch: str) -> Build:
+    """Compiles a variant for ``arch``, say ``"sm_120f"``, past every cache.
+
+    Raises:
+        RuntimeError: NVRTC is missing, the kernel does not compile, or the log says nothing of its
+            registers.
+    """
+    made = _run_nvrtc(_Job(kernel, name, options, arch, sources(kernel)))
+    return Build(made.cubin, *_resources(made.log, kernel), made.log, made.seconds)
+
+
+def prebuild(
+    directory: str | os.PathLike[str],
+    variants: Iterable[tuple[str, str, tuple[str, ...]]],
+    arch: str,
+) -> list[Path]:
+    """Compiles ``(kernel, name, options)`` variants for ``arch`` into files for wheels to ship.
+
+    :func:`compile` finds them in ``prebuilt/`` beside this module, as long as the kernel sources
+    are the same, with any NVRTC or none. Drivers need the CUDA major version of the NVRTC in use
+    here, or a newer one: the oldest NVRTC that knows ``arch`` serves most people.
+
+    Returns:
+        The files, one for each variant.
+
+    Raises:
+        RuntimeError: as :func:`build`.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    major = load_nvrtc()[1][0]
+
+    def write(variant: tuple[str, str, tuple[str, ...]]) -> Path:
+        kernel, name, options = variant
+        job = _Job(kernel, name, options, arch, sources(kernel))
+        path = directory / job.prebuilt_name(str(major))
+        path.write_bytes(_run_nvrtc(job).cubin)
+        return path
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(write, dict.fromkeys(variants)))
+
+
+def architecture(compute_capability: int, nvrtc: Version = (12, 9)) -> str:
+    """What NVRTC of a version calls a compute capability: 120 -> ``"sm_120f"``.
+
+    Raises:
+        RuntimeError: that NVRTC is older than the device.
+    """
+    if compute_capability == 90:
+        return "sm_90a"
+    if compute_capability not in (120, 121):
+        return f"sm_{compute_capability}"
+    if nvrtc >= (12, 9):
+        return "sm_120f"  # the family: one cubin for 12.0 and 12.1
+    if nvrtc == (12, 8) and compute_capability == 120:
+        return "sm_120a"
+    needed = "12.8" if compute_capability == 120 else "12.9"
+    raise RuntimeError(
+        f"compute capability {compute_capability // 10}.{compute_capability % 10} needs NVRTC "
+        f"{needed} or newer, found {_dotted(nvrtc)}: "
+        "pip install --upgrade cuda-bindings nvidia-cuda-nvrtc"
+    )
+
+
+# ---- sources and keys ----------------------------------------------------------------------------
+
+
+def kernel_directory() -> Path:
+    """Where the kernel sources are: inside the package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    for directory in (package / "kernels", package.parent / "kernels"):
+        if (directory / "params.h").is_file():  # site-packages may have another project's kernels/
+            return directory
+    raise RuntimeError(f"the kernel sources are missing from {package}: reinstall flash_attn_sm120")
+
+
+def sources(kernel: str) -> dict[str, bytes]:
+    """File name -> text, of ``<kernel>.cu`` and of every header: programs include no programs."""
+    directory = kernel_directory()
+    headers = [path for path in directory.iterdir() if path.suffix in (".h", ".cuh")]
+    return {path.name: path.read_bytes() for path in (directory / f"{kernel}.cu", *headers)}
+
+
+class _Job(NamedTuple):
+    """All that decides what a cubin is, apart from the compiler."""
+
+    kernel: str
+    name: str
+    options: tuple[str, ...]
+    arch: str
+    files: dict[str, bytes]
+
+    def key(self, compiler: str) -> str:
+        options = (*OPTIONS, *self.options)
+        return cache.make_key(self.files, self.kernel, options, self.arch, compiler)
+
+    def prebuilt_name(self, major: str) -> str:
+        """Has the CUDA major version, which older drivers may refuse, beside the key, not in it."""
+        return f"{self.name}.{self.arch}.cuda{major}.{self.key('prebuilt')[:16]}.cubin"
+
+
+def _find_prebuilt(job: _Job) -> Path | None:
+    """The shipped file of a variant, of the oldest CUDA if there are several."""
+    return min(PREBUILT.glob(job.prebuilt_name("*")), key=_cuda_major, default=None)
+
+
+def _cuda_major(prebuilt: Path) -> int:
+    return int(prebuilt.name.split(".cuda")[1].split(".")[0])
+
+
+# ---- NVRTC ---------------------------------------------------------------------------------------
+
+
+def load_nvrtc() -> tuple[ModuleType, Version]:
+    """cuda-bindings' nvrtc module, and the version of the library behind it.
+
+    Raises:
+        RuntimeError: either is missing; the message says what to install.
+    """
+    try:
+        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
+        version = _call(nvrtc.nvrtcVersion)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"compiling a kernel needs NVRTC, which was not found ({str(error).strip()}): "
+            "pip install cuda-bindings nvidia-cuda-nvrtc"
+        ) from error
+    return nvrtc, version
+
+
+def _check_driver(nvrtc: Version, driver_version: int) -> None:
+    major, minor = driver_version // 1000, driver_version % 1000 // 10
+    if 0 < major < nvrtc[0]:
+        raise RuntimeError(
+            f"NVRTC {_dotted(nvrtc)} makes kernels that a driver for CUDA {major}.{minor} cannot "
+            f"load: update the driver, or install an NVRTC for CUDA {major} (for CUDA 12: "
+            "pip install 'cuda-bindings<13' nvidia-cuda-nvrtc-cu12)"
+        )
+
+
+class _Made(NamedTuple):
+    cubin: bytes
+    log: str
+    seconds: float
+
+
+def _run_nvrtc(job: _Job) -> _Made:
+    nvrtc, version = load_nvrtc()
+    flags = [f"--gpu-architecture={job.arch}", *OPTIONS, *job.options]
+    if version >= (12, 9):
+        # NVRTC's own cache, in the driver: it would call cuInit, and a hit has no log of ptxas.
+        flags.append("--no-cache")
+    main = f"{job.kernel}.cu"
+    headers = {file: text for file, text in job.files.items() if file != main}
+    program = _call(
+        nvrtc.nvrtcCreateProgram,
+        job.files[main],
+        main.encode(),
+        len(headers),
+        list(headers.values()),
+        [file.encode() for file in headers],
+    )
+    try:
+        start = time.perf_counter()
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), [f.encode() for f in flags])
+        seconds = time.perf_counter() - start
+        log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+        text = log.decode(errors="replace").strip("\0 \n")
+        if status != 0:
+            raise RuntimeError(
+                f"NVRTC {_dotted(version)} cannot compile the kernel {job.name} for {job.arch} "
+                f"({status.name}):\n{text}"
+            )
+        cubin = _read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+        return _Made(cubin, text, seconds)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+
+
+def _resources(log: str, kernel: str) -> tuple[int, int, int]:
+    """(registers, spill bytes, static shared bytes) of a kernel in the log of ``ptxas -v``."""
+    for block in log.split("Compiling entry function ")[1:]:
+        registers = re.search(r"Used (\d+) registers", block)
+        spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", block)
+        if block.startswith(f"'{kernel}'") and registers and spills:
+            shared = re.search(r"(\d+) bytes smem", block)
+            return int(registers[1]), sum(map(int, spills)), int(shared[1]) if shared else 0
+    raise RuntimeError(f"NVRTC's log does not say what the kernel {kernel} uses:\n{log}")
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What an NVRTC function returns besides its status, which must be success."""
+    status, *values = function(*arguments)
+    if status != 0:
+        raise RuntimeError(f"{function.__name__} failed: {status.name}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+def _read(size: Callable[..., Any], fill: Callable[..., Any], program: Any) -> bytes:
+    buffer = bytearray(_call(size, program))
+    _call(fill, program, buffer)
+    return bytes(buffer)
+
+
+def _dotted(version: Version) -> str:
+    return ".".join(map(str, version))

@@ -1,0 +1,127 @@
+/* Every PTX instruction of the kernels that CUDA C cannot say, one wrapper each.
+ *
+ * Fragment layouts, for lane = 4g + t:
+ *   A [16 rows, 16 k]     rows g, g + 8; k 2t, 2t + 1, and k + 8
+ *   B [16 k, 8 columns]   k 2t, 2t + 1, and k + 8; column g
+ *   C [16 rows, 8 cols]   rows g, g + 8; columns 2t, 2t + 1 */
+#ifndef FA_PTX_CUH
+#define FA_PTX_CUH
+
+#if DTYPE_BF16
+#define FA_PTX_TYPE "bf16"
+#else
+#define FA_PTX_TYPE "f16"
+#endif
+
+/* blockIdx.x and threadIdx.x, read anew at every call: what is computed from them can then be
+ * computed again where it is needed, instead of occupying registers in between. */
+__device__ __forceinline__ unsigned read_block_index()
+{
+    unsigned x;
+    asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(x));
+    return x;
+}
+
+__device__ __forceinline__ unsigned read_thread_index()
+{
+    unsigned x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
+}
+
+/* x, but nothing that follows from it can be computed before this point, and kept in registers
+ * until then. */
+__device__ __forceinline__ int not_before(int x)
+{
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+/* Shared memory is addressed with 32 bits: one register, and constant offsets cost nothing. */
+__device__ __forceinline__ unsigned smem_address(const void *pointer)
+{
+    return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
+}
+
+/* Copies `bytes` (16 or 0) from global to shared memory without registers, and fills up to 16
+ * with zeros. */
+__device__ __forceinline__ void cp_async_16(unsigned smem, const void *gmem, int bytes)
+{
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(smem), "l"(gmem), "r"(bytes)
+                 : "memory");
+}
+
+/* Closes this thread's group of copies. */
+__device__ __forceinline__ void cp_async_commit()
+{
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* Waits until at most PENDING of this thread's newest groups are still on their way. */
+template <int PENDING> __device__ __forceinline__ void cp_async_wait()
+{
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+__device__ __forceinline__ uint4 ld_shared_16(unsigned smem)
+{
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+                 : "r"(smem)
+                 : "memory");
+    return x;
+}
+
+/* Four 8x8 matrices; lane i passes the address of row i % 8 of matrix i / 8 and receives, from
+ * matrix m in word m, the elements 2t, 2t+1 of row g. */
+__device__ __forceinline__ void ldmatrix_x4(unsigned (&x)[4], unsigned smem)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(smem)
+                 : "memory");
+}
+
+/* The same, transposed: the elements g of the rows 2t, 2t+1. */
+__device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&x)[4], unsigned smem)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(smem)
+                 : "memory");
+}
+
+/* C [16, 8] += A [16, 16] * B [16, 8], accumulated in fp32. */
+__device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                             unsigned b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." FA_PTX_TYPE "." FA_PTX_TYPE ".f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* Rounds two floats to the data type; `low` goes to the lower half, which is the lower address. */
+__device__ __forceinline__ unsigned pack(float low, float high)
+{
+    unsigned x;
+    asm("cvt.rn." FA_PTX_TYPE "x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+    return x;
+}
+
+__device__ __forceinline__ float exp2_approx(float x)
+{
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+__device__ __forceinline__ float log2_approx(float x)
+{
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+#endif

@@ -1,0 +1,113 @@
+/* Softmax over the keys, sub-tile by sub-tile, in powers of two: p = 2^(s * scale_log2 - m).
+ *
+ * m need not be the maximum so far, it only has to keep p in range: any m cancels in the end. So the usual step
+ * takes the m it finds, and asks the warp once whether that was too small. Only then, which after the first keys
+ * is rare, is the true maximum taken, and what was summed before rescaled. A row that has seen a key has a sum
+ * of at least about 1, as m is always the score of some key it has seen: accuracy is that of the usual algorithm. */
+#ifndef FA_SOFTMAX_CUH
+#define FA_SOFTMAX_CUH
+
+#include "tile.cuh"
+
+#define INF __int_as_float(0x7f800000)
+constexpr float LN2 = 0.693147180559945f;
+
+/* The m of a row that has not seen any key. Finite, so that nothing becomes NaN: a hidden key (-inf) still has p = 0, and
+ * any visible one a p of +inf, which asks for its maximum. */
+constexpr float NO_KEY_YET = -3.4028234e38f;
+
+/* A thread's sum of exponentials may reach this. bf16 and fp32 hold the numbers up to 2^127. */
+constexpr float SUM_LIMIT = 1.1529215e18f; /* 2^60 */
+
+__device__ __forceinline__ void clear(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
+                                      float (&l_rmem)[M_FRAGS][2], float (&m_rmem)[M_FRAGS][2])
+{
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            m_rmem[m][half] = NO_KEY_YET;
+            l_rmem[m][half] = 0.0f;
+        }
+#pragma unroll
+        for (int n = 0; n < O_FRAGS; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                O_rmem[m][n][e] = 0.0f;
+    }
+}
+
+/* P = 2^(S * scale - m), in the layout of the A operand of the next mma, and l += its row sums. */
+__device__ __forceinline__ void exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4],
+                                             float (&l_rmem)[M_FRAGS][2],
+                                             const float (&S_rmem)[M_FRAGS][S_FRAGS][4],
+                                             const float (&m_rmem)[M_FRAGS][2], float scale)
+{
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) /* row g, then row g + 8 */
+#pragma unroll
+            for (int n = 0; n < S_FRAGS; n++) {
+#ifdef X_NOEXP
+                const float p0 = S_rmem[m][n][2 * half];
+                const float p1 = S_rmem[m][n][2 * half + 1];
+#else
+                const float p0 = exp2_approx(S_rmem[m][n][2 * half] * scale - m_rmem[m][half]);
+                const float p1 = exp2_approx(S_rmem[m][n][2 * half + 1] * scale - m_rmem[m][half]);
+                l_rmem[m][half] += p0 + p1;
+#endif
+                P_rmem[m][n / 2][n % 2 * 2 + half] = pack(p0, p1);
+            }
+}
+
+/* Whether a sum or a value is inf, NaN, or so large that it may have been. */
+__device__ __forceinline__ bool out_of_range(const float (&O_rmem)[M_FRAGS][O_FRAGS][4],
+                                             const float (&l_rmem)[M_FRAGS][2])
+{
+    bool out = false;
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            out |= !(l_rmem[m][half] < SUM_LIMIT);
+#pragma unroll
+        for (int n = 0; n < O_FRAGS; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                out |= !(fabsf(O_rmem[m][n][e]) < INF);
+    }
+    return out;
+}
+
+/* m = the maximum of what it was and S, which is scaled already; O and l follow. */
+__device__ __forceinline__ void raise_max(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
+                                          float (&l_rmem)[M_FRAGS][2], float (&m_rmem)[M_FRAGS][2],
+                                          const float (&S_rmem)[M_FRAGS][S_FRAGS][4])
+{
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float row_max = m_rmem[m][half];
+#pragma unroll
+            for (int n = 0; n < S_FRAGS; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    row_max = fmaxf(row_max, S_rmem[m][n][2 * half + e]);
+            /* The four lanes of a quad share the row. */
+            row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 1));
+            row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 2));
+
+            const float rescale = exp2_approx(m_rmem[m][half] - row_max);
+            m_rmem[m][half] = row_max;
+            l_rmem[m][half] *= rescale;
+#pragma unroll
+            for (int n = 0; n < O_FRAGS; n++) {
+                O_rmem[m][n][2 * half] *= rescale;
+                O_rmem[m][n][2 * half + 1] *= rescale;
+            }
+        }
+}
+
+#endif
