@@ -1,0 +1,140 @@
+"""What all tests share: the devices, the seed, and inputs in every layout."""
+
+import zlib
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+# Tensors here are small: threads that wait for each other would only slow torch down.
+torch.set_num_threads(1)
+
+
+@dataclass(frozen=True)
+class Device:
+    """One way of running a call, and what it can do so far."""
+
+    name: str
+    torch_device: str  # where its tensors live
+    dtypes: tuple[torch.dtype, ...]
+    unsupported: tuple[str, ...] = ()  # arguments that raise NotImplementedError
+    missing: str = ""  # why it cannot be used on this machine
+
+
+DEVICES = [
+    Device("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16)),
+    Device(
+        "cuda",
+        "cuda",
+        (torch.bfloat16, torch.float16),
+        unsupported=("softcap", "learnable_sink"),
+        missing="" if torch.cuda.is_available() else "torch.cuda.is_available() is False",
+    ),
+]
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(
+            device,
+            id=device.name,
+            marks=pytest.mark.skipif(bool(device.missing), reason=device.missing),
+        )
+        for device in DEVICES
+    ]
+)
+def device(request):
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def dtype(request, device):
+    if request.param not in device.dtypes:
+        pytest.skip(f"no {request.param} on {device.name}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    """Every test draws numbers of its own, the same in every run and in every order of tests."""
+    torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+# ---- inputs --------------------------------------------------------------------------------------
+
+
+def _contiguous(shape, dtype):
+    return torch.empty(shape, dtype=dtype)
+
+
+def _heads_first(shape, dtype):
+    """(B, S, H, D) as a view of (B, H, S, D): what a model in SDPA's layout hands over."""
+    batch, seqlen, heads, head_dim = shape
+    return torch.empty(batch, heads, seqlen, head_dim, dtype=dtype).transpose(1, 2)
+
+
+def _sequence_first(shape, dtype):
+    """(B, S, H, D) as a view of (S, B, H, D)."""
+    batch, seqlen, heads, head_dim = shape
+    return torch.empty(seqlen, batch, heads, head_dim, dtype=dtype).transpose(0, 1)
+
+
+def _in_nan(shape, dtype):
+    """A slice, in all four dimensions, of a larger tensor that is NaN everywhere else."""
+    margins = (1, 3, 1, 8)  # 8 elements keep the last dimension aligned to 16 bytes in every type
+    larger = torch.full(
+        [n + 2 * margin for n, margin in zip(shape, margins, strict=True)], torch.nan, dtype=dtype
+    )
+    return larger[
+        tuple(slice(margin, margin + n) for n, margin in zip(shape, margins, strict=True))
+    ]
+
+
+def _last_dim_strided(shape, dtype):
+    """Every second element of rows twice as long: cannot be read in place."""
+    return torch.empty(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
+
+
+LAYOUTS = {
+    "contiguous": _contiguous,
+    "heads_first": _heads_first,
+    "sequence_first": _sequence_first,
+    "in_nan": _in_nan,
+    "last_dim_strided": _last_dim_strided,
+}
+
+
+@pytest.fixture
+def make_qkv(device):
+    """make_qkv(...) -> q, k, v on the test's device: normal around `mean`, in one of LAYOUTS."""
+
+    def make(
+        batch=2,
+        seqlen_q=64,
+        seqlen_k=None,
+        heads=4,
+        heads_kv=None,
+        head_dim=64,
+        head_dim_v=None,
+        *,
+        dtype=torch.bfloat16,
+        mean=0.0,
+        layout="contiguous",
+    ):
+        seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+        heads_kv = heads if heads_kv is None else heads_kv
+        head_dim_v = head_dim if head_dim_v is None else head_dim_v
+        shapes = (
+            (batch, seqlen_q, heads, head_dim),
+            (batch, seqlen_k, heads_kv, head_dim),
+            (batch, seqlen_k, heads_kv, head_dim_v),
+        )
+        with torch.device(device.torch_device):
+            tensors = [LAYOUTS[layout](shape, dtype) for shape in shapes]
+        for tensor in tensors:
+            tensor.copy_(
+                torch.randn(tensor.shape) + mean
+            )  # drawn on the CPU: the same on every device
+        return tensors
+
+    return make

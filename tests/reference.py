@@ -1,0 +1,178 @@
+"""The oracle: attention in plain PyTorch, and the rule by which a result is close enough to it."""
+
+import math
+
+import torch
+
+# Scores (batch * heads * rows * keys) that the reference holds at a time.
+CHUNK_SCORES = 1 << 25
+
+
+def attention_reference(
+    q,
+    k,
+    v,
+    *,
+    softmax_scale=None,
+    causal=False,
+    window_size=(None, None),
+    softcap=0.0,
+    learnable_sink=None,
+    upcast=True,
+):
+    """(out, lse) of q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), as they are defined.
+
+    With `upcast` everything is computed one precision up: in fp32 for fp16 and bf16, in fp64 for
+    fp32. Without it, everything is computed (and rounded at every step) in the type of the inputs:
+    the `pt` of the tolerance rule. The results keep the type they were computed in.
+    """
+    dtype = q.dtype
+    if upcast:
+        dtype = torch.float64 if q.dtype in (torch.float32, torch.float64) else torch.float32
+    batch, seqlen_q, heads_q, head_dim = q.shape
+    seqlen_k, heads_kv, head_dim_v = v.shape[1:]
+    scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
+    left, right = window_size[0], 0 if causal else window_size[1]
+
+    # [B, H, S, D], every query head with its own copy of K and V
+    q = q.transpose(1, 2).to(dtype) * scale
+    k, v = (
+        x.transpose(1, 2).to(dtype).repeat_interleave(heads_q // heads_kv, dim=1) for x in (k, v)
+    )
+    no_sink = q.new_full((heads_q,), -math.inf)  # a score of -inf changes nothing
+    sink = no_sink if learnable_sink is None else learnable_sink.to(dtype)
+
+    out = q.new_empty(batch, heads_q, seqlen_q, head_dim_v)
+    lse = q.new_empty(batch, heads_q, seqlen_q)
+    rows_at_a_time = max(1, CHUNK_SCORES // max(1, batch * heads_q * seqlen_k))
+    for begin in range(0, seqlen_q, rows_at_a_time):
+        rows = torch.arange(begin, min(begin + rows_at_a_time, seqlen_q), device=q.device)
+        visible = visible_keys(rows + (seqlen_k - seqlen_q), seqlen_k, left, right)
+        scores = q[:, :, rows] @ k.transpose(-1, -2)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores = scores.masked_fill(~visible, -math.inf)
+        scores = torch.cat(
+            [scores, sink.view(1, -1, 1, 1).expand(batch, -1, rows.numel(), 1)], dim=-1
+        )
+        weights = torch.softmax(scores, dim=-1)
+        weights = weights.masked_fill(
+            (scores == -math.inf).all(-1, keepdim=True), 0
+        )  # where softmax gives 0/0
+        out[:, :, rows] = weigh(weights[..., :-1], v, visible)
+        lse[:, :, rows] = torch.logsumexp(scores, dim=-1)
+    return out.transpose(1, 2), lse
+
+
+def visible_keys(diagonal, seqlen_k, left, right):
+    """[rows, keys]: whether a row sees a key, given each row's key on the diagonal."""
+    distance = torch.arange(seqlen_k, device=diagonal.device) - diagonal[:, None]
+    visible = torch.ones_like(distance, dtype=torch.bool)
+    if left is not None:
+        visible &= distance >= -left
+    if right is not None:
+        visible &= distance <= right
+    return visible
+
+
+def weigh(weights, v, visible):
+    """weights @ v in which masked keys count for nothing, even where 0 * NaN would be NaN.
+
+    weights [B, H, rows, keys], v [B, H, keys, Dv], visible [rows, keys]
+    """
+    finite = v.isfinite()
+    out = weights @ torch.where(finite, v, 0)
+    for key in (~finite).any(dim=-1).any(dim=0).any(dim=0).nonzero().flatten().tolist():
+        special = torch.where(finite[:, :, key], 0, v[:, :, key])  # [B, H, Dv]
+        rows = visible[:, key]
+        out[:, :, rows] += weights[:, :, rows, key, None] * special[:, :, None]
+    return out
+
+
+def assert_close(out, lse, q, k, v, **kwargs):
+    """Holds out, and lse unless it is None, against the reference for the same arguments.
+
+    The rule for out, of DESIGN.md:
+
+        max|out - ref| <= 2 * max|pt - ref| + 2 * max|ref + 0.3 - 0.3 - ref|
+
+    (with softcap, 3 * max|pt - ref|), that is: at most twice as wrong as plain PyTorch in the input
+    type, plus the rounding of numbers like these.
+
+    The bound for lse: it is off by at most the error of the worst score (log-sum-exp moves by no
+    more than its arguments do), and by its own rounding. A score is a dot product, summed up in
+    fp32, whose partial sums stay below |scale| * |q| * |k| (Cauchy-Schwarz). So
+
+        |lse - ref| <= 2^-18 * (1 + |scale| * max|q| * max|k|) + 2^-22 * |ref|
+
+    where 2^-18 is 32 roundings of fp32: enough for the longest dot product and for exp2 and log2 as
+    the hardware approximates them, far less than a wrong mask, scale or base costs.
+    """
+    ref, ref_lse = attention_reference(q, k, v, **kwargs)
+    pt, _ = attention_reference(q, k, v, upcast=False, **kwargs)
+    case = describe(q, k, v, kwargs)
+    assert out.shape == ref.shape and out.dtype == q.dtype, (
+        f"out is {out.dtype} {tuple(out.shape)}: {case}"
+    )
+    assert_close_to(out, ref, pt, factor=3 if kwargs.get("softcap") else 2, case=case)
+    if lse is not None:
+        assert lse.shape == ref_lse.shape and lse.dtype == torch.float32, (
+            f"lse is {lse.dtype} {tuple(lse.shape)}: {case}"
+        )
+        assert_bounded(
+            lse, ref_lse, lse_bound(ref_lse, q, k, kwargs.get("softmax_scale")), f"lse, {case}"
+        )
+
+
+def assert_close_to(out, ref, pt, factor=2, case=""):
+    """The tolerance rule for any result: `ref` one precision up, `pt` in the type of `out`."""
+    rounding = max_finite(ref.float() + 0.3 - 0.3 - ref.float())
+    # Where plain PyTorch overflows (fp16 scores) its error says nothing, and widens no bound.
+    bound = factor * max_finite(pt.to(ref.dtype) - ref) + 2 * rounding
+    assert_bounded(out, ref, torch.full_like(ref, bound), f"out, {case}")
+
+
+def lse_bound(ref, q, k, scale):
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
+    largest_score = (
+        abs(scale) * max_finite(q.double().norm(dim=-1)) * max_finite(k.double().norm(dim=-1))
+    )
+    return 2**-18 * (1 + largest_score) + 2**-22 * ref.abs()
+
+
+def assert_bounded(actual, ref, bound, case):
+    """|actual - ref| <= bound wherever ref is finite; the same NaN and inf where it is not."""
+    expected = ref.to(actual.dtype)  # what overflows the type of the result is inf there
+    finite = expected.isfinite()
+    wrong = ~torch.where(
+        finite, actual.isfinite(), (actual == expected) | (actual.isnan() & expected.isnan())
+    )
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        raise AssertionError(
+            f"{case}\n{int(wrong.sum())} of {wrong.numel()} elements are NaN or inf, or should be: "
+            f"first at {where}: {actual[where].item()}, expected {expected[where].item()}"
+        )
+    error = torch.where(finite, actual.to(ref.dtype) - ref, 0).abs()
+    excess = torch.where(finite, error - bound, -math.inf)
+    if (excess > 0).any():
+        where = tuple(int(i) for i in torch.unravel_index(excess.argmax(), excess.shape))
+        raise AssertionError(
+            f"{case}\n{int((excess > 0).sum())} of {excess.numel()} elements are too far off, "
+            f"most at {where}: {actual[where].item()}, expected {ref[where].item()}; "
+            f"error {error[where].item():.3e}, bound {bound[where].item():.3e}"
+        )
+
+
+def max_finite(x):
+    """max|x| over the elements that are neither NaN nor inf; 0 if there are none."""
+    return torch.where(x.isfinite(), x, 0).abs().max().item() if x.numel() else 0.0
+
+
+def describe(q, k, v, kwargs):
+    shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in (("q", q), ("k", k), ("v", v)))
+    options = "".join(
+        f", {name}={tuple(value.shape) if torch.is_tensor(value) else value}"
+        for name, value in kwargs.items()
+    )
+    return f"{q.dtype} on {q.device}: {shapes}{options}"

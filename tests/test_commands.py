@@ -1,0 +1,93 @@
+"""``python -m flash_attn_sm120``, as a person runs it."""
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+def run(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", "flash_attn_sm120", *arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_info():
+    done = run("info")
+    assert done.returncode == 0, done.stderr
+    assert torch.__version__ in done.stdout
+    assert (
+        "driver: " in done.stdout
+        and "compiler: " in done.stdout
+        and "kernel cache: " in done.stdout
+    )
+    assert re.search(r"forward_bf16_d128_dv128\S+ +tile \d+ x \d+, \d+ KB", done.stdout)
+
+
+def test_info_shows_the_environment():
+    assert "'FA_SM120_LIMITS': '120'" in run("info", FA_SM120_LIMITS="120").stdout
+
+
+def test_demo():
+    done = run("demo")
+    assert done.returncode == 0, done.stderr
+    error = re.search(r"largest error against fp32: (\S+)", done.stdout)
+    assert error and float(error[1]) < (1e-4 if not torch.cuda.is_available() else 2e-2)
+
+
+def test_check_passes():
+    done = run("check")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.rstrip().endswith("all passed")
+
+
+def test_check_fails_where_attention_is_wrong():
+    """The self-test must be able to fail: here attention returns half of what it should."""
+    code = """
+import sys
+import flash_attn_sm120.__main__ as cli
+right = cli.flash_attn_func
+cli.flash_attn_func = lambda *a, **k: (right(*a, **k)[0] / 2, None)
+sys.exit(cli.main(["check"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 1 and "FAILED" in done.stdout
+
+
+def test_warmup_fills_the_cache(tmp_path, monkeypatch):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    from flash_attn_sm120 import variants
+
+    monkeypatch.setenv("FA_SM120_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(variants, "COMMON_HEAD_DIMS", ((64, 64),))
+    seen = []
+    count = variants.warmup(120, lambda plans: (seen.append(p.variant) or p for p in plans))
+    assert count == 4 == len(set(seen))
+    cubins = sorted(
+        path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix == ".cubin"
+    )
+    assert len(cubins) == 4
+    variants.warmup(120)
+    again = sorted(
+        path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix == ".cubin"
+    )
+    assert again == cubins, "the second time all comes from the cache"
+
+
+def test_warmup_without_a_gpu_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    done = run("warmup")
+    assert done.returncode != 0 and "no CUDA driver" in done.stderr
+
+
+def test_unknown_command():
+    done = run("frobnicate")
+    assert done.returncode == 2 and "invalid choice" in done.stderr

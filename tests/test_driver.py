@@ -1,0 +1,279 @@
+"""The way to a launch, on a driver that launches nothing: what is asked of it, and every way it can fail."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+
+# numpy arrays that say they are on a GPU, and calls over them.
+PREAMBLE = f"""
+import sys; sys.path.insert(0, {str(TESTS)!r})
+import numpy as np
+from dlpack import Capsule
+from flash_attn_sm120 import flash_attn_func, producers, _C
+
+made = []  # capsules must outlive their use
+
+class CudaArray(np.ndarray):
+    device_id = 0
+    def __dlpack_device__(self):
+        return (2, self.device_id)
+    def __dlpack__(self, *, stream=None, max_version=None):
+        assert stream == (7 * self.device_id or 1)
+        made.append(Capsule(np.asarray(self), device_type=2, device_id=self.device_id))
+        return made[-1].capsule
+
+producers.current_stream = lambda device_id: 7 * device_id
+
+def cuda(*shape, device_id=0):
+    array = np.zeros(shape, np.float16).view(CudaArray)
+    array.device_id = device_id
+    return array
+
+def call(seqlen_q=130, device_id=0, **kwargs):
+    q = cuda(2, seqlen_q, 6, 64, device_id=device_id)
+    k = cuda(2, 200, 2, 64, device_id=device_id)
+    return flash_attn_func(q, k, k, **kwargs)
+
+def error_of(f, *args, **kwargs):
+    try:
+        f(*args, **kwargs)
+    except Exception as error:
+        print(f"{{type(error).__name__}}: {{error}}".splitlines()[0])
+    else:
+        print("no error")
+"""
+
+
+@pytest.fixture(scope="session")
+def fake_driver(tmp_path_factory):
+    compiler = shutil.which("cc")
+    if not compiler:
+        pytest.skip("needs a C compiler")
+    library = tmp_path_factory.mktemp("driver") / "libfake.so"
+    source = TESTS / "fake_driver.c"
+    subprocess.run([compiler, "-Wall", "-shared", "-fPIC", "-o", library, source], check=True)
+    return library
+
+
+@pytest.fixture
+def run(fake_driver, tmp_path):
+    pytest.importorskip("cuda.bindings.nvrtc")
+    launches = tmp_path / "launches"
+
+    def run(code, **environment):
+        """The lines that ``code`` printed and the launches that it made."""
+        launches.unlink(missing_ok=True)
+        done = subprocess.run(
+            [sys.executable, "-c", PREAMBLE + code],
+            env={
+                **os.environ,
+                "FA_SM120_DRIVER": str(fake_driver),
+                "FAKE_LAUNCHES": str(launches),
+                "FA_SM120_CACHE_DIR": str(tmp_path / "cache"),
+                **environment,
+            },
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        made = launches.read_text().splitlines() if launches.exists() else []
+        return done.stdout.splitlines(), [json.loads(line) for line in made]
+
+    return run
+
+
+def test_launch_parameters(run):
+    code = """
+from flash_attn_sm120 import explain
+q, k = cuda(2, 130, 6, 64), cuda(2, 200, 2, 64)
+print(explain(q, k, k).tile_m, explain(q, k, k).smem_request)
+call(return_lse=True)
+call(causal=True, softmax_scale=0.5)
+"""
+    (line,), (dense, causal) = run(code)
+    tile_m, smem_request = map(int, line.split())
+    assert dense["m_blocks"] == math.ceil(130 / tile_m)
+    assert dense["grid"] == dense["m_blocks"] * 2 * 6
+    assert dense["shared"] == smem_request
+    assert (dense["batch"], dense["heads_q"], dense["heads_per_kv"]) == (2, 6, 3)
+    assert (dense["seqlen_q"], dense["seqlen_k"]) == (130, 200)
+    assert dense["q_stride"] == [130 * 6 * 64, 6 * 64, 64]
+    assert dense["scale_log2"] == pytest.approx(math.log2(math.e) / 8, rel=1e-6)
+    assert causal["scale_log2"] == pytest.approx(math.log2(math.e) / 2, rel=1e-6)
+    assert (dense["lse"], causal["lse"]) == (True, False)
+    assert (dense["window_left"], dense["window_right"]) == (2**31 - 1, 2**31 - 1)
+    assert (causal["window_left"], causal["window_right"]) == (2**31 - 1, 0)
+
+
+def test_context_and_stream_are_those_of_the_tensors(run):
+    """The context of the tensors' device is current for the launch alone."""
+    _, launches = run("call()\ncall(device_id=1)\ncall()\n")
+    assert [(x["device"], x["depth"], x["stream"]) for x in launches] == [
+        (0, 1, 0),
+        (1, 1, 7),
+        (0, 1, 0),
+    ]
+
+
+def test_a_variant_is_compiled_once(run):
+    code = """
+from flash_attn_sm120 import jit
+compiled, compile = [], jit.compile
+jit.compile = lambda *args: compiled.append(args[1]) or compile(*args)
+for _ in range(3):
+    call(), call(causal=True), call(device_id=1)
+print(len(compiled), len(set(compiled)))
+"""
+    (line,), launches = run(code)
+    assert line == "3 2", "two variants on device 0, one of them on device 1 too"
+    assert len(launches) == 9
+
+
+def test_hundreds_of_variants(run):
+    """The table of kernels grows, and finds every kernel again."""
+    code = """
+from flash_attn_sm120 import jit
+compiled, cubin = [], b"\\x7fELF"
+jit.compile = lambda *args: compiled.append(args[1]) or cubin
+for _ in range(2):
+    for d in range(8, 257, 8):
+        for dv in range(8, 257, 32):
+            flash_attn_func(cuda(1, 1, 1, d), cuda(1, 1, 1, d), cuda(1, 1, 1, dv))
+print(len(compiled), len(set(compiled)))
+"""
+    (line,), launches = run(code)
+    assert line == "256 256" and len(launches) == 512
+
+
+def test_nothing_to_do_launches_nothing(run):
+    _, launches = run("call(seqlen_q=0)\n")
+    assert launches == []
+
+
+def test_driver_too_old(run):
+    lines, launches = run("error_of(call)\n", FAKE_VERSION="11040")
+    assert lines == [
+        "RuntimeError: the NVIDIA driver supports CUDA 11.4; at least CUDA 12.0 is needed: update the driver"
+    ]
+    assert launches == []
+
+
+def test_driver_older_than_the_compiler(run):
+    lines, _ = run("error_of(call)\n", FAKE_VERSION="12040")
+    assert lines[0].startswith("RuntimeError") and "12" in lines[0] and "NVRTC" in lines[0]
+
+
+def test_no_such_device(run):
+    lines, _ = run("error_of(call, device_id=2)\nerror_of(call)\n")
+    assert lines == ["ValueError: there is no CUDA device 2; the driver has 2", "no error"]
+
+
+def test_no_device_at_all(run):
+    lines, _ = run("error_of(call)\n", FAKE_DEVICES="0")
+    assert lines == ["ValueError: there is no CUDA device 0; the driver has 0"]
+
+
+def test_no_driver(run, tmp_path):
+    lines, _ = run("error_of(call)\n", FA_SM120_DRIVER=str(tmp_path / "none.so"))
+    assert lines[0].startswith(
+        f"RuntimeError: no CUDA driver: {tmp_path / 'none.so'} cannot be opened"
+    )
+
+
+def test_a_library_that_is_no_driver(run):
+    import _ctypes
+
+    lines, _ = run("error_of(call)\n", FA_SM120_DRIVER=_ctypes.__file__)
+    assert lines[0].startswith("RuntimeError") and "driver" in lines[0]
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        "cuInit",
+        "cuDeviceGetCount",
+        "cuDeviceGet",
+        "cuDevicePrimaryCtxRetain",
+        "cuLibraryLoadData",
+        "cuLibraryGetKernel",
+        "cuKernelSetAttribute",
+        "cuLaunchKernelEx",
+    ],
+)
+def test_failing_driver_call_is_named_and_passes(run, entry):
+    """The error names the call; when the driver is well again, so are we, and the context stack is clean."""
+    code = """
+import os
+error_of(call)
+del os.environ["FAKE_FAIL"]
+error_of(call)
+"""
+    lines, launches = run(code, FAKE_FAIL=entry)
+    assert lines == [
+        f"RuntimeError: {entry} failed: unknown error (CUDA_ERROR_UNKNOWN, error 999)",
+        "no error",
+    ]
+    assert [x["depth"] for x in launches] == [1]
+
+
+def test_fork_is_explained(run):
+    lines, _ = run("error_of(call)\n", FAKE_FAIL="cuLaunchKernelEx", FAKE_ERROR="3")
+    assert "initialization error" in lines[0] and 'start worker processes with "spawn"' in lines[0]
+
+
+def test_capture_needs_a_loaded_kernel(run):
+    code = """
+import os
+os.environ["FAKE_CAPTURING"] = "1"
+error_of(call)
+os.environ["FAKE_CAPTURING"] = "0"
+call()
+os.environ["FAKE_CAPTURING"] = "1"
+error_of(call)
+"""
+    lines, launches = run(code)
+    assert "not loaded yet, and a stream under graph capture cannot load it" in lines[0]
+    assert lines[1] == "no error" and len(launches) == 2
+
+
+def test_compiler_failure_passes_through(run):
+    code = """
+from flash_attn_sm120 import jit
+compile, jit.compile = jit.compile, lambda *args: "text"
+error_of(call)
+jit.compile = compile
+error_of(call)
+"""
+    lines, _ = run(code)
+    assert lines == ["TypeError: jit.compile must return bytes, got 'text'", "no error"]
+
+
+def test_threads_that_meet_a_new_variant_together(run):
+    code = """
+from concurrent.futures import ThreadPoolExecutor
+with ThreadPoolExecutor(8) as pool:
+    print(len(list(pool.map(lambda i: call(causal=i % 2 == 0), range(64)))))
+"""
+    lines, launches = run(code)
+    assert lines == ["64"] and len(launches) == 64
+
+
+def test_devices_are_listed(run):
+    code = "version, devices = _C.devices()\nprint(version, [(d['name'], d['arch'], d['sms']) for d in devices])\n"
+    lines, _ = run(code, FAKE_ARCH="121")
+    assert lines == ["13000 [('Fake 0', 121, 170), ('Fake 1', 121, 170)]"]
+
+
+def test_float32_is_refused_before_any_launch(run):
+    code = "q = np.zeros((1, 4, 1, 64), np.float32).view(CudaArray)\nerror_of(flash_attn_func, q, q, q)\n"
+    lines, launches = run(code)
+    assert lines[0].startswith("NotImplementedError: float32") and launches == []

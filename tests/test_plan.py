@@ -1,0 +1,148 @@
+"""The dispatcher, for any architecture, on any machine."""
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from flash_attn_sm120 import explain, flash_attn_func
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120, 121)
+HEAD_DIMS = tuple(range(8, 257, 8))
+SM120_SMEM = 99 * 1024
+
+
+def shapes(head_dim=128, head_dim_v=None, seqlen_q=1024, seqlen_k=None, heads=(8, 2), batch=1):
+    """q, k, v of a shape without its memory: one row seen many times."""
+
+    def make(seqlen, heads, dim):
+        return torch.empty(dim, dtype=torch.bfloat16).expand(batch, seqlen, heads, dim)
+
+    seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+    return (
+        make(seqlen_q, heads[0], head_dim),
+        make(seqlen_k, heads[1], head_dim),
+        make(seqlen_k, heads[1], head_dim_v or head_dim),
+    )
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_head_dim_has_a_tile_within_99_kb(arch):
+    for head_dim, head_dim_v in itertools.product(HEAD_DIMS, HEAD_DIMS):
+        plan = explain(*shapes(head_dim, head_dim_v), arch=arch)
+        assert 0 < plan.smem_bytes <= SM120_SMEM, (head_dim, head_dim_v)
+        assert (
+            f"-DHEAD_DIM={head_dim}" in plan.options
+            and f"-DHEAD_DIM_V={head_dim_v}" in plan.options
+        )
+
+
+def test_smem_is_the_ring_of_stages():
+    plan = explain(*shapes(128, 128), arch=120)
+    assert plan.smem_bytes == plan.stages * plan.tile_n * (128 + 128) * 2
+
+
+@pytest.mark.parametrize("seqlen_q", [1, 63, 64, 65, 127, 128, 129, 16384])
+def test_grid_covers_the_queries(seqlen_q):
+    plan = explain(*shapes(seqlen_q=seqlen_q, seqlen_k=64, heads=(8, 2), batch=3), arch=120)
+    assert plan.blocks == -(-seqlen_q // plan.tile_m) * 8 * 3
+
+
+@pytest.mark.parametrize("batch, seqlen_q", [(0, 64), (2, 0)])
+def test_nothing_to_do_is_an_empty_grid(batch, seqlen_q):
+    assert explain(*shapes(batch=batch, seqlen_q=seqlen_q), arch=120).blocks == 0
+
+
+def test_masks_are_constants_of_the_variant():
+    q, k, v = shapes()
+    masks = {
+        "": {},
+        "_right": {"causal": True},
+        "_left": {"window_size": (16, None)},
+        "_right_left": {"window_size": (16, 16)},
+    }
+    names = {suffix: explain(q, k, v, **mask, arch=120).variant for suffix, mask in masks.items()}
+    assert names[""].endswith("_s3")
+    for suffix, name in names.items():
+        assert name.endswith("_s3" + suffix)
+
+
+def test_variant_names_are_unique_to_their_constants():
+    seen = {}
+    for head_dim, head_dim_v, causal in itertools.product(
+        HEAD_DIMS[::3], HEAD_DIMS[::3], (False, True)
+    ):
+        plan = explain(*shapes(head_dim, head_dim_v), causal=causal, arch=120)
+        assert seen.setdefault(plan.variant, plan.options) == plan.options
+    assert len(set(seen.values())) == len(seen)
+
+
+def test_heads_share_the_l2_in_groups():
+    """Short sequences run all heads together; long ones as many KV heads as half of the L2 holds."""
+    short = explain(*shapes(seqlen_q=512, heads=(32, 8)), arch=90)
+    assert short.group_heads == 32
+    long = explain(*shapes(seqlen_q=16384, heads=(32, 8)), arch=90)
+    assert long.group_heads == (25 << 20) // (16384 * 256 * 2) * 4
+    huge = explain(*shapes(seqlen_q=1 << 20, heads=(32, 8)), arch=90)
+    assert huge.group_heads == 4, "never less than the heads that share one KV head"
+
+
+def test_more_blocks_than_a_grid_has():
+    q, k, v = shapes(seqlen_q=1 << 20, seqlen_k=64, heads=(1 << 10, 1), batch=1 << 10)
+    with pytest.raises(ValueError, match="thread blocks"):
+        explain(q, k, v, arch=120)
+
+
+def test_every_choice_has_a_reason():
+    plan = explain(*shapes(), arch=120)
+    assert {"kernel", "tile", "group_heads"} <= set(plan.reasons)
+    assert all(plan.reasons.values())
+    assert plan.variant in str(plan) and plan.reasons["tile"] in str(plan)
+
+
+def test_cpu_calls_say_so():
+    q = torch.zeros(1, 4, 1, 8)
+    plan = explain(q, q, q)
+    assert plan.kernel == "cpu" and plan.threads >= 1 and "reference" in plan.reasons["kernel"]
+
+
+def test_explain_launches_and_changes_nothing():
+    q = torch.randn(1, 4, 1, 8)
+    before = q.clone()
+    explain(q, q, q)
+    assert torch.equal(q, before)
+
+
+@pytest.mark.parametrize("arch, smem_per_sm", [(90, 228 << 10), (80, 164 << 10), (100, 228 << 10)])
+def test_limits_pad_to_the_blocks_per_sm_of_sm120(arch, smem_per_sm):
+    """FA_SM120_LIMITS=120: as many blocks fit as on sm_120, and not one more."""
+    code = f"""
+import sys; sys.path[:0] = {sys.path!r}
+from test_plan import shapes
+from flash_attn_sm120 import explain
+for head_dim in (64, 96, 128, 192, 256):
+    native, padded = (explain(*shapes(head_dim), arch=a) for a in (120, {arch}))
+    print(native.blocks_per_sm, padded.blocks_per_sm, padded.smem_bytes, padded.smem_request)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "FA_SM120_LIMITS": "120"},
+        capture_output=True,
+        text=True,
+    )
+    rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(rows) == 5, done.stderr
+    for native, padded, needed, request in rows:
+        assert padded == native
+        assert request >= needed
+        assert padded * (request + 1024) <= smem_per_sm < (padded + 1) * (request + 1024)
+
+
+def test_explain_raises_what_the_call_raises():
+    q, k, v = shapes()
+    for call in (explain, flash_attn_func):
+        with pytest.raises(ValueError, match="multiple of the heads"):
+            call(q[:, :, :3], k, v)
