@@ -1,0 +1,203 @@
+"""What does a call cost besides the GPU's work?
+
+    python benchmarks/overhead.py --output overhead.jsonl
+
+Host microseconds per call, seconds of a variant's first call (compiled; from the disk cache), and
+the import time of the package beyond torch's. What needs a GPU is left out without one, and said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import harness
+import torch
+import torch.nn.functional as F
+from harness import OURS, Contestant
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import flash_attn_sm120
+
+# The GPU finishes a call of this shape about as fast as the host enqueues it, and a launch queue
+# holds some 1000 kernels: CALLS of them never make the host wait. On a CPU the call *is* the work,
+# so the work is made as small as it gets.
+SHAPE = {"cuda": (1, 128, 4, 64), "cpu": (1, 1, 1, 8)}
+CALLS = 200
+
+# A subprocess: a variant that this process has loaded cannot be met for the first time again.
+FIRST_CALL = """
+import json, time
+import torch
+import flash_attn_sm120
+q, k, v = (torch.randn(1, 256, 4, 128, dtype=torch.bfloat16, device="cuda") for _ in range(3))
+torch.cuda.synchronize()
+seconds = []
+for _ in range(2):
+    begin = time.perf_counter()
+    flash_attn_sm120.flash_attn_func(q, k, v, causal=True)
+    torch.cuda.synchronize()
+    seconds.append(time.perf_counter() - begin)
+print(json.dumps(seconds))
+"""
+
+IMPORT = """
+import json, time
+import torch
+begin = time.perf_counter()
+import flash_attn_sm120
+print(json.dumps([time.perf_counter() - begin]))
+"""
+
+
+# ------------------------------------------------------------------------------------- per call
+
+
+def contestants(device: str) -> list[Contestant]:
+    """Calls on one tiny problem. torch.empty_like is the yardstick: the least that an op costs."""
+    q = torch.randn(SHAPE[device], dtype=torch.bfloat16, device=device)
+    qt = q.transpose(1, 2)
+    ours = flash_attn_sm120.flash_attn_func
+    calls = [
+        Contestant("torch.empty_like", lambda: torch.empty_like(q)),
+        Contestant(OURS, lambda: ours(q, q, q)),
+        Contestant("ours, return_lse", lambda: ours(q, q, q, return_lse=True)),
+        Contestant(
+            "sdpa-flash",
+            lambda: F.scaled_dot_product_attention(qt, qt, qt),
+            functools.partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION),
+        ),
+    ]
+    if device == "cuda":
+        op = torch.ops.aten._scaled_dot_product_flash_attention
+        calls.append(Contestant("aten flash op", lambda: op(qt, qt, qt)))
+    return calls
+
+
+def host_us(call: Callable[[], object], device: str) -> float:
+    """Microseconds to enqueue one call, averaged over CALLS between two synchronisations."""
+    harness.synchronize(device)
+    begin = time.perf_counter()
+    for _ in range(CALLS):
+        call()
+    elapsed = time.perf_counter() - begin
+    harness.synchronize(device)
+    return elapsed / CALLS * 1e6
+
+
+@torch.no_grad()
+def per_call(device: str, repeats: int) -> dict[str, list[float]]:
+    """Samples of each contestant, taken in turn; the first of each warms up and is dropped."""
+    samples: dict[str, list[float]] = {}
+    entrants = contestants(device)
+    gc.disable()  # a collection would be charged to whoever is being timed
+    for _ in range(repeats + 1):
+        for contestant in entrants:
+            with contestant.context():  # not part of a call
+                samples.setdefault(contestant.name, []).append(host_us(contestant.call, device))
+    gc.enable()
+    return {name: values[1:] for name, values in samples.items()}
+
+
+# ---------------------------------------------------------------------------------- per process
+
+
+def in_subprocess(code: str, **environment: str) -> list[float]:
+    """The numbers that a fresh Python prints as its last line."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        # -c looks in the working directory first: there it finds the package of this process
+        cwd=Path(flash_attn_sm120.__file__).parents[1],
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def first_calls(repeats: int) -> tuple[dict[str, list[float]], list[str]]:
+    """Seconds of first calls, and what could not be measured."""
+    cold, warm, second = [], [], []
+    for _ in range(repeats):
+        with tempfile.TemporaryDirectory() as cache:
+            fresh = {"FA_SM120_CACHE_DIR": cache}
+            seconds, again = in_subprocess(FIRST_CALL, **fresh)
+            if not any(path.is_file() for path in Path(cache).rglob("*")):
+                return {"first call": [seconds]}, [
+                    "compiled and from the disk cache: nothing was written to FA_SM120_CACHE_DIR "
+                    "(the variant is prebuilt, or the cache is elsewhere)"
+                ]
+            cold.append(seconds)
+            second.append(again)
+            warm.append(in_subprocess(FIRST_CALL, **fresh)[0])
+    return {
+        "first call, compiled": cold,
+        "first call, from the disk cache": warm,
+        "second call (to its end on the GPU)": second,
+    }, []
+
+
+def import_seconds(repeats: int) -> list[float]:
+    """Seconds of `import flash_attn_sm120` where torch is loaded; the first run reads the disk."""
+    return [in_subprocess(IMPORT)[0] for _ in range(repeats + 1)][1:]
+
+
+# ----------------------------------------------------------------------------------------- main
+
+
+def report(records: harness.Records, unit: str, samples: dict[str, list[float]]) -> None:
+    """Adds the records and prints the table of one kind of sample."""
+    rows = []
+    for name, values in samples.items():
+        median, low, high = statistics.median(values), min(values), max(values)
+        if len(values) >= 4:  # fewer have no quartiles
+            low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+        records.add(what=name, unit=unit, median=median, low=low, high=high, samples=len(values))
+        rows.append((name, *(f"{x:.4g}" for x in (median, low, high)), len(values)))
+    print(harness.markdown(("what", unit, "low", "high", "samples"), rows), end="\n\n")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
+    parser.add_argument("--repeats", type=int, default=50, help=f"of {CALLS} calls each")
+    parser.add_argument("--processes", type=int, default=3, help="of each kind; imports: twice")
+    parser.add_argument("--output", type=Path, metavar="FILE.jsonl")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse_args()
+    harness.require_device(args.device)
+    records = harness.Records(args.output, "overhead", args.device)
+    print(harness.headline(records.header))
+    print(
+        f"Calls without autograd on {SHAPE[args.device]}; low, high: quartiles, or the extremes "
+        "of fewer than 4 samples\n"
+    )
+    report(records, "us per call", per_call(args.device, args.repeats))
+    seconds = {"import beyond torch's": import_seconds(2 * args.processes)}
+    left_out = ["enqueueing on a GPU, the aten flash op, first calls: no CUDA device in this run"]
+    if args.device == "cuda":
+        measured, left_out = first_calls(args.processes)
+        seconds |= measured
+    report(records, "seconds", seconds)
+    for what in left_out:
+        records.add(what=what, left_out=True)
+        print(f"left out: {what}")
+
+
+if __name__ == "__main__":
+    main()
