@@ -35,7 +35,7 @@ def _dotted(arch: int) -> str:
 def _compiler() -> str:
     """NVRTC's version, or why there is none."""
     try:
-        return "NVRTC {}.{}".format(*jit.load_nvrtc()[1])
+        return "NVRTC {}.{}".format(*jit.nvrtc_version())
     except RuntimeError as error:
         return str(error)
 

@@ -65,7 +65,7 @@ def compile(
     if shipped and (driver_version == 0 or _cuda_major(shipped) <= driver_version // 1000):
         return shipped.read_bytes()
     try:
-        _, version = load_nvrtc()
+        version = nvrtc_version()
         _check_driver(version, driver_version)
         job = job._replace(arch=architecture(compute_capability, version))
     except RuntimeError:
@@ -187,6 +187,23 @@ def _cuda_major(prebuilt: Path) -> int:
 
 
 # ---- NVRTC ---------------------------------------------------------------------------------------
+
+
+def nvrtc_version() -> Version:
+    """The version of NVRTC: of its wheel where there is one, which need not be loaded for that.
+
+    Raises:
+        RuntimeError: as :func:`load_nvrtc`.
+    """
+    from importlib import metadata
+
+    try:
+        bindings = metadata.version("cuda-bindings")
+        wheel = "nvidia-cuda-nvrtc-cu12" if bindings.startswith("12.") else "nvidia-cuda-nvrtc"
+        major, minor = metadata.version(wheel).split(".")[:2]
+    except metadata.PackageNotFoundError:
+        return load_nvrtc()[1]
+    return int(major), int(minor)
 
 
 def load_nvrtc() -> tuple[ModuleType, Version]:

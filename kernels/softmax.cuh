@@ -1,9 +1,9 @@
 /* Softmax over the keys, sub-tile by sub-tile, in powers of two: p = 2^(s * scale_log2 - m).
  *
- * m need not be the maximum so far, it only has to keep p in range: any m cancels in the end. So the usual step
- * takes the m it finds, and asks the warp once whether that was too small. Only then, which after the first keys
- * is rare, is the true maximum taken, and what was summed before rescaled. A row that has seen a key has a sum
- * of at least about 1, as m is always the score of some key it has seen: accuracy is that of the usual algorithm. */
+ * m need not be the maximum so far, it only has to keep p in range: any m cancels in the end. So
+ * the fast tiles take m from the careful ones, and nobody looks for a maximum, rescales or branches.
+ * At the end, out_of_range() tells whether that was enough. A sum is never too small: m belongs to
+ * a key that the row has seen. */
 #ifndef FA_SOFTMAX_CUH
 #define FA_SOFTMAX_CUH
 
@@ -12,11 +12,15 @@
 #define INF __int_as_float(0x7f800000)
 constexpr float LN2 = 0.693147180559945f;
 
-/* The m of a row that has not seen any key. Finite, so that nothing becomes NaN: a hidden key (-inf) still has p = 0, and
- * any visible one a p of +inf, which asks for its maximum. */
+/* m lies so far above the maximum that the sum of 2^16 of the largest bf16 values is still in the
+ * range of fp32. bf16 has exponents to spare for p; those of fp16 are few, and its values small. */
+constexpr float ABOVE_MAXIMUM = DTYPE_BF16 ? 16.0f : 0.0f;
+
+/* The m of a row that has not seen any key. Finite, so that nothing becomes NaN: a hidden key (-inf)
+ * has p = 0, and a visible one, in a fast tile, a p of +inf, which is out of range. */
 constexpr float NO_KEY_YET = -3.4028234e38f;
 
-/* A thread's sum of exponentials may reach this. bf16 and fp32 hold the numbers up to 2^127. */
+/* A thread's sum of exponentials may reach this: bf16 and fp32 hold the numbers up to 2^128. */
 constexpr float SUM_LIMIT = 1.1529215e18f; /* 2^60 */
 
 __device__ __forceinline__ void clear(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
@@ -94,7 +98,7 @@ __device__ __forceinline__ void raise_max(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
             for (int n = 0; n < S_FRAGS; n++)
 #pragma unroll
                 for (int e = 0; e < 2; e++)
-                    row_max = fmaxf(row_max, S_rmem[m][n][2 * half + e]);
+                    row_max = fmaxf(row_max, S_rmem[m][n][2 * half + e] + ABOVE_MAXIMUM);
             /* The four lanes of a quad share the row. */
             row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 1));
             row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 2));

@@ -256,6 +256,12 @@ def test_output_at_the_end_of_the_range(device, dtype, make_qkv):
 # ---- NaN and inf ---------------------------------------------------------------------------------
 
 
+def assert_same_but_rounding(x, clean):
+    """Bad numbers may change the order of sums in their block of rows, and nothing else."""
+    eps = torch.finfo(x.dtype).eps
+    torch.testing.assert_close(x, clean, rtol=2 * eps, atol=2 * eps)
+
+
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids=str)
 @pytest.mark.parametrize(
     "window_size", [(None, 0), (10, None), (10, 0), (-5, 20), (None, -5)], ids=str
@@ -273,8 +279,8 @@ def test_what_is_masked_stays_out(device, dtype, make_qkv, window_size, poison):
     visible = visible_keys(torch.arange(150, device=q.device), 150, *window_size)
     innocent = ~(visible & bad).any(dim=1)
     assert 60 < innocent.sum() < 150
-    assert torch.equal(out[:, innocent], clean[:, innocent])
-    assert torch.equal(lse[..., innocent], clean_lse[..., innocent])
+    assert_same_but_rounding(out[:, innocent], clean[:, innocent])
+    assert_same_but_rounding(lse[..., innocent], clean_lse[..., innocent])
 
 
 @pytest.mark.parametrize("where", ["q", "k", "v"])
@@ -295,9 +301,9 @@ def test_visible_nan_reaches_who_sees_it(device, dtype, make_qkv, where):
     else:
         hit[1, seeing, 2:, 3] = True
     assert torch.equal(out.isnan(), hit)
-    assert torch.equal(out[~hit], clean[~hit])
+    assert_same_but_rounding(out[~hit], clean[~hit])
     if where == "v":
-        assert torch.equal(lse, clean_lse)
+        assert_same_but_rounding(lse, clean_lse)
 
 
 # ---- layouts -------------------------------------------------------------------------------------

@@ -90,8 +90,13 @@ def compilations(nvrtc, monkeypatch):
         return module.nvrtcCompileProgram(program, count, flags)
 
     recorder = SimpleNamespace(**{**vars(module), "nvrtcCompileProgram": compile_program})
-    monkeypatch.setattr(jit, "load_nvrtc", lambda: (recorder, version))
+    pretend_nvrtc(monkeypatch, recorder, version)
     return calls
+
+
+def pretend_nvrtc(monkeypatch, module, version):
+    monkeypatch.setattr(jit, "load_nvrtc", lambda: (module, version))
+    monkeypatch.setattr(jit, "nvrtc_version", lambda: version)
 
 
 def without_nvrtc(monkeypatch):
@@ -177,8 +182,7 @@ def test_nvrtc_cache_is_off_where_there_is_one(
     kernels, nvrtc, compilations, monkeypatch, version, cached_by_nvrtc
 ):
     """12.8 does not know the option, and later ones would hide ptxas's log behind a hit."""
-    recorder, _ = jit.load_nvrtc()
-    monkeypatch.setattr(jit, "load_nvrtc", lambda: (recorder, version))
+    pretend_nvrtc(monkeypatch, jit.load_nvrtc()[0], version)
     compile_tiny(120)
     assert ("--no-cache" in compilations[0]) == cached_by_nvrtc
     assert compilations[0][0] == f"--gpu-architecture={jit.architecture(120, version)}"
@@ -210,9 +214,42 @@ def test_options_and_compilers_have_files_of_their_own(kernels, nvrtc, compilati
     compile_tiny()
     assert len(compilations) == 3
     recorder, (major, minor) = jit.load_nvrtc()
-    monkeypatch.setattr(jit, "load_nvrtc", lambda: (recorder, (major, minor + 1)))
+    pretend_nvrtc(monkeypatch, recorder, (major, minor + 1))
     compile_tiny()
     assert len(compilations) == 4
+
+
+def test_version_is_that_of_the_library(nvrtc):
+    """The wheel's version, read without loading, is what the library says of itself."""
+    assert jit.nvrtc_version() == jit.load_nvrtc()[1]
+
+
+def test_version_of_an_nvrtc_without_a_wheel(nvrtc, monkeypatch):
+    """conda and toolkits install no distribution of that name: then the library is asked."""
+    from importlib import metadata
+
+    def version(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(jit, "load_nvrtc", lambda: (None, (12, 9)))
+    assert jit.nvrtc_version() == (12, 9)
+
+
+@pytest.mark.parametrize(
+    "bindings, wheel", [("12.9.4", "nvidia-cuda-nvrtc-cu12"), ("13.0.1", "nvidia-cuda-nvrtc")]
+)
+def test_version_is_of_the_wheel_that_cuda_bindings_loads(monkeypatch, bindings, wheel):
+    from importlib import metadata
+
+    monkeypatch.setattr(metadata, "version", {"cuda-bindings": bindings, wheel: "12.9.86"}.get)
+    assert jit.nvrtc_version() == (12, 9)
+
+
+def test_cached_kernels_need_no_nvrtc(kernels, nvrtc, monkeypatch):
+    cubin = compile_tiny()
+    without_nvrtc(monkeypatch)
+    assert compile_tiny() == cubin
 
 
 def test_an_unusable_cache_compiles_every_time(kernels, nvrtc, compilations, monkeypatch):
