@@ -112,24 +112,34 @@ static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile
     plan->threads = tile->warps * 32;
 }
 
-/* Blocks run group by group, so that the K and V that a group reads fill at most half of the L2. */
+/* Blocks run group by group, so that the K and V that a group reads fill at most half of the L2. All
+ * groups are equal: a smaller last one would leave multiprocessors idle at the end. */
+static int group_heads(const struct fa_shape *shape, const struct fa_device *device)
+{
+    const int64_t kv_heads = (int64_t)shape->batch * shape->heads_kv;
+    const int64_t kv_bytes = (int64_t)shape->seqlen_k * (shape->head_dim + shape->head_dim_v) * 2;
+    const int64_t fit = MAX(1, device->l2_bytes / 2 / MAX(1, kv_bytes));
+    int64_t in_group = MIN(kv_heads, fit);
+    while (in_group > 1 && kv_heads % in_group != 0)
+        in_group--;
+    return (int)(in_group * (shape->heads_q / shape->heads_kv));
+}
+
 static int set_grid(const struct fa_shape *shape, const struct fa_device *device,
                     struct fa_plan *plan, struct fa_plan_error *error)
 {
     const int64_t heads = (int64_t)shape->batch * shape->heads_q;
-    const int64_t kv_bytes = (int64_t)shape->seqlen_k * (shape->head_dim + shape->head_dim_v) * 2;
-    const int64_t kv_heads = MAX(1, device->l2_bytes / 2 / MAX(1, kv_bytes));
     plan->m_blocks = CEIL_DIV(shape->seqlen_q, plan->tile_m);
     const int64_t blocks = heads * plan->m_blocks;
     if (blocks > INT32_MAX)
         return refuse(error, false,
                       "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
-    plan->group_heads = (int)MIN(heads, kv_heads * (shape->heads_q / shape->heads_kv));
     plan->blocks = (int)blocks;
+    plan->group_heads = group_heads(shape, device);
     because(plan, "group_heads",
             plan->group_heads == heads
                 ? "K and V of all heads fit in half of the L2"
-                : "as many heads at a time as keep K and V in half of the L2");
+                : "as many heads at a time as keep K and V in half of the L2, in equal groups");
     return 0;
 }
 

@@ -84,8 +84,9 @@ def test_heads_share_the_l2_in_groups():
     """Short sequences run all heads together; long ones as many KV heads as half of the L2 holds."""
     short = explain(*shapes(seqlen_q=512, heads=(32, 8)), arch=90)
     assert short.group_heads == 32
-    long = explain(*shapes(seqlen_q=16384, heads=(32, 8)), arch=90)
-    assert long.group_heads == (25 << 20) // (16384 * 256 * 2) * 4
+    long = explain(*shapes(seqlen_q=8192, heads=(32, 8)), arch=90)
+    assert (25 << 20) // (8192 * 256 * 2) == 6, "of 8 KV heads, 6 fit in half of 50 MB"
+    assert long.group_heads == 4 * 4, "two equal groups, not 6 and 2"
     huge = explain(*shapes(seqlen_q=1 << 20, heads=(32, 8)), arch=90)
     assert huge.group_heads == 4, "never less than the heads that share one KV head"
 
