@@ -18,21 +18,23 @@ PyObject *fa_state_import(PyObject **slot, const char *name)
 
 /* ---- methods --------------------------------------------------------------------------------- */
 
-/* The positional arguments that forward() and explain() share, in the order of struct fa_arguments.
- */
+/* The positional arguments that forward() and explain() share, in the order of struct fa_arguments;
+ * one of their own follows. */
 #define SHARED_ARGUMENTS 8
 
-static int unpack(const char *function, PyObject *const *args, Py_ssize_t count,
-                  struct fa_arguments *arguments)
+/* Reads the shared arguments. 0, or -1 with the exception set; fa_problem_release in both cases. */
+static int read_call(PyObject *module, const char *function, PyObject *const *args,
+                     Py_ssize_t count, struct fa_problem *problem)
 {
+    memset(problem, 0, sizeof *problem);
     if (count != SHARED_ARGUMENTS + 1) {
         PyErr_Format(PyExc_TypeError, "%s() takes %d arguments, got %d", function,
                      SHARED_ARGUMENTS + 1, (int)count);
         return -1;
     }
-    *arguments = (struct fa_arguments){args[0], args[1], args[2], args[3],
-                                       args[4], args[5], args[6], args[7]};
-    return 0;
+    const struct fa_arguments arguments = {args[0], args[1], args[2], args[3],
+                                           args[4], args[5], args[6], args[7]};
+    return fa_problem_read(PyModule_GetState(module), &arguments, problem);
 }
 
 static int run(struct fa_state *state, const struct fa_problem *problem)
@@ -48,30 +50,29 @@ static int run(struct fa_state *state, const struct fa_problem *problem)
 static PyObject *forward(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
     struct fa_state *state = PyModule_GetState(module);
-    struct fa_arguments arguments;
     struct fa_problem problem;
-    if (unpack("forward", args, count, &arguments) < 0)
-        return NULL;
     PyObject *result = NULL;
+    if (read_call(module, "forward", args, count, &problem) < 0)
+        goto done;
     int return_lse = PyObject_IsTrue(args[SHARED_ARGUMENTS]);
-    if (fa_problem_read(state, &arguments, &problem) == 0 && return_lse >= 0 &&
-        fa_problem_allocate(state, return_lse, &problem) == 0 && run(state, &problem) == 0)
+    if (return_lse >= 0 && fa_problem_allocate(state, return_lse, &problem) == 0 &&
+        run(state, &problem) == 0)
         result = PyTuple_Pack(2, problem.out.object, return_lse ? problem.lse.object : Py_None);
+done:
     fa_problem_release(&problem);
     return result;
 }
 
 static PyObject *explain(PyObject *module, PyObject *const *args, Py_ssize_t count)
 {
-    struct fa_state *state = PyModule_GetState(module);
-    struct fa_arguments arguments;
     struct fa_problem problem;
-    if (unpack("explain", args, count, &arguments) < 0)
-        return NULL;
     PyObject *result = NULL;
+    if (read_call(module, "explain", args, count, &problem) < 0)
+        goto done;
     long arch = PyLong_AsLong(args[SHARED_ARGUMENTS]);
-    if (!(arch == -1 && PyErr_Occurred()) && fa_problem_read(state, &arguments, &problem) == 0)
-        result = fa_explain(state, &problem, (int)arch);
+    if (!PyErr_Occurred())
+        result = fa_explain(PyModule_GetState(module), &problem, (int)arch);
+done:
     fa_problem_release(&problem);
     return result;
 }

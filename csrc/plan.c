@@ -112,8 +112,8 @@ static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile
     plan->threads = tile->warps * 32;
 }
 
-/* Blocks run group by group, so that the K and V that a group reads fill at most half of the L2. All
- * groups are equal: a smaller last one would leave multiprocessors idle at the end. */
+/* Blocks run group by group, so that the K and V that a group reads fill at most half of the L2.
+ * All groups are equal: a smaller last one would leave multiprocessors idle at the end. */
 static int group_heads(const struct fa_shape *shape, const struct fa_device *device)
 {
     const int64_t kv_heads = (int64_t)shape->batch * shape->heads_kv;

@@ -202,7 +202,6 @@ static int read_sink(struct fa_state *state, PyObject *object, struct fa_problem
 int fa_problem_read(struct fa_state *state, const struct fa_arguments *arguments,
                     struct fa_problem *problem)
 {
-    memset(problem, 0, sizeof *problem);
     struct fa_tensor *q = &problem->q, *k = &problem->k, *v = &problem->v;
     if (fa_tensor_read(state, arguments->q, "q", 4, q) < 0 ||
         fa_tensor_read(state, arguments->k, "k", 4, k) < 0 ||

@@ -37,8 +37,8 @@ struct fa_arguments {
     PyObject *q, *k, *v, *softmax_scale, *causal, *window_size, *softcap, *sink;
 };
 
-/* Reads and checks all arguments; out and lse are not allocated yet. 0, or -1 with the exception of
- * the design set; fa_problem_release in both cases. */
+/* Reads and checks all arguments into a zeroed problem; out and lse are not allocated yet. 0, or -1
+ * with the exception of the design set; fa_problem_release in both cases. */
 int fa_problem_read(struct fa_state *state, const struct fa_arguments *arguments,
                     struct fa_problem *problem);
 

@@ -1,7 +1,8 @@
 /* The structs that host and device share, byte for byte.
  *
- * Read by NVRTC without any header, and by the C compiler of the host. Strides count elements, and are
- * 64-bit because one tensor may hold more than 2^31 elements; the innermost stride is always 1. */
+ * Read by NVRTC without any header, and by the C compiler of the host. Strides count elements, and
+ * are 64-bit because one tensor may hold more than 2^31 elements; the innermost stride is always 1.
+ */
 #ifndef FA_PARAMS_H
 #define FA_PARAMS_H
 
@@ -21,19 +22,19 @@ struct fa_strides {
 
 /* The single argument of kernels/forward.cu. */
 struct fa_forward_params {
-    const void *q;    /* [batch, seqlen_q, heads_q, head_dim] */
-    const void *k;    /* [batch, seqlen_k, heads_kv, head_dim] */
-    const void *v;    /* [batch, seqlen_k, heads_kv, head_dim_v] */
-    void *out;        /* [batch, seqlen_q, heads_q, head_dim_v] */
-    float *lse;       /* [batch, heads_q, seqlen_q], contiguous, natural log; NULL: not wanted */
+    const void *q; /* [batch, seqlen_q, heads_q, head_dim] */
+    const void *k; /* [batch, seqlen_k, heads_kv, head_dim] */
+    const void *v; /* [batch, seqlen_k, heads_kv, head_dim_v] */
+    void *out;     /* [batch, seqlen_q, heads_q, head_dim_v] */
+    float *lse;    /* [batch, heads_q, seqlen_q], contiguous, natural log; NULL: not wanted */
     struct fa_strides q_stride, k_stride, v_stride, out_stride;
     int batch, heads_q, heads_per_kv; /* heads_per_kv = heads_q / heads_kv */
     int seqlen_q, seqlen_k;
-    int m_blocks;        /* ceil(seqlen_q / TILE_M) */
-    int group_heads;     /* (batch, head) pairs that share the L2 at a time: see tile order in forward.cu */
-    int window_left;     /* keys a query sees before its diagonal; read only where MASK_LEFT */
-    int window_right;    /* and after it; read only where MASK_RIGHT, 0 for causal */
-    float scale_log2;    /* softmax_scale * log2(e) */
+    int m_blocks;     /* ceil(seqlen_q / TILE_M) */
+    int group_heads;  /* (batch, head) pairs that run together, see query_place in forward.cu */
+    int window_left;  /* keys a query sees before its diagonal; read only where MASK_LEFT */
+    int window_right; /* and after it; read only where MASK_RIGHT, 0 for causal */
+    float scale_log2; /* softmax_scale * log2(e) */
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 176, "host and device disagree on the layout");

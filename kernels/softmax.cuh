@@ -1,9 +1,9 @@
 /* Softmax over the keys, sub-tile by sub-tile, in powers of two: p = 2^(s * scale_log2 - m).
  *
  * m need not be the maximum so far, it only has to keep p in range: any m cancels in the end. So
- * the fast tiles take m from the careful ones, and nobody looks for a maximum, rescales or branches.
- * At the end, out_of_range() tells whether that was enough. A sum is never too small: m belongs to
- * a key that the row has seen. */
+ * the fast tiles take m from the careful ones, and nobody looks for a maximum, rescales or
+ * branches. At the end, out_of_range() tells whether that was enough. A sum is never too small: m
+ * belongs to a key that the row has seen. */
 #ifndef FA_SOFTMAX_CUH
 #define FA_SOFTMAX_CUH
 
@@ -16,8 +16,8 @@ constexpr float LN2 = 0.693147180559945f;
  * range of fp32. bf16 has exponents to spare for p; those of fp16 are few, and its values small. */
 constexpr float ABOVE_MAXIMUM = DTYPE_BF16 ? 16.0f : 0.0f;
 
-/* The m of a row that has not seen any key. Finite, so that nothing becomes NaN: a hidden key (-inf)
- * has p = 0, and a visible one, in a fast tile, a p of +inf, which is out of range. */
+/* The m of a row that has not seen any key. Finite, so that nothing becomes NaN: a hidden key
+ * (-inf) has p = 0, and a visible one, in a fast tile, a p of +inf, which is out of range. */
 constexpr float NO_KEY_YET = -3.4028234e38f;
 
 /* A thread's sum of exponentials may reach this: bf16 and fp32 hold the numbers up to 2^128. */

@@ -1,8 +1,9 @@
 /* Tiles of keys and values: the ring in shared memory, and the two products that read it.
  *
- *     dynamic shared memory = STAGES * TILE_N * (D_PADDED + DV_PADDED) * 2 bytes        (plan.c: same)
+ *     dynamic shared memory = STAGES * TILE_N * (D_PADDED + DV_PADDED) * 2 bytes
  *
- * where D_PADDED and DV_PADDED are the head dims rounded up to a multiple of 16. A stage is a K tile and a V tile. */
+ * where D_PADDED and DV_PADDED are the head dims rounded up to a multiple of 16: a stage is a K tile
+ * and a V tile. forward_smem() in csrc/plan.c computes the same. */
 #ifndef FA_TILE_CUH
 #define FA_TILE_CUH
 
@@ -188,7 +189,8 @@ __device__ __forceinline__ void add_values(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
         }
 }
 
-/* A 4x4 transpose of words in the four lanes of a quad: lane t passes word t of four rows, and receives row t. */
+/* A 4x4 transpose of words in the four lanes of a quad: lane t passes word t of four rows, and
+ * receives row t. */
 __device__ __forceinline__ uint4 quad_transpose(unsigned x0, unsigned x1, unsigned x2, unsigned x3)
 {
     const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;

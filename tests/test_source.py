@@ -48,12 +48,17 @@ def test_python_style():
 
 def test_c_style():
     done = subprocess.run(
-        [tool("clang-format"), "--dry-run", "-Werror", *map(str, HOST)],
+        [tool("clang-format"), "--dry-run", "-Werror", *map(str, [*HOST, *KERNELS])],
         capture_output=True,
         text=True,
         cwd=ROOT,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("path", [*HOST, *KERNELS], ids=lambda p: str(p.relative_to(ROOT)))
+def test_lines_are_short(path):
+    assert [line for line in path.read_text().splitlines() if len(line) > 100] == []
 
 
 def test_types():
