@@ -2,8 +2,8 @@
  *
  *     dynamic shared memory = STAGES * TILE_N * (D_PADDED + DV_PADDED) * 2 bytes
  *
- * where D_PADDED and DV_PADDED are the head dims rounded up to a multiple of 16: a stage is a K tile
- * and a V tile. forward_smem() in csrc/plan.c computes the same. */
+ * where D_PADDED and DV_PADDED are the head dims rounded up to a multiple of 16: a stage is a K
+ * tile and a V tile. forward_smem() in csrc/plan.c computes the same. */
 #ifndef FA_TILE_CUH
 #define FA_TILE_CUH
 
