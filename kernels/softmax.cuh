@@ -53,14 +53,9 @@ __device__ __forceinline__ void exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS
         for (int half = 0; half < 2; half++) /* row g, then row g + 8 */
 #pragma unroll
             for (int n = 0; n < S_FRAGS; n++) {
-#ifdef X_NOEXP
-                const float p0 = S_rmem[m][n][2 * half];
-                const float p1 = S_rmem[m][n][2 * half + 1];
-#else
                 const float p0 = exp2_approx(S_rmem[m][n][2 * half] * scale - m_rmem[m][half]);
                 const float p1 = exp2_approx(S_rmem[m][n][2 * half + 1] * scale - m_rmem[m][half]);
                 l_rmem[m][half] += p0 + p1;
-#endif
                 P_rmem[m][n / 2][n % 2 * 2 + half] = pack(p0, p1);
             }
 }

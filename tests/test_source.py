@@ -159,3 +159,15 @@ def test_version_is_in_one_place():
     import flash_attn_sm120
 
     assert f'version = "{flash_attn_sm120.__version__}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_kernels_have_no_switches_but_their_constants():
+    """What is compiled is decided by the fields of csrc/variant.h: nothing is cut out for a measurement."""
+    known = set(re.findall(r'X\(\w+, "(\w+)"\)', (ROOT / "csrc/variant.h").read_text()))
+    for path in KERNELS:
+        tested = set(
+            re.findall(r"^#(?:if|ifdef|ifndef|elif)\s+(\w+)", path.read_text(), flags=re.M)
+        )
+        assert tested <= known | {f"FA_{path.name.replace('.', '_').upper()}", "__CUDACC_RTC__"}, (
+            path
+        )
