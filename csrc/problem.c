@@ -88,22 +88,24 @@ static int read_scalars(const struct fa_arguments *arguments, struct fa_shape *s
 
 /* ---- tensors --------------------------------------------------------------------------------- */
 
-/* Dtype and device as q's. */
-static int check_like_q(const struct fa_tensor *q, const struct fa_tensor *tensor, const char *name)
+static int check_device(const struct fa_tensor *q, const struct fa_tensor *tensor, const char *name)
 {
-    if (tensor->dtype != q->dtype) {
-        PyErr_Format(PyExc_TypeError, "%s must be %s like q, got %s", name, fa_dtype_name(q->dtype),
-                     fa_dtype_name(tensor->dtype));
-        return -1;
-    }
-    if (tensor->device_type != q->device_type || tensor->device_id != q->device_id) {
-        static const char *const kinds[] = {"", "cpu", "cuda"};
-        PyErr_Format(PyExc_ValueError, "%s must be on q's device, %s:%d, got %s:%d", name,
-                     kinds[q->device_type], q->device_id, kinds[tensor->device_type],
-                     tensor->device_id);
-        return -1;
-    }
-    return 0;
+    if (tensor->device_type == q->device_type && tensor->device_id == q->device_id)
+        return 0;
+    char expected[FA_DEVICE_NAME_SIZE], got[FA_DEVICE_NAME_SIZE];
+    fa_device_name(q, expected);
+    fa_device_name(tensor, got);
+    PyErr_Format(PyExc_ValueError, "%s must be on q's device, %s, got %s", name, expected, got);
+    return -1;
+}
+
+static int check_dtype(const struct fa_tensor *q, const struct fa_tensor *tensor, const char *name)
+{
+    if (tensor->dtype == q->dtype)
+        return 0;
+    PyErr_Format(PyExc_TypeError, "%s must be %s like q, got %s", name, fa_dtype_name(q->dtype),
+                 fa_dtype_name(tensor->dtype));
+    return -1;
 }
 
 static int check_size(const struct fa_tensor *tensor, const char *name, int dimension,
@@ -152,7 +154,8 @@ static int check_counts(const struct fa_tensor *tensor, const char *name)
 static int check_shapes(const struct fa_tensor *q, const struct fa_tensor *k,
                         const struct fa_tensor *v)
 {
-    if (check_like_q(q, k, "k") < 0 || check_like_q(q, v, "v") < 0)
+    if (check_dtype(q, k, "k") < 0 || check_device(q, k, "k") < 0 || check_dtype(q, v, "v") < 0 ||
+        check_device(q, v, "v") < 0)
         return -1;
     if (check_counts(q, "q") < 0 || check_counts(k, "k") < 0 || check_counts(v, "v") < 0)
         return -1;
@@ -188,12 +191,9 @@ static int read_sink(struct fa_state *state, PyObject *object, struct fa_problem
     problem->shape.has_sink = true;
     struct fa_tensor *sink = &problem->sink;
     if (fa_tensor_read(state, object, "learnable_sink", 1, sink) < 0 ||
-        check_size(sink, "learnable_sink", 0, "q's heads", problem->shape.heads_q) < 0)
+        check_size(sink, "learnable_sink", 0, "q's heads", problem->shape.heads_q) < 0 ||
+        check_device(&problem->q, sink, "learnable_sink") < 0)
         return -1;
-    if (sink->device_type != problem->q.device_type || sink->device_id != problem->q.device_id) {
-        PyErr_SetString(PyExc_ValueError, "learnable_sink must be on q's device");
-        return -1;
-    }
     return fa_tensor_ensure_readable(state, "learnable_sink", sink);
 }
 

@@ -2,6 +2,7 @@
 #include "tensor.h"
 
 #include <stdbool.h>
+#include <stdio.h>
 #include <string.h>
 
 #include "dlpack.h"
@@ -13,6 +14,12 @@ const char *fa_dtype_name(enum fa_dtype dtype)
 {
     static const char *const names[] = {"float32", "float16", "bfloat16"};
     return names[dtype];
+}
+
+void fa_device_name(const struct fa_tensor *tensor, char name[FA_DEVICE_NAME_SIZE])
+{
+    snprintf(name, FA_DEVICE_NAME_SIZE, "%s:%d", tensor->device_type == FA_CPU ? "cpu" : "cuda",
+             tensor->device_id);
 }
 
 static void set_type_error(const char *name, PyObject *object)
@@ -217,31 +224,47 @@ static int read_by_exchange(const DLPackExchangeAPI *api, PyObject *object, cons
 
 /* ---- capsules -------------------------------------------------------------------------------- */
 
-/* Takes the managed tensor out of the capsule; from here on it is ours to release. */
+/* Takes the managed tensor out of a capsule; from here on it is ours to release. NULL with the
+ * exception set. */
+static void *take(PyObject *capsule, const char *kind, const char *used, void (*release)(void *),
+                  struct fa_tensor *tensor)
+{
+    void *managed = PyCapsule_GetPointer(capsule, kind);
+    if (!managed || PyCapsule_SetName(capsule, used) < 0)
+        return NULL;
+    tensor->managed = managed;
+    tensor->release = release;
+    return managed;
+}
+
+static int consume_versioned(PyObject *capsule, const char *name, int ndim,
+                             struct fa_tensor *tensor)
+{
+    const DLManagedTensorVersioned *managed =
+        take(capsule, "dltensor_versioned", "used_dltensor_versioned", release_versioned, tensor);
+    if (!managed)
+        return -1;
+    if (managed->version.major == DLPACK_MAJOR_VERSION)
+        return read_dltensor(&managed->dl_tensor, name, ndim, tensor);
+    PyErr_Format(PyExc_TypeError, "%s uses DLPack %u.%u; version %d is supported", name,
+                 managed->version.major, managed->version.minor, DLPACK_MAJOR_VERSION);
+    return -1;
+}
+
+static int consume_legacy(PyObject *capsule, const char *name, int ndim, struct fa_tensor *tensor)
+{
+    const DLManagedTensor *managed =
+        take(capsule, "dltensor", "used_dltensor", release_legacy, tensor);
+    return managed ? read_dltensor(&managed->dl_tensor, name, ndim, tensor) : -1;
+}
+
 static int consume_capsule(PyObject *capsule, const char *name, int ndim, struct fa_tensor *tensor)
 {
     const char *kind = PyCapsule_GetName(capsule);
-    if (kind && strcmp(kind, "dltensor_versioned") == 0) {
-        DLManagedTensorVersioned *managed = PyCapsule_GetPointer(capsule, kind);
-        if (!managed || PyCapsule_SetName(capsule, "used_dltensor_versioned") < 0)
-            return -1;
-        tensor->managed = managed;
-        tensor->release = release_versioned;
-        if (managed->version.major != DLPACK_MAJOR_VERSION) {
-            PyErr_Format(PyExc_TypeError, "%s uses DLPack %u.%u; version %d is supported", name,
-                         managed->version.major, managed->version.minor, DLPACK_MAJOR_VERSION);
-            return -1;
-        }
-        return read_dltensor(&managed->dl_tensor, name, ndim, tensor);
-    }
-    if (kind && strcmp(kind, "dltensor") == 0) {
-        DLManagedTensor *managed = PyCapsule_GetPointer(capsule, kind);
-        if (!managed || PyCapsule_SetName(capsule, "used_dltensor") < 0)
-            return -1;
-        tensor->managed = managed;
-        tensor->release = release_legacy;
-        return read_dltensor(&managed->dl_tensor, name, ndim, tensor);
-    }
+    if (kind && strcmp(kind, "dltensor_versioned") == 0)
+        return consume_versioned(capsule, name, ndim, tensor);
+    if (kind && strcmp(kind, "dltensor") == 0)
+        return consume_legacy(capsule, name, ndim, tensor);
     if (kind && strncmp(kind, "used_dltensor", strlen("used_dltensor")) == 0)
         PyErr_Format(PyExc_ValueError, "%s is a DLPack capsule that was consumed before", name);
     else
@@ -356,8 +379,8 @@ int fa_tensor_empty(struct fa_state *state, const struct fa_tensor *like, enum f
         if (!size || PyTuple_SetItem(sizes, i, size) < 0)
             goto done;
     }
-    object =
-        PyObject_CallMethod(producers, "empty", "OOs", like->object, sizes, fa_dtype_name(dtype));
+    object = PyObject_CallMethod(producers, "empty", "OOsii", like->object, sizes,
+                                 fa_dtype_name(dtype), like->device_type, like->device_id);
     if (object)
         status = fa_tensor_read(state, object, "out", ndim, tensor);
 done:

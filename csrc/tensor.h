@@ -43,6 +43,10 @@ int fa_tensor_stream(struct fa_state *state, const struct fa_tensor *tensor, voi
 /* Drops what the tensor holds; safe on a zeroed one. */
 void fa_tensor_release(struct fa_tensor *tensor);
 
+/* The device as torch names it, "cuda:1". */
+#define FA_DEVICE_NAME_SIZE 24
+void fa_device_name(const struct fa_tensor *tensor, char name[FA_DEVICE_NAME_SIZE]);
+
 size_t fa_dtype_size(enum fa_dtype dtype);
 const char *fa_dtype_name(enum fa_dtype dtype); /* "float32", "float16", "bfloat16" */
 

@@ -48,13 +48,22 @@ def contiguous(x: Any) -> Any:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def empty(like: Any, shape: tuple[int, ...], dtype: str) -> Any:
-    """An uninitialised array on the device of ``like``: numpy for numpy, else a torch tensor."""
+def empty(like: Any, shape: tuple[int, ...], dtype: str, device_type: int, device_id: int) -> Any:
+    """An uninitialised array where ``like`` is: of numpy for numpy, else of torch.
+
+    Args:
+        like: what a tensor was read from; a bare capsule says nothing of its device any more.
+        shape: sizes.
+        dtype: as torch and numpy name it.
+        device_type: DLPack's number for the device of ``like``.
+        device_id: its index.
+    """
     if isinstance(like, torch.Tensor):
         return like.new_empty(shape, dtype=getattr(torch, dtype))
     if _is_numpy(like):
         return sys.modules["numpy"].empty(shape, dtype=dtype)
-    return torch.empty(shape, dtype=getattr(torch, dtype), device=_torch_device(like))
+    kind = "cuda" if device_type in _CUDA_DEVICE_TYPES else "cpu"
+    return torch.empty(shape, dtype=getattr(torch, dtype), device=torch.device(kind, device_id))
 
 
 def current_stream(device_id: int) -> int:
@@ -66,14 +75,3 @@ def _is_numpy(x: Any) -> bool:
     """Whether ``x`` is a numpy array, without importing numpy where nobody has."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(x, numpy.ndarray)
-
-
-def _torch_device(x: Any) -> torch.device:
-    if not hasattr(x, "__dlpack_device__"):  # a bare capsule says nothing once it is consumed
-        return torch.device("cpu")
-    device_type, device_id = x.__dlpack_device__()
-    return (
-        torch.device("cuda", device_id)
-        if device_type in _CUDA_DEVICE_TYPES
-        else torch.device("cpu")
-    )

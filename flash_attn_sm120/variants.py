@@ -46,6 +46,8 @@ def warmup(
     driver_version = 0
     if arch is None:
         driver_version, devices = _C.devices()
+        if not devices:
+            raise RuntimeError("there is no CUDA device to compile for: name an architecture")
         arch = devices[0]["arch"]
     chosen: int = arch
 

@@ -273,6 +273,26 @@ def test_devices_are_listed(run):
     assert lines == ["13000 [('Fake 0', 121, 170), ('Fake 1', 121, 170)]"]
 
 
+def test_output_is_on_the_device_of_a_bare_capsule(run):
+    """A consumed capsule says nothing of its device any more; the tensor read from it does."""
+    code = """
+class torch:
+    Tensor, float16, device = producers.torch.Tensor, np.float16, producers.torch.device
+    empty = lambda shape, dtype, device: print(device) or np.empty(shape, dtype)
+producers.torch = torch
+array = cuda(1, 8, 1, 64, device_id=1)
+flash_attn_func(array.__dlpack__(stream=7), array, array)
+"""
+    lines, launches = run(code)
+    assert lines == ["cuda:1"] and len(launches) == 1
+
+
+def test_warmup_without_a_device(run):
+    code = "from flash_attn_sm120 import warmup\nerror_of(warmup)\n"
+    lines, _ = run(code, FAKE_DEVICES="0")
+    assert lines == ["RuntimeError: there is no CUDA device to compile for: name an architecture"]
+
+
 def test_float32_is_refused_before_any_launch(run):
     code = "q = np.zeros((1, 4, 1, 64), np.float32).view(CudaArray)\nerror_of(flash_attn_func, q, q, q)\n"
     lines, launches = run(code)
