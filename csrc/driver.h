@@ -92,7 +92,7 @@ struct fa_driver {
 };
 
 /* Opens the driver at `path` (NULL or "": the installed one) and reads its devices; does nothing
- * where that is done. 0, or -1 with RuntimeError set: no driver, too old, no device. */
+ * where that is done. 0, or -1 with RuntimeError set: no driver, or too old a one. */
 int fa_driver_open(struct fa_driver *driver, const char *path);
 
 /* Device `ordinal` of the opened driver. NULL with ValueError set where there is none. */

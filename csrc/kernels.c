@@ -97,6 +97,7 @@ static PyObject *compile(struct fa_state *state, const struct fa_variant *varian
     return cubin;
 }
 
+/* Fills the free slot `entry`; on failure it stays free. */
 static int load(struct fa_driver *driver, PyObject *cubin, const struct fa_plan *plan, int ordinal,
                 struct fa_kernel_entry *entry)
 {
@@ -115,6 +116,7 @@ static int load(struct fa_driver *driver, PyObject *cubin, const struct fa_plan 
                 (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, plan->smem_request, entry->kernel,
                  device->handle)) < 0) {
         driver->cuLibraryUnload(entry->library);
+        entry->kernel = NULL;
         return -1;
     }
     return 0;
@@ -134,20 +136,14 @@ CUkernel fa_kernels_get(struct fa_state *state, const struct fa_plan *plan, int 
     PyObject *cubin = compile(state, &plan->variant, state->driver.devices[ordinal].device.arch);
     if (!cubin)
         return NULL;
-    struct fa_kernel_entry loaded;
-    int status = load(&state->driver, cubin, plan, ordinal, &loaded);
+    /* Python ran: another thread may have been first, and grown the table. */
+    struct fa_kernel_entry *entry = NULL;
+    if (2 * kernels->count < kernels->capacity || grow(kernels) == 0)
+        entry = find_slot(kernels, &plan->variant, ordinal);
+    if (entry && !entry->kernel && load(&state->driver, cubin, plan, ordinal, entry) == 0)
+        kernels->count++;
     Py_DECREF(cubin);
-    if (status < 0 || (2 * kernels->count >= kernels->capacity && grow(kernels) < 0))
-        return NULL;
-    /* Python ran while this compiled: another thread may have been first, and grown the table. */
-    struct fa_kernel_entry *entry = find_slot(kernels, &plan->variant, ordinal);
-    if (entry->kernel) {
-        state->driver.cuLibraryUnload(loaded.library);
-        return entry->kernel;
-    }
-    *entry = loaded;
-    kernels->count++;
-    return entry->kernel;
+    return entry ? entry->kernel : NULL;
 }
 
 void fa_kernels_clear(struct fa_kernels *kernels, struct fa_driver *driver)

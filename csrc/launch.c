@@ -1,7 +1,5 @@
 #include "launch.h"
 
-#include <math.h>
-
 #include "../kernels/params.h"
 #include "state.h"
 
@@ -101,8 +99,10 @@ int fa_launch_forward(struct fa_state *state, const struct fa_problem *problem)
             .stream = stream,
         };
         CUresult result;
-        Py_BEGIN_ALLOW_THREADS result = driver->cuLaunchKernelEx(&config, kernel, arguments, NULL);
-        Py_END_ALLOW_THREADS status = fa_driver_check(driver, result, "cuLaunchKernelEx");
+        Py_BEGIN_ALLOW_THREADS
+        result = driver->cuLaunchKernelEx(&config, kernel, arguments, NULL);
+        Py_END_ALLOW_THREADS
+        status = fa_driver_check(driver, result, "cuLaunchKernelEx");
     }
     fa_driver_leave(driver, pushed);
     return status;

@@ -42,8 +42,11 @@ static int run(struct fa_state *state, const struct fa_problem *problem)
     if (problem->q.device_type == FA_CUDA)
         return fa_launch_forward(state, problem);
     int status;
-    Py_BEGIN_ALLOW_THREADS status = fa_cpu_forward(problem, fa_cpu_count());
-    Py_END_ALLOW_THREADS if (status < 0) PyErr_NoMemory();
+    Py_BEGIN_ALLOW_THREADS
+    status = fa_cpu_forward(problem, fa_cpu_count());
+    Py_END_ALLOW_THREADS
+    if (status < 0)
+        PyErr_NoMemory();
     return status;
 }
 

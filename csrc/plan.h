@@ -25,14 +25,12 @@ struct fa_reason {
 struct fa_plan {
     struct fa_variant variant;
     int tile_m;
-    int m_blocks;    /* tiles of query rows per (batch, head) */
-    int group_heads; /* (batch, head) pairs whose blocks run close together, to share K and V in the
-                        L2 */
-    int blocks;      /* the grid */
-    int threads;     /* per block */
-    int smem_bytes;  /* that a block uses */
-    int smem_request;  /* that the launch asks for: more than it uses where FA_SM120_LIMITS pads it
-                        */
+    int m_blocks;      /* tiles of query rows per (batch, head) */
+    int group_heads;   /* (batch, head) pairs that run together, to share K and V in the L2 */
+    int blocks;        /* the grid */
+    int threads;       /* per block */
+    int smem_bytes;    /* that a block uses */
+    int smem_request;  /* that the launch asks for: more where FA_SM120_LIMITS pads it */
     int blocks_per_sm; /* by shared memory and warps; registers may allow fewer */
     struct fa_reason reasons[FA_MAX_REASONS];
     int reason_count;
