@@ -78,7 +78,8 @@ PyObject *fa_kernels_options(const struct fa_variant *variant)
     return options;
 }
 
-/* Asks flash_attn_sm120.jit for the cubin: a bytes object, or NULL with the exception set. */
+/* Asks flash_attn_sm120.jit for the kernel: a bytes object, or NULL with the exception set. The
+ * driver gets a cubin, a library in its place PTX, which can be read without a GPU. */
 static PyObject *compile(struct fa_state *state, const struct fa_variant *variant, int arch)
 {
     PyObject *jit = fa_state_import(&state->python_jit, "flash_attn_sm120.jit");
@@ -87,25 +88,27 @@ static PyObject *compile(struct fa_state *state, const struct fa_variant *varian
         return NULL;
     char name[FA_VARIANT_NAME_SIZE];
     fa_variant_name(variant, name);
-    PyObject *cubin = PyObject_CallMethod(jit, "compile", "ssOii", fa_variant_kernel(variant), name,
-                                          options, arch, state->driver.version);
-    if (cubin && !PyBytes_Check(cubin)) {
-        PyErr_Format(PyExc_TypeError, "jit.compile must return bytes, got %R", cubin);
-        Py_CLEAR(cubin);
+    PyObject *ptx = state->settings.driver[0] ? Py_True : Py_False;
+    PyObject *code = PyObject_CallMethod(jit, "compile", "ssOiiO", fa_variant_kernel(variant), name,
+                                         options, arch, state->driver.version, ptx);
+    if (code && !PyBytes_Check(code)) {
+        PyErr_Format(PyExc_TypeError, "jit.compile must return bytes, got %R", code);
+        Py_CLEAR(code);
     }
     Py_DECREF(options);
-    return cubin;
+    return code;
 }
 
 /* Fills the free slot `entry`; on failure it stays free. */
-static int load(struct fa_driver *driver, PyObject *cubin, const struct fa_plan *plan, int ordinal,
+static int load(struct fa_driver *driver, PyObject *code, const struct fa_plan *plan, int ordinal,
                 struct fa_kernel_entry *entry)
 {
     const struct fa_cuda_device *device = &driver->devices[ordinal];
     void *function;
     *entry = (struct fa_kernel_entry){.variant = plan->variant, .ordinal = ordinal};
+    /* Bytes end with a NUL of Python's own, as PTX must. */
     if (FA_CUDA(driver, cuLibraryLoadData,
-                (&entry->library, PyBytes_AsString(cubin), NULL, NULL, 0, NULL, NULL, 0)) < 0)
+                (&entry->library, PyBytes_AsString(code), NULL, NULL, 0, NULL, NULL, 0)) < 0)
         return -1;
     /* cuKernelGetFunction ends the driver's lazy loading, which a later graph capture would trip
      * over. */
@@ -133,16 +136,16 @@ CUkernel fa_kernels_get(struct fa_state *state, const struct fa_plan *plan, int 
     }
     if (refuse_capture(&state->driver, &plan->variant, stream) < 0)
         return NULL;
-    PyObject *cubin = compile(state, &plan->variant, state->driver.devices[ordinal].device.arch);
-    if (!cubin)
+    PyObject *code = compile(state, &plan->variant, state->driver.devices[ordinal].device.arch);
+    if (!code)
         return NULL;
     /* Python ran: another thread may have been first, and grown the table. */
     struct fa_kernel_entry *entry = NULL;
     if (2 * kernels->count < kernels->capacity || grow(kernels) == 0)
         entry = find_slot(kernels, &plan->variant, ordinal);
-    if (entry && !entry->kernel && load(&state->driver, cubin, plan, ordinal, entry) == 0)
+    if (entry && !entry->kernel && load(&state->driver, code, plan, ordinal, entry) == 0)
         kernels->count++;
-    Py_DECREF(cubin);
+    Py_DECREF(code);
     return entry ? entry->kernel : NULL;
 }
 

@@ -8,7 +8,8 @@ struct fa_settings {
     bool ready;
     int limits_arch;  /* FA_SM120_LIMITS: keep within this architecture's limits; 0: the device's */
     int plan_as;      /* FA_SM120_PLAN_AS: plan with this architecture's rows; 0: the device's */
-    char driver[512]; /* FA_SM120_DRIVER: library in place of the CUDA driver; "": the driver */
+    char driver[512]; /* FA_SM120_DRIVER: library in place of the CUDA driver, which is given PTX;
+                         "": the driver */
 };
 
 /* Reads the environment, once. 0, or -1 with ValueError set where a variable has an unknown value;

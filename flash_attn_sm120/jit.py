@@ -1,5 +1,7 @@
 """From a kernel variant to its cubin: shipped in the package, cached on disk, or made by NVRTC.
 
+A library in place of the CUDA driver (``FA_SM120_DRIVER``) is given PTX instead, never shipped.
+
 ``flash_attn_sm120._C`` calls :func:`compile` when a process needs a variant for the first time.
 A variant is a kernel (``kernels/<kernel>.cu``), a canonical name for messages and file names, and
 the ``-D`` options that set its compile-time constants.
@@ -25,6 +27,7 @@ from flash_attn_sm120 import cache
 PREBUILT = Path(__file__).resolve().parent / "prebuilt"
 
 OPTIONS = ("--std=c++17", "-default-device", "--ptxas-options=-v")
+PTX_OPTIONS = ("-lineinfo",)
 
 Version = tuple[int, int]  # (major, minor)
 
@@ -46,8 +49,9 @@ def compile(
     options: tuple[str, ...],
     compute_capability: int,
     driver_version: int,
+    ptx: bool = False,
 ) -> bytes:
-    """The cubin of a variant, from the fastest place that has it.
+    """The cubin of a variant, or its PTX, from the fastest place that has it.
 
     Args:
         kernel: file name without ``.cu``, and name of the ``__global__`` function.
@@ -55,24 +59,27 @@ def compile(
         options: ``-D`` options.
         compute_capability: of the device, say 120.
         driver_version: as cuDriverGetVersion has it, say 13000; 0 to compile for another machine.
+        ptx: PTX that names the lines of its CUDA source, in place of a cubin.
 
     Raises:
         RuntimeError: NVRTC is missing, too old for the device or too new for the driver, or the
             kernel does not compile.
     """
-    job = _Job(kernel, name, options, architecture(compute_capability), sources(kernel))
-    shipped = _find_prebuilt(job)
+    if ptx:
+        options = (*options, *PTX_OPTIONS)
+    job = _Job(kernel, name, options, architecture(compute_capability, ptx=ptx), sources(kernel))
+    shipped = None if ptx else _find_prebuilt(job)
     if shipped and (driver_version == 0 or _cuda_major(shipped) <= driver_version // 1000):
         return shipped.read_bytes()
     try:
         version = nvrtc_version()
         _check_driver(version, driver_version)
-        job = job._replace(arch=architecture(compute_capability, version))
+        job = job._replace(arch=architecture(compute_capability, version, ptx))
     except RuntimeError:
         if not shipped:
             raise
         return shipped.read_bytes()  # of a newer CUDA than the driver's: no promise, but a chance
-    return cache.get_or_build(job.key(f"nvrtc {_dotted(version)}"), lambda: _run_nvrtc(job).cubin)
+    return cache.get_or_build(job.key(f"nvrtc {_dotted(version)}"), lambda: _run_nvrtc(job).code)
 
 
 def build(kernel: str, name: str, options: tuple[str, ...], arch: str) -> Build:
@@ -83,7 +90,7 @@ def build(kernel: str, name: str, options: tuple[str, ...], arch: str) -> Build:
             registers.
     """
     made = _run_nvrtc(_Job(kernel, name, options, arch, sources(kernel)))
-    return Build(made.cubin, *_resources(made.log, kernel), made.log, made.seconds)
+    return Build(made.code, *_resources(made.log, kernel), made.log, made.seconds)
 
 
 def prebuild(
@@ -111,27 +118,30 @@ def prebuild(
         kernel, name, options = variant
         job = _Job(kernel, name, options, arch, sources(kernel))
         path = directory / job.prebuilt_name(str(major))
-        path.write_bytes(_run_nvrtc(job).cubin)
+        path.write_bytes(_run_nvrtc(job).code)
         return path
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(write, dict.fromkeys(variants)))
 
 
-def architecture(compute_capability: int, nvrtc: Version = (12, 9)) -> str:
+def architecture(compute_capability: int, nvrtc: Version = (12, 9), ptx: bool = False) -> str:
     """What NVRTC of a version calls a compute capability: 120 -> ``"sm_120f"``.
+
+    As the target of PTX it is ``"compute_120f"``.
 
     Raises:
         RuntimeError: that NVRTC is older than the device.
     """
+    prefix = "compute" if ptx else "sm"
     if compute_capability == 90:
-        return "sm_90a"
+        return f"{prefix}_90a"
     if compute_capability not in (120, 121):
-        return f"sm_{compute_capability}"
+        return f"{prefix}_{compute_capability}"
     if nvrtc >= (12, 9):
-        return "sm_120f"  # the family: one cubin for 12.0 and 12.1
+        return f"{prefix}_120f"  # the family: one cubin for 12.0 and 12.1
     if nvrtc == (12, 8) and compute_capability == 120:
-        return "sm_120a"
+        return f"{prefix}_120a"
     needed = "12.8" if compute_capability == 120 else "12.9"
     raise RuntimeError(
         f"compute capability {compute_capability // 10}.{compute_capability % 10} needs NVRTC "
@@ -160,7 +170,7 @@ def sources(kernel: str) -> dict[str, bytes]:
 
 
 class _Job(NamedTuple):
-    """All that decides what a cubin is, apart from the compiler."""
+    """All that decides what a cubin or PTX is, apart from the compiler."""
 
     kernel: str
     name: str
@@ -234,7 +244,7 @@ def _check_driver(nvrtc: Version, driver_version: int) -> None:
 
 
 class _Made(NamedTuple):
-    cubin: bytes
+    code: bytes  # a cubin, or PTX and its NUL
     log: str
     seconds: float
 
@@ -266,8 +276,11 @@ def _run_nvrtc(job: _Job) -> _Made:
                 f"NVRTC {_dotted(version)} cannot compile the kernel {job.name} for {job.arch} "
                 f"({status.name}):\n{text}"
             )
-        cubin = _read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
-        return _Made(cubin, text, seconds)
+        if job.arch.startswith("compute_"):
+            code = _read(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)
+        else:
+            code = _read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+        return _Made(code, text, seconds)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
 

@@ -1,6 +1,6 @@
-/* A CUDA driver that launches nothing: it answers for a machine described by the environment, and appends
- * every launch to the file FAKE_LAUNCHES. FAKE_VERSION, FAKE_DEVICES, FAKE_ARCH, FAKE_CAPTURING; FAKE_FAIL
- * names the entry point that fails, with error FAKE_ERROR. */
+/* A CUDA driver that launches nothing: it answers for a machine described by the environment, and
+ * appends every launch to the file FAKE_LAUNCHES. FAKE_VERSION, FAKE_DEVICES, FAKE_ARCH,
+ * FAKE_CAPTURING; FAKE_FAIL names the entry point that fails, with error FAKE_ERROR. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -106,10 +106,11 @@ int cuStreamIsCapturing(void *stream, int *status)
     return 0;
 }
 
-int cuLibraryLoadData(void **library, const void *code, int *a, void **b, unsigned c, int *d, void **e, unsigned f)
+int cuLibraryLoadData(void **library, const void *code, int *a, void **b, unsigned c, int *d,
+                      void **e, unsigned f)
 {
     (void)a, (void)b, (void)c, (void)d, (void)e, (void)f;
-    if (memcmp(code, "\x7f" "ELF", 4) != 0)
+    if (!strstr(code, ".entry forward("))
         return 200;
     *library = malloc(1);
     return result("cuLibraryLoadData");
@@ -153,16 +154,18 @@ int cuLaunchKernelEx(const struct config *config, void *kernel, void **parameter
     if (result("cuLaunchKernelEx"))
         return result("cuLaunchKernelEx");
     FILE *file = fopen(getenv("FAKE_LAUNCHES"), "a");
-    fprintf(file,
-            "{\"device\": %ld, \"depth\": %d, \"grid\": %u, \"block\": %u, \"shared\": %u, \"stream\": %lld,"
-            " \"batch\": %d, \"heads_q\": %d, \"heads_per_kv\": %d, \"seqlen_q\": %d, \"seqlen_k\": %d,"
-            " \"m_blocks\": %d, \"group_heads\": %d, \"window_left\": %d, \"window_right\": %d,"
-            " \"scale_log2\": %.9g, \"lse\": %s, \"q_stride\": [%lld, %lld, %lld]}\n",
-            depth ? (long)(stack[depth - 1] - contexts) : -1, depth, config->grid[0], config->block[0],
-            config->shared_bytes, (long long)config->stream, p->batch, p->heads_q, p->heads_per_kv, p->seqlen_q,
-            p->seqlen_k, p->m_blocks, p->group_heads, p->window_left, p->window_right, p->scale_log2,
-            p->lse ? "true" : "false", (long long)p->q_stride.batch, (long long)p->q_stride.seqlen,
-            (long long)p->q_stride.head);
+    fprintf(file, "{\"device\": %ld, \"depth\": %d, \"stream\": %lld, ",
+            depth ? (long)(stack[depth - 1] - contexts) : -1, depth, (long long)config->stream);
+    fprintf(file, "\"grid\": %u, \"block\": %u, \"shared\": %u, ", config->grid[0],
+            config->block[0], config->shared_bytes);
+    fprintf(file, "\"batch\": %d, \"heads_q\": %d, \"heads_per_kv\": %d, ", p->batch, p->heads_q,
+            p->heads_per_kv);
+    fprintf(file, "\"seqlen_q\": %d, \"seqlen_k\": %d, ", p->seqlen_q, p->seqlen_k);
+    fprintf(file, "\"m_blocks\": %d, \"group_heads\": %d, ", p->m_blocks, p->group_heads);
+    fprintf(file, "\"window_left\": %d, \"window_right\": %d, ", p->window_left, p->window_right);
+    fprintf(file, "\"scale_log2\": %.9g, \"lse\": %s, ", p->scale_log2, p->lse ? "true" : "false");
+    fprintf(file, "\"q_stride\": [%lld, %lld, %lld]}\n", (long long)p->q_stride.batch,
+            (long long)p->q_stride.seqlen, (long long)p->q_stride.head);
     fclose(file);
     return 0;
 }

@@ -124,6 +124,18 @@ def test_context_and_stream_are_those_of_the_tensors(run):
     ]
 
 
+def test_stream_where_torch_never_used_cuda(run):
+    """Then nobody can have set one, and a torch without CUDA has no word for it."""
+    code = """
+import importlib
+importlib.reload(producers)
+call()
+print(producers.torch.cuda.is_initialized())
+"""
+    lines, launches = run(code)
+    assert lines == ["False"] and [x["stream"] for x in launches] == [0]
+
+
 def test_a_variant_is_compiled_once(run):
     code = """
 from flash_attn_sm120 import jit
@@ -138,12 +150,23 @@ print(len(compiled), len(set(compiled)))
     assert len(launches) == 9
 
 
+def test_a_library_in_place_of_the_driver_is_given_ptx(run):
+    code = """
+from flash_attn_sm120 import jit
+compile = jit.compile
+jit.compile = lambda *args: print(args[5], compile(*args)[:2]) or compile(*args)
+call()
+"""
+    lines, launches = run(code)
+    assert lines == ["True b'//'"] and len(launches) == 1
+
+
 def test_hundreds_of_variants(run):
     """The table of kernels grows, and finds every kernel again."""
     code = """
 from flash_attn_sm120 import jit
-compiled, cubin = [], b"\\x7fELF"
-jit.compile = lambda *args: compiled.append(args[1]) or cubin
+compiled, ptx = [], b".entry forward("
+jit.compile = lambda *args: compiled.append(args[1]) or ptx
 for _ in range(2):
     for d in range(8, 257, 8):
         for dv in range(8, 257, 32):

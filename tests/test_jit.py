@@ -103,8 +103,8 @@ def without_nvrtc(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings.nvrtc", None)
 
 
-def compile_tiny(compute_capability=120, driver_version=0, name=NAME, options=OPTIONS):
-    return jit.compile("tiny", name, options, compute_capability, driver_version)
+def compile_tiny(compute_capability=120, driver_version=0, name=NAME, options=OPTIONS, ptx=False):
+    return jit.compile("tiny", name, options, compute_capability, driver_version, ptx)
 
 
 def architecture_of(cubin):
@@ -135,6 +135,8 @@ def architecture_of(cubin):
 )
 def test_architecture(compute_capability, nvrtc_version, expected):
     assert jit.architecture(compute_capability, nvrtc_version) == expected
+    of_ptx = jit.architecture(compute_capability, nvrtc_version, ptx=True)
+    assert of_ptx == expected.replace("sm_", "compute_")
 
 
 def test_architecture_is_of_a_recent_nvrtc_by_default():
@@ -175,6 +177,25 @@ def test_flags(kernels, nvrtc, compilations):
     (flags,) = compilations
     assert flags[0] == "--gpu-architecture=sm_90a"
     assert {*jit.OPTIONS, *OPTIONS} <= {*flags}
+
+
+@pytest.mark.parametrize("compute_capability, target", [(120, "120f"), (121, "120f"), (90, "90a")])
+def test_ptx(kernels, nvrtc, compilations, compute_capability, target):
+    """Text that ends with a NUL, and names the lines of the source."""
+    ptx = compile_tiny(compute_capability, ptx=True)
+    (flags,) = compilations
+    assert flags[0] == f"--gpu-architecture=compute_{target}"
+    assert ptx.endswith(b"\0") and ptx.count(b"\0") == 1
+    text = ptx.decode()
+    assert f".target sm_{target}" in text and ".entry tiny(" in text
+    assert ".loc" in text and "scale.cuh" in text
+
+
+def test_ptx_and_cubins_have_files_of_their_own(kernels, nvrtc, compilations):
+    cubin, ptx = compile_tiny(), compile_tiny(ptx=True)
+    assert cubin[:4] == b"\x7fELF"
+    assert compile_tiny() == cubin and compile_tiny(ptx=True) == ptx
+    assert len(compilations) == 2
 
 
 @pytest.mark.parametrize("version, cached_by_nvrtc", [((12, 8), False), ((12, 9), True)])
@@ -427,6 +448,13 @@ def test_a_shipped_cubin_of_something_else_is_not_used(kernels, nvrtc, monkeypat
             "name": {"name": "tiny_f"},
         }[change]
     assert compile_tiny(**arguments)[:4] == b"\x7fELF"
+
+
+def test_ptx_is_never_shipped(kernels, nvrtc, compilations):
+    jit.prebuild(jit.PREBUILT, [THREE], "sm_120f")
+    assert b".entry tiny(" in compile_tiny(ptx=True)
+    assert compile_tiny()[:4] == b"\x7fELF"
+    assert len(compilations) == 2, "the one shipped, and PTX"
 
 
 def shipped_for(major, nvrtc):
