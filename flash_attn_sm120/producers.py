@@ -67,7 +67,13 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str, device_type: int, devic
 
 
 def current_stream(device_id: int) -> int:
-    """The handle of torch's current stream on CUDA device ``device_id``."""
+    """The handle of torch's current stream on CUDA device ``device_id``.
+
+    Nobody can have set another than the default one, 0, before torch uses CUDA, which a build for
+    the CPU never does: CUDA arrays of other frameworks work beside it.
+    """
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return 0
     return int(torch.cuda.current_stream(device_id).cuda_stream)
 
 
