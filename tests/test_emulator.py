@@ -1,0 +1,357 @@
+"""The kernels on the emulator: right for every schedule, free of bank conflicts, and broken ones are caught."""
+
+import importlib.machinery
+import importlib.util
+from dataclasses import dataclass, field
+from typing import Any
+
+import emulator
+import pytest
+import torch
+from conftest import EMULATOR as DEVICE
+from reference import assert_close
+
+from flash_attn_sm120 import _C, explain, flash_attn_func, jit, variants
+
+pytestmark = pytest.mark.skipif(bool(DEVICE.missing), reason=DEVICE.missing)
+
+COMMON_PLANS = list(variants.common_plans(120)) if not DEVICE.missing else []
+
+SCHEDULES = [(seed, late) for seed in range(20) for late in (False, True)]
+
+
+def emulated(*shape, dtype=torch.bfloat16):
+    return (torch.randn(shape) + 0.25).to(dtype).as_subclass(emulator.EmulatedTensor)
+
+
+def make_qkv(batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, head_dim_v, dtype):
+    return (
+        emulated(batch, seqlen_q, heads, head_dim, dtype=dtype),
+        emulated(batch, seqlen_k, heads_kv, head_dim, dtype=dtype),
+        emulated(batch, seqlen_k, heads_kv, head_dim_v, dtype=dtype),
+    )
+
+
+def constants(plan):
+    """The compile-time constants of a plan: name -> number."""
+    pairs = (option.removeprefix("-D").split("=") for option in plan.options)
+    return {name: int(value) for name, value in pairs}
+
+
+def inputs_of(plan, seqlen_q, seqlen_k):
+    """q, k, v and options of a call that the plan is for."""
+    of = constants(plan)
+    dtype = torch.bfloat16 if of["DTYPE_BF16"] else torch.float16
+    qkv = make_qkv(1, seqlen_q, seqlen_k, 2, 1, of["HEAD_DIM"], of["HEAD_DIM_V"], dtype)
+    return qkv, {"causal": bool(of["MASK_RIGHT"])}
+
+
+# ---- the kernels that ship -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", COMMON_PLANS, ids=lambda plan: plan.variant)
+def test_common_kernels_at_every_tile_edge(plan):
+    edges_q, edges_k = ([1, tile - 1, tile, tile + 1] for tile in (plan.tile_m, plan.tile_n))
+    for seqlen_q in edges_q:
+        for seqlen_k in edges_k:
+            (q, k, v), options = inputs_of(plan, seqlen_q, seqlen_k)
+            assert explain(q, k, v, **options).variant == plan.variant
+            out, lse = flash_attn_func(q, k, v, return_lse=True, **options)
+            assert_close(out, lse, q, k, v, **options)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ((1, 130, 200, 4, 2, 64, 64), {"causal": True}),
+        ((1, 130, 200, 2, 1, 64, 64), {"window_size": (30, 20)}),
+        ((1, 130, 500, 1, 1, 64, 64), {}),
+        ((1, 70, 300, 2, 1, 128, 128), {}),
+        ((1, 140, 140, 1, 1, 96, 40), {"causal": True}),
+        ((1, 70, 140, 1, 1, 256, 256), {"causal": True}),
+    ],
+    ids=str,
+)
+def test_every_schedule_gives_the_same_bits(case):
+    """Twenty orders of the warps, with asynchronous copies that land at once or at the last moment."""
+    sizes, options = case
+    q, k, v = make_qkv(*sizes, torch.bfloat16)
+    first = None
+    for seed, late in SCHEDULES:
+        with emulator.emulator().settings(seed=seed, late_copies=late):
+            result = flash_attn_func(q, k, v, return_lse=True, **options)
+        first = first or result
+        assert all(map(torch.equal, result, first)), (seed, late)
+
+
+ODD_HEAD_DIMS = [(8, 8), (16, 24), (24, 8), (40, 72), (104, 120), (136, 16), (200, 248)]
+
+
+@pytest.mark.parametrize("head_dims", [*variants.COMMON_HEAD_DIMS, *ODD_HEAD_DIMS], ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_no_bank_conflicts(head_dims, causal):
+    """Copies of tiles, ldmatrix and loads take the fewest passes through shared memory that there are."""
+    q, k, v = make_qkv(1, 130, 300, 1, 1, *head_dims, torch.bfloat16)
+    flash_attn_func(q, k, v, causal=causal)
+    counters = emulator.emulator().counters()
+    for kind in ("ldmatrix", "copy", "load_shared"):
+        assert (counters.instructions[kind] > 0) == (kind != "load_shared" or causal)
+        assert counters.wavefronts[kind] == counters.wavefronts_ideal[kind], kind
+
+
+def test_counters_count():
+    """A call whose every product and copy is known in number."""
+    q, k, v = make_qkv(1, 128, 256, 1, 1, 64, 64, torch.bfloat16)
+    plan = explain(q, k, v)
+    flash_attn_func(q, k, v)
+    counters = emulator.emulator().counters()
+    products = 2 * 128 * 256 * 64 // (16 * 8 * 16)
+    assert counters.instructions["mma"] == products
+    assert counters.instructions["ldmatrix"] == 2 * 256 * 64 * 2 // 512 * plan.warps
+    assert counters.instructions["copy"] >= 2 * 256 * 64 * 2 // (32 * 16)
+    assert counters.global_bytes == sum(x.nbytes for x in (q, k, v)) + 128 * 64 * 2
+
+
+# ---- broken kernels ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A change of the kernels' source, and what the emulator or the reference says of it."""
+
+    file: str
+    right: str
+    wrong: str
+    said: str  # of the report; "": the launch ends, with wrong numbers
+    sizes: tuple[int, ...] = (1, 140, 400, 2, 1, 64, 64)
+    options: dict[str, Any] = field(default_factory=dict)
+    scale: float = 1.0  # of q: scores that grow send every block through the careful tiles again
+
+
+CAUSAL = {"causal": True}
+
+BROKEN = {
+    "no barrier in the fast loop": Broken(
+        "forward.cu",
+        "cp_async_wait<STAGES - 2>(); /* barrier: as above */\n                __syncthreads();",
+        "cp_async_wait<STAGES - 2>();",
+        "no barrier between",
+    ),
+    "no barrier in the careful loop": Broken(
+        "forward.cu",
+        "nonfinite = __syncthreads_or(copied_nonfinite(ring + stage + K_layout::BYTES));",
+        "nonfinite = copied_nonfinite(ring + stage + K_layout::BYTES);",
+        "with no bar|on its way",
+        options=CAUSAL,
+    ),
+    "no barrier before the second time": Broken(
+        "forward.cu",
+        "!__syncthreads_or(out_of_range(O_rmem, l_rmem))",
+        "!out_of_range(O_rmem, l_rmem)",
+        "the warp has diverged",
+        scale=50.0,
+    ),
+    "a barrier for one warp": Broken(
+        "forward.cu",
+        "const query_place to(params);",
+        "if (threadIdx.x < 32)\n        __syncthreads();\n    const query_place to(params);",
+        "barrier 0 lacks",
+    ),
+    "a barrier for half a warp": Broken(
+        "forward.cu",
+        "const query_place to(params);",
+        "if (threadIdx.x % 32 < 16)\n        __syncthreads();\n    const query_place to(params);",
+        "a barrier that only the lanes 0000ffff",
+    ),
+    "waits for one group too few": Broken(
+        "forward.cu",
+        "cp_async_wait<STAGES - 2>(); /* barrier: as above */",
+        "cp_async_wait<STAGES - 1>();",
+        "on its way: wait for it first",
+    ),
+    "refills before the barrier": Broken(
+        "forward.cu",
+        "                __syncthreads();\n                refill(i);\n#pragma unroll SUB_UNROLL",
+        "                refill(i);\n                __syncthreads();\n#pragma unroll SUB_UNROLL",
+        "no barrier between",
+    ),
+    "refills the stage in use": Broken(
+        "forward.cu",
+        "copy_next_tile(stage == 0 ? RING_BYTES - STAGE_BYTES : stage - STAGE_BYTES, TILE_N)",
+        "copy_next_tile(stage, TILE_N)",
+        "shared bytes",
+    ),
+    "a ring that starts one tile short": Broken(
+        "forward.cu",
+        "copy_next_tile(i * STAGE_BYTES, i == 0 ?",
+        "if (i != 1)\n                    copy_next_tile(i * STAGE_BYTES, i == 0 ?",
+        "that nobody has written",
+    ),
+    "a ring with a stage too many": Broken(
+        "tile.cuh",
+        "constexpr int RING_BYTES = STAGES * STAGE_BYTES;",
+        "constexpr int RING_BYTES = (STAGES + 1) * STAGE_BYTES;",
+        "block's",
+    ),
+    "one query too many is read": Broken(
+        "forward.cu",
+        "chunk < HEAD_DIM / 8 && row < params.seqlen_q;",
+        "chunk < HEAD_DIM / 8 && row <= params.seqlen_q;",
+        "no tensor",
+    ),
+    "one key too many is read": Broken(
+        "tile.cuh",
+        "at.row + r < keys",
+        "at.row + r <= keys",
+        "no tensor",
+    ),
+    "the padding of a row is read": Broken(
+        "tile.cuh",
+        "const bool padding = c + at.COLS > at.CHUNKS && at.col + c >= at.CHUNKS;",
+        "const bool padding = false;",
+        "no tensor",
+        sizes=(1, 140, 400, 1, 1, 24, 24),
+    ),
+    "one row of the output too many": Broken(
+        "forward.cu",
+        "if (row < params.seqlen_q && n + quad_lane() < O_FRAGS)",
+        "if (row <= params.seqlen_q && n + quad_lane() < O_FRAGS)",
+        "no writable tensor",
+    ),
+    "one row of the lse too many": Broken(
+        "forward.cu",
+        "if (row < params.seqlen_q)\n                    lse_gmem",
+        "if (row <= params.seqlen_q)\n                    lse_gmem",
+        "no writable tensor",
+    ),
+    "the output goes to q": Broken(
+        "forward.cu",
+        "static_cast<element *>(params.out)",
+        "static_cast<element *>(const_cast<void *>(params.q))",
+        "may only read",
+    ),
+    "a misaligned store": Broken(
+        "forward.cu",
+        "out_row + (n + quad_lane()) * 8)",
+        "out_row + (n + quad_lane()) * 8 + 4)",
+        "no multiple of 16",
+    ),
+    "a sum that is never cleared": Broken(
+        "softmax.cuh", "            l_rmem[m][half] = 0.0f;\n", "", "never been written"
+    ),
+    "a shuffle of half a warp": Broken(
+        "forward.cu",
+        "l += __shfl_xor_sync(0xffffffff, l, 2);",
+        "if (quad_lane() < 2)\n                l += __shfl_xor_sync(0xffffffff, l, 2);",
+        "lanes",
+    ),
+    "the halves of a K fragment are swapped": Broken(
+        "tile.cuh",
+        "Q_rmem[m][d], K_rmem[0], K_rmem[1]",
+        "Q_rmem[m][d], K_rmem[1], K_rmem[0]",
+        "",
+    ),
+    "two V fragments are swapped": Broken(
+        "tile.cuh",
+        "P_rmem[m][k], V_rmem[0], V_rmem[1]",
+        "P_rmem[m][k], V_rmem[2], V_rmem[3]",
+        "",
+    ),
+    "the registers of Q are swapped": Broken(
+        "forward.cu",
+        "Q_rmem[m][chunk / 2][chunk % 2 * 2 + half]",
+        "Q_rmem[m][chunk / 2][chunk % 2 + 2 * half]",
+        "",
+    ),
+    "V is not transposed": Broken(
+        "tile.cuh",
+        "ldmatrix_x4_trans(V_rmem, V_layout::moved(V_smem, 16 * k, n));",
+        "ldmatrix_x4(V_rmem, V_layout::moved(V_smem, 16 * k, n));",
+        "",
+    ),
+    "another swizzle is read than written": Broken(
+        "tile.cuh",
+        "return V_layout::offset(lane % 16, lane / 16);",
+        "return V_layout::offset(lane % 16, 0) ^ lane / 16 * CHUNK * 2;",
+        "",
+    ),
+    "a diagonal that is one off": Broken(
+        "mask.cuh", "min(row + right + 1, keys)", "min(row + right, keys)", "", options=CAUSAL
+    ),
+    "a sum over half a quad": Broken(
+        "forward.cu", "l += __shfl_xor_sync(0xffffffff, l, 2);", "", ""
+    ),
+    "an element of P is rounded into the wrong half": Broken(
+        "softmax.cuh", "pack(p0, p1)", "pack(p1, p0)", ""
+    ),
+}
+
+
+@pytest.fixture
+def attend_with(tmp_path, monkeypatch):
+    """attend_with(edits, q, k, v, **options): out and lse of kernels whose source has been edited."""
+    kernels = {path.name: path.read_text() for path in jit.kernel_directory().glob("*.*")}
+
+    def attend(edits, q, k, v, causal=False):
+        for name, text in kernels.items():
+            for file, right, wrong in edits:
+                if file == name:
+                    assert text.count(right) == 1, (file, right)
+                    text = text.replace(right, wrong)
+            (tmp_path / name).write_text(text)
+        # Another instance of the extension: this one has loaded the right kernels.
+        loader = importlib.machinery.ExtensionFileLoader(_C.__name__, _C.__file__)
+        spec = importlib.util.spec_from_loader(_C.__name__, loader)
+        extension = importlib.util.module_from_spec(spec)
+        loader.exec_module(extension)
+        with monkeypatch.context() as patch:
+            patch.setattr(jit, "kernel_directory", lambda: tmp_path)
+            patch.setenv("FA_SM120_CACHE_DIR", str(tmp_path / "cache"))
+            patch.setenv("FA_SM120_DRIVER", str(emulator.library()))
+            return extension.forward(q, k, v, None, causal, (None, None), 0.0, None, True)
+
+    return attend
+
+
+@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+def test_broken_kernels_are_caught(attend_with, broken):
+    """On every schedule that is tried; and the same call of the right kernel is not complained of."""
+    q, k, v = make_qkv(*broken.sizes, torch.bfloat16)
+    q *= broken.scale
+    edits = [(broken.file, broken.right, broken.wrong)]
+    for seed in range(4):
+        for late in (False, True):
+            with emulator.emulator().settings(seed=seed, late_copies=late):
+                assert_close(
+                    *flash_attn_func(q, k, v, return_lse=True, **broken.options),
+                    q,
+                    k,
+                    v,
+                    **broken.options,
+                )
+                if broken.said:
+                    with pytest.raises(RuntimeError, match=broken.said):
+                        attend_with(edits, q, k, v, **broken.options)
+                else:
+                    out, lse = attend_with(edits, q, k, v, **broken.options)
+                    with pytest.raises(AssertionError):
+                        assert_close(out, lse, q, k, v, **broken.options)
+
+
+def test_a_report_names_the_place(attend_with):
+    q, k, v = make_qkv(1, 140, 400, 2, 1, 64, 64, torch.bfloat16)
+    broken = BROKEN["no barrier in the fast loop"]
+    with pytest.raises(RuntimeError) as raised:
+        attend_with([(broken.file, broken.right, broken.wrong)], q, k, v)
+    report = str(raised.value)
+    for part in ("forward: ", "PTX line ", ".cuh:", "forward.cu:", "block (", "warp ", "lane "):
+        assert part in report, report
+
+
+def test_the_next_good_call_works(attend_with):
+    q, k, v = make_qkv(1, 140, 400, 2, 1, 64, 64, torch.bfloat16)
+    broken = BROKEN["one query too many is read"]
+    with pytest.raises(RuntimeError):
+        attend_with([(broken.file, broken.right, broken.wrong)], q, k, v)
+    out, lse = attend_with([], q, k, v)
+    assert_close(out, lse, q, k, v)
