@@ -49,7 +49,7 @@ lint: build
 format: $(READY)
 	$(RUN) -m ruff format flash_attn_sm120 tests benchmarks setup.py
 	$(RUN) -m ruff check --fix -q flash_attn_sm120 tests benchmarks setup.py
-	$(dir $(RUN))clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] kernels/*
+	$(dir $(RUN))clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] kernels/* tests/*.c tests/emulator/*.[ch]
 
 asan: build
 	$(RUN) -m pytest -q tests/test_sanitizers.py

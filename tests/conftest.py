@@ -1,10 +1,14 @@
 """What all tests share: the devices, the seed, and inputs in every layout."""
 
+import os
 import zlib
 from dataclasses import dataclass
 
 import pytest
 import torch
+from emulator import EmulatedTensor, library, unavailable
+
+from flash_attn_sm120 import explain, jit
 
 # Tensors here are small: threads that wait for each other would only slow torch down.
 torch.set_num_threads(1)
@@ -19,18 +23,64 @@ class Device:
     dtypes: tuple[torch.dtype, ...]
     unsupported: tuple[str, ...] = ()  # arguments that raise NotImplementedError
     missing: str = ""  # why it cannot be used on this machine
+    tensor_class: type[torch.Tensor] = torch.Tensor
+
+    def place(self, tensor):
+        """`tensor` where calls expect it; the same memory, if that is there already."""
+        return tensor.to(self.torch_device).as_subclass(self.tensor_class)
 
 
-DEVICES = [
-    Device("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16)),
-    Device(
-        "cuda",
-        "cuda",
-        (torch.bfloat16, torch.float16),
-        unsupported=("softcap", "learnable_sink"),
-        missing="" if torch.cuda.is_available() else "torch.cuda.is_available() is False",
-    ),
-]
+# A process has one driver. Without CUDA it is the emulator; with CUDA it can be, see emulator/__main__.py.
+if not os.environ.get("FA_SM120_DRIVER") and not torch.cuda.is_available() and not unavailable():
+    os.environ["FA_SM120_DRIVER"] = str(library())
+
+
+def why_no_cuda():
+    if not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False"
+    if os.environ.get("FA_SM120_DRIVER"):
+        return "the process has one driver, and FA_SM120_DRIVER names another than CUDA's"
+    return ""
+
+
+def why_no_emulator():
+    if reason := unavailable():
+        return reason
+    driver = os.environ.get("FA_SM120_DRIVER")
+    if not driver or driver != str(library()):
+        return "the process has one driver, and FA_SM120_DRIVER does not name the emulator"
+    try:
+        jit.nvrtc_version()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def driver_is_settled():
+    """The C code reads its environment once; a process that a test starts has a driver of its own."""
+    q = torch.empty(0, 1, 1, 8, dtype=torch.float16)
+    explain(q, q, q, arch=120)
+    os.environ.pop("FA_SM120_DRIVER", None)
+
+
+CPU = Device("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16))
+CUDA = Device(
+    "cuda",
+    "cuda",
+    (torch.bfloat16, torch.float16),
+    unsupported=("softcap", "learnable_sink"),
+    missing=why_no_cuda(),
+)
+EMULATOR = Device(
+    "emulator",
+    "cpu",
+    CUDA.dtypes,
+    unsupported=CUDA.unsupported,
+    missing=why_no_emulator(),
+    tensor_class=EmulatedTensor,
+)
+DEVICES = [CPU, EMULATOR, CUDA]
 
 
 @pytest.fixture(
@@ -45,6 +95,13 @@ DEVICES = [
 )
 def device(request):
     return request.param
+
+
+@pytest.fixture
+def cuda():
+    """For tests of torch's CUDA alone."""
+    if CUDA.missing:
+        pytest.skip(CUDA.missing)
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
@@ -130,7 +187,7 @@ def make_qkv(device):
             (batch, seqlen_k, heads_kv, head_dim_v),
         )
         with torch.device(device.torch_device):
-            tensors = [LAYOUTS[layout](shape, dtype) for shape in shapes]
+            tensors = [device.place(LAYOUTS[layout](shape, dtype)) for shape in shapes]
         for tensor in tensors:
             tensor.copy_(
                 torch.randn(tensor.shape) + mean

@@ -1,4 +1,4 @@
-"""Hand-made DLPack capsules: every field can be wrong, to see what the reader makes of it."""
+"""DLPack by hand: its structs, and capsules in which every field can be wrong, to see what the reader makes of it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,10 @@ class Versioned(ctypes.Structure):
     ]
 
 
-_DELETER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+DELETER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+pointer_in = ctypes.pythonapi.PyCapsule_GetPointer  # pointer_in(capsule, name of the kind)
+pointer_in.restype = ctypes.c_void_p
+pointer_in.argtypes = [ctypes.py_object, ctypes.c_char_p]
 _new_capsule = ctypes.pythonapi.PyCapsule_New
 _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
@@ -52,7 +55,7 @@ class Capsule:
     def __init__(self, array: np.ndarray, *, versioned=True, name=None, version=(1, 3), **fields):
         self.array = array
         self.deleted = 0
-        self._deleter = _DELETER(self._count)
+        self._deleter = DELETER(self._count)
         self._shape = (ctypes.c_int64 * array.ndim)(*array.shape)
         self._strides = (ctypes.c_int64 * array.ndim)(*(s // array.itemsize for s in array.strides))
         if versioned:

@@ -118,7 +118,7 @@ def test_long(device, make_qkv):
 @pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
 def test_no_keys(device, dtype, make_qkv, sink):
     q, k, v = make_qkv(2, 5, 0, 4, 2, dtype=dtype)
-    sinks = torch.randn(4, device=q.device) if sink else None
+    sinks = device.place(torch.randn(4)) if sink else None
     out, lse = check(device, q, k, v, causal=True, learnable_sink=sinks)
     assert (out == 0).all()
     assert (lse == (sinks.view(1, 4, 1) if sink else -math.inf)).all()
@@ -211,7 +211,7 @@ def test_sink(device, dtype, make_qkv, sink_dtype, softcap, mask):
     q, k, v = make_qkv(2, 70, 70, 6, 2, dtype=dtype)
     # among the scores, without effect, taking all, and ordinary ones; a slice, whose stride is 2
     sinks = torch.tensor([0.0, -math.inf, 300.0, -300.0, 3.0, -1.5]).repeat_interleave(2)
-    sinks = sinks.to(q.device, sink_dtype)[::2]
+    sinks = device.place(sinks.to(sink_dtype))[::2]
     check(device, q, k, v, learnable_sink=sinks, softcap=softcap, **mask)
 
 
@@ -355,6 +355,7 @@ def test_offsets_beyond_32_bits(device, dimension):
     room = math.prod(shape)
     try:
         storage = torch.empty(far + 3 * room, dtype=torch.bfloat16, device=device.torch_device)
+        storage = device.place(storage)
     except RuntimeError as error:
         pytest.skip(f"not enough memory: {error}")
     strides = list(torch.empty(shape).stride())

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 HOST = sorted(ROOT.glob("csrc/**/*.[ch]"))
+DRIVERS = sorted([*ROOT.glob("tests/emulator/*.[ch]"), ROOT / "tests/fake_driver.c"])
 KERNELS = sorted(
     [*ROOT.glob("kernels/*.cu"), *ROOT.glob("kernels/*.cuh"), ROOT / "kernels/params.h"]
 )
@@ -48,7 +49,7 @@ def test_python_style():
 
 def test_c_style():
     done = subprocess.run(
-        [tool("clang-format"), "--dry-run", "-Werror", *map(str, [*HOST, *KERNELS])],
+        [tool("clang-format"), "--dry-run", "-Werror", *map(str, [*HOST, *DRIVERS, *KERNELS])],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -56,7 +57,9 @@ def test_c_style():
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("path", [*HOST, *KERNELS], ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path", [*HOST, *DRIVERS, *KERNELS], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_lines_are_short(path):
     assert [line for line in path.read_text().splitlines() if len(line) > 100] == []
 
@@ -134,9 +137,11 @@ def test_c_keeps_no_state_and_borrows_no_trouble(path):
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in HOST if p.suffix == ".c"], ids=lambda p: str(p.relative_to(ROOT))
+    "path",
+    [p for p in (*HOST, *DRIVERS) if p.suffix == ".c"],
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
-def test_host_functions_are_short(path):
+def test_functions_are_short(path):
     """Tens of lines: a body starts and ends with a brace in the first column."""
     start = None
     for number, line in enumerate(path.read_text().splitlines(), 1):

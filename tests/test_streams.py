@@ -11,9 +11,7 @@ import torch
 
 from flash_attn_sm120 import flash_attn_func
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="torch.cuda.is_available() is False"
-)
+pytestmark = pytest.mark.usefixtures("cuda")
 
 SLOW = 50_000_000  # clocks that a stream sleeps: long after every host call has returned
 

@@ -1,12 +1,15 @@
 """Tensors come in from any DLPack producer, well made or not; none is leaked, none is freed twice."""
 
+import ctypes
 import gc
 import sys
 
 import numpy as np
 import pytest
 import torch
-from dlpack import Capsule, Producer
+from conftest import EMULATOR
+from dlpack import Capsule, Legacy, Producer, pointer_in
+from emulator import EmulatedTensor, _exported
 from reference import attention_reference
 
 from flash_attn_sm120 import flash_attn_func
@@ -239,3 +242,52 @@ def test_more_types_than_the_table_of_types_holds():
         kind = type(f"Producer{i}", (Producer,), {})
         np.testing.assert_array_equal(attend(kind(made)), attend(array(0)))
         assert made.deleted == 1
+
+
+# ---- what the emulator's device is made of -------------------------------------------------------
+
+
+@pytest.fixture
+def emulated():
+    """A tensor that says it is on the emulated device, a slice of a larger one."""
+    if EMULATOR.missing:
+        pytest.skip(EMULATOR.missing)
+    return torch.randn(2, 5, 4, 24).half().as_subclass(EmulatedTensor)[..., 8:]
+
+
+def test_emulated_tensor_is_on_a_gpu_as_far_as_dlpack_knows(emulated):
+    assert emulated.device == torch.device("cpu") and emulated.__dlpack_device__() == (2, 0)
+    capsule = emulated.__dlpack__()
+    tensor = Legacy.from_address(pointer_in(capsule, b"dltensor")).tensor
+    assert (tensor.device_type, tensor.device_id) == (2, 0)
+    assert tensor.data + tensor.byte_offset == emulated.data_ptr()
+    assert tensor.shape[:4] == [*SHAPE] and tensor.strides[:4] == [*emulated.stride()]
+
+
+def test_emulated_memory_lives_as_long_as_its_capsule():
+    """And so does the right of launches to touch it."""
+    if EMULATOR.missing:
+        pytest.skip(EMULATOR.missing)
+    capsule = torch.full((3,), 7.0).as_subclass(EmulatedTensor).__dlpack__()
+    gc.collect()
+    tensor = Legacy.from_address(pointer_in(capsule, b"dltensor")).tensor
+    assert list((ctypes.c_float * 3).from_address(tensor.data)) == [7.0] * 3
+    assert len(_exported) == 1
+    del tensor, capsule
+    assert not _exported
+
+
+def test_emulated_memory_is_given_back_after_a_call(emulated):
+    flash_attn_func(emulated, emulated, emulated)
+    assert not _exported
+    with pytest.raises(ValueError, match=r"multiple of 8 from 8 to 256, got 4|head_dim"):
+        flash_attn_func(emulated, emulated[..., :4], emulated)
+    assert not _exported
+
+
+def test_emulated_outputs_are_nan_and_alone_writable(emulated):
+    out = emulated.new_empty((2, 3))
+    assert out.isnan().all() and out.dtype == torch.float16
+    assert out.writable and out.detach().writable
+    assert not emulated.writable and not out[:1].writable
+    assert type(emulated.clone()) is type(emulated.transpose(1, 2)) is EmulatedTensor
