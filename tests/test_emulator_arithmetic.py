@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from emulator import EmulatorError, emulator, unavailable
+from emulator import EmulatorError, emulator, ptx_module, unavailable
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 
@@ -519,7 +519,7 @@ BYTES = {"p": 4, "h": 2, "w": 4, "d": 8}
 def kernel(letters: str, body: str) -> str:
     """%out and %in0, %in1 ... of the types that the letters name; one of each per thread."""
     names = ["out", *(f"in{i}" for i in range(len(letters) - 1))]
-    lines, params = [], ", ".join(f".param .u64 {name}_param" for name in names)
+    lines, params = [], [f".param .u64 {name}_param" for name in names]
     for name, letter in zip(names, letters, strict=True):
         lines.append(f".reg {REGISTERS[letter]} %{name};")
         lines.append(f".reg .b64 %{name}_at;")
@@ -536,20 +536,13 @@ def kernel(letters: str, body: str) -> str:
         lines.append("selp.u32 %word, 1, 0, %out;")
     register = "%word" if letters[0] == "p" else "%out"
     lines.append(f"st.global.u{8 * BYTES[letters[0]]} [%out_at], {register};")
-    return f"""
-.version 9.0
-.target sm_120f
-.address_size 64
-.visible .entry test({params})
-{{
+    preamble = f"""
     .reg .b32 %thread, %block, %word, %lane;
     mov.u32 %lane, %tid.x;
     mov.u32 %block, %ctaid.x;
     mad.lo.u32 %thread, %block, {LANES}, %lane;
-    {chr(10).join(lines)}
-    ret;
-}}
 """
+    return ptx_module(params, preamble + "\n".join(lines))
 
 
 def run(letters: str, body: str, *inputs: np.ndarray) -> np.ndarray:

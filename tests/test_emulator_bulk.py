@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from emulator import EmulatorError, emulator, unavailable
+from emulator import EmulatorError, emulator, ptx_module, unavailable
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 
@@ -140,13 +140,7 @@ TAIL = 16  # bytes per thread that copy_out moves
 
 def kernel(parameters, body):
     """%r0 is the thread, %r1 the lane, %r2 the warp, %r3 shared memory, %r4 the data in it."""
-    return f"""
-.version 9.0
-.target sm_120f
-.address_size 64
-.extern .shared .align 1024 .b8 smem[];
-.visible .entry test({", ".join(parameters)})
-{{
+    preamble = f"""
     .reg .pred %p<4>;
     .reg .b32 %r<40>;
     .reg .b64 %rd<20>;
@@ -156,10 +150,8 @@ def kernel(parameters, body):
     shr.u32 %r2, %r0, 5;
     mov.u32 %r3, smem;
     add.s32 %r4, %r3, {FRONT};
-{body}
-    ret;
-}}
 """
+    return ptx_module(parameters, preamble + body, ".extern .shared .align 1024 .b8 smem[];")
 
 
 MAP = ".param .align 64 .b8 map[128]"

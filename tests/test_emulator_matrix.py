@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from emulator import EmulatorError, emulator, unavailable
+from emulator import EmulatorError, emulator, ptx_module, unavailable
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 
@@ -30,13 +30,7 @@ DTYPES = FLOATS | INTEGERS
 
 def kernel(parameters, body):
     """%r0 is the lane, %rd0 four times that, %r1 shared memory, %r2 the block."""
-    return f"""
-.version 9.0
-.target sm_120f
-.address_size 64
-.extern .shared .align 1024 .b8 smem[];
-.visible .entry test({", ".join(f".param .u64 {name}" for name in parameters)})
-{{
+    preamble = """
     .reg .pred %p<2>;
     .reg .b32 %r<8>;
     .reg .b32 %a<8>;
@@ -48,10 +42,12 @@ def kernel(parameters, body):
     mul.wide.u32 %rd0, %r0, 4;
     mov.u32 %r1, smem;
     mov.u32 %r2, %ctaid.x;
-{body}
-    ret;
-}}
 """
+    return ptx_module(
+        [f".param .u64 {name}" for name in parameters],
+        preamble + body,
+        ".extern .shared .align 1024 .b8 smem[];",
+    )
 
 
 def vector(name, count):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from emulator import EmulatorError, emulator, unavailable
+from emulator import EmulatorError, emulator, ptx_module, unavailable
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 
@@ -28,12 +28,7 @@ def kernel(body, parameters=("data",), shared=0):
     pointers = "".join(
         f"    .reg .b64 %{name};\n    ld.param.u64 %{name}, [{name}];\n" for name in parameters
     )
-    return f"""
-.version 9.0
-.target sm_120f
-.address_size 64
-.visible .entry test({", ".join(f".param .u64 {name}" for name in parameters)})
-{{
+    preamble = f"""
     .reg .pred %p<8>;
     .reg .b16 %h<9>;
     .reg .b32 %r<33>;
@@ -46,10 +41,8 @@ def kernel(body, parameters=("data",), shared=0):
     and.b32 %lane, %tid, 31;
     shr.u32 %warp, %tid, 5;
     mov.u32 %smem, smem;
-{body}
-    ret;
-}}
 """
+    return ptx_module([f".param .u64 {name}" for name in parameters], preamble + body)
 
 
 def element(name, bytes_, register="%wide", index="%tid"):
@@ -227,12 +220,9 @@ def test_address_register_may_be_overwritten():
     assert data.tolist() == list(range(64))
 
 
-STRUCT = """
-.version 9.0
-.target sm_120f
-.address_size 64
-.visible .entry test(.param .u64 out, .param .align 8 .b8 params[24])
-{
+STRUCT = ptx_module(
+    [".param .u64 out", ".param .align 8 .b8 params[24]"],
+    """
     .reg .b16 %h<4>;
     .reg .b32 %r<4>;
     .reg .b64 %rd<4>;
@@ -245,9 +235,8 @@ STRUCT = """
     st.global.v2.u32 [%rd0], {%r0, %r1};
     st.global.u32 [%rd0+8], %r2;
     st.global.u64 [%rd0+16], %rd2;
-    ret;
-}
-"""
+""",
+)
 
 
 def test_parameters():

@@ -172,6 +172,21 @@ _CTYPES = {
 # ---- running PTX ---------------------------------------------------------------------------------
 
 
+def ptx_module(parameters: Iterable[str], body: str, variables: str = "") -> str:
+    """A module of one entry, ``test``: its ``.param`` declarations, its body up to the last ret."""
+    return f"""
+.version 9.0
+.target sm_120f
+.address_size 64
+{variables}
+.visible .entry test({", ".join(parameters)})
+{{
+{body}
+    ret;
+}}
+"""
+
+
 class EmulatorError(RuntimeError):
     """PTX that cannot be read, or a launch that did what it must not; the message is the report."""
 

@@ -457,7 +457,11 @@ static bool read_instruction(struct parser *parser)
     for (size_t end = strlen(at); end > 0 && isspace((unsigned char)at[end - 1]);)
         at[--end] = 0;
     in->converges = strstr(name, ".sync") || strncmp(name, "bar.", 4) == 0;
-    return read_opcode(parser, name, at, in);
+    const int next_line = parser->line;
+    parser->line = in->line; /* for what may be said of it */
+    const bool ok = read_opcode(parser, name, at, in);
+    parser->line = ok ? next_line : parser->line;
+    return ok;
 }
 
 /* ---- directives ----------------------------------------------------------------------------- */
@@ -668,6 +672,12 @@ static const struct label *find_label(const struct parser *parser, const struct 
     return NULL;
 }
 
+static bool refuse_label(struct parser *parser, const struct jump *jump)
+{
+    parser->line = parser->code[jump->instruction].line;
+    return refuse(parser, "unknown label %s", jump->label);
+}
+
 /* A scope closes: all its labels are known, and what its branches still lack is outside. */
 static bool close_scope(struct parser *parser)
 {
@@ -680,7 +690,7 @@ static bool close_scope(struct parser *parser)
             continue;
         }
         if (jump.depth == parser->depth && --jump.depth == 0)
-            return refuse(parser, "unknown label %s", jump.label);
+            return refuse_label(parser, &jump);
         parser->jumps[open++] = jump;
     }
     parser->jumps_count = open;
