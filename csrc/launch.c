@@ -31,7 +31,8 @@ int fa_launch_plan(struct fa_state *state, const struct fa_shape *shape, int ord
             device.arch = state->settings.plan_as;
     }
     struct fa_plan_error error;
-    if (fa_plan_forward(shape, &device, state->settings.limits_arch, plan, &error) < 0)
+    if (fa_plan_forward(shape, &device, state->settings.limits_arch, &state->tiles, plan, &error) <
+        0)
         return raise_plan_error(&error);
     return 0;
 }

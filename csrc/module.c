@@ -8,6 +8,7 @@
 #include "platform.h"
 #include "problem.h"
 #include "state.h"
+#include "use_tiles.h"
 
 PyObject *fa_state_import(PyObject **slot, const char *name)
 {
@@ -86,6 +87,19 @@ static PyObject *devices(PyObject *module, PyObject *Py_UNUSED(unused))
     return fa_explain_devices(state);
 }
 
+static PyObject *use_tiles(PyObject *module, PyObject *rows)
+{
+    struct fa_state *state = PyModule_GetState(module);
+    if (fa_use_tiles(rows, &state->tiles) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    return fa_tile_fields();
+}
+
 static PyMethodDef METHODS[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL,
      "forward(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, return_lse) -> "
@@ -93,6 +107,8 @@ static PyMethodDef METHODS[] = {
     {"explain", (PyCFunction)(void (*)(void))explain, METH_FASTCALL,
      "explain(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, arch) -> dict"},
     {"devices", devices, METH_NOARGS, "devices() -> (driver version, [device, ...])"},
+    {"use_tiles", use_tiles, METH_O, "use_tiles(rows) -> None"},
+    {"tile_fields", tile_fields, METH_NOARGS, "tile_fields() -> (name, ...)"},
     {NULL, NULL, 0, NULL},
 };
 
@@ -133,8 +149,10 @@ static void free_module(void *module)
 {
     struct fa_state *state = PyModule_GetState(module);
     clear_module(module);
-    if (state)
-        fa_kernels_clear(&state->kernels, &state->driver);
+    if (!state)
+        return;
+    fa_kernels_clear(&state->kernels, &state->driver);
+    fa_tiles_clear(&state->tiles);
 }
 
 static PyModuleDef_Slot SLOTS[] = {

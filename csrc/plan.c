@@ -3,8 +3,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "tiles.h"
-
 /* CUDA reserves 1 KB of a multiprocessor's shared memory for each block that is resident. */
 #define SMEM_RESERVED_PER_BLOCK 1024
 
@@ -78,18 +76,40 @@ static int forward_smem(const struct fa_shape *shape, const struct fa_tile *tile
     return tile->stages * tile->tile_n * row * 2;
 }
 
-/* The first row of the table that covers the head dims within the shared memory, stages included.
- */
-static const struct fa_tile *choose_tile(const struct fa_shape *shape, int smem_per_block)
+static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape, int arch)
 {
-    for (size_t i = 0; i < FA_TILE_COUNT; i++) {
-        const struct fa_tile_row *row = &FA_TILES[i];
-        if (shape->head_dim <= row->head_dim && shape->head_dim_v <= row->head_dim_v &&
-            (!row->mask_left || shape->window_left != FA_UNBOUNDED) &&
-            forward_smem(shape, &row->tile) <= smem_per_block)
-            return &row->tile;
-    }
+#define WITHIN(bound, value) ((bound) == FA_ANY || (value) <= (bound))
+#define SAME(wanted, value)  ((wanted) == FA_ANY || (wanted) == (value))
+    return (row->arch == FA_ANY || row->arch / 10 == arch / 10) &&
+           WITHIN(row->head_dim, shape->head_dim) && WITHIN(row->head_dim_v, shape->head_dim_v) &&
+           WITHIN(row->heads_per_kv, shape->heads_q / shape->heads_kv) &&
+           WITHIN(row->seqlen_q, shape->seqlen_q) &&
+           SAME(row->mask_right, shape->window_right != FA_UNBOUNDED) &&
+           SAME(row->mask_left, shape->window_left != FA_UNBOUNDED);
+#undef WITHIN
+#undef SAME
+}
+
+/* The first of some rows that serves the call within the shared memory, stages included. */
+static const struct fa_tile *first_that_serves(const struct fa_tile_row *rows, size_t count,
+                                               const struct fa_shape *shape, int arch,
+                                               int smem_per_block)
+{
+    for (size_t i = 0; i < count; i++)
+        if (serves(&rows[i], shape, arch) && forward_smem(shape, &rows[i].tile) <= smem_per_block)
+            return &rows[i].tile;
     return NULL;
+}
+
+static const struct fa_tile *choose_tile(const struct fa_shape *shape, int arch, int smem_per_block,
+                                         const struct fa_tile_list *own, struct fa_plan *plan)
+{
+    const struct fa_tile *tile =
+        first_that_serves(own->rows, own->count, shape, arch, smem_per_block);
+    because(plan, "tile",
+            tile ? "first row of use_tiles() that serves the call and fits the shared memory"
+                 : "first row of csrc/tiles.c that serves the call and fits the shared memory");
+    return tile ? tile : first_that_serves(FA_TILES, FA_TILE_COUNT, shape, arch, smem_per_block);
 }
 
 static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile,
@@ -164,7 +184,8 @@ static void pad_to_limits(const struct fa_device *device, int limits_arch, struc
 }
 
 int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device, int limits_arch,
-                    struct fa_plan *plan, struct fa_plan_error *error)
+                    const struct fa_tile_list *own, struct fa_plan *plan,
+                    struct fa_plan_error *error)
 {
     plan->reason_count = 0;
     if (check_supported(shape, device, error) < 0)
@@ -174,13 +195,10 @@ int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device
     /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds
      * on 12.x. */
     const int smem_per_block = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
-    const struct fa_tile *tile = choose_tile(shape, smem_per_block);
+    const struct fa_tile *tile = choose_tile(shape, device->arch, smem_per_block, own, plan);
     if (!tile)
         return refuse(error, true,
                       "no tile fits the shared memory of this device at these head dims");
-    because(plan, "tile",
-            "first row of csrc/tiles.c that covers the head dims and fits the shared memory");
-
     set_variant(shape, tile, plan);
     plan->smem_bytes = plan->smem_request = forward_smem(shape, tile);
     plan->blocks_per_sm = blocks_that_fit(plan, device);

@@ -14,6 +14,7 @@ struct fa_state {
     struct fa_producers producers;
     struct fa_driver driver;
     struct fa_kernels kernels;
+    struct fa_tile_list tiles;  /* those of use_tiles() */
     PyObject *python_producers; /* flash_attn_sm120.producers, imported when first needed */
     PyObject *python_jit;       /* flash_attn_sm120.jit, likewise */
 };

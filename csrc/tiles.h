@@ -1,22 +1,42 @@
-/* The tile table: which shape of block serves which head dimensions. */
+/* The tile table: which shape of block serves which calls. */
 #ifndef FA_TILES_H
 #define FA_TILES_H
 
-#include <stdbool.h>
 #include <stddef.h>
 
+/* X(field): which calls a row is for, and the tile that they get. All are ints.
+ *   arch            compute capability: serves all of the same major version
+ *   head_dim, head_dim_v, heads_per_kv, seqlen_q
+ *                   serves calls up to these; heads_per_kv is query heads per KV head
+ *   mask_right, mask_left
+ *                   1 (0): serves calls whose keys do (do not) end, start, at a diagonal
+ * FA_ANY in place of a number: of any. */
+#define FA_TILE_KEY(X)                                                                             \
+    X(arch) X(head_dim) X(head_dim_v) X(heads_per_kv) X(seqlen_q) X(mask_right) X(mask_left)
+
+/*   tile_n          keys per stage of the ring in shared memory
+ *   sub_n           keys whose scores are in registers at a time
+ *   warps, warp_m   query rows per warp; tile_m is warps * warp_m
+ *   stages          of the ring; each holds a K and a V tile */
+#define FA_TILE(X) X(tile_n) X(sub_n) X(warps) X(warp_m) X(stages)
+
+#define FA_ANY (-1)
+
+#define FA_INT(field) int field;
 struct fa_tile {
-    int tile_n; /* keys per stage of the ring in shared memory */
-    int sub_n;  /* keys whose scores are in registers at a time */
-    int warps;
-    int warp_m; /* query rows per warp; tile_m is warps * warp_m */
-    int stages; /* of the ring; each holds a K and a V tile */
+    FA_TILE(FA_INT)
 };
 
 struct fa_tile_row {
-    int head_dim, head_dim_v; /* the row serves head dims up to these */
-    bool mask_left;           /* and only calls whose window ends on the left; else all */
+    FA_TILE_KEY(FA_INT)
     struct fa_tile tile;
+};
+#undef FA_INT
+
+/* The first row that serves a call is taken, if it fits the device's shared memory. */
+struct fa_tile_list {
+    struct fa_tile_row *rows;
+    size_t count;
 };
 
 extern const struct fa_tile_row FA_TILES[];

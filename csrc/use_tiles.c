@@ -1,0 +1,103 @@
+#include "use_tiles.h"
+
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+
+#define FIELD_COUNT (sizeof(struct fa_tile_row) / sizeof(int))
+
+PyObject *fa_tile_fields(void)
+{
+    static const char *const names[] = {
+#define FA_NAME(field) #field,
+        FA_TILE_KEY(FA_NAME) FA_TILE(FA_NAME)
+#undef FA_NAME
+    };
+    PyObject *fields = PyTuple_New(FIELD_COUNT);
+    for (size_t i = 0; fields && i < FIELD_COUNT; i++) {
+        PyObject *name = PyUnicode_FromString(names[i]);
+        if (!name || PyTuple_SetItem(fields, (Py_ssize_t)i, name) < 0)
+            Py_CLEAR(fields);
+    }
+    return fields;
+}
+
+static int read_ints(PyObject *row, struct fa_tile_row *into)
+{
+    int *fields = (int *)into;
+    if (!PyTuple_Check(row) || PyTuple_Size(row) != (Py_ssize_t)FIELD_COUNT) {
+        PyErr_Format(PyExc_TypeError, "a tile row must be a tuple of %d ints, got %R",
+                     (int)FIELD_COUNT, row);
+        return -1;
+    }
+    for (size_t i = 0; i < FIELD_COUNT; i++) {
+        const long value = PyLong_AsLong(PyTuple_GetItem(row, (Py_ssize_t)i));
+        if (value == -1 && PyErr_Occurred())
+            return -1;
+        if (value < FA_ANY || value > INT_MAX) {
+            PyErr_Format(PyExc_ValueError, "%ld is out of range in the tile row %R", value, row);
+            return -1;
+        }
+        fields[i] = (int)value;
+    }
+    return 0;
+}
+
+/* What the static_asserts of kernels/tile.cuh ask for: such a tile compiles, or spills at worst. */
+static const char *why_impossible(const struct fa_tile *tile)
+{
+    if (tile->warps < 1 || tile->warps > 16 || (tile->warps & (tile->warps - 1)))
+        return "warps must be 1, 2, 4, 8 or 16";
+    if (tile->warp_m != 16 && tile->warp_m != 32)
+        return "warp_m must be 16 or 32";
+    if (tile->sub_n < 16 || tile->sub_n % 16)
+        return "sub_n must be a multiple of 16";
+    if (tile->tile_n < 16 || tile->tile_n > 256 || (tile->tile_n & (tile->tile_n - 1)) ||
+        tile->tile_n % tile->sub_n)
+        return "tile_n must be a power of two from 16 to 256 and a multiple of sub_n";
+    if (tile->stages < 2 || tile->stages > 16)
+        return "stages must be from 2 to 16";
+    return NULL;
+}
+
+static int read_row(PyObject *row, struct fa_tile_row *into)
+{
+    if (read_ints(row, into) < 0)
+        return -1;
+    const char *why = why_impossible(&into->tile);
+    if (!why)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s in the tile row %R", why, row);
+    return -1;
+}
+
+int fa_use_tiles(PyObject *rows, struct fa_tile_list *list)
+{
+    struct fa_tile_list read = {0};
+    const Py_ssize_t count = PySequence_Size(rows);
+    if (count < 0)
+        return -1;
+    read.rows = calloc((size_t)count + 1, sizeof *read.rows);
+    if (!read.rows) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (; read.count < (size_t)count; read.count++) {
+        PyObject *row = PySequence_GetItem(rows, (Py_ssize_t)read.count);
+        const int status = row ? read_row(row, &read.rows[read.count]) : -1;
+        Py_XDECREF(row);
+        if (status < 0) {
+            fa_tiles_clear(&read);
+            return -1;
+        }
+    }
+    fa_tiles_clear(list);
+    *list = read;
+    return 0;
+}
+
+void fa_tiles_clear(struct fa_tile_list *list)
+{
+    free(list->rows);
+    *list = (struct fa_tile_list){0};
+}

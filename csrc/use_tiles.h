@@ -1,0 +1,18 @@
+/* Rows of the tile table from Python: a tuner's candidates, or what it found on a card. */
+#ifndef FA_USE_TILES_H
+#define FA_USE_TILES_H
+
+#include <Python.h>
+
+#include "tiles.h"
+
+/* The names of a row's numbers, in order: a tuple of strings. */
+PyObject *fa_tile_fields(void);
+
+/* Replaces `list` by a sequence of rows, tuples of ints in the order of fa_tile_fields(). 0, or -1
+ * with TypeError or ValueError set and the list as it was. */
+int fa_use_tiles(PyObject *rows, struct fa_tile_list *list);
+
+void fa_tiles_clear(struct fa_tile_list *list);
+
+#endif
