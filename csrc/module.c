@@ -95,6 +95,11 @@ static PyObject *use_tiles(PyObject *module, PyObject *rows)
     Py_RETURN_NONE;
 }
 
+static PyObject *tiles(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    return fa_tiles();
+}
+
 static PyObject *tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
     return fa_tile_fields();
@@ -108,6 +113,7 @@ static PyMethodDef METHODS[] = {
      "explain(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, arch) -> dict"},
     {"devices", devices, METH_NOARGS, "devices() -> (driver version, [device, ...])"},
     {"use_tiles", use_tiles, METH_O, "use_tiles(rows) -> None"},
+    {"tiles", tiles, METH_NOARGS, "tiles() -> [row, ...]"},
     {"tile_fields", tile_fields, METH_NOARGS, "tile_fields() -> (name, ...)"},
     {NULL, NULL, 0, NULL},
 };

@@ -76,14 +76,23 @@ static int forward_smem(const struct fa_shape *shape, const struct fa_tile *tile
     return tile->stages * tile->tile_n * row * 2;
 }
 
-static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape, int arch)
+/* Query rows of all heads for each multiprocessor, rounded up. */
+static int64_t rows_per_sm(const struct fa_shape *shape, const struct fa_device *device)
+{
+    const int64_t heads = (int64_t)shape->batch * shape->heads_q;
+    return CEIL_DIV(heads * shape->seqlen_q, MAX(1, device->sms));
+}
+
+static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape,
+                   const struct fa_device *device)
 {
 #define WITHIN(bound, value) ((bound) == FA_ANY || (value) <= (bound))
 #define SAME(wanted, value)  ((wanted) == FA_ANY || (wanted) == (value))
-    return (row->arch == FA_ANY || row->arch / 10 == arch / 10) &&
+    return (row->arch == FA_ANY || row->arch / 10 == device->arch / 10) &&
            WITHIN(row->head_dim, shape->head_dim) && WITHIN(row->head_dim_v, shape->head_dim_v) &&
            WITHIN(row->heads_per_kv, shape->heads_q / shape->heads_kv) &&
            WITHIN(row->seqlen_q, shape->seqlen_q) &&
+           WITHIN(row->rows_per_sm, rows_per_sm(shape, device)) &&
            SAME(row->mask_right, shape->window_right != FA_UNBOUNDED) &&
            SAME(row->mask_left, shape->window_left != FA_UNBOUNDED);
 #undef WITHIN
@@ -92,24 +101,25 @@ static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape, 
 
 /* The first of some rows that serves the call within the shared memory, stages included. */
 static const struct fa_tile *first_that_serves(const struct fa_tile_row *rows, size_t count,
-                                               const struct fa_shape *shape, int arch,
-                                               int smem_per_block)
+                                               const struct fa_shape *shape,
+                                               const struct fa_device *device, int smem_per_block)
 {
     for (size_t i = 0; i < count; i++)
-        if (serves(&rows[i], shape, arch) && forward_smem(shape, &rows[i].tile) <= smem_per_block)
+        if (serves(&rows[i], shape, device) && forward_smem(shape, &rows[i].tile) <= smem_per_block)
             return &rows[i].tile;
     return NULL;
 }
 
-static const struct fa_tile *choose_tile(const struct fa_shape *shape, int arch, int smem_per_block,
+static const struct fa_tile *choose_tile(const struct fa_shape *shape,
+                                         const struct fa_device *device, int smem_per_block,
                                          const struct fa_tile_list *own, struct fa_plan *plan)
 {
     const struct fa_tile *tile =
-        first_that_serves(own->rows, own->count, shape, arch, smem_per_block);
+        first_that_serves(own->rows, own->count, shape, device, smem_per_block);
     because(plan, "tile",
             tile ? "first row of use_tiles() that serves the call and fits the shared memory"
                  : "first row of csrc/tiles.c that serves the call and fits the shared memory");
-    return tile ? tile : first_that_serves(FA_TILES, FA_TILE_COUNT, shape, arch, smem_per_block);
+    return tile ? tile : first_that_serves(FA_TILES, FA_TILE_COUNT, shape, device, smem_per_block);
 }
 
 static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile,
@@ -195,7 +205,7 @@ int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device
     /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds
      * on 12.x. */
     const int smem_per_block = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
-    const struct fa_tile *tile = choose_tile(shape, device->arch, smem_per_block, own, plan);
+    const struct fa_tile *tile = choose_tile(shape, device, smem_per_block, own, plan);
     if (!tile)
         return refuse(error, true,
                       "no tile fits the shared memory of this device at these head dims");

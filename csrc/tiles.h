@@ -6,13 +6,16 @@
 
 /* X(field): which calls a row is for, and the tile that they get. All are ints.
  *   arch            compute capability: serves all of the same major version
- *   head_dim, head_dim_v, heads_per_kv, seqlen_q
- *                   serves calls up to these; heads_per_kv is query heads per KV head
+ *   head_dim, head_dim_v, heads_per_kv, seqlen_q, rows_per_sm
+ *                   serves calls up to these; heads_per_kv is query heads per KV head, rows_per_sm
+ *                   the query rows of all heads for each multiprocessor: how large tiles may be
+ *                   before some of them have none
  *   mask_right, mask_left
  *                   1 (0): serves calls whose keys do (do not) end, start, at a diagonal
  * FA_ANY in place of a number: of any. */
 #define FA_TILE_KEY(X)                                                                             \
-    X(arch) X(head_dim) X(head_dim_v) X(heads_per_kv) X(seqlen_q) X(mask_right) X(mask_left)
+    X(arch)                                                                                        \
+    X(head_dim) X(head_dim_v) X(heads_per_kv) X(seqlen_q) X(rows_per_sm) X(mask_right) X(mask_left)
 
 /*   tile_n          keys per stage of the ring in shared memory
  *   sub_n           keys whose scores are in registers at a time

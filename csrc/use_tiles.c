@@ -22,6 +22,30 @@ PyObject *fa_tile_fields(void)
     return fields;
 }
 
+static PyObject *write_ints(const struct fa_tile_row *row)
+{
+    const int *fields = (const int *)row;
+    PyObject *numbers = PyTuple_New(FIELD_COUNT);
+    for (size_t i = 0; numbers && i < FIELD_COUNT; i++) {
+        PyObject *number = PyLong_FromLong(fields[i]);
+        if (!number || PyTuple_SetItem(numbers, (Py_ssize_t)i, number) < 0)
+            Py_CLEAR(numbers);
+    }
+    return numbers;
+}
+
+PyObject *fa_tiles(void)
+{
+    PyObject *rows = PyList_New(0);
+    for (size_t i = 0; rows && i < FA_TILE_COUNT; i++) {
+        PyObject *row = write_ints(&FA_TILES[i]);
+        if (!row || PyList_Append(rows, row) < 0)
+            Py_CLEAR(rows);
+        Py_XDECREF(row);
+    }
+    return rows;
+}
+
 static int read_ints(PyObject *row, struct fa_tile_row *into)
 {
     int *fields = (int *)into;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -18,14 +19,21 @@ COMMON_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 
 
 
 def common_plans(arch: int) -> Iterator[Plan]:
-    """The plans of the common forward calls on compute capability ``arch``; needs no GPU."""
-    for dtype in (torch.bfloat16, torch.float16):
-        for head_dim, head_dim_v in COMMON_HEAD_DIMS:
-            # One row seen 4096 times: explain() looks at shapes alone.
-            q = torch.empty(head_dim, dtype=dtype).expand(1, 4096, 8, head_dim)
-            v = torch.empty(head_dim_v, dtype=dtype).expand(1, 4096, 8, head_dim_v)
-            for causal in (False, True):
-                yield explain(q, q, v, causal=causal, arch=arch)
+    """The plans of the common forward calls on compute capability ``arch``; needs no GPU.
+
+    Each kernel once: of calls that fill the machine, of short ones, and of those between.
+    """
+    seen = set()
+    for dtype, (head_dim, head_dim_v), seqlen, causal in itertools.product(
+        (torch.bfloat16, torch.float16), COMMON_HEAD_DIMS, (16384, 2048, 512), (False, True)
+    ):
+        # One row seen many times: explain() looks at shapes alone.
+        q = torch.empty(head_dim, dtype=dtype).expand(1, seqlen, 8, head_dim)
+        v = torch.empty(head_dim_v, dtype=dtype).expand(1, seqlen, 8, head_dim_v)
+        plan = explain(q, q, v, causal=causal, arch=arch)
+        if plan.variant not in seen:
+            seen.add(plan.variant)
+            yield plan
 
 
 def warmup(

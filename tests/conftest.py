@@ -2,13 +2,13 @@
 
 import os
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from emulator import EmulatedTensor, library, unavailable
 
-from flash_attn_sm120 import explain, jit
+from flash_attn_sm120 import _C, explain, jit
 
 # Tensors here are small: threads that wait for each other would only slow torch down.
 torch.set_num_threads(1)
@@ -24,6 +24,7 @@ class Device:
     unsupported: tuple[str, ...] = ()  # arguments that raise NotImplementedError
     missing: str = ""  # why it cannot be used on this machine
     tensor_class: type[torch.Tensor] = torch.Tensor
+    tiles: tuple[tuple[int, ...], ...] = ()  # rows that come before those of csrc/tiles.c
 
     def place(self, tensor):
         """`tensor` where calls expect it; the same memory, if that is there already."""
@@ -80,7 +81,13 @@ EMULATOR = Device(
     missing=why_no_emulator(),
     tensor_class=EmulatedTensor,
 )
-DEVICES = [CPU, EMULATOR, CUDA]
+
+# Tests are small, and the dispatcher gives small calls small tiles: so all of it with large ones, too.
+ROWS_PER_SM = _C.tile_fields().index("rows_per_sm")
+LARGE_TILES = tuple(row for row in _C.tiles() if row[ROWS_PER_SM] == -1)
+DEVICES = [CPU]
+for chosen in (EMULATOR, CUDA):
+    DEVICES += [chosen, replace(chosen, name=f"{chosen.name}-large", tiles=LARGE_TILES)]
 
 
 @pytest.fixture(
@@ -94,7 +101,9 @@ DEVICES = [CPU, EMULATOR, CUDA]
     ]
 )
 def device(request):
-    return request.param
+    _C.use_tiles(request.param.tiles)
+    yield request.param
+    _C.use_tiles(())
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ from typing import Any
 import emulator
 import pytest
 import torch
-from conftest import EMULATOR as DEVICE
+from conftest import EMULATOR, LARGE_TILES
 from reference import assert_close
 
 from flash_attn_sm120 import _C, explain, flash_attn_func, jit, variants
 
-pytestmark = pytest.mark.skipif(bool(DEVICE.missing), reason=DEVICE.missing)
+pytestmark = pytest.mark.skipif(bool(EMULATOR.missing), reason=EMULATOR.missing)
 
-COMMON_PLANS = list(variants.common_plans(120)) if not DEVICE.missing else []
+COMMON_PLANS = list(variants.common_plans(120)) if not EMULATOR.missing else []
 
 SCHEDULES = [(seed, late) for seed in range(20) for late in (False, True)]
 
@@ -49,8 +49,18 @@ def inputs_of(plan, seqlen_q, seqlen_k):
 # ---- the kernels that ship -----------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def tiles():
+    """Sets the tile table, to that of csrc/tiles.c first, and sets it back."""
+    yield _C.use_tiles
+    _C.use_tiles(())
+
+
 @pytest.mark.parametrize("plan", COMMON_PLANS, ids=lambda plan: plan.variant)
-def test_common_kernels_at_every_tile_edge(plan):
+def test_common_kernels_at_every_tile_edge(plan, tiles):
+    any_call = (-1,) * (len(_C.tile_fields()) - 5)
+    tile = (constants(plan)[name] for name in ("TILE_N", "SUB_N", "WARPS", "WARP_M", "STAGES"))
+    tiles([(*any_call, *tile)])
     edges_q, edges_k = ([1, tile - 1, tile, tile + 1] for tile in (plan.tile_m, plan.tile_n))
     for seqlen_q in edges_q:
         for seqlen_k in edges_k:
@@ -72,9 +82,11 @@ def test_common_kernels_at_every_tile_edge(plan):
     ],
     ids=str,
 )
-def test_every_schedule_gives_the_same_bits(case):
+@pytest.mark.parametrize("rows", [(), LARGE_TILES], ids=["chosen", "large"])
+def test_every_schedule_gives_the_same_bits(case, rows, tiles):
     """Twenty orders of the warps, with asynchronous copies that land at once or at the last moment."""
     sizes, options = case
+    tiles(rows)
     q, k, v = make_qkv(*sizes, torch.bfloat16)
     first = None
     for seed, late in SCHEDULES:
@@ -89,8 +101,10 @@ ODD_HEAD_DIMS = [(8, 8), (16, 24), (24, 8), (40, 72), (104, 120), (136, 16), (20
 
 @pytest.mark.parametrize("head_dims", [*variants.COMMON_HEAD_DIMS, *ODD_HEAD_DIMS], ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-def test_no_bank_conflicts(head_dims, causal):
+@pytest.mark.parametrize("rows", [(), LARGE_TILES], ids=["chosen", "large"])
+def test_no_bank_conflicts(head_dims, causal, rows, tiles):
     """Copies of tiles, ldmatrix and loads take the fewest passes through shared memory that there are."""
+    tiles(rows)
     q, k, v = make_qkv(1, 130, 300, 1, 1, *head_dims, torch.bfloat16)
     flash_attn_func(q, k, v, causal=causal)
     counters = emulator.emulator().counters()
@@ -99,8 +113,9 @@ def test_no_bank_conflicts(head_dims, causal):
         assert counters.wavefronts[kind] == counters.wavefronts_ideal[kind], kind
 
 
-def test_counters_count():
-    """A call whose every product and copy is known in number."""
+def test_counters_count(tiles):
+    """A call of one block, whose every product and copy is known in number."""
+    tiles(LARGE_TILES)
     q, k, v = make_qkv(1, 128, 256, 1, 1, 64, 64, torch.bfloat16)
     plan = explain(q, k, v)
     flash_attn_func(q, k, v)
@@ -314,8 +329,9 @@ def attend_with(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
-def test_broken_kernels_are_caught(attend_with, broken):
+def test_broken_kernels_are_caught(attend_with, broken, tiles):
     """On every schedule that is tried; and the same call of the right kernel is not complained of."""
+    tiles(LARGE_TILES)
     q, k, v = make_qkv(*broken.sizes, torch.bfloat16)
     q *= broken.scale
     edits = [(broken.file, broken.right, broken.wrong)]

@@ -2,13 +2,14 @@
 
 import itertools
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from flash_attn_sm120 import explain, flash_attn_func
+from flash_attn_sm120 import _C, explain, flash_attn_func
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120, 121)
 HEAD_DIMS = tuple(range(8, 257, 8))
@@ -65,9 +66,8 @@ def test_masks_are_constants_of_the_variant():
         "_right_left": {"window_size": (16, 16)},
     }
     names = {suffix: explain(q, k, v, **mask, arch=120).variant for suffix, mask in masks.items()}
-    assert names[""].endswith("_s3")
     for suffix, name in names.items():
-        assert name.endswith("_s3" + suffix)
+        assert re.search(r"_s\d+(\w*)$", name)[1] == suffix
 
 
 def test_variant_names_are_unique_to_their_constants():
@@ -78,6 +78,75 @@ def test_variant_names_are_unique_to_their_constants():
         plan = explain(*shapes(head_dim, head_dim_v), causal=causal, arch=120)
         assert seen.setdefault(plan.variant, plan.options) == plan.options
     assert len(set(seen.values())) == len(seen)
+
+
+def test_tiles_by_rows_per_sm():
+    """Calls that fill the machine get large tiles, whatever they are made of; short ones do not."""
+    for batch, heads, seqlen in ((1, 8, 512), (8, 8, 64), (1, 1, 4096), (64, 1, 64)):
+        small = explain(*shapes(seqlen_q=seqlen, heads=(heads, 1), batch=batch), arch=120)
+        large = explain(*shapes(seqlen_q=seqlen, heads=(heads, 1), batch=16 * batch), arch=120)
+        assert (small.tile_m, large.tile_m) == (64, 128), (batch, heads, seqlen)
+
+
+@pytest.fixture
+def use_tiles():
+    yield _C.use_tiles
+    _C.use_tiles(())
+
+
+def row(**fields):
+    """A row for any call but for what is named."""
+    tile = {"tile_n": 32, "sub_n": 16, "warps": 2, "warp_m": 16, "stages": 5}
+    return tuple((tile | fields).get(name, -1) for name in _C.tile_fields())
+
+
+def test_rows_of_the_caller_come_first(use_tiles):
+    use_tiles([row(arch=120, head_dim=64, mask_right=1), row(head_dim=128, seqlen_q=256, stages=4)])
+
+    def stages(arch=120, **shape):
+        causal = shape.pop("causal", False)
+        return explain(*shapes(**shape), causal=causal, arch=arch).stages
+
+    assert stages(head_dim=64, causal=True) == 5
+    assert stages(head_dim=64, causal=True, arch=121) == 5, "of the same major version"
+    assert stages(head_dim=64, seqlen_q=256, causal=True, arch=90) == 4
+    assert stages(head_dim=64, seqlen_q=256) == 4
+    assert stages(head_dim=64, seqlen_q=257) == 3
+    assert stages(head_dim=72, seqlen_q=256, causal=True) == 4
+    assert "use_tiles" in explain(*shapes(seqlen_q=9), arch=120).reasons["tile"]
+    use_tiles(())
+    assert "csrc/tiles.c" in explain(*shapes(seqlen_q=9), arch=120).reasons["tile"]
+
+
+def test_a_row_that_does_not_fit_is_passed_over(use_tiles):
+    use_tiles([row(tile_n=256, stages=3), row(stages=7)])
+    assert explain(*shapes(head_dim=8), arch=120).stages == 3
+    assert explain(*shapes(head_dim=64), arch=120).stages == 7
+
+
+@pytest.mark.parametrize(
+    "rows, error, message",
+    [
+        (5, TypeError, "has no len"),
+        ([5], TypeError, "tuple of 13 ints, got 5"),
+        ([row()[1:]], TypeError, "tuple of 13 ints"),
+        ([(*row()[1:], "x")], TypeError, "int"),
+        ([(*row()[1:], 2**70)], OverflowError, "int"),
+        ([row(arch=-2)], ValueError, "-2 is out of range"),
+        ([row(warps=3)], ValueError, "warps must be"),
+        ([row(warp_m=24)], ValueError, "warp_m must be"),
+        ([row(sub_n=8)], ValueError, "sub_n must be"),
+        ([row(tile_n=48)], ValueError, "tile_n must be"),
+        ([row(sub_n=48)], ValueError, "tile_n must be"),
+        ([row(stages=1)], ValueError, "stages must be"),
+        ([row(), row(stages=17)], ValueError, "stages must be"),
+    ],
+)
+def test_rows_that_cannot_be(use_tiles, rows, error, message):
+    use_tiles([row(stages=6)])
+    with pytest.raises(error, match=message):
+        use_tiles(rows)
+    assert explain(*shapes(), arch=120).stages == 6, "the rows before are still there"
 
 
 def test_heads_share_the_l2_in_groups():

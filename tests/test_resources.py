@@ -36,7 +36,7 @@ def build_all(plans, arch):
 def test_common_forward_variants(compute_capability):
     """No spills up to head_dim 128, within 99 KB, and the registers allow the blocks that are planned."""
     plans = list(variants.common_plans(compute_capability))
-    assert len(plans) == 2 * 2 * len(variants.COMMON_HEAD_DIMS)
+    assert len(plans) >= 2 * 2 * len(variants.COMMON_HEAD_DIMS)
     for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
         head_dims = [int(n) for n in re.findall(r"_dv?(\d+)", plan.variant)]
         assert build.spill_bytes <= (0 if max(head_dims) <= 128 else 64), line
