@@ -17,10 +17,12 @@ from flash_attn_sm120.interface import Plan, explain
 COMMON_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 
 
-def common_plans(arch: int) -> Iterator[Plan]:
+def common_plans(
+    arch: int, head_dims: Iterable[tuple[int, int]] = COMMON_HEAD_DIMS
+) -> Iterator[Plan]:
     """The plans of the common forward calls on compute capability ``arch``; needs no GPU."""
     for dtype in (torch.bfloat16, torch.float16):
-        for head_dim, head_dim_v in COMMON_HEAD_DIMS:
+        for head_dim, head_dim_v in head_dims:
             # One row seen 4096 times: explain() looks at shapes alone.
             q = torch.empty(head_dim, dtype=dtype).expand(1, 4096, 8, head_dim)
             v = torch.empty(head_dim_v, dtype=dtype).expand(1, 4096, 8, head_dim_v)
