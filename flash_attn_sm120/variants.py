@@ -18,14 +18,17 @@ from flash_attn_sm120.interface import Plan, explain
 COMMON_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 
 
-def common_plans(arch: int) -> Iterator[Plan]:
+def common_plans(arch: int, head_dims: Iterable[tuple[int, int]] | None = None) -> Iterator[Plan]:
     """The plans of the common forward calls on compute capability ``arch``; needs no GPU.
 
     Each kernel once: of calls that fill the machine, of short ones, and of those between.
     """
     seen = set()
     for dtype, (head_dim, head_dim_v), seqlen, causal in itertools.product(
-        (torch.bfloat16, torch.float16), COMMON_HEAD_DIMS, (16384, 2048, 512), (False, True)
+        (torch.bfloat16, torch.float16),
+        head_dims or COMMON_HEAD_DIMS,
+        (16384, 2048, 512),
+        (False, True),
     ):
         # One row seen many times: explain() looks at shapes alone.
         q = torch.empty(head_dim, dtype=dtype).expand(1, seqlen, 8, head_dim)

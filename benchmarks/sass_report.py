@@ -1,0 +1,473 @@
+"""What would bound the kernels on sm_120? Counts the instructions of their main loop in SASS.
+
+    python benchmarks/sass_report.py               # the common kernels
+    python benchmarks/sass_report.py 128 192,128   # these head dims (or head_dim,head_dim_v)
+
+Static figures: nothing here has run on the card. Each kernel is compiled for the architecture,
+disassembled by nvdisasm (`pip install nvidia-cuda-nvdisasm`), and the main loop's instructions are
+priced by the table below. What waits, latencies and bank conflicts, is left out: the figures say
+which pipe a kernel cannot be faster than, not how fast it is.
+
+How the main loop is found. A loop is a branch back to an instruction that dominates it (the
+detours of divergent warps branch back, too, but not to such a one), its body the instructions that
+lead to that branch. A *tile loop* holds tensor instructions and waits for its tile, at a
+barrier or an mbarrier, and holds no other such loop. The kernels have two: careful tiles, with a
+mask and a maximum, and fast ones. A loop inside that holds tensor instructions runs once per
+sub-tile (TILE_N / SUB_N times), any other (polling an mbarrier) counts once; branches that skip
+code, such as the copies of tiles beyond the end, are not taken. The main loop is the tile loop that
+issues the fewest instructions for each tensor instruction.
+
+The unit is one tile of one warp: cycles of the warp's SM sub-partition, all warps of a
+sub-partition needing the same. The bound is the slowest pipe or the issue slots (one instruction
+per cycle, as on all GPUs since 7.0); the tensor share is the tensor pipe's part of the bound,
+tensor / max(pipes, issue slots): 100% where the tensor pipe itself is the bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import harness
+
+from flash_attn_sm120 import jit, variants
+from flash_attn_sm120.interface import Plan
+
+# ----------------------------------------------------------------------------------------- rates
+
+CHIPS = ("GeForce", "PRO", "GB10")  # RTX 50; RTX PRO Blackwell; DGX Spark (12.1)
+
+# Cycles for which one warp instruction occupies its pipe in its SM sub-partition, one figure, or
+# one per chip: (opcode, a regular expression; pipe; cycles). The first row that matches counts.
+# [published] NVIDIA's documents, or measurements that others have published; [derived] from these;
+# [assumed] nothing is published for 12.x. Pipes without cycles cost issue slots alone.
+RATES = (
+    # FLOP / clock / SM over 4 sub-partitions, from the peak figures [derived]: fp32 accumulation
+    # 512 on GeForce (209.5 TFLOPS, RTX 5090) and 1024 on PRO (503.8, RTX PRO 6000); 4096 FLOP
+    # each. GB10 [derived]: FlashAttention-2 reached some 95 TFLOPS on its 48 SMs, which at 512
+    # would take 3.9 GHz; so it is 1024.
+    (r"HMMA\.16816\.F32.*", "tensor", (32, 16, 16)),
+    (r"HMMA\.1688\.F32.*", "tensor", (16, 8, 8)),
+    (r"HMMA\.16816\.F16.*", "tensor", 16),  # 1024 everywhere [derived]
+    # 8192 FLOP: block-scaled 2048 everywhere, fp16 accumulation likewise, fp32 half on GeForce
+    # [derived]; of GB10 nothing is published, here and below as PRO [assumed]
+    (r"QMMA\.SF\.16832.*|QMMA\.16832\.F16.*", "tensor", 16),
+    (r"QMMA\.16832\.F32.*", "tensor", (32, 16, 16)),
+    (r"OMMA.*16864.*", "tensor", 16),  # 16384 FLOP, 4096 everywhere; 4095 measured [published]
+    # Shared memory, and the L1 beside it, move 128 B / clock / SM (Chips and Cheese on GB202
+    # [published]; for ldmatrix and cp.async [assumed]): 512 B take 4, 4 sub-partitions take turns.
+    (r"(LDSM|STSM).*\.4", "shared", 16),
+    (r"(LDSM|STSM).*\.2", "shared", 8),
+    (r"(LDGSTS|LDS|STS|LDG|STG)\b.*\.128", "shared", 16),
+    (r"(LDGSTS|LDS|STS|LDG|STG)\b.*\.64", "shared", 8),
+    (r"(LDSM|STSM|LDGSTS|LDS|STS|LDG|STG)\b.*", "shared", 4),
+    (r"(LDL|STL)\b.*", "spills", 4),  # through the same memory; on their own, to be seen
+    (r"(SHFL|MOVM)\b.*", "shared", 4),  # 32 lanes / clock / SM, as on 8.x and 9.0 [assumed]
+    # 16 lanes / clock / SM: measured on 10.0 [published], on 12.x [assumed]
+    (r"(MUFU|I2F|F2I|F2F|I2I|POPC|FLO)\b.*", "mufu", 8),
+    # 128 lanes / clock / SM [published]: one pipe of 32 lanes in each sub-partition.
+    (r"(FFMA|FMUL|FADD)\b.*", "fma", 1),
+    # Integer products 64 (Chips and Cheese on GB202 [published]); packed halves as on 8.9 [assumed]
+    (r"(IMAD|HFMA2|HADD2|HMUL2)\b.*", "fma", 2),
+    # 64 lanes / clock / SM, as on 8.x and 9.0 [assumed]: the slower reading. The lanes of fp32 take
+    # integers, too (NVIDIA on the RTX 50 series [published]), so some of these may run at 128.
+    (r"(LOP3|IADD|IADD3|VIADD|LEA|SHF|PRMT|SEL|ISETP|VIMNMX|IMNMX|IABS|VOTE)\b.*", "alu", 2),
+    (r"(FMNMX|FMNMX3|FSEL|FSETP|HMNMX2|HSETP2|F2FP|MOV|PLOP3|P2R|R2P)\b.*", "alu", 2),
+    # The uniform datapath: one lane per sub-partition, a result every other clock [assumed].
+    (r"(U(?!TMA|BLK)[A-Z0-9]+|LDCU|R2UR|S2UR)\b.*", "uniform", 2),
+    (r"(BRA|BSSY|BSYNC|WARPSYNC|EXIT|CALL|RET)\b.*", "control", 0),
+    (r"(BAR|DEPBAR|LDGDEPBAR|SYNCS|NANOSLEEP)\b.*", "control", 0),
+    (r"NOP", "nop", 0),  # between HMMAs where nothing else is ready; and predicated off for good
+    (r"[A-Z]MMA\b.*", "unknown", 0),  # a tensor instruction without a rate: an error, see price()
+    (r".*", "other", 0),  # listed by name
+)  # fmt: skip
+PIPES = tuple(dict.fromkeys(pipe for _, pipe, _ in RATES if pipe != "unknown"))
+
+REGISTERS_PER_SM, REGISTER_UNIT = 64 * 1024, 256  # given out to a warp in units [published]
+
+
+@functools.cache
+def price(opcode: str) -> tuple[str, tuple[float, ...]]:
+    """(pipe, cycles on each chip) of one instruction.
+
+    Raises:
+        ValueError: a tensor instruction that the table does not know.
+    """
+    pipe, cycles = next((p, c) for pattern, p, c in RATES if re.fullmatch(pattern, opcode))
+    if pipe == "unknown":
+        raise ValueError(f"the table of rates has no row for {opcode}")
+    return pipe, cycles if isinstance(cycles, tuple) else (cycles,) * len(CHIPS)
+
+
+# ------------------------------------------------------------------------------------ disassembly
+
+
+def find_nvdisasm() -> str:
+    """The nvdisasm of $PATH, of NVIDIA's Python packages, of conda, or of a CUDA toolkit.
+
+    Raises:
+        RuntimeError: there is none; the message says what to install.
+    """
+    found = shutil.which("nvdisasm")
+    if not found:
+        with contextlib.suppress(ImportError):  # absent, or from before it looked for programs
+            from cuda.pathfinder import find_nvidia_binary_utility
+
+            found = find_nvidia_binary_utility("nvdisasm")
+    if not found:
+        raise RuntimeError(
+            "nvdisasm was not found in PATH, in Python's packages or in a CUDA toolkit: "
+            "pip install --upgrade nvidia-cuda-nvdisasm cuda-pathfinder"
+        )
+    return found
+
+
+def disassemble(cubin: bytes) -> str:
+    """The listing of a cubin's code.
+
+    Raises:
+        RuntimeError: there is no nvdisasm, or it is too old for the cubin.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        command = [find_nvdisasm(), "--print-code", str(path)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command[0]} failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line of SASS."""
+
+    guard: str  # say @!P1, or empty
+    opcode: str  # with its modifiers, say LDSM.16.M88.4
+    operands: str
+    target: int | None  # index of the instruction that it may branch to
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction may follow."""
+        name = self.opcode.split(".")[0]
+        if name == "BRA":  # a condition is a guard, or an operand before the label
+            return bool(self.guard) or not self.operands.startswith("`")
+        return bool(self.guard) or name not in ("EXIT", "RET", "BRX", "JMX", "JMP")
+
+    @property
+    def is_tensor(self) -> bool:
+        return re.match(r"[A-Z]MMA\b", self.opcode) is not None
+
+    @property
+    def waits_for_tile(self) -> bool:
+        return self.opcode.startswith(("BAR.SYNC", "BAR.RED", "SYNCS.PHASECHK"))
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.guard.rjust(5), self.opcode, self.operands)))
+
+
+LABEL = re.compile(r"(\.L\w+):")
+LINE = re.compile(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z]\S*?)(?:\s+(.*?))?\s*;")
+
+
+def parse(listing: str) -> list[Instruction]:
+    """The instructions of a listing by nvdisasm."""
+    lines, labels = [], {}
+    for line in listing.splitlines():
+        if label := LABEL.match(line):
+            labels[label[1]] = len(lines)
+        elif match := LINE.match(line):
+            guard, opcode, operands = match[1] or "", match[2], match[3] or ""
+            if guard in ("@!PT", "@!UPT"):
+                guard, opcode, operands = "", "NOP", str(match[2])  # never runs
+            lines.append((guard, opcode, operands))
+
+    def target(opcode: str, operands: str) -> int | None:
+        label = re.search(r"`\((\.L\w+)\)", operands)
+        jumps = opcode.startswith(("BRA", "WARPSYNC"))  # BSSY names where paths meet again
+        return labels.get(label[1]) if label and jumps else None
+
+    return [Instruction(*line, target(*line[1:])) for line in lines]
+
+
+# ------------------------------------------------------------------------------------------ loops
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A natural loop: the indices of its instructions, in order."""
+
+    body: tuple[int, ...]
+
+    def holds(self, other: Loop) -> bool:
+        return self != other and set(other.body) <= set(self.body)
+
+
+def reached(start: int, edges: list[list[int]], without: int | None = None) -> set[int]:
+    """Everything that `edges` lead to from `start` without passing `without`."""
+    seen: set[int] = set()
+    waiting = [start]
+    while waiting:
+        i = waiting.pop()
+        if i not in seen and i != without:
+            seen.add(i)
+            waiting += edges[i]
+    return seen
+
+
+def find_loops(code: list[Instruction]) -> list[Loop]:
+    """The natural loops, by where they begin. Blocks laid out beyond a loop's end are left out."""
+    after: list[list[int]] = [[] for _ in code]
+    before: list[list[int]] = [[] for _ in code]
+    for i, instruction in enumerate(code):
+        following = [i + 1] if instruction.falls_through and i + 1 < len(code) else []
+        for j in {*following, *([] if instruction.target is None else [instruction.target])}:
+            after[i].append(j)
+            before[j].append(i)
+    ends: dict[int, list[int]] = {}  # by head: the branches back to it that it dominates
+    for end in reached(0, after):
+        head = code[end].target
+        if head is not None and head <= end and end not in reached(0, after, head):
+            ends.setdefault(head, []).append(end)
+    loops = []
+    for head, branches in sorted(ends.items()):
+        inside = {head}.union(*(reached(end, before, head) for end in branches))
+        loops.append(Loop(tuple(sorted(i for i in inside if head <= i <= max(branches)))))
+    return loops
+
+
+def find_main_loop(code: list[Instruction], sub_tiles: int) -> list[tuple[Instruction, int]]:
+    """The instructions of the main loop, and how often each runs per tile.
+
+    Raises:
+        ValueError: no loop waits for tiles and multiplies them.
+    """
+    loops = find_loops(code)
+    multiplying = [loop for loop in loops if any(code[i].is_tensor for i in loop.body)]
+    tiles = [loop for loop in multiplying if any(code[i].waits_for_tile for i in loop.body)]
+    innermost = [loop for loop in tiles if not any(loop.holds(other) for other in tiles)]
+    if not innermost:
+        raise ValueError("no loop waits for tiles and multiplies them")
+
+    def runs(loop: Loop) -> list[tuple[Instruction, int]]:
+        inner = set().union(*(other.body for other in multiplying if loop.holds(other)))
+        return [(code[i], sub_tiles if i in inner else 1) for i in loop.body]
+
+    def effort(tile: list[tuple[Instruction, int]]) -> float:
+        return sum(n for _, n in tile) / sum(n for instruction, n in tile if instruction.is_tensor)
+
+    return min(map(runs, innermost), key=effort)
+
+
+# ---------------------------------------------------------------------------------------- figures
+
+
+def constants(plan: Plan) -> dict[str, int]:
+    """The compile-time constants of a plan: TILE_N and so on."""
+    pairs = (option.removeprefix("-D").split("=") for option in plan.options)
+    return {name: int(value) for name, value in pairs}
+
+
+def products(plan: Plan) -> int:
+    """How many m16n8k16 a tile takes of a warp: Q K^T, then P V."""
+    c = constants(plan)
+    scores = c["TILE_N"] // 8 * -(-c["HEAD_DIM"] // 16)
+    values = c["HEAD_DIM_V"] // 8 * (c["TILE_N"] // 16)
+    return c["WARP_M"] // 16 * (scores + values)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The main loop of one kernel, per tile and warp, and what the kernel takes of an SM."""
+
+    variant: str
+    arch: str
+    instructions: dict[str, int]  # opcode -> how often it is issued
+    products: int  # tensor instructions that the tile takes by its shape
+    registers: int
+    spill_bytes: int
+    smem_bytes: int
+    blocks_per_sm: int
+    listing: str  # the main loop
+
+    @property
+    def issued(self) -> int:
+        return sum(self.instructions.values())
+
+    def counts(self) -> Counter[str]:
+        """Instructions by pipe."""
+        counts: Counter[str] = Counter()
+        for opcode, count in self.instructions.items():
+            counts[price(opcode)[0]] += count
+        return counts
+
+    def others(self) -> dict[str, int]:
+        """The instructions of no pipe, by name."""
+        return {o: n for o, n in self.instructions.items() if price(o)[0] == "other"}
+
+    def cycles(self, chip: str) -> dict[str, float]:
+        """Cycles of each pipe that has a rate, and of the issue slots."""
+        cycles: dict[str, float] = {"issue": self.issued}
+        for opcode, count in self.instructions.items():
+            pipe, rates = price(opcode)
+            if rate := rates[CHIPS.index(chip)]:
+                cycles[pipe] = cycles.get(pipe, 0) + count * rate
+        return dict(sorted(cycles.items(), key=lambda item: -item[1]))
+
+    def bound(self, chip: str) -> str:
+        """The slowest pipe, or "issue"."""
+        return next(iter(self.cycles(chip)))
+
+    def tensor_share(self, chip: str) -> float:
+        """The tensor pipe's part of the bound."""
+        cycles = self.cycles(chip)
+        return cycles["tensor"] / max(cycles.values())
+
+
+def analyse(plan: Plan, arch: str) -> Figures:
+    """Compiles a plan's kernel for `arch`, say "sm_120f", and counts its main loop.
+
+    Raises:
+        RuntimeError: NVRTC or nvdisasm is missing or fails.
+        ValueError: the kernel has no main loop.
+    """
+    build = jit.build(plan.kernel, str(plan.variant), plan.options, arch)
+    c = constants(plan)
+    loop = find_main_loop(parse(disassemble(build.cubin)), c["TILE_N"] // c["SUB_N"])
+    instructions: Counter[str] = Counter()
+    for instruction, runs in loop:
+        instructions[instruction.opcode] += runs
+    per_warp = -(-build.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    assert plan.blocks_per_sm and plan.warps and plan.smem_bytes is not None
+    return Figures(
+        variant=str(plan.variant),
+        arch=arch,
+        instructions=dict(instructions.most_common()),
+        products=products(plan),
+        registers=build.registers,
+        spill_bytes=build.spill_bytes,
+        smem_bytes=plan.smem_bytes + build.shared_bytes,
+        blocks_per_sm=min(plan.blocks_per_sm, REGISTERS_PER_SM // (per_warp * plan.warps)),
+        listing="\n".join(f"{runs:3}x {instruction}" for instruction, runs in loop),
+    )
+
+
+def analyse_all(plans: list[Plan], arch: str) -> list[Figures]:
+    """analyse() of each plan, over all cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(analyse, plans, [arch] * len(plans)))
+
+
+# ----------------------------------------------------------------------------------------- report
+
+
+def count_rows(figures: list[Figures]) -> Iterator[tuple]:
+    for f in figures:
+        counts = f.counts()
+        resources = (f.registers, f.spill_bytes, f.smem_bytes, f.blocks_per_sm)
+        yield (f.variant, *(counts[pipe] for pipe in PIPES), f.issued, f.products, *resources)
+
+
+def cycle_rows(figures: list[Figures], pipes: list[str]) -> Iterator[tuple]:
+    for f in figures:
+        chips = [f.cycles(chip) for chip in CHIPS]
+        columns = [each_chip(f"{cycles.get(pipe, 0):g}" for cycles in chips) for pipe in pipes]
+        bounds = each_chip(map(f.bound, CHIPS))
+        shares = each_chip(f"{f.tensor_share(chip):.0%}" for chip in CHIPS)
+        runners_up = [(list(cycles)[1], sorted(cycles.values())[-2:]) for cycles in chips]
+        behind = each_chip(f"{pipe} {low / high:.0%}" for pipe, (low, high) in runners_up)
+        yield (f.variant, *columns, bounds, shares, behind)
+
+
+def each_chip(values: Iterable[str]) -> str:
+    """One value for each chip, or the one that all share."""
+    each = list(values)
+    return each[0] if len(set(each)) == 1 else " / ".join(each)
+
+
+def report(figures: list[Figures]) -> None:
+    """Prints the tables."""
+    resources = ("registers", "spilled B", "shared B", "blocks/SM")
+    print("\nInstructions of the main loop per tile and warp, by pipe:\n")
+    print(harness.markdown(("kernel", *PIPES, "all", "products", *resources), count_rows(figures)))
+    print("\nproducts: the tensor instructions that the tile takes by its shape.")
+    others: Counter[str] = Counter()
+    for f in figures:
+        others.update(f.others())
+    print("other, all kernels:", ", ".join(f"{o} {n}" for o, n in others.most_common()) or "none")
+    if not figures[0].arch.startswith("sm_12"):
+        print(f"\nNo cycles: the rates are those of 12.x, not of {figures[0].arch}.")
+        return
+    pipes = ["issue", *(p for p in PIPES if any(p in f.cycles(CHIPS[0]) for f in figures))]
+    print("\nCycles of an SM sub-partition per tile and warp; where they differ,", end=" ")
+    print(" / ".join(CHIPS), end=":\n\n")
+    head = ("kernel", *pipes, "bound", "tensor share", "next, of the bound")
+    print(harness.markdown(head, cycle_rows(figures, pipes)))
+
+
+def record(records: harness.Records, figures: Figures) -> None:
+    """One record for each kernel; cycles where the rates are those of its architecture."""
+    fields = asdict(figures)
+    del fields["listing"]
+    chips = {
+        chip: {
+            "cycles": figures.cycles(chip),
+            "bound": figures.bound(chip),
+            "tensor_share": figures.tensor_share(chip),
+        }
+        for chip in (CHIPS if figures.arch.startswith("sm_12") else ())
+    }
+    records.add(**fields, counts=figures.counts(), chips=chips, measured=False)
+
+
+def head_dims(text: str) -> tuple[int, int]:
+    """(head_dim, head_dim_v) of "128" or "192,128"."""
+    dims = [int(n) for n in text.split(",")]
+    return dims[0], dims[-1]
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("head_dims", nargs="*", type=head_dims, metavar="D[,DV]")
+    parser.add_argument("--arch", default="sm_120f", help="as NVRTC names it (default: sm_120f)")
+    parser.add_argument("--listing", action="store_true", help="print each main loop, too")
+    parser.add_argument("--json", type=Path, metavar="FILE.jsonl")
+    args = parser.parse_args()
+    if not re.fullmatch(r"sm_\d+[af]?", args.arch):
+        parser.error(f"an architecture is named like sm_120f, got {args.arch}")
+    return args
+
+
+def main() -> None:
+    args = parse_args()
+    compute_capability = int(re.sub(r"\D", "", args.arch))
+    dims = args.head_dims or variants.COMMON_HEAD_DIMS
+    try:
+        figures = analyse_all(list(variants.common_plans(compute_capability, dims)), args.arch)
+    except (RuntimeError, ValueError) as error:
+        sys.exit(str(error))
+    print(f"Static figures for {args.arch}: nothing here has run on the card.")
+    if args.listing:
+        for f in figures:
+            print(f"\n{f.variant}, runs per tile and instruction:\n{f.listing}")
+    report(figures)
+    records = harness.Records(args.json, "sass_report", "cpu")
+    for f in figures:
+        record(records, f)
+
+
+if __name__ == "__main__":
+    main()
