@@ -226,7 +226,7 @@ def figures():
     except RuntimeError as error:
         pytest.skip(str(error))
     plans = [p for p in variants.common_plans(120) if "_bf16_" in p.variant]
-    assert len(plans) == 2 * len(variants.COMMON_HEAD_DIMS)
+    assert len(plans) >= 2 * len(variants.COMMON_HEAD_DIMS)
     found = sass_report.analyse_all(plans, "sm_120f")
     sass_report.report(found)
     return found
