@@ -31,7 +31,7 @@ struct fa_forward_params {
     int batch, heads_q, heads_per_kv; /* heads_per_kv = heads_q / heads_kv */
     int seqlen_q, seqlen_k;
     int m_blocks;     /* ceil(seqlen_q / TILE_M) */
-    int group_heads;  /* (batch, head) pairs that run together, see query_place in forward.cu */
+    int group_heads;  /* (batch, head) pairs that run together, see query_place in forward.cuh */
     int window_left;  /* keys a query sees before its diagonal; read only where MASK_LEFT */
     int window_right; /* and after it; read only where MASK_RIGHT, 0 for causal */
     float scale_log2; /* softmax_scale * log2(e) */

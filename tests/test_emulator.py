@@ -132,57 +132,57 @@ CAUSAL = {"causal": True}
 
 BROKEN = {
     "no barrier in the fast loop": Broken(
-        "forward.cu",
-        "cp_async_wait<STAGES - 2>(); /* barrier: as above */\n                __syncthreads();",
-        "cp_async_wait<STAGES - 2>();",
+        "forward.cuh",
+        "ring.wait_all();\n                ring.refill(i);\n#pragma unroll SUB_UNROLL",
+        "ring.refill(i);\n#pragma unroll SUB_UNROLL",
         "no barrier between",
     ),
     "no barrier in the careful loop": Broken(
-        "forward.cu",
-        "nonfinite = __syncthreads_or(copied_nonfinite(ring + stage + K_layout::BYTES));",
-        "nonfinite = copied_nonfinite(ring + stage + K_layout::BYTES);",
+        "cp_async_ring.cuh",
+        "return __syncthreads_or(x);",
+        "return x;",
         "with no bar|on its way",
         options=CAUSAL,
     ),
     "no barrier before the second time": Broken(
-        "forward.cu",
+        "forward.cuh",
         "!__syncthreads_or(out_of_range(O_rmem, l_rmem))",
         "!out_of_range(O_rmem, l_rmem)",
         "the warp has diverged",
         scale=50.0,
     ),
     "a barrier for one warp": Broken(
-        "forward.cu",
+        "forward.cuh",
         "const query_place to(params);",
         "if (threadIdx.x < 32)\n        __syncthreads();\n    const query_place to(params);",
         "barrier 0 lacks",
     ),
     "a barrier for half a warp": Broken(
-        "forward.cu",
+        "forward.cuh",
         "const query_place to(params);",
         "if (threadIdx.x % 32 < 16)\n        __syncthreads();\n    const query_place to(params);",
         "a barrier that only the lanes 0000ffff",
     ),
     "waits for one group too few": Broken(
-        "forward.cu",
-        "cp_async_wait<STAGES - 2>(); /* barrier: as above */",
+        "cp_async_ring.cuh",
+        "cp_async_wait<STAGES - 2>();",
         "cp_async_wait<STAGES - 1>();",
         "on its way: wait for it first",
     ),
     "refills before the barrier": Broken(
-        "forward.cu",
-        "                __syncthreads();\n                refill(i);\n#pragma unroll SUB_UNROLL",
-        "                refill(i);\n                __syncthreads();\n#pragma unroll SUB_UNROLL",
+        "forward.cuh",
+        "ring.wait_all();\n                ring.refill(i);\n#pragma unroll SUB_UNROLL",
+        "ring.refill(i);\n                ring.wait_all();\n#pragma unroll SUB_UNROLL",
         "no barrier between",
     ),
     "refills the stage in use": Broken(
-        "forward.cu",
-        "copy_next_tile(stage == 0 ? RING_BYTES - STAGE_BYTES : stage - STAGE_BYTES, TILE_N)",
+        "cp_async_ring.cuh",
+        "copy_next_tile(before(), TILE_N)",
         "copy_next_tile(stage, TILE_N)",
         "shared bytes",
     ),
     "a ring that starts one tile short": Broken(
-        "forward.cu",
+        "cp_async_ring.cuh",
         "copy_next_tile(i * STAGE_BYTES, i == 0 ?",
         "if (i != 1)\n                    copy_next_tile(i * STAGE_BYTES, i == 0 ?",
         "that nobody has written",
@@ -194,44 +194,44 @@ BROKEN = {
         "block's",
     ),
     "one query too many is read": Broken(
-        "forward.cu",
+        "forward.cuh",
         "chunk < HEAD_DIM / 8 && row < params.seqlen_q;",
         "chunk < HEAD_DIM / 8 && row <= params.seqlen_q;",
         "no tensor",
     ),
     "one key too many is read": Broken(
-        "tile.cuh",
+        "cp_async_ring.cuh",
         "at.row + r < keys",
         "at.row + r <= keys",
         "no tensor",
     ),
     "the padding of a row is read": Broken(
-        "tile.cuh",
+        "cp_async_ring.cuh",
         "const bool padding = c + at.COLS > at.CHUNKS && at.col + c >= at.CHUNKS;",
         "const bool padding = false;",
         "no tensor",
         sizes=(1, 140, 400, 1, 1, 24, 24),
     ),
     "one row of the output too many": Broken(
-        "forward.cu",
+        "forward.cuh",
         "if (row < params.seqlen_q && n + quad_lane() < O_FRAGS)",
         "if (row <= params.seqlen_q && n + quad_lane() < O_FRAGS)",
         "no writable tensor",
     ),
     "one row of the lse too many": Broken(
-        "forward.cu",
+        "forward.cuh",
         "if (row < params.seqlen_q)\n                    lse_gmem",
         "if (row <= params.seqlen_q)\n                    lse_gmem",
         "no writable tensor",
     ),
     "the output goes to q": Broken(
-        "forward.cu",
+        "forward.cuh",
         "static_cast<element *>(params.out)",
         "static_cast<element *>(const_cast<void *>(params.q))",
         "may only read",
     ),
     "a misaligned store": Broken(
-        "forward.cu",
+        "forward.cuh",
         "out_row + (n + quad_lane()) * 8)",
         "out_row + (n + quad_lane()) * 8 + 4)",
         "no multiple of 16",
@@ -240,7 +240,7 @@ BROKEN = {
         "softmax.cuh", "            l_rmem[m][half] = 0.0f;\n", "", "never been written"
     ),
     "a shuffle of half a warp": Broken(
-        "forward.cu",
+        "forward.cuh",
         "l += __shfl_xor_sync(0xffffffff, l, 2);",
         "if (quad_lane() < 2)\n                l += __shfl_xor_sync(0xffffffff, l, 2);",
         "lanes",
@@ -258,7 +258,7 @@ BROKEN = {
         "",
     ),
     "the registers of Q are swapped": Broken(
-        "forward.cu",
+        "forward.cuh",
         "Q_rmem[m][chunk / 2][chunk % 2 * 2 + half]",
         "Q_rmem[m][chunk / 2][chunk % 2 + 2 * half]",
         "",
@@ -279,7 +279,7 @@ BROKEN = {
         "mask.cuh", "min(row + right + 1, keys)", "min(row + right, keys)", "", options=CAUSAL
     ),
     "a sum over half a quad": Broken(
-        "forward.cu", "l += __shfl_xor_sync(0xffffffff, l, 2);", "", ""
+        "forward.cuh", "l += __shfl_xor_sync(0xffffffff, l, 2);", "", ""
     ),
     "an element of P is rounded into the wrong half": Broken(
         "softmax.cuh", "pack(p0, p1)", "pack(p1, p0)", ""
