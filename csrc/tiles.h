@@ -5,12 +5,16 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#include "variant.h"
+
 struct fa_tile {
     int tile_n; /* keys per stage of the ring in shared memory */
     int sub_n;  /* keys whose scores are in registers at a time */
     int warps;
-    int warp_m; /* query rows per warp; tile_m is warps * warp_m */
-    int stages; /* of the ring; each holds a K and a V tile */
+    int warp_m;   /* query rows per warp; tile_m is warps * warp_m */
+    int stages;   /* of the ring; each holds a K and a V tile */
+    int kernel;   /* enum fa_kernel_id */
+    int producer; /* enum fa_producer; of FA_KERNEL_FORWARD 0 */
 };
 
 struct fa_tile_row {

@@ -8,11 +8,13 @@
 
 #ifdef __CUDACC_RTC__
 typedef long long fa_int64;
-#define FA_STATIC_ASSERT static_assert
+#define FA_STATIC_ASSERT  static_assert
+#define FA_ALIGNED(bytes) alignas(bytes)
 #else
 #include <stdint.h>
 typedef int64_t fa_int64;
-#define FA_STATIC_ASSERT _Static_assert
+#define FA_STATIC_ASSERT  _Static_assert
+#define FA_ALIGNED(bytes) _Alignas(bytes)
 #endif
 
 /* Outer strides of one [batch, seqlen, heads, head_dim] tensor. */
@@ -38,5 +40,18 @@ struct fa_forward_params {
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 176, "host and device disagree on the layout");
+
+/* A tensor as the TMA reads it, in the driver's own encoding. */
+struct fa_tensor_map {
+    FA_ALIGNED(64) unsigned char encoding[128];
+};
+
+/* The single argument of kernels/forward_tma.cu, which reads K and V through the maps. */
+struct fa_forward_tma_params {
+    struct fa_forward_params forward;
+    struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
+};
+
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 448, "192 for the first 176, then maps");
 
 #endif
