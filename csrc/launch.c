@@ -29,8 +29,10 @@ int fa_launch_plan(struct fa_state *state, const struct fa_shape *shape, int ord
         if (state->settings.plan_as)
             device.arch = state->settings.plan_as;
     }
+    const struct fa_tile_table own = {state->tiles, state->tile_count};
     struct fa_plan_error error;
-    if (fa_plan_forward(shape, &device, state->settings.limits_arch, plan, &error) < 0)
+    if (fa_plan_forward(shape, &device, state->tile_count ? &own : &FA_TILES,
+                        state->settings.limits_arch, plan, &error) < 0)
         return raise_plan_error(&error);
     return 0;
 }

@@ -86,6 +86,38 @@ static PyObject *devices(PyObject *module, PyObject *Py_UNUSED(unused))
     return fa_explain_devices(state);
 }
 
+/* (head_dim, head_dim_v, mask_left, tile_n, sub_n, warps, warp_m, stages, kernel, producer) */
+static int read_tile(PyObject *tuple, struct fa_tile_row *row)
+{
+    int mask_left;
+    struct fa_tile *tile = &row->tile;
+    if (!PyArg_ParseTuple(tuple, "iipiiiiiii", &row->head_dim, &row->head_dim_v, &mask_left,
+                          &tile->tile_n, &tile->sub_n, &tile->warps, &tile->warp_m, &tile->stages,
+                          &tile->kernel, &tile->producer))
+        return -1;
+    row->mask_left = mask_left;
+    if (tile->warps > 0 && tile->kernel >= 0 && tile->kernel < FA_KERNEL_COUNT &&
+        tile->producer >= 0 && tile->producer < FA_PRODUCER_COUNT)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "no such tile, kernel or producer: %R", tuple);
+    return -1;
+}
+
+static PyObject *use_tiles(PyObject *module, PyObject *rows)
+{
+    struct fa_state *state = PyModule_GetState(module);
+    const Py_ssize_t count = PyList_Size(rows);
+    if (count > FA_MAX_OWN_TILES)
+        PyErr_Format(PyExc_ValueError, "at most %d rows are possible", FA_MAX_OWN_TILES);
+    state->tile_count = 0;
+    for (int i = 0; i < count && !PyErr_Occurred(); i++)
+        read_tile(PyList_GetItem(rows, i), &state->tiles[i]);
+    if (PyErr_Occurred())
+        return NULL;
+    state->tile_count = (int)count;
+    Py_RETURN_NONE;
+}
+
 static PyMethodDef METHODS[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL,
      "forward(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, return_lse) -> "
@@ -93,6 +125,7 @@ static PyMethodDef METHODS[] = {
     {"explain", (PyCFunction)(void (*)(void))explain, METH_FASTCALL,
      "explain(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, arch) -> dict"},
     {"devices", devices, METH_NOARGS, "devices() -> (driver version, [device, ...])"},
+    {"use_tiles", use_tiles, METH_O, "use_tiles(rows) -> None"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -3,8 +3,6 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "tiles.h"
-
 /* CUDA reserves 1 KB of a multiprocessor's shared memory for each block that is resident. */
 #define SMEM_RESERVED_PER_BLOCK 1024
 
@@ -105,14 +103,15 @@ static bool tma_can_implement(const struct fa_shape *shape, const struct fa_devi
 /* The first row of the table that covers the head dims within the shared memory, stages included,
  * and whose kernel can do it. The plan tells why a TMA row was passed over. */
 static const struct fa_tile *choose_tile(const struct fa_shape *shape,
-                                         const struct fa_device *device, struct fa_plan *plan)
+                                         const struct fa_device *device,
+                                         const struct fa_tile_table *tiles, struct fa_plan *plan)
 {
     /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds
      * on 12.x. */
     const int smem_per_block = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
     const char *why_not = NULL;
-    for (size_t i = 0; i < FA_TILE_COUNT; i++) {
-        const struct fa_tile_row *row = &FA_TILES[i];
+    for (size_t i = 0; i < tiles->count; i++) {
+        const struct fa_tile_row *row = &tiles->rows[i];
         const bool is_tma = row->tile.kernel == FA_KERNEL_FORWARD_TMA;
         if (shape->head_dim > row->head_dim || shape->head_dim_v > row->head_dim_v ||
             (row->mask_left && shape->window_left == FA_UNBOUNDED))
@@ -206,14 +205,15 @@ static void pad_to_limits(const struct fa_device *device, int limits_arch, struc
     because(plan, "smem_request", "padded to the blocks per SM of FA_SM120_LIMITS");
 }
 
-int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device, int limits_arch,
-                    struct fa_plan *plan, struct fa_plan_error *error)
+int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device,
+                    const struct fa_tile_table *tiles, int limits_arch, struct fa_plan *plan,
+                    struct fa_plan_error *error)
 {
     plan->reason_count = 0;
     if (check_supported(shape, device, error) < 0)
         return -1;
 
-    const struct fa_tile *tile = choose_tile(shape, device, plan);
+    const struct fa_tile *tile = choose_tile(shape, device, tiles, plan);
     if (!tile)
         return refuse(error, true,
                       "no tile fits the shared memory of this device at these head dims");

@@ -6,6 +6,7 @@
 #include <stdbool.h>
 
 #include "problem.h"
+#include "tiles.h"
 #include "variant.h"
 
 /* What a plan needs to know of a device. */
@@ -45,8 +46,10 @@ struct fa_plan_error {
 /* The published figures of an architecture, for planning without the card. */
 struct fa_device fa_device_of_arch(int arch);
 
-/* Plans `shape` on `device`; limits_arch as in struct fa_settings. 0, or -1 with `error` filled. */
-int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device, int limits_arch,
-                    struct fa_plan *plan, struct fa_plan_error *error);
+/* Plans `shape` on `device` with a row of `tiles`; limits_arch as in struct fa_settings. 0, or -1
+ * with `error` filled. */
+int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device,
+                    const struct fa_tile_table *tiles, int limits_arch, struct fa_plan *plan,
+                    struct fa_plan_error *error);
 
 #endif

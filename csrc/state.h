@@ -8,12 +8,17 @@
 #include "kernels.h"
 #include "settings.h"
 #include "tensor.h"
+#include "tiles.h"
+
+#define FA_MAX_OWN_TILES 64
 
 struct fa_state {
     struct fa_settings settings;
     struct fa_producers producers;
     struct fa_driver driver;
     struct fa_kernels kernels;
+    struct fa_tile_row tiles[FA_MAX_OWN_TILES]; /* in place of FA_TILES, */
+    int tile_count;                             /* unless there are none */
     PyObject *python_producers; /* flash_attn_sm120.producers, imported when first needed */
     PyObject *python_jit;       /* flash_attn_sm120.jit, likewise */
 };

@@ -3,7 +3,7 @@
 
 /* 16 rows per warp where 32 would spill registers: windows, and K rows that end in half an mma
  * step. */
-const struct fa_tile_row FA_TILES[] = {
+static const struct fa_tile_row ROWS[] = {
     /* head_dim, head_dim_v, mask_left: {tile_n, sub_n, warps, warp_m, stages, kernel, producer} */
     {64, 64, false, {64, 32, 4, 32, 3, FA_KERNEL_FORWARD, 0}},
     {96, 96, false, {32, 16, 4, 32, 4, FA_KERNEL_FORWARD, 0}},
@@ -17,4 +17,4 @@ const struct fa_tile_row FA_TILES[] = {
     {256, 256, false, {32, 32, 8, 16, 3, FA_KERNEL_FORWARD, 0}},
 };
 
-const size_t FA_TILE_COUNT = sizeof FA_TILES / sizeof *FA_TILES;
+const struct fa_tile_table FA_TILES = {ROWS, sizeof ROWS / sizeof *ROWS};

@@ -23,7 +23,11 @@ struct fa_tile_row {
     struct fa_tile tile;
 };
 
-extern const struct fa_tile_row FA_TILES[];
-extern const size_t FA_TILE_COUNT;
+struct fa_tile_table {
+    const struct fa_tile_row *rows; /* the first that serves a call is taken */
+    size_t count;
+};
+
+extern const struct fa_tile_table FA_TILES;
 
 #endif
