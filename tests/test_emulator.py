@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import EMULATOR as DEVICE
 from reference import assert_close
+from tiles import PRODUCERS, constants, tile_row, use_tiles
 
 from flash_attn_sm120 import _C, explain, flash_attn_func, jit, variants
 
@@ -32,18 +33,17 @@ def make_qkv(batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, head_dim_v, d
     )
 
 
-def constants(plan):
-    """The compile-time constants of a plan: name -> number."""
-    pairs = (option.removeprefix("-D").split("=") for option in plan.options)
-    return {name: int(value) for name, value in pairs}
-
-
 def inputs_of(plan, seqlen_q, seqlen_k):
     """q, k, v and options of a call that the plan is for."""
     of = constants(plan)
     dtype = torch.bfloat16 if of["DTYPE_BF16"] else torch.float16
     qkv = make_qkv(1, seqlen_q, seqlen_k, 2, 1, of["HEAD_DIM"], of["HEAD_DIM_V"], dtype)
     return qkv, {"causal": bool(of["MASK_RIGHT"])}
+
+
+def tma_row_of(producer, q, k, v, **options):
+    """The call's tile, as a row for forward_tma."""
+    return tile_row(explain(q, k, v, **options), kernel="forward_tma", producer=producer)
 
 
 # ---- the kernels that ship -----------------------------------------------------------------------
@@ -60,18 +60,17 @@ def test_common_kernels_at_every_tile_edge(plan):
             assert_close(out, lse, q, k, v, **options)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        ((1, 130, 200, 4, 2, 64, 64), {"causal": True}),
-        ((1, 130, 200, 2, 1, 64, 64), {"window_size": (30, 20)}),
-        ((1, 130, 500, 1, 1, 64, 64), {}),
-        ((1, 70, 300, 2, 1, 128, 128), {}),
-        ((1, 140, 140, 1, 1, 96, 40), {"causal": True}),
-        ((1, 70, 140, 1, 1, 256, 256), {"causal": True}),
-    ],
-    ids=str,
-)
+CASES = [
+    ((1, 130, 200, 4, 2, 64, 64), {"causal": True}),
+    ((1, 130, 200, 2, 1, 64, 64), {"window_size": (30, 20)}),
+    ((1, 130, 500, 1, 1, 64, 64), {}),
+    ((1, 70, 300, 2, 1, 128, 128), {}),
+    ((1, 140, 140, 1, 1, 96, 40), {"causal": True}),
+    ((1, 70, 140, 1, 1, 256, 256), {"causal": True}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_every_schedule_gives_the_same_bits(case):
     """Twenty orders of the warps, with asynchronous copies that land at once or at the last moment."""
     sizes, options = case
@@ -82,6 +81,21 @@ def test_every_schedule_gives_the_same_bits(case):
             result = flash_attn_func(q, k, v, return_lse=True, **options)
         first = first or result
         assert all(map(torch.equal, result, first)), (seed, late)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("producer", PRODUCERS)
+@pytest.mark.parametrize("scale", [1.0, 50.0], ids=["", "again"])
+def test_every_schedule_of_the_tma_gives_the_bits_of_the_other(case, producer, scale):
+    sizes, options = case
+    q, k, v = make_qkv(*sizes, torch.bfloat16)
+    q *= scale
+    right = flash_attn_func(q, k, v, return_lse=True, **options)
+    with use_tiles(tma_row_of(producer, q, k, v, **options)):
+        for seed, late in SCHEDULES:
+            with emulator.emulator().settings(seed=seed, late_copies=late):
+                result = flash_attn_func(q, k, v, return_lse=True, **options)
+            assert all(map(torch.equal, result, right)), (seed, late)
 
 
 ODD_HEAD_DIMS = [(8, 8), (16, 24), (24, 8), (40, 72), (104, 120), (136, 16), (200, 248)]
@@ -97,6 +111,21 @@ def test_no_bank_conflicts(head_dims, causal):
     for kind in ("ldmatrix", "copy", "load_shared"):
         assert (counters.instructions[kind] > 0) == (kind != "load_shared" or causal)
         assert counters.wavefronts[kind] == counters.wavefronts_ideal[kind], kind
+
+
+@pytest.mark.parametrize("head_dims", [*variants.COMMON_HEAD_DIMS, *ODD_HEAD_DIMS], ids=str)
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_no_bank_conflicts_where_the_tma_writes(head_dims, producer):
+    """And one instruction copies a segment: a row of it is 128 bytes at best."""
+    q, k, v = make_qkv(1, 130, 300, 1, 1, *head_dims, torch.bfloat16)
+    with use_tiles(tma_row_of(producer, q, k, v, causal=True)):
+        plan = explain(q, k, v, causal=True)
+        flash_attn_func(q, k, v, causal=True)
+    counters = emulator.emulator().counters()
+    for kind in ("ldmatrix", "load_shared"):
+        assert counters.wavefronts[kind] == counters.wavefronts_ideal[kind] > 0, kind
+    most = max(sum(-(-dim // 16) for dim in head_dims), 2) * -(-300 // plan.tile_n)
+    assert 0 < counters.instructions["copy"] <= (most + 2) * plan.blocks
 
 
 def test_counters_count():
@@ -126,6 +155,7 @@ class Broken:
     sizes: tuple[int, ...] = (1, 140, 400, 2, 1, 64, 64)
     options: dict[str, Any] = field(default_factory=dict)
     scale: float = 1.0  # of q: scores that grow send every block through the careful tiles again
+    producer: str = ""  # of forward_tma; else the kernel is forward
 
 
 CAUSAL = {"causal": True}
@@ -287,12 +317,143 @@ BROKEN = {
 }
 
 
+def broken_ring(right, wrong, said, **changes):
+    return Broken("tma_ring.cuh", right, wrong, said, **{"producer": "thread", **changes})
+
+
+# Of tiles that are read before they have come, and refilled before all have read them.
+TOO_EARLY = "on its way|was not waited for|nobody has written|lacks"
+TOO_SOON = "with no bar|was not waited for|1 arrivals"
+EMPTY_WAIT = "mbarrier_wait(empty(before()), stage == 0 ? parity ^ 1 : parity);"
+
+BROKEN_TMA = {
+    "the other parity is waited for": broken_ring(
+        "mbarrier_wait(full(stage), parity)",
+        "mbarrier_wait(full(stage), parity ^ 1)",
+        TOO_EARLY,
+    ),
+    "nobody waits for the tile": broken_ring("mbarrier_wait(full(stage), parity)", "", TOO_EARLY),
+    "no bytes are expected": broken_ring(
+        "mbarrier_expect(full(stage), STAGE_BYTES)",
+        "mbarrier_arrive(full(stage))",
+        TOO_EARLY,
+    ),
+    "too many bytes are expected": broken_ring(
+        "mbarrier_expect(full(stage), STAGE_BYTES)",
+        "mbarrier_expect(full(stage), STAGE_BYTES + 16)",
+        "lacks",
+    ),
+    "K alone is expected": broken_ring(
+        "mbarrier_expect(full(stage), STAGE_BYTES)",
+        "mbarrier_expect(full(stage), K_layout::BYTES)",
+        TOO_EARLY,
+    ),
+    "nobody waits for the release": broken_ring(EMPTY_WAIT, ";", TOO_SOON),
+    "a producer warp does not wait for the release": broken_ring(
+        EMPTY_WAIT, ";", TOO_SOON, producer="warp"
+    ),
+    "the release before is waited for": broken_ring(
+        EMPTY_WAIT,
+        EMPTY_WAIT.replace("parity ^ 1 : parity", "parity : parity ^ 1"),
+        TOO_SOON + "|lacks",
+    ),
+    "no barrier releases the stage": broken_ring(
+        "if (!HAS_EMPTY_MBARRIERS)\n            __syncthreads();",
+        ";",
+        TOO_SOON,
+        producer="barrier",
+    ),
+    "a lane releases for all while others still read": broken_ring(
+        "__syncwarp(); /* all lanes have read the tile */", "", TOO_SOON
+    ),
+    "a release without one warp": broken_ring(
+        "mbarrier_init(empty(i * STAGE_BYTES), WARPS)",
+        "mbarrier_init(empty(i * STAGE_BYTES), WARPS - 1)",
+        TOO_SOON + "|lacks",
+    ),
+    "a release that waits for a warp too many": broken_ring(
+        "mbarrier_init(empty(i * STAGE_BYTES), WARPS)",
+        "mbarrier_init(empty(i * STAGE_BYTES), WARPS + 1)",
+        "lacks",
+    ),
+    "every lane releases": broken_ring("if (elect_one())", "", "arrivals"),
+    "the stage in use is refilled": broken_ring(
+        "load(before(), i + STAGES - 1)",
+        "load(stage, i + STAGES - 1)",
+        TOO_SOON + "|on its way",
+    ),
+    "the first stage is loaded twice": broken_ring(
+        "to = to == RING_BYTES - STAGE_BYTES ? 0 : to + STAGE_BYTES;",
+        "",
+        TOO_SOON + "|on its way",
+    ),
+    "the second pass starts at phase 0 again": broken_ring(
+        "        walk = next;",
+        "        walk = next;\n        parity = 0;",
+        TOO_EARLY + "|" + TOO_SOON,
+        scale=50.0,
+        sizes=(1, 140, 300, 2, 1, 64, 64),
+    ),
+    "the second pass starts at stage 0 again": broken_ring(
+        "        walk = next;",
+        "        walk = next;\n        rewind();",
+        TOO_EARLY + "|" + TOO_SOON,
+        scale=50.0,
+    ),
+    "no fence behind the mbarriers": broken_ring("fence_mbarrier_init();", "", "fence"),
+    "no barrier behind the mbarriers": broken_ring(
+        "__syncthreads(); /* nobody comes",
+        "/* nobody comes",
+        "no mbarrier|with no bar",
+    ),
+    "a vote that a producer warp is counted in": broken_ring(
+        "barrier_or<COMPUTING_THREADS, THREADS>(x)",
+        "__syncthreads_or(x)",
+        "barrier 0|lacks",
+        producer="warp",
+        options=CAUSAL,
+    ),
+    "a producer warp that leaves before the last vote": Broken(
+        "forward.cuh",
+        "if (again || !__syncthreads_or(false))",
+        "if (true)",
+        "barrier 0 lacks|ended",
+        producer="warp",
+    ),
+    "the mbarriers lie in the ring": broken_ring(
+        "return smem + RING_BYTES + stage",
+        "return smem + RING_BYTES - 64 + stage",
+        "shared bytes",
+    ),
+    "keys from the first on": broken_ring(
+        "const int key = (walk.tile_end - 1 - i) * TILE_N;",
+        "const int key = i * TILE_N;",
+        "",
+        options=CAUSAL,
+    ),
+    "keys that are one off": broken_ring(
+        "const int key = (walk.tile_end - 1 - i) * TILE_N;",
+        "const int key = (walk.tile_end - 1 - i) * TILE_N + 1;",
+        "",
+    ),
+    "V's segments from K's map": broken_ring(
+        "K_layout::BYTES, params.v_map", "K_layout::BYTES, params.k_map", ""
+    ),
+    "head and batch are swapped": broken_ring(
+        "walk.head_kv, walk.batch);",
+        "walk.batch, walk.head_kv);",
+        "",
+        sizes=(1, 140, 400, 2, 2, 64, 64),
+    ),
+}
+
+
 @pytest.fixture
 def attend_with(tmp_path, monkeypatch):
     """attend_with(edits, q, k, v, **options): out and lse of kernels whose source has been edited."""
     kernels = {path.name: path.read_text() for path in jit.kernel_directory().glob("*.*")}
 
-    def attend(edits, q, k, v, causal=False):
+    def attend(edits, q, k, v, causal=False, rows=()):
         for name, text in kernels.items():
             for file, right, wrong in edits:
                 if file == name:
@@ -308,32 +469,32 @@ def attend_with(tmp_path, monkeypatch):
             patch.setattr(jit, "kernel_directory", lambda: tmp_path)
             patch.setenv("FA_SM120_CACHE_DIR", str(tmp_path / "cache"))
             patch.setenv("FA_SM120_DRIVER", str(emulator.library()))
-            return extension.forward(q, k, v, None, causal, (None, None), 0.0, None, True)
+            with use_tiles(*rows, extension=extension):
+                return extension.forward(q, k, v, None, causal, (None, None), 0.0, None, True)
 
     return attend
 
 
-@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
+@pytest.mark.parametrize(
+    "broken", [*BROKEN.values(), *BROKEN_TMA.values()], ids=[*BROKEN, *BROKEN_TMA]
+)
 def test_broken_kernels_are_caught(attend_with, broken):
     """On every schedule that is tried; and the same call of the right kernel is not complained of."""
     q, k, v = make_qkv(*broken.sizes, torch.bfloat16)
     q *= broken.scale
     edits = [(broken.file, broken.right, broken.wrong)]
+    rows = [tma_row_of(broken.producer, q, k, v, **broken.options)] if broken.producer else []
     for seed in range(4):
         for late in (False, True):
             with emulator.emulator().settings(seed=seed, late_copies=late):
-                assert_close(
-                    *flash_attn_func(q, k, v, return_lse=True, **broken.options),
-                    q,
-                    k,
-                    v,
-                    **broken.options,
-                )
+                with use_tiles(*rows):
+                    right = flash_attn_func(q, k, v, return_lse=True, **broken.options)
+                assert_close(*right, q, k, v, **broken.options)
                 if broken.said:
                     with pytest.raises(RuntimeError, match=broken.said):
-                        attend_with(edits, q, k, v, **broken.options)
+                        attend_with(edits, q, k, v, **broken.options, rows=rows)
                 else:
-                    out, lse = attend_with(edits, q, k, v, **broken.options)
+                    out, lse = attend_with(edits, q, k, v, **broken.options, rows=rows)
                     with pytest.raises(AssertionError):
                         assert_close(out, lse, q, k, v, **broken.options)
 
