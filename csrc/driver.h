@@ -6,6 +6,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#include "../kernels/params.h"
 #include "plan.h"
 
 /* ---- ABI (CUDA Driver API reference, 12.x) --------------------------------------------------- */
@@ -31,6 +32,15 @@ enum {
     CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8,
 
     CU_STREAM_CAPTURE_STATUS_NONE = 0,
+
+    CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6,
+    CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9,
+    CU_TENSOR_MAP_INTERLEAVE_NONE = 0,
+    CU_TENSOR_MAP_SWIZZLE_32B = 1,
+    CU_TENSOR_MAP_SWIZZLE_64B = 2,
+    CU_TENSOR_MAP_SWIZZLE_128B = 3,
+    CU_TENSOR_MAP_L2_PROMOTION_128B = 2,
+    CU_TENSOR_MAP_OOB_FILL_ZEROS = 0, /* ..._FLOAT_OOB_FILL_NONE in cuda.h */
 };
 
 typedef struct {
@@ -67,6 +77,11 @@ typedef struct {
     X(cuKernelGetFunction, "cuKernelGetFunction", (void **function, CUkernel kernel))              \
     X(cuKernelSetAttribute, "cuKernelSetAttribute",                                                \
       (int attribute, int value, CUkernel kernel, CUdevice device))                                \
+    X(cuTensorMapEncodeTiled, "cuTensorMapEncodeTiled",                                            \
+      (struct fa_tensor_map * map, int data_type, unsigned rank, void *address,                    \
+       const uint64_t *sizes, const uint64_t *strides, const uint32_t *box,                        \
+       const uint32_t *element_strides, int interleave, int swizzle, int l2_promotion,             \
+       int oob_fill))                                                                              \
     X(cuLaunchKernelEx, "cuLaunchKernelEx",                                                        \
       (const CUlaunchConfig *config, CUkernel kernel, void **parameters, void **extra))
 

@@ -1,6 +1,5 @@
 #include "launch.h"
 
-#include "../kernels/params.h"
 #include "state.h"
 
 #define LOG2_E 1.4426950408889634
@@ -69,6 +68,45 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
     };
 }
 
+/* K or V, in boxes of one tile's keys and as many dims as tile_layout in kernels/tile.cuh puts in a
+ * row of a segment. 0 or -1. */
+static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int tile_n,
+                             struct fa_tensor_map *map)
+{
+    const int padded = ((int)tensor->shape[3] + 15) / 16 * 2; /* 16-byte chunks */
+    const int cols = padded % 8 == 0 ? 8 : padded % 4 == 0 ? 4 : 2;
+    const int swizzle = cols == 8   ? CU_TENSOR_MAP_SWIZZLE_128B
+                        : cols == 4 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                    : CU_TENSOR_MAP_SWIZZLE_32B;
+    static const int order[] = {3, 1, 2, 0}; /* head_dim, seqlen, heads, batch */
+    uint64_t sizes[4], strides[4];
+    for (int i = 0; i < 4; i++) {
+        sizes[i] = (uint64_t)tensor->shape[order[i]];
+        strides[i] = sizes[i] > 1 ? 2 * (uint64_t)tensor->stride[order[i]] : 16;
+    }
+    const uint32_t box[] = {8 * (uint32_t)cols, (uint32_t)tile_n, 1, 1};
+    static const uint32_t ones[] = {1, 1, 1, 1};
+    return FA_CUDA(driver, cuTensorMapEncodeTiled,
+                   (map,
+                    tensor->dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                    4, tensor->data, sizes, strides + 1, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                    swizzle, CU_TENSOR_MAP_L2_PROMOTION_128B, CU_TENSOR_MAP_OOB_FILL_ZEROS));
+}
+
+/* The argument of the plan's kernel: forward takes what forward_tma's begins with. 0 or -1. */
+static int make_params(struct fa_driver *driver, const struct fa_problem *problem,
+                       const struct fa_plan *plan, struct fa_forward_tma_params *params)
+{
+    params->forward = forward_params(problem, plan);
+    if (plan->variant.kernel != FA_KERNEL_FORWARD_TMA)
+        return 0;
+    const int tile_n = plan->variant.tile_n;
+    if (encode_tensor_map(driver, &problem->k, tile_n, &params->k_map) < 0)
+        return -1;
+    return encode_tensor_map(driver, &problem->v, tile_n, &params->v_map);
+}
+
 int fa_launch_forward(struct fa_state *state, const struct fa_problem *problem)
 {
     const int ordinal = problem->q.device_id;
@@ -85,9 +123,9 @@ int fa_launch_forward(struct fa_state *state, const struct fa_problem *problem)
     if (fa_driver_enter(driver, &driver->devices[ordinal], &pushed) < 0)
         return -1;
     int status = -1;
+    struct fa_forward_tma_params params;
     CUkernel kernel = fa_kernels_get(state, &plan, ordinal, stream);
-    if (kernel) {
-        struct fa_forward_params params = forward_params(problem, &plan);
+    if (kernel && make_params(driver, problem, &plan, &params) == 0) {
         void *arguments[] = {&params};
         const CUlaunchConfig config = {
             .grid_x = (unsigned)plan.blocks,

@@ -68,12 +68,15 @@ static int check_supported(const struct fa_shape *shape, const struct fa_device 
     return 0;
 }
 
-/* Bytes of shared memory of kernels/forward.cu: a ring of K and V tiles, rows padded to whole mma
- * steps. */
+/* Bytes of shared memory of the ring of K and V tiles, rows padded to whole mma steps; and of the
+ * two mbarriers of each stage, where the TMA fills them. The ring's alignment, of 1024 bytes for
+ * the TMA, costs nothing: there is no other shared memory, and what CUDA reserves in front of it is
+ * as large. */
 static int forward_smem(const struct fa_shape *shape, const struct fa_tile *tile)
 {
     const int row = CEIL_DIV(shape->head_dim, 16) * 16 + CEIL_DIV(shape->head_dim_v, 16) * 16;
-    return tile->stages * tile->tile_n * row * 2;
+    const int stage = tile->tile_n * row * 2 + (tile->kernel == FA_KERNEL_FORWARD_TMA ? 2 * 8 : 0);
+    return tile->stages * stage;
 }
 
 /* Query rows of all heads for each multiprocessor, rounded up. */
@@ -99,34 +102,78 @@ static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape,
 #undef SAME
 }
 
-/* The first of some rows that serves the call within the shared memory, stages included. */
+/* Whether kernels/forward_tma.cu can do what a row asks of it, and if not why. Any head dims, equal
+ * or not, any lengths and masks are fine. */
+static bool tma_can_implement(const struct fa_shape *shape, const struct fa_device *device,
+                              const struct fa_tile *tile, int smem_per_block, const char **why)
+{
+    if (device->arch < 90)
+        *why = "the TMA came with compute capability 9.0";
+    else if (shape->seqlen_k == 0)
+        *why = "no tensor map describes K and V without keys";
+    else if (!shape->tma_strides)
+        *why = "the TMA needs K and V at strides that are positive multiples of 16 bytes below "
+               "2^40: neither expanded nor flipped";
+    else if (tile->stages < 2)
+        *why = "one stage is computed on while another is loaded: at least two are needed";
+    else if (tile->tile_n % 32 != 0 || tile->tile_n > 256)
+        *why = "a tile is one box of the TMA: keys in multiples of 32, up to 256";
+    else if (forward_smem(shape, tile) > smem_per_block)
+        *why = "its stages and mbarriers need more than the shared memory";
+    else
+        return true;
+    return false;
+}
+
+/* The first of some rows that serves the call within the shared memory, stages included, and whose
+ * kernel can do it; *why_not_tma tells why the last TMA row before it was passed over. */
 static const struct fa_tile *first_that_serves(const struct fa_tile_row *rows, size_t count,
                                                const struct fa_shape *shape,
-                                               const struct fa_device *device, int smem_per_block)
+                                               const struct fa_device *device,
+                                               const char **why_not_tma)
 {
-    for (size_t i = 0; i < count; i++)
-        if (serves(&rows[i], shape, device) && forward_smem(shape, &rows[i].tile) <= smem_per_block)
-            return &rows[i].tile;
+    /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds
+     * on 12.x. */
+    const int smem_per_block = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
+    for (size_t i = 0; i < count; i++) {
+        const struct fa_tile *tile = &rows[i].tile;
+        if (!serves(&rows[i], shape, device))
+            continue;
+        if (tile->kernel == FA_KERNEL_FORWARD_TMA
+                ? tma_can_implement(shape, device, tile, smem_per_block, why_not_tma)
+                : forward_smem(shape, tile) <= smem_per_block)
+            return tile;
+    }
     return NULL;
 }
 
 static const struct fa_tile *choose_tile(const struct fa_shape *shape,
-                                         const struct fa_device *device, int smem_per_block,
+                                         const struct fa_device *device,
                                          const struct fa_tile_list *own, struct fa_plan *plan)
 {
+    const char *why_not_tma = NULL;
     const struct fa_tile *tile =
-        first_that_serves(own->rows, own->count, shape, device, smem_per_block);
-    because(plan, "tile",
-            tile ? "first row of use_tiles() that serves the call and fits the shared memory"
-                 : "first row of csrc/tiles.c that serves the call and fits the shared memory");
-    return tile ? tile : first_that_serves(FA_TILES, FA_TILE_COUNT, shape, device, smem_per_block);
+        first_that_serves(own->rows, own->count, shape, device, &why_not_tma);
+    const char *const table =
+        tile ? "first row of use_tiles() that serves the call and fits the shared memory"
+             : "first row of csrc/tiles.c that serves the call and fits the shared memory";
+    if (!tile)
+        tile = first_that_serves(FA_TILES, FA_TILE_COUNT, shape, device, &why_not_tma);
+    const bool is_tma = tile && tile->kernel == FA_KERNEL_FORWARD_TMA;
+    because(plan, "kernel",
+            is_tma ? "forward_tma: mma.sync fed by the TMA, as the tile's row asks"
+                   : "forward: mma.sync fed by cp.async, the path of every device from 8.0");
+    if (why_not_tma && !is_tma)
+        because(plan, "not forward_tma", why_not_tma);
+    because(plan, "tile", table);
+    return tile;
 }
 
 static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile,
                         struct fa_plan *plan)
 {
     plan->variant = (struct fa_variant){
-        .kernel = FA_KERNEL_FORWARD,
+        .kernel = tile->kernel,
         .dtype_bf16 = shape->dtype == FA_BFLOAT16,
         .head_dim = shape->head_dim,
         .head_dim_v = shape->head_dim_v,
@@ -135,11 +182,12 @@ static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile
         .warps = tile->warps,
         .warp_m = tile->warp_m,
         .stages = tile->stages,
+        .producer = tile->producer,
         .mask_right = shape->window_right != FA_UNBOUNDED,
         .mask_left = shape->window_left != FA_UNBOUNDED,
     };
     plan->tile_m = tile->warps * tile->warp_m;
-    plan->threads = tile->warps * 32;
+    plan->threads = (tile->warps + (tile->producer == FA_PRODUCER_WARP)) * 32;
 }
 
 /* Blocks run group by group, so that the K and V that a group reads fill at most half of the L2.
@@ -176,7 +224,7 @@ static int set_grid(const struct fa_shape *shape, const struct fa_device *device
 static int blocks_that_fit(const struct fa_plan *plan, const struct fa_device *device)
 {
     const int by_smem = device->smem_per_sm / (plan->smem_bytes + SMEM_RESERVED_PER_BLOCK);
-    return MAX(1, MIN(by_smem, warps_per_sm(device->arch) / plan->variant.warps));
+    return MAX(1, MIN(by_smem, warps_per_sm(device->arch) * 32 / plan->threads));
 }
 
 /* Asks for so much shared memory that no more blocks share a multiprocessor than would on
@@ -200,12 +248,8 @@ int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device
     plan->reason_count = 0;
     if (check_supported(shape, device, error) < 0)
         return -1;
-    because(plan, "kernel", "forward: mma.sync fed by cp.async, the path of every device from 8.0");
 
-    /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds
-     * on 12.x. */
-    const int smem_per_block = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
-    const struct fa_tile *tile = choose_tile(shape, device, smem_per_block, own, plan);
+    const struct fa_tile *tile = choose_tile(shape, device, own, plan);
     if (!tile)
         return refuse(error, true,
                       "no tile fits the shared memory of this device at these head dims");

@@ -197,6 +197,20 @@ static int read_sink(struct fa_state *state, PyObject *object, struct fa_problem
     return fa_tensor_ensure_readable(state, "learnable_sink", sink);
 }
 
+/* The TMA steps over a dimension in positive multiples of 16 bytes below 2^40: it reads neither
+ * expanded nor flipped tensors. Nobody steps over a dimension of one entry. */
+static bool has_tma_strides(const struct fa_tensor *tensor)
+{
+    const int64_t size = (int64_t)fa_dtype_size(tensor->dtype);
+    for (int i = 0; i < tensor->ndim - 1; i++) {
+        const int64_t stride = tensor->stride[i];
+        if (tensor->shape[i] > 1 &&
+            (stride <= 0 || stride >= ((int64_t)1 << 40) / size || stride * size % 16 != 0))
+            return false;
+    }
+    return (uintptr_t)tensor->data % 16 == 0;
+}
+
 /* ---- the interface --------------------------------------------------------------------------- */
 
 int fa_problem_read(struct fa_state *state, const struct fa_arguments *arguments,
@@ -212,9 +226,11 @@ int fa_problem_read(struct fa_state *state, const struct fa_arguments *arguments
         read_sink(state, arguments->sink, problem) < 0)
         return -1;
     if (fa_tensor_ensure_readable(state, "q", q) < 0 ||
-        fa_tensor_ensure_readable(state, "k", k) < 0)
+        fa_tensor_ensure_readable(state, "k", k) < 0 ||
+        fa_tensor_ensure_readable(state, "v", v) < 0)
         return -1;
-    return fa_tensor_ensure_readable(state, "v", v);
+    problem->shape.tma_strides = has_tma_strides(k) && has_tma_strides(v);
+    return 0;
 }
 
 int fa_problem_allocate(struct fa_state *state, bool return_lse, struct fa_problem *problem)

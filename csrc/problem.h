@@ -20,6 +20,7 @@ struct fa_shape {
     float softmax_scale;
     float softcap; /* 0: none */
     bool has_sink;
+    bool tma_strides; /* tensor maps can describe where K and V lie */
 };
 
 struct fa_problem {

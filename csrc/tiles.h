@@ -4,6 +4,8 @@
 
 #include <stddef.h>
 
+#include "variant.h"
+
 /* X(field): which calls a row is for, and the tile that they get. All are ints.
  *   arch            compute capability: serves all of the same major version
  *   head_dim, head_dim_v, heads_per_kv, seqlen_q, rows_per_sm
@@ -20,8 +22,10 @@
 /*   tile_n          keys per stage of the ring in shared memory
  *   sub_n           keys whose scores are in registers at a time
  *   warps, warp_m   query rows per warp; tile_m is warps * warp_m
- *   stages          of the ring; each holds a K and a V tile */
-#define FA_TILE(X) X(tile_n) X(sub_n) X(warps) X(warp_m) X(stages)
+ *   stages          of the ring; each holds a K and a V tile
+ *   kernel          enum fa_kernel_id: how K and V come to the ring
+ *   producer        enum fa_producer: who refills it; 0 where the kernel is FA_KERNEL_FORWARD */
+#define FA_TILE(X) X(tile_n) X(sub_n) X(warps) X(warp_m) X(stages) X(kernel) X(producer)
 
 #define FA_ANY (-1)
 

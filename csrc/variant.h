@@ -4,7 +4,10 @@
 
 #include <stddef.h>
 
-enum fa_kernel_id { FA_KERNEL_FORWARD };
+enum fa_kernel_id { FA_KERNEL_FORWARD, FA_KERNEL_FORWARD_TMA, FA_KERNEL_COUNT };
+
+/* Who refills the ring of forward_tma, see kernels/forward_tma.cu. */
+enum fa_producer { FA_PRODUCER_BARRIER, FA_PRODUCER_THREAD, FA_PRODUCER_WARP, FA_PRODUCER_COUNT };
 
 /* X(field, the constant's name in the kernel source). All are ints, so variants compare as bytes.
  */
@@ -17,6 +20,7 @@ enum fa_kernel_id { FA_KERNEL_FORWARD };
     X(warps, "WARPS")                                                                              \
     X(warp_m, "WARP_M")                                                                            \
     X(stages, "STAGES")                                                                            \
+    X(producer, "PRODUCER")                                                                        \
     X(mask_right, "MASK_RIGHT")                                                                    \
     X(mask_left, "MASK_LEFT")
 
@@ -34,7 +38,8 @@ struct fa_variant {
 /* The kernel's name: its source file, its entry point. */
 const char *fa_variant_kernel(const struct fa_variant *variant);
 
-/* The canonical name, say forward_bf16_d128_dv128_n32x16_w4x32_s3_causal. */
+/* The canonical name, say forward_bf16_d128_dv128_n32x16_w4x32_s3_right. Of forward_tma, _p and
+ * the producer come after the stages. */
 void fa_variant_name(const struct fa_variant *variant, char name[FA_VARIANT_NAME_SIZE]);
 
 /* The compiler's option for the i-th constant, say -DHEAD_DIM=128. */

@@ -8,11 +8,13 @@
 
 #ifdef __CUDACC_RTC__
 typedef long long fa_int64;
-#define FA_STATIC_ASSERT static_assert
+#define FA_STATIC_ASSERT  static_assert
+#define FA_ALIGNED(bytes) alignas(bytes)
 #else
 #include <stdint.h>
 typedef int64_t fa_int64;
-#define FA_STATIC_ASSERT _Static_assert
+#define FA_STATIC_ASSERT  _Static_assert
+#define FA_ALIGNED(bytes) _Alignas(bytes)
 #endif
 
 /* Outer strides of one [batch, seqlen, heads, head_dim] tensor. */
@@ -31,12 +33,25 @@ struct fa_forward_params {
     int batch, heads_q, heads_per_kv; /* heads_per_kv = heads_q / heads_kv */
     int seqlen_q, seqlen_k;
     int m_blocks;     /* ceil(seqlen_q / TILE_M) */
-    int group_heads;  /* (batch, head) pairs that run together, see query_place in forward.cu */
+    int group_heads;  /* (batch, head) pairs that run together, see query_place in forward.cuh */
     int window_left;  /* keys a query sees before its diagonal; read only where MASK_LEFT */
     int window_right; /* and after it; read only where MASK_RIGHT, 0 for causal */
     float scale_log2; /* softmax_scale * log2(e) */
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 176, "host and device disagree on the layout");
+
+/* A tensor as the TMA reads it, in the driver's own encoding. */
+struct fa_tensor_map {
+    FA_ALIGNED(64) unsigned char encoding[128];
+};
+
+/* The single argument of kernels/forward_tma.cu, which reads K and V through the maps. */
+struct fa_forward_tma_params {
+    struct fa_forward_params forward;
+    struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
+};
+
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 448, "192 for the first 176, then maps");
 
 #endif

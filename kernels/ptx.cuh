@@ -63,6 +63,97 @@ template <int PENDING> __device__ __forceinline__ void cp_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+/* ---- mbarriers and the TMA: from 9.0 on ------------------------------------------------------ */
+
+/* An mbarrier is eight bytes of shared memory. A phase of it ends when `arrivals` have come, and
+ * all bytes that were expected. */
+__device__ __forceinline__ void mbarrier_init(unsigned mbarrier, int arrivals)
+{
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(mbarrier), "r"(arrivals)
+                 : "memory");
+}
+
+/* The TMA sees the mbarriers that this thread has initialised. */
+__device__ __forceinline__ void fence_mbarrier_init()
+{
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+__device__ __forceinline__ void mbarrier_arrive(unsigned mbarrier)
+{
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(mbarrier) : "memory");
+}
+
+/* Arrives, and `bytes` more have to come. */
+__device__ __forceinline__ void mbarrier_expect(unsigned mbarrier, int bytes)
+{
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(mbarrier),
+                 "r"(bytes)
+                 : "memory");
+}
+
+/* Waits for the end of the phase of this parity: the first phase has parity 0. */
+__device__ __forceinline__ void mbarrier_wait(unsigned mbarrier, unsigned parity)
+{
+    unsigned done;
+    do {
+        asm volatile("{\n"
+                     "    .reg .pred done;\n"
+                     "    mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+                     "    selp.u32 %0, 1, 0, done;\n"
+                     "}"
+                     : "=r"(done)
+                     : "r"(mbarrier), "r"(parity)
+                     : "memory");
+    } while (!done);
+}
+
+__device__ __forceinline__ void prefetch_tensor_map(const fa_tensor_map *map)
+{
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+/* Copies a box of a tensor, the one at these coordinates, to shared memory. */
+__device__ __forceinline__ void tma_load_4d(unsigned smem, const fa_tensor_map *map,
+                                            unsigned mbarrier, int x0, int x1, int x2, int x3)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cta.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(smem),
+                 "l"(map), "r"(mbarrier), "r"(x0), "r"(x1), "r"(x2), "r"(x3)
+                 : "memory");
+}
+
+/* True in one lane of the warp. */
+__device__ __forceinline__ bool elect_one()
+{
+    unsigned elected;
+    asm volatile("{\n"
+                 "    .reg .pred elected;\n"
+                 "    elect.sync _|elected, 0xffffffff;\n"
+                 "    selp.u32 %0, 1, 0, elected;\n"
+                 "}"
+                 : "=r"(elected));
+    return elected;
+}
+
+/* __syncthreads_or() of COUNT threads of the block, which meet at the barrier ID. */
+template <int ID, int COUNT> __device__ __forceinline__ bool barrier_or(bool x)
+{
+    unsigned any;
+    asm volatile("{\n"
+                 "    .reg .pred x, any;\n"
+                 "    setp.ne.u32 x, %1, 0;\n"
+                 "    bar.red.or.pred any, %2, %3, x;\n"
+                 "    selp.u32 %0, 1, 0, any;\n"
+                 "}"
+                 : "=r"(any)
+                 : "r"(static_cast<unsigned>(x)), "n"(ID), "n"(COUNT)
+                 : "memory");
+    return any;
+}
+
+/* ---- matrices ------------------------------------------------------------------------------- */
+
 __device__ __forceinline__ uint4 ld_shared_16(unsigned smem)
 {
     uint4 x;

@@ -62,7 +62,7 @@ using V_layout = tile_layout<HEAD_DIM_V>;
 constexpr int STAGE_BYTES = K_layout::BYTES + V_layout::BYTES;
 constexpr int RING_BYTES = STAGES * STAGE_BYTES;
 
-/* What one thread copies of a tile: chunk `col` (then col + COLS, ...) of key `row` (then row +
+/* The share of a tile that one thread copies, or looks at: chunk `col` (then col + COLS, ...) of key `row` (then row +
  * ROWS, ...). */
 template <int DIM> struct copy_place : tile_layout<DIM> {
     using layout = tile_layout<DIM>;
@@ -90,32 +90,13 @@ template <int DIM> struct copy_place : tile_layout<DIM> {
     }
 };
 
-/* Where this thread starts to copy from: its first chunk of the tile whose first key is `key`. */
-template <int DIM>
-__device__ __forceinline__ const element *first_chunk(const void *tensor, const fa_strides &stride,
-                                                      int batch, int head, int key)
-{
-    const copy_place<DIM> at;
-    return static_cast<const element *>(tensor) + batch * stride.batch + head * stride.head +
-           (key + at.row) * stride.seqlen + at.col * 8;
-}
+/* The tiles that a block goes through: of one KV head, from tile_end - 1 downwards. */
+struct tile_walk {
+    int batch, head_kv, tile_end, tiles;
+};
 
-/* Copies a tile to `smem`, this thread from `gmem` on. Keys from `keys` on, and the chunk that
- * pads DIM, become zeros: there no memory is read. */
-template <int DIM>
-__device__ __forceinline__ void copy_tile(unsigned smem, const element *gmem, fa_int64 key_stride,
-                                          int keys)
-{
-    const copy_place<DIM> at;
-    at.each([&](int r, int c, unsigned offset) {
-        const bool padding = c + at.COLS > at.CHUNKS && at.col + c >= at.CHUNKS;
-        const bool exists = !padding && (keys >= TILE_N || at.row + r < keys);
-        cp_async_16(smem + offset, gmem + r * key_stride + c * 8, exists ? 16 : 0);
-    });
-}
-
-/* Whether this thread copied an inf or NaN to the V tile at `smem`. */
-__device__ __forceinline__ bool copied_nonfinite(unsigned smem)
+/* Whether this thread's share of the V tile at `smem` holds an inf or NaN. */
+__device__ __forceinline__ bool holds_nonfinite(unsigned smem)
 {
     /* Adding one to a full exponent carries into the (cleared) sign bit of its half word. */
     constexpr unsigned EXPONENT = DTYPE_BF16 ? 0x7f807f80 : 0x7c007c00;
@@ -141,6 +122,33 @@ __device__ __forceinline__ unsigned V_lane_offset()
     const int lane = threadIdx.x % 32;
     return V_layout::offset(lane % 16, lane / 16);
 }
+
+/* The stage of the ring that is computed on, and this lane's rows for ldmatrix in it. */
+struct ring_place {
+    unsigned smem, stage, K_smem, V_smem; /* addresses; `stage` is an offset */
+
+    __device__ __forceinline__ explicit ring_place(unsigned smem) : smem(smem) {}
+
+    __device__ __forceinline__ void rewind()
+    {
+        stage = 0;
+        K_smem = smem + K_lane_offset();
+        V_smem = smem + K_layout::BYTES + V_lane_offset();
+    }
+    __device__ __forceinline__ void advance()
+    {
+        const int step = is_last() ? STAGE_BYTES - RING_BYTES : STAGE_BYTES;
+        stage += step;
+        K_smem += step;
+        V_smem += step;
+    }
+    __device__ __forceinline__ bool is_last() const { return stage == RING_BYTES - STAGE_BYTES; }
+    __device__ __forceinline__ unsigned before() const
+    {
+        return stage == 0 ? RING_BYTES - STAGE_BYTES : stage - STAGE_BYTES;
+    }
+    __device__ __forceinline__ unsigned V_tile() const { return smem + stage + K_layout::BYTES; }
+};
 
 /* S [WARP_M, SUB_N] = Q [WARP_M, HEAD_DIM] * K [SUB_N, HEAD_DIM]^T */
 __device__ __forceinline__ void scores(float (&S_rmem)[M_FRAGS][S_FRAGS][4],

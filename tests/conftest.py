@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from emulator import EmulatedTensor, library, unavailable
+from tiles import LARGE_TILES, use_tiles
 
-from flash_attn_sm120 import _C, explain, jit
+from flash_attn_sm120 import explain, jit
 
 # Tensors here are small: threads that wait for each other would only slow torch down.
 torch.set_num_threads(1)
@@ -82,9 +83,7 @@ EMULATOR = Device(
     tensor_class=EmulatedTensor,
 )
 
-# Tests are small, and the dispatcher gives small calls small tiles: so all of it with large ones, too.
-ROWS_PER_SM = _C.tile_fields().index("rows_per_sm")
-LARGE_TILES = tuple(row for row in _C.tiles() if row[ROWS_PER_SM] == -1)
+
 DEVICES = [CPU]
 for chosen in (EMULATOR, CUDA):
     DEVICES += [chosen, replace(chosen, name=f"{chosen.name}-large", tiles=LARGE_TILES)]
@@ -101,9 +100,8 @@ for chosen in (EMULATOR, CUDA):
     ]
 )
 def device(request):
-    _C.use_tiles(request.param.tiles)
-    yield request.param
-    _C.use_tiles(())
+    with use_tiles(*request.param.tiles):
+        yield request.param
 
 
 @pytest.fixture

@@ -248,6 +248,22 @@ error_of(call)
     assert [x["depth"] for x in launches] == [1]
 
 
+def test_a_tensor_map_that_the_driver_refuses(run):
+    code = """
+import os
+from tiles import tile_row, use_tiles
+tile = dict(tile_n=64, sub_n=32, warps=4, warp_m=32, stages=3)
+with use_tiles(tile_row(**tile, kernel="forward_tma", producer="thread")):
+    error_of(call)
+    del os.environ["FAKE_FAIL"]
+    error_of(call)
+"""
+    entry = "cuTensorMapEncodeTiled"
+    lines, launches = run(code, FAKE_FAIL=entry)
+    assert lines[0].startswith(f"RuntimeError: {entry} failed") and lines[1] == "no error"
+    assert len(launches) == 1 and launches[0]["depth"] == 1
+
+
 def test_fork_is_explained(run):
     lines, _ = run("error_of(call)\n", FAKE_FAIL="cuLaunchKernelEx", FAKE_ERROR="3")
     assert "initialization error" in lines[0] and 'start worker processes with "spawn"' in lines[0]

@@ -8,8 +8,9 @@ from typing import Any
 import emulator
 import pytest
 import torch
-from conftest import EMULATOR, LARGE_TILES
+from conftest import EMULATOR
 from reference import assert_close
+from tiles import LARGE_TILES, PRODUCERS, constants, tile_row, use_tiles
 
 from flash_attn_sm120 import _C, explain, flash_attn_func, jit, variants
 
@@ -32,12 +33,6 @@ def make_qkv(batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, head_dim_v, d
     )
 
 
-def constants(plan):
-    """The compile-time constants of a plan: name -> number."""
-    pairs = (option.removeprefix("-D").split("=") for option in plan.options)
-    return {name: int(value) for name, value in pairs}
-
-
 def inputs_of(plan, seqlen_q, seqlen_k):
     """q, k, v and options of a call that the plan is for."""
     of = constants(plan)
@@ -46,54 +41,70 @@ def inputs_of(plan, seqlen_q, seqlen_k):
     return qkv, {"causal": bool(of["MASK_RIGHT"])}
 
 
+def tma_row_of(producer, q, k, v, **options):
+    """The call's tile, as a row for forward_tma."""
+    return tile_row(explain(q, k, v, **options), kernel="forward_tma", producer=producer)
+
+
 # ---- the kernels that ship -----------------------------------------------------------------------
 
 
 @pytest.fixture(autouse=True)
-def tiles():
-    """Sets the tile table, to that of csrc/tiles.c first, and sets it back."""
-    yield _C.use_tiles
-    _C.use_tiles(())
+def large_tiles():
+    """Unless a test uses others: some need several tiles of keys, or know what a block does."""
+    with use_tiles(*LARGE_TILES):
+        yield
 
 
 @pytest.mark.parametrize("plan", COMMON_PLANS, ids=lambda plan: plan.variant)
-def test_common_kernels_at_every_tile_edge(plan, tiles):
-    any_call = (-1,) * (len(_C.tile_fields()) - 5)
-    tile = (constants(plan)[name] for name in ("TILE_N", "SUB_N", "WARPS", "WARP_M", "STAGES"))
-    tiles([(*any_call, *tile)])
+def test_common_kernels_at_every_tile_edge(plan):
     edges_q, edges_k = ([1, tile - 1, tile, tile + 1] for tile in (plan.tile_m, plan.tile_n))
-    for seqlen_q in edges_q:
-        for seqlen_k in edges_k:
-            (q, k, v), options = inputs_of(plan, seqlen_q, seqlen_k)
-            assert explain(q, k, v, **options).variant == plan.variant
-            out, lse = flash_attn_func(q, k, v, return_lse=True, **options)
-            assert_close(out, lse, q, k, v, **options)
+    with use_tiles(tile_row(plan)):
+        for seqlen_q in edges_q:
+            for seqlen_k in edges_k:
+                (q, k, v), options = inputs_of(plan, seqlen_q, seqlen_k)
+                assert explain(q, k, v, **options).variant == plan.variant
+                out, lse = flash_attn_func(q, k, v, return_lse=True, **options)
+                assert_close(out, lse, q, k, v, **options)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        ((1, 130, 200, 4, 2, 64, 64), {"causal": True}),
-        ((1, 130, 200, 2, 1, 64, 64), {"window_size": (30, 20)}),
-        ((1, 130, 500, 1, 1, 64, 64), {}),
-        ((1, 70, 300, 2, 1, 128, 128), {}),
-        ((1, 140, 140, 1, 1, 96, 40), {"causal": True}),
-        ((1, 70, 140, 1, 1, 256, 256), {"causal": True}),
-    ],
-    ids=str,
-)
+CASES = [
+    ((1, 130, 200, 4, 2, 64, 64), {"causal": True}),
+    ((1, 130, 200, 2, 1, 64, 64), {"window_size": (30, 20)}),
+    ((1, 130, 500, 1, 1, 64, 64), {}),
+    ((1, 70, 300, 2, 1, 128, 128), {}),
+    ((1, 140, 140, 1, 1, 96, 40), {"causal": True}),
+    ((1, 70, 140, 1, 1, 256, 256), {"causal": True}),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("rows", [(), LARGE_TILES], ids=["chosen", "large"])
-def test_every_schedule_gives_the_same_bits(case, rows, tiles):
+def test_every_schedule_gives_the_same_bits(case, rows):
     """Twenty orders of the warps, with asynchronous copies that land at once or at the last moment."""
     sizes, options = case
-    tiles(rows)
     q, k, v = make_qkv(*sizes, torch.bfloat16)
     first = None
     for seed, late in SCHEDULES:
-        with emulator.emulator().settings(seed=seed, late_copies=late):
+        with emulator.emulator().settings(seed=seed, late_copies=late), use_tiles(*rows):
             result = flash_attn_func(q, k, v, return_lse=True, **options)
         first = first or result
         assert all(map(torch.equal, result, first)), (seed, late)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("producer", PRODUCERS)
+@pytest.mark.parametrize("scale", [1.0, 50.0], ids=["", "again"])
+def test_every_schedule_of_the_tma_gives_the_bits_of_the_other(case, producer, scale):
+    sizes, options = case
+    q, k, v = make_qkv(*sizes, torch.bfloat16)
+    q *= scale
+    right = flash_attn_func(q, k, v, return_lse=True, **options)
+    with use_tiles(tma_row_of(producer, q, k, v, **options)):
+        for seed, late in SCHEDULES:
+            with emulator.emulator().settings(seed=seed, late_copies=late):
+                result = flash_attn_func(q, k, v, return_lse=True, **options)
+            assert all(map(torch.equal, result, right)), (seed, late)
 
 
 ODD_HEAD_DIMS = [(8, 8), (16, 24), (24, 8), (40, 72), (104, 120), (136, 16), (200, 248)]
@@ -102,20 +113,34 @@ ODD_HEAD_DIMS = [(8, 8), (16, 24), (24, 8), (40, 72), (104, 120), (136, 16), (20
 @pytest.mark.parametrize("head_dims", [*variants.COMMON_HEAD_DIMS, *ODD_HEAD_DIMS], ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize("rows", [(), LARGE_TILES], ids=["chosen", "large"])
-def test_no_bank_conflicts(head_dims, causal, rows, tiles):
+def test_no_bank_conflicts(head_dims, causal, rows):
     """Copies of tiles, ldmatrix and loads take the fewest passes through shared memory that there are."""
-    tiles(rows)
     q, k, v = make_qkv(1, 130, 300, 1, 1, *head_dims, torch.bfloat16)
-    flash_attn_func(q, k, v, causal=causal)
+    with use_tiles(*rows):
+        flash_attn_func(q, k, v, causal=causal)
     counters = emulator.emulator().counters()
     for kind in ("ldmatrix", "copy", "load_shared"):
         assert (counters.instructions[kind] > 0) == (kind != "load_shared" or causal)
         assert counters.wavefronts[kind] == counters.wavefronts_ideal[kind], kind
 
 
-def test_counters_count(tiles):
+@pytest.mark.parametrize("head_dims", [*variants.COMMON_HEAD_DIMS, *ODD_HEAD_DIMS], ids=str)
+@pytest.mark.parametrize("producer", PRODUCERS)
+def test_no_bank_conflicts_where_the_tma_writes(head_dims, producer):
+    """And one instruction copies a segment: a row of it is 128 bytes at best."""
+    q, k, v = make_qkv(1, 130, 300, 1, 1, *head_dims, torch.bfloat16)
+    with use_tiles(tma_row_of(producer, q, k, v, causal=True)):
+        plan = explain(q, k, v, causal=True)
+        flash_attn_func(q, k, v, causal=True)
+    counters = emulator.emulator().counters()
+    for kind in ("ldmatrix", "load_shared"):
+        assert counters.wavefronts[kind] == counters.wavefronts_ideal[kind] > 0, kind
+    most = max(sum(-(-dim // 16) for dim in head_dims), 2) * -(-300 // plan.tile_n)
+    assert 0 < counters.instructions["copy"] <= (most + 2) * plan.blocks
+
+
+def test_counters_count():
     """A call of one block, whose every product and copy is known in number."""
-    tiles(LARGE_TILES)
     q, k, v = make_qkv(1, 128, 256, 1, 1, 64, 64, torch.bfloat16)
     plan = explain(q, k, v)
     flash_attn_func(q, k, v)
@@ -141,63 +166,64 @@ class Broken:
     sizes: tuple[int, ...] = (1, 140, 400, 2, 1, 64, 64)
     options: dict[str, Any] = field(default_factory=dict)
     scale: float = 1.0  # of q: scores that grow send every block through the careful tiles again
+    producer: str = ""  # of forward_tma; else the kernel is forward
 
 
 CAUSAL = {"causal": True}
 
 BROKEN = {
     "no barrier in the fast loop": Broken(
-        "forward.cu",
-        "cp_async_wait<STAGES - 2>(); /* barrier: as above */\n                __syncthreads();",
-        "cp_async_wait<STAGES - 2>();",
+        "forward.cuh",
+        "ring.wait_all();\n                ring.refill(i);\n#pragma unroll SUB_UNROLL",
+        "ring.refill(i);\n#pragma unroll SUB_UNROLL",
         "no barrier between",
     ),
     "no barrier in the careful loop": Broken(
-        "forward.cu",
-        "nonfinite = __syncthreads_or(copied_nonfinite(ring + stage + K_layout::BYTES));",
-        "nonfinite = copied_nonfinite(ring + stage + K_layout::BYTES);",
+        "cp_async_ring.cuh",
+        "return __syncthreads_or(x);",
+        "return x;",
         "with no bar|on its way",
         options=CAUSAL,
     ),
     "no barrier before the second time": Broken(
-        "forward.cu",
+        "forward.cuh",
         "!__syncthreads_or(out_of_range(O_rmem, l_rmem))",
         "!out_of_range(O_rmem, l_rmem)",
         "the warp has diverged",
         scale=50.0,
     ),
     "a barrier for one warp": Broken(
-        "forward.cu",
+        "forward.cuh",
         "const query_place to(params);",
         "if (threadIdx.x < 32)\n        __syncthreads();\n    const query_place to(params);",
         "barrier 0 lacks",
     ),
     "a barrier for half a warp": Broken(
-        "forward.cu",
+        "forward.cuh",
         "const query_place to(params);",
         "if (threadIdx.x % 32 < 16)\n        __syncthreads();\n    const query_place to(params);",
         "a barrier that only the lanes 0000ffff",
     ),
     "waits for one group too few": Broken(
-        "forward.cu",
-        "cp_async_wait<STAGES - 2>(); /* barrier: as above */",
+        "cp_async_ring.cuh",
+        "cp_async_wait<STAGES - 2>();",
         "cp_async_wait<STAGES - 1>();",
         "on its way: wait for it first",
     ),
     "refills before the barrier": Broken(
-        "forward.cu",
-        "                __syncthreads();\n                refill(i);\n#pragma unroll SUB_UNROLL",
-        "                refill(i);\n                __syncthreads();\n#pragma unroll SUB_UNROLL",
+        "forward.cuh",
+        "ring.wait_all();\n                ring.refill(i);\n#pragma unroll SUB_UNROLL",
+        "ring.refill(i);\n                ring.wait_all();\n#pragma unroll SUB_UNROLL",
         "no barrier between",
     ),
     "refills the stage in use": Broken(
-        "forward.cu",
-        "copy_next_tile(stage == 0 ? RING_BYTES - STAGE_BYTES : stage - STAGE_BYTES, TILE_N)",
+        "cp_async_ring.cuh",
+        "copy_next_tile(before(), TILE_N)",
         "copy_next_tile(stage, TILE_N)",
         "shared bytes",
     ),
     "a ring that starts one tile short": Broken(
-        "forward.cu",
+        "cp_async_ring.cuh",
         "copy_next_tile(i * STAGE_BYTES, i == 0 ?",
         "if (i != 1)\n                    copy_next_tile(i * STAGE_BYTES, i == 0 ?",
         "that nobody has written",
@@ -209,44 +235,44 @@ BROKEN = {
         "block's",
     ),
     "one query too many is read": Broken(
-        "forward.cu",
+        "forward.cuh",
         "chunk < HEAD_DIM / 8 && row < params.seqlen_q;",
         "chunk < HEAD_DIM / 8 && row <= params.seqlen_q;",
         "no tensor",
     ),
     "one key too many is read": Broken(
-        "tile.cuh",
+        "cp_async_ring.cuh",
         "at.row + r < keys",
         "at.row + r <= keys",
         "no tensor",
     ),
     "the padding of a row is read": Broken(
-        "tile.cuh",
+        "cp_async_ring.cuh",
         "const bool padding = c + at.COLS > at.CHUNKS && at.col + c >= at.CHUNKS;",
         "const bool padding = false;",
         "no tensor",
         sizes=(1, 140, 400, 1, 1, 24, 24),
     ),
     "one row of the output too many": Broken(
-        "forward.cu",
+        "forward.cuh",
         "if (row < params.seqlen_q && n + quad_lane() < O_FRAGS)",
         "if (row <= params.seqlen_q && n + quad_lane() < O_FRAGS)",
         "no writable tensor",
     ),
     "one row of the lse too many": Broken(
-        "forward.cu",
+        "forward.cuh",
         "if (row < params.seqlen_q)\n                    lse_gmem",
         "if (row <= params.seqlen_q)\n                    lse_gmem",
         "no writable tensor",
     ),
     "the output goes to q": Broken(
-        "forward.cu",
+        "forward.cuh",
         "static_cast<element *>(params.out)",
         "static_cast<element *>(const_cast<void *>(params.q))",
         "may only read",
     ),
     "a misaligned store": Broken(
-        "forward.cu",
+        "forward.cuh",
         "out_row + (n + quad_lane()) * 8)",
         "out_row + (n + quad_lane()) * 8 + 4)",
         "no multiple of 16",
@@ -255,7 +281,7 @@ BROKEN = {
         "softmax.cuh", "            l_rmem[m][half] = 0.0f;\n", "", "never been written"
     ),
     "a shuffle of half a warp": Broken(
-        "forward.cu",
+        "forward.cuh",
         "l += __shfl_xor_sync(0xffffffff, l, 2);",
         "if (quad_lane() < 2)\n                l += __shfl_xor_sync(0xffffffff, l, 2);",
         "lanes",
@@ -273,7 +299,7 @@ BROKEN = {
         "",
     ),
     "the registers of Q are swapped": Broken(
-        "forward.cu",
+        "forward.cuh",
         "Q_rmem[m][chunk / 2][chunk % 2 * 2 + half]",
         "Q_rmem[m][chunk / 2][chunk % 2 + 2 * half]",
         "",
@@ -294,10 +320,141 @@ BROKEN = {
         "mask.cuh", "min(row + right + 1, keys)", "min(row + right, keys)", "", options=CAUSAL
     ),
     "a sum over half a quad": Broken(
-        "forward.cu", "l += __shfl_xor_sync(0xffffffff, l, 2);", "", ""
+        "forward.cuh", "l += __shfl_xor_sync(0xffffffff, l, 2);", "", ""
     ),
     "an element of P is rounded into the wrong half": Broken(
         "softmax.cuh", "pack(p0, p1)", "pack(p1, p0)", ""
+    ),
+}
+
+
+def broken_ring(right, wrong, said, **changes):
+    return Broken("tma_ring.cuh", right, wrong, said, **{"producer": "thread", **changes})
+
+
+# Of tiles that are read before they have come, and refilled before all have read them.
+TOO_EARLY = "on its way|was not waited for|nobody has written|lacks"
+TOO_SOON = "with no bar|was not waited for|1 arrivals"
+EMPTY_WAIT = "mbarrier_wait(empty(before()), stage == 0 ? parity ^ 1 : parity);"
+
+BROKEN_TMA = {
+    "the other parity is waited for": broken_ring(
+        "mbarrier_wait(full(stage), parity)",
+        "mbarrier_wait(full(stage), parity ^ 1)",
+        TOO_EARLY,
+    ),
+    "nobody waits for the tile": broken_ring("mbarrier_wait(full(stage), parity)", "", TOO_EARLY),
+    "no bytes are expected": broken_ring(
+        "mbarrier_expect(full(stage), STAGE_BYTES)",
+        "mbarrier_arrive(full(stage))",
+        TOO_EARLY,
+    ),
+    "too many bytes are expected": broken_ring(
+        "mbarrier_expect(full(stage), STAGE_BYTES)",
+        "mbarrier_expect(full(stage), STAGE_BYTES + 16)",
+        "lacks",
+    ),
+    "K alone is expected": broken_ring(
+        "mbarrier_expect(full(stage), STAGE_BYTES)",
+        "mbarrier_expect(full(stage), K_layout::BYTES)",
+        TOO_EARLY,
+    ),
+    "nobody waits for the release": broken_ring(EMPTY_WAIT, ";", TOO_SOON),
+    "a producer warp does not wait for the release": broken_ring(
+        EMPTY_WAIT, ";", TOO_SOON, producer="warp"
+    ),
+    "the release before is waited for": broken_ring(
+        EMPTY_WAIT,
+        EMPTY_WAIT.replace("parity ^ 1 : parity", "parity : parity ^ 1"),
+        TOO_SOON + "|lacks",
+    ),
+    "no barrier releases the stage": broken_ring(
+        "if (!HAS_EMPTY_MBARRIERS)\n            __syncthreads();",
+        ";",
+        TOO_SOON,
+        producer="barrier",
+    ),
+    "a lane releases for all while others still read": broken_ring(
+        "__syncwarp(); /* all lanes have read the tile */", "", TOO_SOON
+    ),
+    "a release without one warp": broken_ring(
+        "mbarrier_init(empty(i * STAGE_BYTES), WARPS)",
+        "mbarrier_init(empty(i * STAGE_BYTES), WARPS - 1)",
+        TOO_SOON + "|lacks",
+    ),
+    "a release that waits for a warp too many": broken_ring(
+        "mbarrier_init(empty(i * STAGE_BYTES), WARPS)",
+        "mbarrier_init(empty(i * STAGE_BYTES), WARPS + 1)",
+        "lacks",
+    ),
+    "every lane releases": broken_ring("if (elect_one())", "", "arrivals"),
+    "the stage in use is refilled": broken_ring(
+        "load(before(), i + STAGES - 1)",
+        "load(stage, i + STAGES - 1)",
+        TOO_SOON + "|on its way",
+    ),
+    "the first stage is loaded twice": broken_ring(
+        "to = to == RING_BYTES - STAGE_BYTES ? 0 : to + STAGE_BYTES;",
+        "",
+        TOO_SOON + "|on its way",
+    ),
+    "the second pass starts at phase 0 again": broken_ring(
+        "        walk = next;",
+        "        walk = next;\n        parity = 0;",
+        TOO_EARLY + "|" + TOO_SOON,
+        scale=50.0,
+        sizes=(1, 140, 300, 2, 1, 64, 64),
+    ),
+    "the second pass starts at stage 0 again": broken_ring(
+        "        walk = next;",
+        "        walk = next;\n        rewind();",
+        TOO_EARLY + "|" + TOO_SOON,
+        scale=50.0,
+    ),
+    "no fence behind the mbarriers": broken_ring("fence_mbarrier_init();", "", "fence"),
+    "no barrier behind the mbarriers": broken_ring(
+        "__syncthreads(); /* nobody comes",
+        "/* nobody comes",
+        "no mbarrier|with no bar",
+    ),
+    "a vote that a producer warp is counted in": broken_ring(
+        "barrier_or<COMPUTING_THREADS, THREADS>(x)",
+        "__syncthreads_or(x)",
+        "barrier 0|lacks",
+        producer="warp",
+        options=CAUSAL,
+    ),
+    "a producer warp that leaves before the last vote": Broken(
+        "forward.cuh",
+        "if (again || !__syncthreads_or(false))",
+        "if (true)",
+        "barrier 0 lacks|ended",
+        producer="warp",
+    ),
+    "the mbarriers lie in the ring": broken_ring(
+        "return smem + RING_BYTES + stage",
+        "return smem + RING_BYTES - 64 + stage",
+        "shared bytes",
+    ),
+    "keys from the first on": broken_ring(
+        "const int key = (walk.tile_end - 1 - i) * TILE_N;",
+        "const int key = i * TILE_N;",
+        "",
+        options=CAUSAL,
+    ),
+    "keys that are one off": broken_ring(
+        "const int key = (walk.tile_end - 1 - i) * TILE_N;",
+        "const int key = (walk.tile_end - 1 - i) * TILE_N + 1;",
+        "",
+    ),
+    "V's segments from K's map": broken_ring(
+        "K_layout::BYTES, params.v_map", "K_layout::BYTES, params.k_map", ""
+    ),
+    "head and batch are swapped": broken_ring(
+        "walk.head_kv, walk.batch);",
+        "walk.batch, walk.head_kv);",
+        "",
+        sizes=(1, 140, 400, 2, 2, 64, 64),
     ),
 }
 
@@ -307,7 +464,7 @@ def attend_with(tmp_path, monkeypatch):
     """attend_with(edits, q, k, v, **options): out and lse of kernels whose source has been edited."""
     kernels = {path.name: path.read_text() for path in jit.kernel_directory().glob("*.*")}
 
-    def attend(edits, q, k, v, causal=False):
+    def attend(edits, q, k, v, causal=False, rows=()):
         for name, text in kernels.items():
             for file, right, wrong in edits:
                 if file == name:
@@ -323,33 +480,32 @@ def attend_with(tmp_path, monkeypatch):
             patch.setattr(jit, "kernel_directory", lambda: tmp_path)
             patch.setenv("FA_SM120_CACHE_DIR", str(tmp_path / "cache"))
             patch.setenv("FA_SM120_DRIVER", str(emulator.library()))
-            return extension.forward(q, k, v, None, causal, (None, None), 0.0, None, True)
+            with use_tiles(*(rows or LARGE_TILES), extension=extension):
+                return extension.forward(q, k, v, None, causal, (None, None), 0.0, None, True)
 
     return attend
 
 
-@pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
-def test_broken_kernels_are_caught(attend_with, broken, tiles):
+@pytest.mark.parametrize(
+    "broken", [*BROKEN.values(), *BROKEN_TMA.values()], ids=[*BROKEN, *BROKEN_TMA]
+)
+def test_broken_kernels_are_caught(attend_with, broken):
     """On every schedule that is tried; and the same call of the right kernel is not complained of."""
-    tiles(LARGE_TILES)
     q, k, v = make_qkv(*broken.sizes, torch.bfloat16)
     q *= broken.scale
     edits = [(broken.file, broken.right, broken.wrong)]
+    rows = [tma_row_of(broken.producer, q, k, v, **broken.options)] if broken.producer else []
     for seed in range(4):
         for late in (False, True):
             with emulator.emulator().settings(seed=seed, late_copies=late):
-                assert_close(
-                    *flash_attn_func(q, k, v, return_lse=True, **broken.options),
-                    q,
-                    k,
-                    v,
-                    **broken.options,
-                )
+                with use_tiles(*(rows or LARGE_TILES)):
+                    right = flash_attn_func(q, k, v, return_lse=True, **broken.options)
+                assert_close(*right, q, k, v, **broken.options)
                 if broken.said:
                     with pytest.raises(RuntimeError, match=broken.said):
-                        attend_with(edits, q, k, v, **broken.options)
+                        attend_with(edits, q, k, v, **broken.options, rows=rows)
                 else:
-                    out, lse = attend_with(edits, q, k, v, **broken.options)
+                    out, lse = attend_with(edits, q, k, v, **broken.options, rows=rows)
                     with pytest.raises(AssertionError):
                         assert_close(out, lse, q, k, v, **broken.options)
 

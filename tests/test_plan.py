@@ -97,6 +97,7 @@ def use_tiles():
 def row(**fields):
     """A row for any call but for what is named."""
     tile = {"tile_n": 32, "sub_n": 16, "warps": 2, "warp_m": 16, "stages": 5}
+    tile |= {"kernel": 0, "producer": 0}
     return tuple((tile | fields).get(name, -1) for name in _C.tile_fields())
 
 
@@ -128,8 +129,8 @@ def test_a_row_that_does_not_fit_is_passed_over(use_tiles):
     "rows, error, message",
     [
         (5, TypeError, "has no len"),
-        ([5], TypeError, "tuple of 13 ints, got 5"),
-        ([row()[1:]], TypeError, "tuple of 13 ints"),
+        ([5], TypeError, "tuple of 15 ints, got 5"),
+        ([row()[1:]], TypeError, "tuple of 15 ints"),
         ([(*row()[1:], "x")], TypeError, "int"),
         ([(*row()[1:], 2**70)], OverflowError, "int"),
         ([row(arch=-2)], ValueError, "-2 is out of range"),
@@ -140,6 +141,9 @@ def test_a_row_that_does_not_fit_is_passed_over(use_tiles):
         ([row(sub_n=48)], ValueError, "tile_n must be"),
         ([row(stages=1)], ValueError, "stages must be"),
         ([row(), row(stages=17)], ValueError, "stages must be"),
+        ([row(kernel=2)], ValueError, "kernel must be"),
+        ([row(kernel=1, producer=3)], ValueError, "producer must be"),
+        ([row(producer=1)], ValueError, "producer must be"),
     ],
 )
 def test_rows_that_cannot_be(use_tiles, rows, error, message):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tiles import PRODUCERS, tile_row, use_tiles
 
 from flash_attn_sm120 import explain, jit, variants
 
@@ -44,14 +45,56 @@ def test_common_forward_variants(compute_capability):
         assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line
 
 
-@pytest.mark.parametrize("compute_capability", [120, 90, 80])
-def test_crowded_forward_variants(compute_capability):
-    """The head dims and masks that come closest to spilling do not."""
-    plans = []
+def crowded_calls():
+    """(q, k, v), options: the head dims and masks that come closest to spilling."""
     for dim, dim_v in ((104, 120), (104, 128), (112, 112), (120, 120), (120, 128), (128, 128)):
         q = torch.empty(dim, dtype=torch.bfloat16).expand(1, 256, 1, dim)
         v = torch.empty(dim_v, dtype=torch.bfloat16).expand(1, 256, 1, dim_v)
         for window_size in ((None, None), (None, 0), (50, 0), (50, None)):
-            plans.append(explain(q, q, v, window_size=window_size, arch=compute_capability))
+            yield (q, q, v), {"window_size": window_size}
+
+
+@pytest.mark.parametrize("compute_capability", [120, 90, 80])
+def test_crowded_forward_variants(compute_capability):
+    plans = [explain(*x, **options, arch=compute_capability) for x, options in crowded_calls()]
     for _, build, line in build_all(plans, jit.architecture(compute_capability)):
         assert build.spill_bytes == 0, line
+
+
+def tma_plan(x, options, compute_capability, **tile):
+    """The plan of a call with its own tile, or with `tile`, where the TMA feeds it."""
+    x = [tensor.contiguous() for tensor in x]
+    row = {} if "tile_n" in tile else {"plan": explain(*x, **options, arch=compute_capability)}
+    with use_tiles(tile_row(**row, **tile, kernel="forward_tma")):
+        plan = explain(*x, **options, arch=compute_capability)
+    assert plan.kernel == "forward_tma"
+    return plan
+
+
+@pytest.mark.parametrize("compute_capability", [120, 90])
+@pytest.mark.parametrize("producer", [p for p in PRODUCERS if p != "warp"])
+def test_tma_forward_variants(compute_capability, producer):
+    """As above, of the kernel that the TMA feeds: the same tiles, and no spill at any head_dim."""
+    calls = [*crowded_calls()] if producer == "thread" else []
+    for head_dim, head_dim_v in variants.COMMON_HEAD_DIMS:
+        q, v = (torch.empty(1, 256, 1, d).bfloat16() for d in (head_dim, head_dim_v))
+        calls += [((q, q, v), {"causal": causal}) for causal in (False, True)]
+    plans = [tma_plan(*call, compute_capability, producer=producer) for call in calls]
+    for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
+        assert build.spill_bytes == 0, line
+        assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, line
+        assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line
+
+
+@pytest.mark.parametrize("compute_capability", [120, 90])
+@pytest.mark.parametrize("warps, head_dim", [(4, 64), (4, 128), (8, 64), (8, 128)])
+def test_tma_forward_with_a_producer_warp(compute_capability, warps, head_dim):
+    """A ninth warp leaves 168 registers to each: enough for 16 rows per warp."""
+    q = torch.empty(1, 256, 1, head_dim).bfloat16()
+    tile = {"tile_n": 64, "sub_n": 32, "warps": warps, "warp_m": 16, "stages": 3}
+    plans = [
+        tma_plan((q, q, q), {"causal": causal}, compute_capability, **tile, producer="warp")
+        for causal in (False, True)
+    ]
+    for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
+        assert build.spill_bytes <= 64, line

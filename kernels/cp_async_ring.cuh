@@ -1,0 +1,87 @@
+/* The ring of forward.cu: every thread copies its share of each tile with cp.async. A group of copies
+ * is a tile, and STAGES - 1 of them are on their way. */
+#ifndef FA_CP_ASYNC_RING_CUH
+#define FA_CP_ASYNC_RING_CUH
+
+#include "tile.cuh"
+
+/* Where this thread starts to copy from: its first chunk of the tile whose first key is `key`. */
+template <int DIM>
+__device__ __forceinline__ const element *first_chunk(const void *tensor, const fa_strides &stride,
+                                                      int batch, int head, int key)
+{
+    const copy_place<DIM> at;
+    return static_cast<const element *>(tensor) + batch * stride.batch + head * stride.head +
+           (key + at.row) * stride.seqlen + at.col * 8;
+}
+
+/* Copies a tile to `smem`, this thread from `gmem` on. Keys from `keys` on, and the chunk that
+ * pads DIM, become zeros: there no memory is read. */
+template <int DIM>
+__device__ __forceinline__ void copy_tile(unsigned smem, const element *gmem, fa_int64 key_stride,
+                                          int keys)
+{
+    const copy_place<DIM> at;
+    at.each([&](int r, int c, unsigned offset) {
+        const bool padding = c + at.COLS > at.CHUNKS && at.col + c >= at.CHUNKS;
+        const bool exists = !padding && (keys >= TILE_N || at.row + r < keys);
+        cp_async_16(smem + offset, gmem + r * key_stride + c * 8, exists ? 16 : 0);
+    });
+}
+
+struct cp_async_ring : ring_place {
+    const fa_forward_params &params;
+    const element *K_gmem, *V_gmem; /* of the tile that is copied next */
+    fa_int64 K_stride, V_stride;
+    int tiles;
+
+    __device__ __forceinline__ cp_async_ring(const fa_forward_params &params, const char *smem)
+        : ring_place(smem_address(smem)), params(params)
+    {
+    }
+
+    __device__ __forceinline__ void copy_next_tile(unsigned stage, int keys)
+    {
+        copy_tile<HEAD_DIM>(smem + stage, K_gmem, K_stride, keys);
+        copy_tile<HEAD_DIM_V>(smem + stage + K_layout::BYTES, V_gmem, V_stride, keys);
+        K_gmem -= TILE_N * K_stride;
+        V_gmem -= TILE_N * V_stride;
+    }
+
+    __device__ __forceinline__ void start(const tile_walk &walk)
+    {
+        const int last_key0 = (walk.tile_end - 1) * TILE_N;
+        tiles = walk.tiles;
+        K_stride = params.k_stride.seqlen;
+        V_stride = params.v_stride.seqlen;
+        K_gmem =
+            first_chunk<HEAD_DIM>(params.k, params.k_stride, walk.batch, walk.head_kv, last_key0);
+        V_gmem =
+            first_chunk<HEAD_DIM_V>(params.v, params.v_stride, walk.batch, walk.head_kv, last_key0);
+#pragma unroll
+        for (int i = 0; i < STAGES - 1; i++) {
+            if (i < tiles)
+                copy_next_tile(i * STAGE_BYTES, i == 0 ? params.seqlen_k - last_key0 : TILE_N);
+            cp_async_commit(); /* even if empty: the i-th group is the i-th tile */
+        }
+        rewind();
+    }
+
+    __device__ __forceinline__ bool is_producer() const { return false; }
+    __device__ __forceinline__ void feed() {}
+
+    /* Barrier: every thread's copies of this tile have landed, and all warps are done with the
+     * stage that is refilled. */
+    __device__ __forceinline__ void wait_own() { cp_async_wait<STAGES - 2>(); }
+    __device__ __forceinline__ void wait_all() { __syncthreads(); }
+    __device__ __forceinline__ bool any(bool x) { return __syncthreads_or(x); }
+
+    __device__ __forceinline__ void refill(int i)
+    {
+        if (i + STAGES - 1 < tiles)
+            copy_next_tile(before(), TILE_N);
+        cp_async_commit();
+    }
+};
+
+#endif

@@ -1,0 +1,217 @@
+/* The block of queries that forward.cu and forward_tma.cu compute: all of the kernel but the way in
+ * which K and V come to shared memory. That is a ring:
+ *
+ *   ring(params, smem)   once per block
+ *   start(walk)          puts the first tiles of keys on their way, again for every pass
+ *   is_producer()        is this warp one that only feeds the ring?
+ *   feed()               what such a warp does
+ *   wait_own()           until this thread may read its share of the tile in use, see copy_place
+ *   wait_all()           until all may read all of it
+ *   any(x)               wait_all(), and whether x holds for any thread that computes
+ *   refill(i)            after one of these two: puts a tile on its way to the stage of tile i - 1
+ *   advance()            this warp is done with the tile in use, the next one is
+ *   K_smem, V_smem       of the tile in use: where this lane's rows for ldmatrix are
+ *   V_tile()             and where its V is
+ */
+#ifndef FA_FORWARD_CUH
+#define FA_FORWARD_CUH
+
+#include "mask.cuh"
+
+/* The queries of this thread. Blocks that run at the same time should share K and V in the L2:
+ * so group_heads (batch, head) pairs go through all their query blocks together, heads fastest.
+ * With a right diagonal the last queries see the most keys: these blocks start first, and the
+ * short ones fill the gaps at the end. */
+struct query_place {
+    int pair, batch, head;             /* pair = batch * heads_q + head */
+    int block_row, warp_row, lane_row; /* first rows; the lane has every eighth after it */
+
+    __device__ __forceinline__ explicit query_place(const fa_forward_params &params)
+    {
+        const unsigned thread = read_thread_index();
+        const int block = read_block_index();
+        const int group_blocks = params.group_heads * params.m_blocks;
+        const int pair0 = block / group_blocks * params.group_heads;
+        const int in_group = block % group_blocks;
+        const int pairs = min(params.group_heads, params.batch * params.heads_q - pair0);
+        const int rank = in_group / pairs;
+        pair = pair0 + in_group % pairs;
+        batch = pair / params.heads_q;
+        head = pair % params.heads_q;
+        block_row = (MASK_RIGHT ? params.m_blocks - 1 - rank : rank) * TILE_M;
+        /* The shuffle tells the compiler that the number is the same in all of the warp. */
+        const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
+        warp_row = block_row + warp * WARP_M;
+        lane_row = warp_row + thread % 32 / 4;
+    }
+};
+
+/* Q [WARP_M, HEAD_DIM] from global memory into the layout of the mma's A operand. Missing rows
+ * are zeros, and so is the second half of the last step if HEAD_DIM is not a multiple of 16. */
+__device__ __forceinline__ void load_queries(unsigned (&Q_rmem)[M_FRAGS][D_STEPS][4],
+                                             const fa_forward_params &params)
+{
+    const query_place at(params);
+    const element *Q_gmem = static_cast<const element *>(params.q) +
+                            at.batch * params.q_stride.batch + at.head * params.q_stride.head;
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = at.lane_row + 16 * m + 8 * half;
+            const element *Q_row = Q_gmem + row * params.q_stride.seqlen + quad_lane() * 2;
+#pragma unroll
+            for (int chunk = 0; chunk < 2 * D_STEPS; chunk++) {
+                const bool exists = chunk < HEAD_DIM / 8 && row < params.seqlen_q;
+                Q_rmem[m][chunk / 2][chunk % 2 * 2 + half] =
+                    exists ? *reinterpret_cast<const unsigned *>(Q_row + chunk * 8) : 0;
+            }
+        }
+}
+
+template <class tile_ring>
+__device__ __forceinline__ void attend(const fa_forward_params &params, tile_ring &ring)
+{
+    unsigned Q_rmem[M_FRAGS][D_STEPS][4];
+    float O_rmem[M_FRAGS][O_FRAGS][4];
+    float m_rmem[M_FRAGS][2]; /* p = 2^(s - m), for the rows g and g + 8 of each fragment */
+    float l_rmem[M_FRAGS][2]; /* sum of this lane's p */
+
+    /* Only the first tiles and the masked ones are careful: they raise m to the maximum. The
+     * others take m as it is, because any m cancels in the end, as long as no number leaves the
+     * range of its type. Should one have, which the end shows, everything is computed once more
+     * with careful tiles alone. */
+    for (bool again = false;; again = true) {
+        /* ---- 1. Which queries. */
+        const query_place at(params);
+        const int head_kv = at.head / params.heads_per_kv;
+        const int block_row1 = min(at.block_row + TILE_M, params.seqlen_q) - 1; /* the last one */
+
+        /* ---- 2. Which keys: any row sees those of the tiles [tile_begin, tile_end), every row
+         * all those of [inner_begin, inner_end). From the last to the first: careful at the
+         * right edge and for one tile more, so that every row has an m; then fast; then careful
+         * at the left edge. The length can cut short the last tile alone, which comes first. */
+        const key_mask mask(params);
+        const int tile_begin = mask.begin(at.block_row) / TILE_N;
+        const int tile_end = max(tile_begin, ceil_div(mask.end(block_row1), TILE_N));
+        const int inner_begin = min(ceil_div(mask.begin(block_row1), TILE_N), tile_end);
+        const int inner_end = max(mask.end(at.block_row) / TILE_N, inner_begin);
+        const int tiles = tile_end - tile_begin;
+        const int fast_end = again ? 0 : tile_end - inner_begin;
+        int careful_end = again ? tiles : min(tile_end - inner_end + 1, tiles);
+
+        /* ---- 3. Start the ring. A warp that only feeds it goes straight to the last barrier. */
+        ring.start({at.batch, head_kv, tile_end, tiles});
+        if (ring.is_producer()) {
+            ring.feed();
+            if (again || !__syncthreads_or(false))
+                return;
+            continue;
+        }
+
+        /* ---- 4. The state of the computation, all of it in registers. */
+        load_queries(Q_rmem, params);
+        clear(O_rmem, l_rmem, m_rmem);
+
+        for (int i = 0; i < tiles; careful_end = tiles) {
+            /* ---- 5. Careful tiles. Sub-tiles that no row of the warp sees are skipped. */
+#pragma unroll 1
+            for (; i < careful_end; i++) {
+                ring.wait_own();
+                bool nonfinite = false;
+                if (MASK_RIGHT || MASK_LEFT)
+                    nonfinite = ring.any(holds_nonfinite(ring.V_tile()));
+                else
+                    ring.wait_all();
+                ring.refill(i);
+
+#pragma unroll 1
+                for (int n = 0; n < TILE_N; n += SUB_N) {
+                    const int key = (tile_end - 1 - i) * TILE_N + n, row = not_before(at.lane_row);
+                    if (key + SUB_N <= mask.begin(at.warp_row) ||
+                        key >= mask.end(at.warp_row + WARP_M - 1))
+                        continue;
+                    const unsigned K_sub_smem = ring.K_smem + n * K_layout::ROW_BYTES;
+                    const unsigned V_sub_smem = ring.V_smem + n * V_layout::ROW_BYTES;
+                    float S_rmem[M_FRAGS][S_FRAGS][4];
+                    unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
+                    scores(S_rmem, Q_rmem, K_sub_smem);
+                    mask_scores(S_rmem, mask, row, key + 2 * quad_lane(), params.scale_log2);
+                    raise_max(O_rmem, l_rmem, m_rmem, S_rmem);
+                    exponentials(P_rmem, l_rmem, S_rmem, m_rmem, 1.0f);
+                    if (nonfinite) {
+                        add_values_seen(O_rmem, P_rmem, V_sub_smem, mask, row, key);
+                        load_queries(Q_rmem, params); /* again: that took Q's registers */
+                    } else
+                        add_values(O_rmem, P_rmem, V_sub_smem);
+                }
+                ring.advance();
+            }
+
+            /* ---- 6. Fast tiles: no mask, no maximum. */
+#pragma unroll 1
+            for (; i < fast_end; i++) {
+                ring.wait_own();
+                ring.wait_all();
+                ring.refill(i);
+#pragma unroll SUB_UNROLL
+                for (int n = 0; n < TILE_N; n += SUB_N) {
+                    float S_rmem[M_FRAGS][S_FRAGS][4];
+                    unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
+                    scores(S_rmem, Q_rmem, ring.K_smem + n * K_layout::ROW_BYTES);
+                    exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2);
+                    add_values(O_rmem, P_rmem, ring.V_smem + n * V_layout::ROW_BYTES);
+                }
+                ring.advance();
+            }
+        }
+        /* Barrier: all of the block start again or none, and not before all warps are done with
+         * the ring. */
+        if (again || !__syncthreads_or(out_of_range(O_rmem, l_rmem)))
+            break;
+    }
+
+    /* ---- 7. O / l and lse out. The lanes of a quad hold 4 bytes each of every 16-byte chunk
+     * of their row: transposed, each lane holds every fourth chunk whole, and a row is written
+     * 64 contiguous bytes at a time. */
+    const query_place to(params); /* computed again: see read_block_index() */
+    element *out_gmem = static_cast<element *>(params.out) + to.batch * params.out_stride.batch +
+                        to.head * params.out_stride.head;
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float &l = l_rmem[m][half];
+            l += __shfl_xor_sync(0xffffffff, l, 1);
+            l += __shfl_xor_sync(0xffffffff, l, 2);
+            const float inverse = l == 0.0f ? 0.0f : 1.0f / l; /* 0: no keys */
+            const int row = to.lane_row + 16 * m + 8 * half;
+            element *out_row = out_gmem + row * params.out_stride.seqlen;
+#pragma unroll
+            for (int n = 0; n < O_FRAGS; n += 4) {
+                unsigned word[4];
+#pragma unroll
+                for (int c = 0; c < 4; c++) {
+                    const float *O = O_rmem[m][min(n + c, O_FRAGS - 1)] + 2 * half;
+                    word[c] = pack(O[0] * inverse, O[1] * inverse);
+                }
+                const uint4 chunk = quad_transpose(word[0], word[1], word[2], word[3]);
+                if (row < params.seqlen_q && n + quad_lane() < O_FRAGS)
+                    *reinterpret_cast<uint4 *>(out_row + (n + quad_lane()) * 8) = chunk;
+            }
+        }
+    if (params.lse && quad_lane() == 0) {
+        float *lse_gmem = params.lse + static_cast<fa_int64>(to.pair) * params.seqlen_q;
+#pragma unroll
+        for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int row = to.lane_row + 16 * m + 8 * half;
+                const float l = l_rmem[m][half];
+                if (row < params.seqlen_q)
+                    lse_gmem[row] = l == 0.0f ? -INF : (m_rmem[m][half] + log2_approx(l)) * LN2;
+            }
+    }
+}
+
+#endif

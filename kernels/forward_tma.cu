@@ -1,0 +1,20 @@
+/* Attention forward, as forward.cu, with K and V brought by the TMA: for every GPU since 9.0.
+ *
+ * Its constants are those of forward.cu, and
+ *   PRODUCER               who refills the ring, and how it knows that a stage is free:
+ *                          0: thread 0, after a barrier of the block
+ *                          1: thread 0, once all warps have arrived at the stage's mbarrier
+ *                          2: a warp that does nothing else, likewise */
+#include "params.h"
+
+#include "ptx.cuh"
+#include "tma_ring.cuh"
+#include "forward.cuh"
+
+extern "C" __global__ void __launch_bounds__(tma_ring::BLOCK_THREADS, 1)
+    forward_tma(const __grid_constant__ struct fa_forward_tma_params params)
+{
+    extern __shared__ __align__(1024) char smem[]; /* the pattern of the widest swizzle */
+    tma_ring ring(params, smem);
+    attend(params.forward, ring);
+}

@@ -1,0 +1,146 @@
+/* The ring of forward_tma.cu: one thread asks the TMA for whole tiles. Each stage has two mbarriers:
+ * `full` ends a phase when all bytes of a tile have landed, `empty` when all warps are done with
+ * it. All stages are on their way at the start, and a pass goes on where the one before ended. */
+#ifndef FA_TMA_RING_CUH
+#define FA_TMA_RING_CUH
+
+#include "tile.cuh"
+
+/* The tensor maps permute the chunks of a box by their address, as tile_layout does by their offset
+ * in the tile. */
+static_assert(K_layout::BYTES % 1024 == 0 && V_layout::BYTES % 1024 == 0,
+              "every tile starts where the pattern of the swizzle does");
+
+struct tma_ring : ring_place {
+    static constexpr bool HAS_PRODUCER_WARP = PRODUCER == 2;
+    static constexpr bool HAS_EMPTY_MBARRIERS = PRODUCER != 0;
+    static constexpr int BLOCK_THREADS = THREADS + (HAS_PRODUCER_WARP ? 32 : 0);
+    static constexpr int COMPUTING_THREADS = 1; /* the named barrier that the producer is not in */
+
+    const fa_forward_tma_params &params;
+    tile_walk walk;
+    unsigned parity = 0; /* of the phase of `full` that the tile in use ends */
+
+    __device__ __forceinline__ tma_ring(const fa_forward_tma_params &params, const char *smem_begin)
+        : ring_place(smem_address(smem_begin)), params(params)
+    {
+        rewind();
+        if (threadIdx.x == 0) {
+            prefetch_tensor_map(&params.k_map);
+            prefetch_tensor_map(&params.v_map);
+            for (int i = 0; i < STAGES; i++) {
+                mbarrier_init(full(i * STAGE_BYTES), 1);
+                mbarrier_init(empty(i * STAGE_BYTES), WARPS);
+            }
+            fence_mbarrier_init();
+        }
+        __syncthreads(); /* nobody comes to an mbarrier before it is there */
+    }
+
+    /* The mbarriers of a stage lie behind the ring. */
+    __device__ __forceinline__ unsigned full(unsigned stage) const
+    {
+        return smem + RING_BYTES + stage / STAGE_BYTES * 16;
+    }
+    __device__ __forceinline__ unsigned empty(unsigned stage) const { return full(stage) + 8; }
+
+    template <int DIM>
+    __device__ __forceinline__ void load_tile(unsigned tile, const fa_tensor_map &map,
+                                              unsigned mbarrier, int key) const
+    {
+        using layout = tile_layout<DIM>;
+#pragma unroll
+        for (int c = 0; c < layout::PADDED; c += layout::COLS)
+            tma_load_4d(tile + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier, c * 8, key,
+                        walk.head_kv, walk.batch);
+    }
+
+    /* Puts the i-th tile on its way. Keys before the first or after the last, and the chunk that
+     * pads a row, become zeros. */
+    __device__ __forceinline__ void load(unsigned stage, int i) const
+    {
+        const int key = (walk.tile_end - 1 - i) * TILE_N;
+        mbarrier_expect(full(stage), STAGE_BYTES);
+        load_tile<HEAD_DIM>(smem + stage, params.k_map, full(stage), key);
+        load_tile<HEAD_DIM_V>(smem + stage + K_layout::BYTES, params.v_map, full(stage), key);
+    }
+
+    __device__ __forceinline__ bool is_producer() const
+    {
+        return HAS_PRODUCER_WARP && threadIdx.x >= THREADS;
+    }
+    __device__ __forceinline__ bool is_loader() const
+    {
+        return threadIdx.x == (HAS_PRODUCER_WARP ? THREADS : 0);
+    }
+
+    /* All stages are free: at the first pass nothing has been in them, and between two there is a
+     * barrier of the block. */
+    __device__ __forceinline__ void start(const tile_walk &next)
+    {
+        walk = next;
+        if (is_loader()) {
+            unsigned to = stage;
+            for (int i = 0; i < min(STAGES, walk.tiles); i++) {
+                load(to, i);
+                to = to == RING_BYTES - STAGE_BYTES ? 0 : to + STAGE_BYTES;
+            }
+        }
+    }
+
+    __device__ __forceinline__ void wait_own() const { mbarrier_wait(full(stage), parity); }
+
+    /* Barrier: all warps are done with the tile before, whose stage is refilled. */
+    __device__ __forceinline__ void wait_all() const
+    {
+        if (!HAS_EMPTY_MBARRIERS)
+            __syncthreads();
+    }
+    __device__ __forceinline__ bool any(bool x) const
+    {
+        return HAS_PRODUCER_WARP ? barrier_or<COMPUTING_THREADS, THREADS>(x) : __syncthreads_or(x);
+    }
+
+    __device__ __forceinline__ void refill(int i) const
+    {
+        if (!HAS_PRODUCER_WARP && is_loader())
+            load_after(i);
+    }
+
+    /* Loads to the stage of tile i - 1 what will be needed STAGES tiles after it. */
+    __device__ __forceinline__ void load_after(int i) const
+    {
+        if (i == 0 || i + STAGES - 1 >= walk.tiles)
+            return;
+        if (HAS_EMPTY_MBARRIERS)
+            mbarrier_wait(empty(before()), stage == 0 ? parity ^ 1 : parity);
+        load(before(), i + STAGES - 1);
+    }
+
+    __device__ __forceinline__ void feed()
+    {
+        for (int i = 0; i < walk.tiles; i++) {
+            if (is_loader())
+                load_after(i);
+            next_stage();
+        }
+        __syncwarp();
+    }
+
+    __device__ __forceinline__ void next_stage()
+    {
+        parity ^= is_last();
+        ring_place::advance();
+    }
+    __device__ __forceinline__ void advance()
+    {
+        if (HAS_EMPTY_MBARRIERS) {
+            __syncwarp(); /* all lanes have read the tile */
+            if (elect_one())
+                mbarrier_arrive(empty(stage));
+        }
+        next_stage();
+    }
+};
+
+#endif
