@@ -79,8 +79,8 @@ static int forward_smem(const struct fa_shape *shape, const struct fa_tile *tile
     return tile->stages * stage;
 }
 
-/* Whether kernels/forward_tma.cu can do what the row asks of it, and if not why. Any head dims, equal
- * or not, any lengths and masks are fine. */
+/* Whether kernels/forward_tma.cu can do what the row asks of it, and if not why. Any head dims,
+ * equal or not, any masks, and any lengths but 0 are fine. */
 static bool tma_can_implement(const struct fa_shape *shape, const struct fa_device *device,
                               const struct fa_tile *tile, const char **why)
 {
