@@ -102,8 +102,8 @@ static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape,
 #undef SAME
 }
 
-/* Whether kernels/forward_tma.cu can do what a row asks of it, and if not why. Any head dims, equal
- * or not, any lengths and masks are fine. */
+/* Whether kernels/forward_tma.cu can do what a row asks of it, and if not why. Any head dims,
+ * equal or not, any masks, and any lengths but 0 are fine. */
 static bool tma_can_implement(const struct fa_shape *shape, const struct fa_device *device,
                               const struct fa_tile *tile, int smem_per_block, const char **why)
 {
@@ -114,10 +114,8 @@ static bool tma_can_implement(const struct fa_shape *shape, const struct fa_devi
     else if (!shape->tma_strides)
         *why = "the TMA needs K and V at strides that are positive multiples of 16 bytes below "
                "2^40: neither expanded nor flipped";
-    else if (tile->stages < 2)
-        *why = "one stage is computed on while another is loaded: at least two are needed";
-    else if (tile->tile_n % 32 != 0 || tile->tile_n > 256)
-        *why = "a tile is one box of the TMA: keys in multiples of 32, up to 256";
+    else if (tile->tile_n % 32 != 0)
+        *why = "a tile is one box of the TMA: keys in multiples of 32";
     else if (forward_smem(shape, tile) > smem_per_block)
         *why = "its stages and mbarriers need more than the shared memory";
     else

@@ -1,5 +1,5 @@
-/* The ring of forward.cu: every thread copies its share of each tile with cp.async. A group of copies
- * is a tile, and STAGES - 1 of them are on their way. */
+/* The ring of forward.cu: every thread copies its share of each tile with cp.async. A group of
+ * copies is a tile, and STAGES - 1 of them are on their way. */
 #ifndef FA_CP_ASYNC_RING_CUH
 #define FA_CP_ASYNC_RING_CUH
 

@@ -62,8 +62,8 @@ using V_layout = tile_layout<HEAD_DIM_V>;
 constexpr int STAGE_BYTES = K_layout::BYTES + V_layout::BYTES;
 constexpr int RING_BYTES = STAGES * STAGE_BYTES;
 
-/* The share of a tile that one thread copies, or looks at: chunk `col` (then col + COLS, ...) of key `row` (then row +
- * ROWS, ...). */
+/* The share of a tile that one thread copies, or looks at: chunk `col` (then col + COLS, ...) of
+ * key `row` (then row + ROWS, ...). */
 template <int DIM> struct copy_place : tile_layout<DIM> {
     using layout = tile_layout<DIM>;
     static constexpr int ROWS = THREADS / layout::COLS;

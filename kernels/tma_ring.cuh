@@ -1,6 +1,7 @@
-/* The ring of forward_tma.cu: one thread asks the TMA for whole tiles. Each stage has two mbarriers:
- * `full` ends a phase when all bytes of a tile have landed, `empty` when all warps are done with
- * it. All stages are on their way at the start, and a pass goes on where the one before ended. */
+/* The ring of forward_tma.cu: one thread asks the TMA for whole tiles. Each stage has two
+ * mbarriers: `full` ends a phase when all bytes of a tile have landed, `empty` when all warps are
+ * done with it. All stages are on their way at the start. A second pass goes on with the stage and
+ * the phase where the first one ended. */
 #ifndef FA_TMA_RING_CUH
 #define FA_TMA_RING_CUH
 
@@ -19,7 +20,7 @@ struct tma_ring : ring_place {
 
     const fa_forward_tma_params &params;
     tile_walk walk;
-    unsigned parity = 0; /* of the phase of `full` that the tile in use ends */
+    unsigned parity = 0; /* of the phase of `full` that ends when the tile in use has landed */
 
     __device__ __forceinline__ tma_ring(const fa_forward_tma_params &params, const char *smem_begin)
         : ring_place(smem_address(smem_begin)), params(params)
@@ -55,8 +56,8 @@ struct tma_ring : ring_place {
                         walk.head_kv, walk.batch);
     }
 
-    /* Puts the i-th tile on its way. Keys before the first or after the last, and the chunk that
-     * pads a row, become zeros. */
+    /* Puts the i-th tile on its way. Keys after the last, and the chunk that pads a row, become
+     * zeros. */
     __device__ __forceinline__ void load(unsigned stage, int i) const
     {
         const int key = (walk.tile_end - 1 - i) * TILE_N;
@@ -69,9 +70,11 @@ struct tma_ring : ring_place {
     {
         return HAS_PRODUCER_WARP && threadIdx.x >= THREADS;
     }
+    /* The one thread that talks to the TMA. Elected, which all lanes of its warp take part in: then
+     * the compiler knows that it is one, and writes no loop over lanes around each instruction. */
     __device__ __forceinline__ bool is_loader() const
     {
-        return threadIdx.x == (HAS_PRODUCER_WARP ? THREADS : 0);
+        return threadIdx.x / 32 == (HAS_PRODUCER_WARP ? WARPS : 0) && elect_one();
     }
 
     /* All stages are free: at the first pass nothing has been in them, and between two there is a
@@ -88,9 +91,11 @@ struct tma_ring : ring_place {
         }
     }
 
+    /* What this thread has waited for is the whole tile. */
     __device__ __forceinline__ void wait_own() const { mbarrier_wait(full(stage), parity); }
 
-    /* Barrier: all warps are done with the tile before, whose stage is refilled. */
+    /* Barrier: all warps are done with the tile before, whose stage is refilled. Where they have
+     * told its mbarrier, nobody else has to wait for that. */
     __device__ __forceinline__ void wait_all() const
     {
         if (!HAS_EMPTY_MBARRIERS)
@@ -107,7 +112,7 @@ struct tma_ring : ring_place {
             load_after(i);
     }
 
-    /* Loads to the stage of tile i - 1 what will be needed STAGES tiles after it. */
+    /* Loads to the stage of tile i - 1 the tile that comes STAGES later. */
     __device__ __forceinline__ void load_after(int i) const
     {
         if (i == 0 || i + STAGES - 1 >= walk.tiles)
@@ -117,14 +122,14 @@ struct tma_ring : ring_place {
         load(before(), i + STAGES - 1);
     }
 
+    /* What the producer warp does: its turns are those of the warps that compute. */
     __device__ __forceinline__ void feed()
     {
-        for (int i = 0; i < walk.tiles; i++) {
-            if (is_loader())
+        const bool loads = is_loader();
+        for (int i = 0; i < walk.tiles; i++, next_stage())
+            if (loads)
                 load_after(i);
-            next_stage();
-        }
-        __syncwarp();
+        __syncwarp(); /* the last barrier wants the whole warp */
     }
 
     __device__ __forceinline__ void next_stage()
