@@ -82,7 +82,7 @@ static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *t
     uint64_t sizes[4], strides[4];
     for (int i = 0; i < 4; i++) {
         sizes[i] = (uint64_t)tensor->shape[order[i]];
-        strides[i] = sizes[i] > 1 ? 2 * (uint64_t)tensor->stride[order[i]] : 16;
+        strides[i] = 2 * (sizes[i] > 1 ? (uint64_t)tensor->stride[order[i]] : sizes[0]);
     }
     const uint32_t box[] = {8 * (uint32_t)cols, (uint32_t)tile_n, 1, 1};
     static const uint32_t ones[] = {1, 1, 1, 1};

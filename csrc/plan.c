@@ -112,7 +112,7 @@ static bool tma_can_implement(const struct fa_shape *shape, const struct fa_devi
     else if (shape->seqlen_k == 0)
         *why = "no tensor map describes K and V without keys";
     else if (!shape->tma_strides)
-        *why = "the TMA needs K and V at strides that are positive multiples of 16 bytes below "
+        *why = "the TMA needs K and V at strides that are multiples of 16 bytes, from a row up to "
                "2^40: neither expanded nor flipped";
     else if (tile->tile_n % 32 != 0)
         *why = "a tile is one box of the TMA: keys in multiples of 32";

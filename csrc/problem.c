@@ -197,15 +197,15 @@ static int read_sink(struct fa_state *state, PyObject *object, struct fa_problem
     return fa_tensor_ensure_readable(state, "learnable_sink", sink);
 }
 
-/* The TMA steps over a dimension in positive multiples of 16 bytes below 2^40: it reads neither
- * expanded nor flipped tensors. Nobody steps over a dimension of one entry. */
+/* The TMA steps over a dimension in multiples of 16 bytes below 2^40, no less than a row: it reads
+ * neither expanded nor flipped tensors. Nobody steps over a dimension of one entry. */
 static bool has_tma_strides(const struct fa_tensor *tensor)
 {
-    const int64_t size = (int64_t)fa_dtype_size(tensor->dtype);
-    for (int i = 0; i < tensor->ndim - 1; i++) {
+    const int64_t size = (int64_t)fa_dtype_size(tensor->dtype), row = tensor->shape[3];
+    for (int i = 0; i < 3; i++) {
         const int64_t stride = tensor->stride[i];
         if (tensor->shape[i] > 1 &&
-            (stride <= 0 || stride >= ((int64_t)1 << 40) / size || stride * size % 16 != 0))
+            (stride < row || stride >= ((int64_t)1 << 40) / size || stride * size % 16 != 0))
             return false;
     }
     return (uintptr_t)tensor->data % 16 == 0;

@@ -164,6 +164,7 @@ PLAIN = (64 * 2 * 64, 2 * 64, 64, 1)
         ((PLAIN[0], 0, *PLAIN[2:]), "forward"),
         ((*PLAIN[:2], 0, 1), "forward"),
         ((PLAIN[0], -128, *PLAIN[2:]), "forward"),
+        ((PLAIN[0], 56, *PLAIN[2:]), "forward"),  # rows that overlap
         ((PLAIN[0], 136, 64, 1), "forward_tma"),
         (((1 << 39) - 8, *PLAIN[1:]), "forward_tma"),
         ((1 << 39, *PLAIN[1:]), "forward"),
