@@ -73,6 +73,7 @@ static int read_device(struct fa_driver *driver, int ordinal)
                     (wanted[i].value, wanted[i].attribute, cuda->handle)) < 0)
             return -1;
     device->arch = major * 10 + minor;
+    device->has_tma = major >= 9;
     return 0;
 }
 

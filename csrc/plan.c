@@ -16,13 +16,13 @@
  * compute capability". Multiprocessors and L2: of the largest card of the kind that the project
  * knows. */
 static const struct fa_device DEVICES[] = {
-    {80, 108, 163 << 10, 164 << 10, 40 << 20},   /* A100 */
-    {86, 84, 99 << 10, 100 << 10, 6 << 20},      /* RTX 3090 class */
-    {89, 128, 99 << 10, 100 << 10, 72 << 20},    /* RTX 4090 */
-    {90, 132, 227 << 10, 228 << 10, 50 << 20},   /* H100, H200 */
-    {100, 148, 227 << 10, 228 << 10, 126 << 20}, /* B200 */
-    {120, 170, 99 << 10, 100 << 10, 96 << 20},   /* RTX 5090 */
-    {121, 48, 99 << 10, 100 << 10, 24 << 20},    /* DGX Spark */
+    {80, false, 108, 163 << 10, 164 << 10, 40 << 20},  /* A100 */
+    {86, false, 84, 99 << 10, 100 << 10, 6 << 20},     /* RTX 3090 class */
+    {89, false, 128, 99 << 10, 100 << 10, 72 << 20},   /* RTX 4090 */
+    {90, true, 132, 227 << 10, 228 << 10, 50 << 20},   /* H100, H200 */
+    {100, true, 148, 227 << 10, 228 << 10, 126 << 20}, /* B200 */
+    {120, true, 170, 99 << 10, 100 << 10, 96 << 20},   /* RTX 5090 */
+    {121, true, 48, 99 << 10, 100 << 10, 24 << 20},    /* DGX Spark */
 };
 
 /* Warps that are resident on a multiprocessor at most, from the same table. */
@@ -107,7 +107,7 @@ static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape,
 static bool tma_can_implement(const struct fa_shape *shape, const struct fa_device *device,
                               const struct fa_tile *tile, int smem_per_block, const char **why)
 {
-    if (device->arch < 90)
+    if (!device->has_tma)
         *why = "the TMA came with compute capability 9.0";
     else if (shape->seqlen_k == 0)
         *why = "no tensor map describes K and V without keys";

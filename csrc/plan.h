@@ -11,7 +11,8 @@
 
 /* What a plan needs to know of a device. */
 struct fa_device {
-    int arch;           /* compute capability, major * 10 + minor */
+    int arch;           /* compute capability, major * 10 + minor; FA_SM120_PLAN_AS changes it */
+    bool has_tma;       /* which it cannot change */
     int sms;            /* multiprocessors */
     int smem_per_block; /* bytes of shared memory that one block may ask for */
     int smem_per_sm;    /* and that the blocks of one multiprocessor share */

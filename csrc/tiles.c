@@ -11,6 +11,9 @@
 #define SMALL(head_dim, rows_per_sm, right, ...) \
     {ANY, head_dim, head_dim, ANY, ANY, rows_per_sm, right, 0, {__VA_ARGS__}}
 
+#define SHORT(head_dim, seqlen_q, rows_per_sm, right, ...) \
+    {ANY, head_dim, head_dim, ANY, seqlen_q, rows_per_sm, right, 0, {__VA_ARGS__}}
+
 #define LARGE(head_dim, head_dim_v, right, left, ...) \
     {ANY, head_dim, head_dim_v, ANY, ANY, ANY, right, left, {__VA_ARGS__}}
 
@@ -20,8 +23,9 @@
 #define TMA_BARRIER FA_KERNEL_FORWARD_TMA, FA_PRODUCER_BARRIER
 
 const struct fa_tile_row FA_TILES[] = {
-    /* head_dim, rows_per_sm, right,      tile_n, sub_n, warps, warp_m, stages
-     * head_dim, head_dim_v, right, left, tile_n, sub_n, warps, warp_m, stages */
+    /* head_dim, rows_per_sm, right,           tile_n, sub_n, warps, warp_m, stages
+     * head_dim, seqlen_q, rows_per_sm, right, tile_n, sub_n, warps, warp_m, stages
+     * head_dim, head_dim_v, right, left,      tile_n, sub_n, warps, warp_m, stages */
     SMALL( 64,  64, ANY,       64, 64, 4, 16, 3, TMA_WARP),
     SMALL( 64,  64, ANY,       64, 64, 4, 16, 3, CP_ASYNC),
     SMALL( 64, 256,   1,       64, 64, 4, 16, 3, TMA_WARP),
@@ -39,6 +43,8 @@ const struct fa_tile_row FA_TILES[] = {
     SMALL(128,  64, ANY,       64, 64, 4, 16, 2, CP_ASYNC),
     SMALL(128, 128,   0,       64, 64, 8, 16, 3, TMA_THREAD),
     SMALL(128, 128,   0,       64, 64, 8, 16, 2, CP_ASYNC),
+    SHORT(128, 512, 128, 1,    32, 32, 4, 16, 3, CP_ASYNC),
+    SMALL(128, 128,   1,       64, 64, 4, 16, 2, CP_ASYNC),
     SMALL(128, 256,   1,       32, 32, 4, 16, 3, CP_ASYNC),
     LARGE(128, 128, ANY,   1,  64, 32, 8, 16, 3, CP_ASYNC),
     LARGE( 96, 128, ANY, ANY,  32, 16, 4, 32, 3, CP_ASYNC),

@@ -177,6 +177,14 @@ print(len(compiled), len(set(compiled)))
     assert line == "256 256" and len(launches) == 512
 
 
+def test_rows_of_sm120_where_there_is_no_tma(run):
+    """FA_SM120_PLAN_AS plans with other rows, not for another machine."""
+    code = "from flash_attn_sm120 import explain\nq = cuda(1, 64, 1, 64)\nprint(explain(q, q, q).kernel)\n"
+    assert run(code, FAKE_ARCH="120")[0] == ["forward_tma"]
+    assert run(code, FAKE_ARCH="89", FA_SM120_PLAN_AS="120")[0] == ["forward"]
+    assert run(code, FAKE_ARCH="90", FA_SM120_PLAN_AS="120")[0] == ["forward_tma"]
+
+
 def test_nothing_to_do_launches_nothing(run):
     _, launches = run("call(seqlen_q=0)\n")
     assert launches == []
