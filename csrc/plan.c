@@ -123,48 +123,47 @@ static bool tma_can_implement(const struct fa_shape *shape, const struct fa_devi
     return false;
 }
 
-/* The first of some rows that serves the call within the shared memory, stages included, and whose
- * kernel can do it; *why_not_tma tells why the last TMA row before it was passed over. */
-static const struct fa_tile *first_that_serves(const struct fa_tile_row *rows, size_t count,
-                                               const struct fa_shape *shape,
-                                               const struct fa_device *device,
-                                               const char **why_not_tma)
+/* The tile of the first of some rows that serves the call within the shared memory, stages
+ * included. Where the TMA cannot bring K and V, which *why_not_tma tells, cp.async does. */
+static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
+                              const struct fa_shape *shape, const struct fa_device *device,
+                              struct fa_tile *tile, const char **why_not_tma)
 {
     /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds
      * on 12.x. */
     const int smem_per_block = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
     for (size_t i = 0; i < count; i++) {
-        const struct fa_tile *tile = &rows[i].tile;
         if (!serves(&rows[i], shape, device))
             continue;
-        if (tile->kernel == FA_KERNEL_FORWARD_TMA
-                ? tma_can_implement(shape, device, tile, smem_per_block, why_not_tma)
-                : forward_smem(shape, tile) <= smem_per_block)
-            return tile;
+        *tile = rows[i].tile;
+        if (tile->kernel == FA_KERNEL_FORWARD_TMA &&
+            !tma_can_implement(shape, device, tile, smem_per_block, why_not_tma)) {
+            tile->kernel = FA_KERNEL_FORWARD;
+            tile->producer = 0;
+        }
+        if (forward_smem(shape, tile) <= smem_per_block)
+            return true;
     }
-    return NULL;
+    return false;
 }
 
-static const struct fa_tile *choose_tile(const struct fa_shape *shape,
-                                         const struct fa_device *device,
-                                         const struct fa_tile_list *own, struct fa_plan *plan)
+static bool choose_tile(const struct fa_shape *shape, const struct fa_device *device,
+                        const struct fa_tile_list *own, struct fa_plan *plan, struct fa_tile *tile)
 {
     const char *why_not_tma = NULL;
-    const struct fa_tile *tile =
-        first_that_serves(own->rows, own->count, shape, device, &why_not_tma);
-    const char *const table =
-        tile ? "first row of use_tiles() that serves the call and fits the shared memory"
-             : "first row of csrc/tiles.c that serves the call and fits the shared memory";
-    if (!tile)
-        tile = first_that_serves(FA_TILES, FA_TILE_COUNT, shape, device, &why_not_tma);
-    const bool is_tma = tile && tile->kernel == FA_KERNEL_FORWARD_TMA;
+    const bool is_own = first_that_serves(own->rows, own->count, shape, device, tile, &why_not_tma);
+    if (!is_own && !first_that_serves(FA_TILES, FA_TILE_COUNT, shape, device, tile, &why_not_tma))
+        return false;
+    const bool is_tma = tile->kernel == FA_KERNEL_FORWARD_TMA;
     because(plan, "kernel",
             is_tma ? "forward_tma: mma.sync fed by the TMA, as the tile's row asks"
                    : "forward: mma.sync fed by cp.async, the path of every device from 8.0");
     if (why_not_tma && !is_tma)
         because(plan, "not forward_tma", why_not_tma);
-    because(plan, "tile", table);
-    return tile;
+    because(plan, "tile",
+            is_own ? "first row of use_tiles() that serves the call and fits the shared memory"
+                   : "first row of csrc/tiles.c that serves the call and fits the shared memory");
+    return true;
 }
 
 static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile,
@@ -247,12 +246,12 @@ int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device
     if (check_supported(shape, device, error) < 0)
         return -1;
 
-    const struct fa_tile *tile = choose_tile(shape, device, own, plan);
-    if (!tile)
+    struct fa_tile tile;
+    if (!choose_tile(shape, device, own, plan, &tile))
         return refuse(error, true,
                       "no tile fits the shared memory of this device at these head dims");
-    set_variant(shape, tile, plan);
-    plan->smem_bytes = plan->smem_request = forward_smem(shape, tile);
+    set_variant(shape, &tile, plan);
+    plan->smem_bytes = plan->smem_request = forward_smem(shape, &tile);
     plan->blocks_per_sm = blocks_that_fit(plan, device);
     if (limits_arch)
         pad_to_limits(device, limits_arch, plan);

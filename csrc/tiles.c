@@ -27,22 +27,16 @@ const struct fa_tile_row FA_TILES[] = {
      * head_dim, seqlen_q, rows_per_sm, right, tile_n, sub_n, warps, warp_m, stages
      * head_dim, head_dim_v, right, left,      tile_n, sub_n, warps, warp_m, stages */
     SMALL( 64,  64, ANY,       64, 64, 4, 16, 3, TMA_WARP),
-    SMALL( 64,  64, ANY,       64, 64, 4, 16, 3, CP_ASYNC),
     SMALL( 64, 256,   1,       64, 64, 4, 16, 3, TMA_WARP),
-    SMALL( 64, 256,   1,       64, 64, 4, 16, 3, CP_ASYNC),
     LARGE( 64,  64, ANY, ANY,  64, 32, 4, 32, 3, CP_ASYNC),
 
     SMALL( 96,  64, ANY,       64, 32, 4, 16, 2, TMA_WARP),
-    SMALL( 96,  64, ANY,       64, 32, 4, 16, 2, CP_ASYNC),
     SMALL( 96, 128,   0,       64, 32, 4, 16, 2, TMA_WARP),
     SMALL( 96, 256,   1,       64, 32, 4, 16, 2, TMA_BARRIER),
-    SMALL( 96, 256,   1,       64, 32, 4, 16, 2, CP_ASYNC),
     LARGE( 96,  96, ANY, ANY,  32, 16, 4, 32, 4, CP_ASYNC),
 
     SMALL(128,  64, ANY,       64, 64, 4, 16, 2, TMA_WARP),
-    SMALL(128,  64, ANY,       64, 64, 4, 16, 2, CP_ASYNC),
     SMALL(128, 128,   0,       64, 64, 8, 16, 3, TMA_THREAD),
-    SMALL(128, 128,   0,       64, 64, 8, 16, 2, CP_ASYNC),
     SHORT(128, 512, 128, 1,    32, 32, 4, 16, 3, CP_ASYNC),
     SMALL(128, 128,   1,       64, 64, 4, 16, 2, CP_ASYNC),
     SMALL(128, 256,   1,       32, 32, 4, 16, 3, CP_ASYNC),
@@ -59,9 +53,7 @@ const struct fa_tile_row FA_TILES[] = {
     LARGE(192, 192, ANY, ANY,  32, 32, 4, 16, 2, CP_ASYNC),
 
     SMALL(256,  64, ANY,       32, 32, 4, 16, 2, TMA_WARP),
-    SMALL(256,  64, ANY,       32, 32, 4, 16, 2, CP_ASYNC),
     SMALL(256, 128,   1,       32, 32, 4, 16, 2, TMA_WARP),
-    SMALL(256, 128,   1,       32, 32, 4, 16, 2, CP_ASYNC),
     LARGE(256, 256, ANY, ANY,  32, 32, 8, 16, 3, CP_ASYNC),
 };
 /* clang-format on */

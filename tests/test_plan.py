@@ -198,7 +198,7 @@ import sys; sys.path[:0] = {sys.path!r}
 from test_plan import shapes
 from flash_attn_sm120 import explain
 for head_dim in (64, 96, 128, 192, 256):
-    native, padded = (explain(*shapes(head_dim), arch=a) for a in (120, {arch}))
+    native, padded = (explain(*shapes(head_dim, seqlen_q=16384), arch=a) for a in (120, {arch}))
     print(native.blocks_per_sm, padded.blocks_per_sm, padded.smem_bytes, padded.smem_request)
 """
     done = subprocess.run(
