@@ -39,7 +39,7 @@ def path() -> Path | None:
     chosen = os.environ.get("FA_SM120_TILES")
     if chosen is None:
         return cache.directory() / "tune" / "tiles.json"
-    return Path(chosen).expanduser() if chosen else None
+    return Path(os.path.expanduser(chosen)) if chosen else None
 
 
 def load() -> None:
@@ -47,7 +47,7 @@ def load() -> None:
     file = path()
     rows: list[tuple[int, ...]] = []
     problem = ""
-    if file and (file.exists() or "FA_SM120_TILES" in os.environ):
+    if file and (os.path.exists(file) or "FA_SM120_TILES" in os.environ):
         try:
             entries, problem = usable(entry for table in read(file) for entry in table["rows"])
             rows = in_order(entries)

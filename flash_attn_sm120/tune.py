@@ -228,7 +228,7 @@ class Machine:
         """What measurements must have in common to stand in one table."""
         from flash_attn_sm120 import __version__
 
-        kernels = hashlib.sha256()
+        kernels = hashlib.sha256(repr(_C.tile_fields()).encode())
         for file in sorted(jit.kernel_directory().glob("*.*")):
             kernels.update(file.read_bytes())
         return {
@@ -243,9 +243,14 @@ class Machine:
     def facts(self) -> dict[str, Any]:
         """What else a reader of the measurements wants to know; None where it is not known."""
         wanted = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
-        query = ["nvidia-smi", f"--query-gpu={','.join(wanted)}", "--format=csv,noheader", "--id=0"]
+        gpu = "0"
+        if torch.cuda.is_available():  # CUDA_VISIBLE_DEVICES means nothing to nvidia-smi
+            gpu = f"GPU-{getattr(torch.cuda.get_device_properties(0), 'uuid', '')}"
+        query = ["nvidia-smi", f"--query-gpu={','.join(wanted)}", "--format=csv,noheader"]
         try:
-            done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+            done = subprocess.run(
+                [*query, f"--id={gpu}"], capture_output=True, text=True, timeout=20
+            )
             values = done.stdout.strip().split(", ") if done.returncode == 0 else []
         except (OSError, subprocess.TimeoutExpired):
             values = []
@@ -276,11 +281,14 @@ class Machine:
 
     def samples(self, contenders: Sequence[Contender], rounds: int) -> list[list[float]]:
         """Milliseconds of a call, for each contender and round, measured round-robin."""
+        torch.cuda.empty_cache()  # the graphs' memory of the last time
         seconds = self._soak(contenders) / len(contenders)
         calls = max(1, min(self.MAX_CALLS, round(self.SAMPLE_MS / 1e3 / seconds)))
-        replays = [self._captured(contender, calls) for contender in contenders]
+        replays = self._captured(contenders, calls)
         flush = torch.empty(4 * self.device["l2_bytes"], dtype=torch.int8, device="cuda")
-        events = [[[_event() for _ in range(2)] for _ in range(rounds)] for _ in contenders]
+        events = [[(_event(), _event()) for _ in range(rounds)] for _ in contenders]
+        for replay in replays:
+            replay()  # the first time uploads the graph
         for i in range(rounds):
             for replay, (start, end) in zip(replays, (own[i] for own in events), strict=True):
                 flush.zero_()  # takes long enough for the host to stay ahead
@@ -302,13 +310,24 @@ class Machine:
         return elapsed / turns
 
     @staticmethod
-    def _captured(contender: Contender, calls: int) -> Callable[[], None]:
-        """The replay of a CUDA graph of some calls: without the host's time."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(calls):
-                contender.run()
-        return graph.replay
+    def _captured(contenders: Sequence[Contender], calls: int) -> list[Callable[[], None]]:
+        """For each the replay of a CUDA graph of some calls: without the host's time.
+
+        They share one pool of memory, as nobody reads what they write. torch.cuda.graph() would
+        collect garbage each time, which takes longer than all the rest.
+        """
+        torch.cuda.synchronize()
+        pool, replays = torch.cuda.graph_pool_handle(), []
+        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
+            for contender in contenders:
+                graph = torch.cuda.CUDAGraph()
+                graph.capture_begin(pool)
+                for _ in range(calls):
+                    contender.run()
+                graph.capture_end()
+                replays.append(graph.replay)
+        torch.cuda.synchronize()
+        return replays
 
 
 def _event() -> torch.cuda.Event:
@@ -344,7 +363,7 @@ class Score(NamedTuple):
         return "accepted" if good else "no faster"
 
 
-class Field:
+class Contest:
     """The candidates of a cell, on their way from the drawing board to a winner."""
 
     def __init__(self, machine: Machine, cell: Cell, choices: dict[str, Any]) -> None:
@@ -459,24 +478,24 @@ def _name(entrant: Entrant) -> str:
     return str(entrant.on[0].plan.variant)
 
 
-def tune_cell(field: Field, progress: Callable[[str], None]) -> dict[str, Any]:
+def tune_cell(contest: Contest, progress: Callable[[str], None]) -> dict[str, Any]:
     """Measures a cell; what the file says of it."""
-    tried = [entrant.row for entrant in field.entrants]
-    field.compile(progress)
-    field.check()
-    results = field.compete(progress) if field.entrants else []
+    tried = [entrant.row for entrant in contest.entrants]
+    contest.compile(progress)
+    contest.check()
+    results = contest.compete(progress) if contest.entrants else []
     accepted = [(entrant, s) for entrant, s in results if s.verdict == "accepted"]
     winner, score = accepted[0] if accepted else (None, None)
     return {
-        "fallback": field.fallback,
+        "fallback": contest.fallback,
         "winner": winner.row if winner else None,
-        "above": field.cell.above(),
+        "above": contest.cell.above(),
         "gain": round(score.gain, 4) if score else 1.0,
-        "calls": [list(call.q.shape) for call in field.calls],
+        "calls": [list(call.q.shape) for call in contest.calls],
         "results": [
             {"row": e.row, **s._asdict(), "gain": s.gain, "verdict": s.verdict} for e, s in results
         ],
-        "stopped": field.outcome,
+        "stopped": contest.outcome,
         "tried": tried,
     }
 
@@ -486,6 +505,8 @@ def tune_cell(field: Field, progress: Callable[[str], None]) -> dict[str, Any]:
 
 class Journal:
     """The measurements of one kind of GPU, a line for each cell."""
+
+    KEYS = frozenset(("cell", "machine", "fallback", "winner", "above", "gain", "calls", "tried"))
 
     def __init__(self, path: Path, machine: Machine) -> None:
         self.path, self.machine = path, machine
@@ -499,12 +520,12 @@ class Journal:
         own = (x for x in self.lines if x.get("cell") and x.get("machine") == self.identity)
         return list({record["cell"]: record for record in own}.values())
 
-    def has(self, field: Field) -> bool:
+    def has(self, contest: Contest) -> bool:
         """Whether all candidates of a cell have been tried, against the same fallback."""
         for record in self.cells:
-            if record["cell"] == str(field.cell) and record["fallback"] == field.fallback:
-                shapes = [list(call.q.shape) for call in field.calls]
-                rows = (entrant.row for entrant in field.entrants)
+            if record["cell"] == str(contest.cell) and record["fallback"] == contest.fallback:
+                shapes = [list(call.q.shape) for call in contest.calls]
+                rows = (entrant.row for entrant in contest.entrants)
                 return record["calls"] == shapes and all(row in record["tried"] for row in rows)
         return False
 
@@ -549,10 +570,14 @@ class Journal:
         except OSError as error:
             raise RuntimeError(f"{self.path} cannot be read: {error.strerror or error}") from error
         for number, line in enumerate(text.splitlines(), 1):
+            if not line:
+                continue
             try:
-                record = json.loads(line or "{}")
-                if not isinstance(record, dict):
-                    raise ValueError("no record")
+                record = json.loads(line)
+                if not isinstance(record, dict) or not (
+                    self.KEYS.issubset(record) or "run" in record
+                ):
+                    raise ValueError("it is no record of a cell")
             except ValueError as error:
                 warnings.warn(
                     f"{self.path}:{number} is ignored: {error}", RuntimeWarning, stacklevel=2
@@ -580,9 +605,9 @@ def tune(machine: Machine, wanted: Sequence[Cell], choices: dict[str, Any], wher
         try:
             for cell in bar:
                 bar.set_description(str(cell))
-                field = Field(machine, cell, choices)
-                if not journal.has(field):
-                    record = tune_cell(field, bar.set_postfix_str)
+                contest = Contest(machine, cell, choices)
+                if not journal.has(contest):
+                    record = tune_cell(contest, bar.set_postfix_str)
                     journal.add(cell, record)
                     bar.write(_summary(cell, record))
                     if any("WRONG" in why for why in record["stopped"].values()):
@@ -590,7 +615,8 @@ def tune(machine: Machine, wanted: Sequence[Cell], choices: dict[str, Any], wher
         except KeyboardInterrupt:
             bar.write(f"interrupted: {bar.n} of {len(wanted)} cells are done, and kept")
             status = 130
-    _publish(where / "tiles.json", journal)
+    if journal.cells:  # else the table of an older version stays
+        _publish(where / "tiles.json", journal)
     return status
 
 
@@ -633,7 +659,7 @@ def describe() -> str:
     file = tiles.path()
     if file is None:
         return "none: FA_SM120_TILES is empty"
-    if not file.exists():
+    if not os.path.exists(file):
         return "none: python -m flash_attn_sm120 tune measures them"
     try:
         tables = tiles.read(file)
@@ -669,7 +695,7 @@ def show() -> int:
 def reset() -> int:
     """Removes the table in use; the measurements stay."""
     file = tiles.path()
-    if file is None or not file.exists():
+    if file is None or not os.path.exists(file):
         print("there is no table of tuned tiles")
         return 0
     file.unlink()

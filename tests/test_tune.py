@@ -159,8 +159,8 @@ def test_what_does_not_compile_or_run_is_left_out(fake, tmp_path, monkeypatch):
 def test_elimination_leaves_the_best(fake, monkeypatch):
     """Few samples of many, many of few."""
     machine = fake({"n64x64_w8x16_s2": 1.04})
-    monkeypatch.setattr(tune.Field, "compile", lambda self, progress: None)
-    monkeypatch.setattr(tune.Field, "check", lambda self: None)
+    monkeypatch.setattr(tune.Contest, "compile", lambda self, progress: None)
+    monkeypatch.setattr(tune.Contest, "check", lambda self: None)
     seen = []
 
     def samples(contenders, rounds):
@@ -169,8 +169,8 @@ def test_elimination_leaves_the_best(fake, monkeypatch):
 
     monkeypatch.setattr(machine, "samples", samples)
     with tiles.using(()):
-        field = tune.Field(machine, CELLS[0], tune.CANDIDATES)
-        record = tune.tune_cell(field, lambda text: None)
+        contest = tune.Contest(machine, CELLS[0], tune.CANDIDATES)
+        record = tune.tune_cell(contest, lambda text: None)
     assert [rounds for _, rounds in seen] == [2, 8, tune.FINAL_ROUNDS]
     assert [count for count, _ in seen][1:] == [12, 3]
     assert (record["winner"]["warps"], record["winner"]["stages"]) == (8, 2)
@@ -223,15 +223,30 @@ def test_interrupted_it_keeps_what_it_has(fake, tmp_path, monkeypatch):
     assert rest.cells == {True} and winners(tmp_path) == [(0, 2), (1, 2)]
 
 
+def test_interrupted_at_once_it_leaves_the_table_alone(fake, tmp_path, monkeypatch):
+    run(fake({"s2": 1.1}), tmp_path)
+    monkeypatch.setattr("flash_attn_sm120.__version__", "99.0")
+    machine = fake()
+
+    def samples(contenders, rounds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(machine, "samples", samples)
+    assert run(machine, tmp_path) == 130
+    assert winners(tmp_path) == [(0, 2), (1, 2)]
+    assert "use_tiles" in explain(*shape(64, 100), arch=120).reasons["tile"], "put back"
+
+
 def test_a_torn_line_is_ignored(fake, tmp_path):
     run(fake({"s2": 1.1}), tmp_path)
     (file,) = tmp_path.glob("*.jsonl")
-    file.write_text(file.read_text()[:-100])  # killed while it wrote the last cell
+    file.write_text('{"cell": 3}\n\n' + file.read_text()[:-100])  # killed in the last cell
     rest = fake({"s2": 1.1})
-    with pytest.warns(RuntimeWarning, match=r"jsonl:3 is ignored"):
+    with pytest.warns(RuntimeWarning) as notes:
         run(rest, tmp_path)
+    assert [str(n.message).split(" is ignored")[0][-1] for n in notes] == ["1", "5"]
     assert rest.cells == {True} and winners(tmp_path) == [(0, 2), (1, 2)]
-    assert file.read_text().endswith("}\n") and len(file.read_text().splitlines()) == 5
+    assert file.read_text().endswith("}\n") and len(file.read_text().splitlines()) == 7
 
 
 def test_a_full_disk_says_so(fake, tmp_path, monkeypatch, capsys):
@@ -429,6 +444,14 @@ def test_a_missing_table_warns_only_if_it_was_named(tmp_path, monkeypatch):
     assert tiles.path() is None
 
 
+def test_a_cache_directory_that_cannot_be_read_has_no_table(tmp_path, monkeypatch):
+    (tmp_path / "tune").write_text("a file, where a directory should be")
+    monkeypatch.setenv("FA_SM120_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("FA_SM120_TILES")
+    tiles.load()
+    assert not tiles.in_use()
+
+
 def python(code, **environment):
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -490,6 +513,17 @@ def test_the_command(fake, tmp_path, monkeypatch, capsys):
         tiles.load()
     assert "_s3" in explain(*shape(64, 170), arch=120).variant
     assert "use_tiles" not in explain(*shape(64, 170), arch=120).reasons["tile"]
+
+
+def test_on_a_gpu(cuda, tmp_path):
+    """Nothing is made up here: compiled, captured, timed."""
+    cell = tune.Cell(64, 64, True, tune.Bucket(0, 64, (512, 2048)))
+    assert run(tune.Machine(), tmp_path, cells=[cell]) == 0
+    (record,) = records(tmp_path)
+    assert len(record["results"]) == 3 and record["stopped"] == {}
+    for result in record["results"]:
+        assert all(0.001 < ms < 10 for ms in result["ms"]), result
+        assert all(0.1 < gain < 10 for gain in result["gains"]), result
 
 
 def test_another_directory_is_not_used_by_itself(fake, tmp_path, capsys):
