@@ -155,18 +155,27 @@ def in_order(entries: Iterable[dict[str, Any]]) -> list[tuple[int, ...]]:
     """
     built_in = [dict(zip(_C.tile_fields(), row, strict=True)) for row in _C.tiles()]
     rows: dict[tuple[int, ...], None] = {}  # in order, each once
+    done: set[tuple[int, ...]] = set()
     for entry in sorted(entries, key=lambda entry: _smallest_first(entry["row"])):
         for bound, above in entry["above"].items():
             region = {**entry["row"], bound: above}
             if bound in HEAD_DIMS:  # one region for all rows of these head dims
                 region.update(rows_per_sm=ANY, mask_right=ANY, mask_left=ANY)
-            for row in built_in:
-                if cut := _cut(row, region):
-                    rows[as_tuple(cut)] = None
-                    if all(cut[key] == region[key] for key in (*BOUNDS, *MASKS)):
-                        break  # it serves all that is left
+            key = tuple(region[name] for name in ("arch", *BOUNDS, *MASKS))
+            if key not in done:
+                rows.update((as_tuple(row), None) for row in _rows_of(region, built_in))
+                done.add(key)
         rows[as_tuple(entry["row"])] = None
     return list(rows)
+
+
+def _rows_of(region: Row, rows: Iterable[Row]) -> Iterator[Row]:
+    """Those of some rows that serve calls of a region, cut to it."""
+    for row in rows:
+        if cut := _cut(row, region):
+            yield cut
+            if all(cut[key] == region[key] for key in (*BOUNDS, *MASKS)):
+                return  # it serves all that is left
 
 
 def as_tuple(row: Row) -> tuple[int, ...]:
