@@ -88,7 +88,8 @@ RATES = (
     # The uniform datapath: one lane per sub-partition, a result every other clock [assumed].
     (r"(U(?!TMA|BLK)[A-Z0-9]+|LDCU|R2UR|S2UR)\b.*", "uniform", 2),
     (r"(BRA|BSSY|BSYNC|WARPSYNC|EXIT|CALL|RET)\b.*", "control", 0),
-    (r"(BAR|DEPBAR|LDGDEPBAR|SYNCS|NANOSLEEP)\b.*", "control", 0),
+    (r"(BAR|DEPBAR|LDGDEPBAR|SYNCS|NANOSLEEP|YIELD|ELECT)\b.*", "control", 0),
+    (r"(UTMALDG|UTMASTG|UBLKCP)\b.*", "control", 0),  # one warp asks, the TMA works
     (r"NOP", "nop", 0),  # between HMMAs where nothing else is ready; and predicated off for good
     (r"[A-Z]MMA\b.*", "unknown", 0),  # a tensor instruction without a rate: an error, see price()
     (r".*", "other", 0),  # listed by name

@@ -1,4 +1,4 @@
-"""``python -m flash_attn_sm120 info | demo | check | warmup``."""
+"""``python -m flash_attn_sm120 info | demo | check | warmup | tune``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from flash_attn_sm120 import _C, __version__, cache, explain, flash_attn_func, jit, variants
+from flash_attn_sm120 import tune as tuner
 
 
 def _devices() -> tuple[int, list[Any], str]:
@@ -75,6 +76,7 @@ def info() -> int:
         print(f"  cuda:{i} {device['name']}: {_dotted(arch)}, {sms} SMs, {smem} KB per block")
     print(f"compiler: {_compiler()}")
     print(f"kernel cache: {cache.directory()}")
+    print(f"tuned tiles: {tuner.describe()}")
     settings = {k: v for k, v in sorted(os.environ.items()) if k.startswith("FA_SM120_")}
     print(f"environment: {settings or 'no FA_SM120_ variable is set'}")
     for arch in sorted({device["arch"] for device in devices} or {120}):
@@ -176,7 +178,43 @@ def _parser() -> argparse.ArgumentParser:
     prebuild.add_argument("directory", type=Path)
     prebuild.add_argument("architectures", nargs="+", help="as NVRTC names them: sm_120f sm_90a")
     prebuild.set_defaults(run=variants.prebuild)
+    _add_tune(commands)
     return parser
+
+
+def _add_tune(commands: Any) -> None:
+    doc = "Measures which tiles are fastest on this GPU, and uses them from then on."
+    tune = commands.add_parser("tune", help=doc, description=doc)
+    tune.add_argument(
+        "--head-dims",
+        nargs="+",
+        type=_head_dims,
+        metavar="D[,DV]",
+        help="say 128 192,128; default: the common ones",
+    )
+    tune.add_argument("--quick", action="store_true", help="try fewer tiles")
+    tune.add_argument(
+        "--output", type=Path, help="directory of measurements and table; default: in the cache"
+    )
+    instead = tune.add_mutually_exclusive_group()
+    instead.add_argument(
+        "--show",
+        dest="show_table",
+        action="store_true",
+        help="print the table in use, and how to contribute it",
+    )
+    instead.add_argument(
+        "--reset", dest="remove_table", action="store_true", help="remove the table in use"
+    )
+    tune.set_defaults(run=tuner.command)
+
+
+def _head_dims(text: str) -> tuple[int, int]:
+    """ "192,128" -> (192, 128), "128" -> (128, 128)."""
+    numbers = [int(part) for part in text.split(",")]
+    if len(numbers) > 2 or any(n % 8 or not 8 <= n <= 256 for n in numbers):
+        raise argparse.ArgumentTypeError(f"head dims are multiples of 8 from 8 to 256, got {text}")
+    return numbers[0], numbers[-1]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from flash_attn_sm120 import _C, jit
+from flash_attn_sm120 import _C, jit, tiles
 from flash_attn_sm120.interface import Plan, explain
 
 # (head_dim, head_dim_v) of Llama, Qwen, Mistral, Gemma, Phi and DeepSeek (MLA).
@@ -85,5 +85,6 @@ def prebuild(directory: Path, architectures: Iterable[str]) -> None:
         number = re.fullmatch(r"sm_(\d+)[af]?", arch)
         if not number:
             raise RuntimeError(f"an architecture is named like sm_120f, got {arch!r}")
-        plans = common_plans(int(number[1]))
+        with tiles.using(()):  # a wheel is for others: without what was tuned here
+            plans = list(common_plans(int(number[1])))
         jit.prebuild(directory, [(p.kernel, str(p.variant), p.options) for p in plans], arch)

@@ -193,12 +193,12 @@ try:
 except ValueError as error:
     print(error)
 os.environ["{variable}"] = "120"
-print(explain(q, q, q, arch=120).kernel)
+print(explain(q, q, q, arch=120).tile_m)
 """
     done = run_python(code, **{variable: "sm_120"})
     assert done.stdout.splitlines() == [
         f'{variable} must be 120 or unset, got "sm_120"',
-        "forward",
+        "64",
     ], done.stderr
 
 

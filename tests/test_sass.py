@@ -194,7 +194,8 @@ def test_no_main_loop():
         ("LOP3.LUT", "alu", 2, 2),
         ("ULEA", "uniform", 2, 2),
         ("LDGDEPBAR", "control", 0, 0),
-        ("UTMALDG.4D", "other", 0, 0),
+        ("UTMALDG.4D", "control", 0, 0),
+        ("B2R.RESULT", "other", 0, 0),
         ("NOP", "nop", 0, 0),
     ],
 )
