@@ -27,19 +27,28 @@ const struct fa_tile_row FA_TILES[] = {
      * head_dim, seqlen_q, rows_per_sm, right, tile_n, sub_n, warps, warp_m, stages
      * head_dim, head_dim_v, right, left,      tile_n, sub_n, warps, warp_m, stages */
     SMALL( 64,  64, ANY,       64, 64, 4, 16, 3, TMA_WARP),
+    SMALL( 64, 128,   0,       64, 64, 4, 16, 2, TMA_WARP),
     SMALL( 64, 256,   1,       64, 64, 4, 16, 3, TMA_WARP),
     LARGE( 64,  64, ANY, ANY,  64, 32, 4, 32, 3, CP_ASYNC),
 
-    SMALL( 96,  64, ANY,       64, 32, 4, 16, 2, TMA_WARP),
+    SMALL( 80,  64, ANY,       64, 64, 4, 16, 3, TMA_WARP),
+    SMALL( 80, 128,   0,       64, 32, 8, 16, 2, TMA_WARP),
+    SMALL( 80, 128,   1,       64, 64, 4, 16, 3, TMA_WARP),
+    SMALL( 80, 256,   1,       64, 64, 8, 16, 3, TMA_WARP),
+    LARGE( 80,  80, ANY,   0,  64, 32, 8, 32, 3, TMA_BARRIER),
+
+    SMALL( 96,  64, ANY,       64, 64, 4, 16, 3, TMA_WARP),
     SMALL( 96, 128,   0,       64, 32, 4, 16, 2, TMA_WARP),
+    SHORT( 96, 512, 128, 1,    64, 32, 4, 16, 2, TMA_BARRIER),
+    SMALL( 96, 128,   1,       64, 64, 4, 16, 3, TMA_WARP),
     SMALL( 96, 256,   1,       64, 32, 4, 16, 2, TMA_BARRIER),
-    LARGE( 96,  96, ANY, ANY,  32, 16, 4, 32, 4, CP_ASYNC),
+    LARGE( 96,  96,   1,   0,  32, 32, 4, 32, 3, CP_ASYNC),
+    LARGE( 96,  96, ANY, ANY,  32, 16, 4, 32, 2, CP_ASYNC),
 
     SMALL(128,  64, ANY,       64, 64, 4, 16, 2, TMA_WARP),
     SMALL(128, 128,   0,       64, 64, 8, 16, 3, TMA_THREAD),
-    SHORT(128, 512, 128, 1,    32, 32, 4, 16, 3, CP_ASYNC),
-    SMALL(128, 128,   1,       64, 64, 4, 16, 2, CP_ASYNC),
-    SMALL(128, 256,   1,       32, 32, 4, 16, 3, CP_ASYNC),
+    SMALL(128, 128,   1,       64, 64, 4, 16, 2, TMA_WARP),
+    SMALL(128, 256,   1,       64, 64, 8, 16, 2, TMA_THREAD),
     LARGE(128, 128, ANY,   1,  64, 32, 8, 16, 3, CP_ASYNC),
     LARGE( 96, 128, ANY, ANY,  32, 16, 4, 32, 3, CP_ASYNC),
     LARGE(104, 128, ANY, ANY,  64, 32, 8, 16, 3, CP_ASYNC),
@@ -47,8 +56,8 @@ const struct fa_tile_row FA_TILES[] = {
     LARGE(120, 128, ANY, ANY,  64, 32, 8, 16, 3, CP_ASYNC),
     LARGE(128, 128, ANY, ANY,  32, 16, 4, 32, 3, CP_ASYNC),
 
-    SMALL(192,  64, ANY,       32, 32, 4, 16, 2, TMA_WARP),
-    SMALL(192, 128,   1,       32, 32, 4, 16, 2, CP_ASYNC),
+    SMALL(192,  64, ANY,       64, 64, 4, 16, 2, TMA_WARP),
+    SMALL(192, 128,   1,       64, 64, 4, 16, 2, TMA_WARP),
     LARGE(192, 192, ANY,   0,  64, 32, 8, 16, 2, TMA_THREAD),
     LARGE(192, 192, ANY, ANY,  32, 32, 4, 16, 2, CP_ASYNC),
 
