@@ -47,8 +47,9 @@ const struct fa_tile_row FA_TILES[] = {
 
     SMALL(128,  64, ANY,       64, 64, 4, 16, 2, TMA_WARP),
     SMALL(128, 128,   0,       64, 64, 8, 16, 3, TMA_THREAD),
+    SHORT(128, 512, 128, 1,    32, 32, 4, 16, 3, CP_ASYNC),
     SMALL(128, 128,   1,       64, 64, 4, 16, 2, TMA_WARP),
-    SMALL(128, 256,   1,       64, 64, 8, 16, 2, TMA_THREAD),
+    SMALL(128, 256,   1,       32, 32, 4, 16, 3, CP_ASYNC),
     LARGE(128, 128, ANY,   1,  64, 32, 8, 16, 3, CP_ASYNC),
     LARGE( 96, 128, ANY, ANY,  32, 16, 4, 32, 3, CP_ASYNC),
     LARGE(104, 128, ANY, ANY,  64, 32, 8, 16, 3, CP_ASYNC),
