@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICES
 from reference import assert_close
 from test_plan import shapes
 from tiles import PRODUCERS, tile_row, use_tiles
@@ -13,25 +12,17 @@ from tiles import PRODUCERS, tile_row, use_tiles
 from flash_attn_sm120 import explain, flash_attn_func
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(
-            device,
-            id=device.name,
-            marks=pytest.mark.skipif(bool(device.missing), reason=device.missing),
-        )
-        for device in DEVICES
-        if device.name != "cpu"
-    ]
-)
-def device(request):
-    return request.param
+@pytest.fixture(autouse=True)
+def no_cpu(request):
+    if "device" in request.fixturenames and request.getfixturevalue("device").name == "cpu":
+        pytest.skip("the CPU has no TMA")
 
 
 def check(q, k, v, *, producer="thread", **options):
     """A call by both kernels, with the same tile: right, and equal to the bit. Returns the plan."""
-    with use_tiles():
-        plan = explain(q, k, v, **options)
+    plan = explain(q, k, v, **options)
+    with use_tiles(tile_row(plan, kernel="forward")):
+        assert explain(q, k, v, **options).kernel == "forward"
         expected = flash_attn_func(q, k, v, return_lse=True, **options)
     with use_tiles(tile_row(plan, kernel="forward_tma", producer=producer)):
         plan = explain(q, k, v, **options)
