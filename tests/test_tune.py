@@ -359,7 +359,7 @@ def test_the_whole_table_stays_short():
         for cell in tune.cells(variants.COMMON_HEAD_DIMS)
     ]
     rows = tiles.in_order(entries)
-    assert len(entries) == 56 and len(rows) < 250, len(rows)
+    assert len(rows) < 5 * len(entries), "a few rows of csrc/tiles.c, which grows, before each"
     assert tiles.in_order(reversed(entries)) == rows
 
 
