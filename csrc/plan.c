@@ -79,11 +79,10 @@ static int forward_smem(const struct fa_shape *shape, const struct fa_tile *tile
     return tile->stages * stage;
 }
 
-/* Query rows of all heads for each multiprocessor, rounded up. */
-static int64_t rows_per_sm(const struct fa_shape *shape, const struct fa_device *device)
+/* Query rows of all heads for each multiprocessor; expanded tensors can have more than 2^63. */
+static double rows_per_sm(const struct fa_shape *shape, const struct fa_device *device)
 {
-    const int64_t heads = (int64_t)shape->batch * shape->heads_q;
-    return CEIL_DIV(heads * shape->seqlen_q, MAX(1, device->sms));
+    return (double)shape->batch * shape->heads_q * shape->seqlen_q / MAX(1, device->sms);
 }
 
 static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape,
@@ -205,11 +204,10 @@ static int set_grid(const struct fa_shape *shape, const struct fa_device *device
 {
     const int64_t heads = (int64_t)shape->batch * shape->heads_q;
     plan->m_blocks = CEIL_DIV(shape->seqlen_q, plan->tile_m);
-    const int64_t blocks = heads * plan->m_blocks;
-    if (blocks > INT32_MAX)
+    if (heads > INT32_MAX || heads * plan->m_blocks > INT32_MAX)
         return refuse(error, false,
                       "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
-    plan->blocks = (int)blocks;
+    plan->blocks = (int)(heads * plan->m_blocks);
     plan->group_heads = group_heads(shape, device);
     because(plan, "group_heads",
             plan->group_heads == heads
