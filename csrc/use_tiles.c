@@ -2,7 +2,6 @@
 
 #include <limits.h>
 #include <stdlib.h>
-#include <string.h>
 
 #define FIELD_COUNT (sizeof(struct fa_tile_row) / sizeof(int))
 

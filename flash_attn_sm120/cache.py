@@ -1,5 +1,7 @@
 """Content-addressed cache of cubins on disk, shared by all processes of a user.
 
+PTX, for a driver that stands in for CUDA's, is kept in the same way.
+
 The directory is ``$FA_SM120_CACHE_DIR``, else ``$XDG_CACHE_HOME/flash_attn_sm120``, else
 ``~/.cache/flash_attn_sm120``. It holds::
 

@@ -192,59 +192,48 @@ def expect(mbarrier, count):
     return f"    mbarrier.arrive.expect_tx.shared::cta.b64 _, [%r3+{mbarrier}], {count};\n"
 
 
-def copy_out(count, threads):
-    """All of the block write `count` bytes of the data to parameter `out`, of which each block has
-    its own."""
+def each_chunk(count, threads, parameter, body, done):
+    """All of the block run `body` for each 16 bytes of `count` in the data, at %r32, and in a
+    parameter's array, of which each block has its own, at %rd12."""
     passes = "".join(
         f"""
     add.s32 %r31, %r30, {at};
     setp.ge.s32 %p1, %r31, {count};
-    @%p1 bra $copied;
-    add.s32 %r32, %r4, %r31;
-    ld.shared.v4.u32 {{%r33, %r34, %r35, %r36}}, [%r32];
-    add.s32 %r32, %r37, %r31;
-    cvt.s64.s32 %rd11, %r32;
+    @%p1 bra {done};
+    add.s32 %r38, %r37, %r31;
+    cvt.s64.s32 %rd11, %r38;
     add.s64 %rd12, %rd10, %rd11;
-    st.global.v4.u32 [%rd12], {{%r33, %r34, %r35, %r36}};
-"""
+    add.s32 %r32, %r4, %r31;
+{body}"""
         for at in range(0, count, TAIL * threads)
     )
     return f"""
-    ld.param.u64 %rd10, [out];
+    ld.param.u64 %rd10, [{parameter}];
     mov.u32 %r37, %ctaid.x;
     mul.lo.s32 %r37, %r37, {count};
     shl.b32 %r30, %r0, 4;
 {passes}
-$copied:
+{done}:
 """
+
+
+def copy_out(count, threads):
+    """All of the block write `count` bytes of the data to parameter `out`."""
+    body = """
+    ld.shared.v4.u32 {%r33, %r34, %r35, %r36}, [%r32];
+    st.global.v4.u32 [%rd12], {%r33, %r34, %r35, %r36};
+"""
+    return each_chunk(count, threads, "out", body, "$copied")
 
 
 def copy_in(count, threads):
-    """All of the block fill the data from parameter `values`; each block has its own."""
-    passes = "".join(
-        f"""
-    add.s32 %r31, %r30, {at};
-    setp.ge.s32 %p1, %r31, {count};
-    @%p1 bra $filled;
-    add.s32 %r32, %r37, %r31;
-    cvt.s64.s32 %rd11, %r32;
-    add.s64 %rd12, %rd10, %rd11;
-    ld.global.v4.u32 {{%r33, %r34, %r35, %r36}}, [%rd12];
-    add.s32 %r32, %r4, %r31;
-    st.shared.v4.u32 [%r32], {{%r33, %r34, %r35, %r36}};
+    """All of the block fill the data from parameter `values`."""
+    body = """
+    ld.global.v4.u32 {%r33, %r34, %r35, %r36}, [%rd12];
+    st.shared.v4.u32 [%r32], {%r33, %r34, %r35, %r36};
 """
-        for at in range(0, count, TAIL * threads)
-    )
-    return f"""
-    ld.param.u64 %rd10, [values];
-    mov.u32 %r37, %ctaid.x;
-    mul.lo.s32 %r37, %r37, {count};
-    shl.b32 %r30, %r0, 4;
-{passes}
-$filled:
-    fence.proxy.async.shared::cta;
-    bar.sync 0;
-"""
+    chunks = each_chunk(count, threads, "values", body, "$filled")
+    return chunks + "    fence.proxy.async.shared::cta;\n    bar.sync 0;\n"
 
 
 def corner(rank):

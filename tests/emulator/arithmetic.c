@@ -14,7 +14,6 @@
 #include "floats.h"
 
 #include <math.h>
-#include <string.h>
 
 /* ---- pairs of small floats ------------------------------------------------------------------ */
 
@@ -36,14 +35,6 @@ INLINE uint32_t relu2(uint32_t halves)
 }
 
 /* ---- types ---------------------------------------------------------------------------------- */
-
-INLINE float canonical(float value) { return value == value ? value : float_of(0x7fffffff); }
-
-INLINE float flush(float value)
-{
-    const uint32_t bits = bits_of(value);
-    return float_of(bits & 0x7f800000 ? bits : bits & 0x80000000);
-}
 
 /* A type: how many a lane has in a register, its element in warp->values, the C type to compute
  * in, and the way there and back. 8 and 16 bits are kept zero-extended, a converted s8 as s16.

@@ -12,8 +12,7 @@ static void deliver(struct block *block, struct barrier *barrier)
             continue;
         struct warp *warp = &block->warps[w];
         const struct instruction *in = barrier->at[w];
-        const bool is_count = strstr(in->opcode->name, ".popc") != NULL;
-        if (is_count)
+        if (in->opcode->detail == '+')
             for (int lane = 0; lane < LANES; lane++)
                 r32(warp, in, 0)[lane] = (uint32_t)barrier->reduced;
         else if (in->opcode->detail)

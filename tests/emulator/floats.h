@@ -19,6 +19,19 @@ static inline float float_of(uint32_t bits)
     return value;
 }
 
+/* What is always inlined becomes a few vector instructions per constant format. */
+#define INLINE static inline __attribute__((always_inline, unused))
+
+/* Arithmetic makes one NaN, and never looks at a payload. */
+INLINE float canonical(float value) { return value == value ? value : float_of(0x7fffffff); }
+
+/* Subnormals become zeros of their sign. */
+INLINE float flush(float value)
+{
+    const uint32_t bits = bits_of(value);
+    return float_of(bits & 0x7f800000 ? bits : bits & 0x80000000);
+}
+
 /* A sign, `exponent` bits, `mantissa` bits. */
 struct format {
     int exponent, mantissa;
@@ -29,9 +42,6 @@ struct format {
 static const struct format F16_FORMAT = {5, 10, 0x7c00, 0x7c00},
                            BF16_FORMAT = {8, 7, 0x7f80, 0x7f80}, E4M3_FORMAT = {4, 3, 0x7e, 0x7f},
                            E5M2_FORMAT = {5, 2, 0x7b, 0x7c};
-
-/* What is always inlined becomes a few vector instructions per constant format. */
-#define INLINE static inline __attribute__((always_inline, unused))
 
 /* What is added to the exponent to make it that of a float. */
 INLINE uint32_t rebias(struct format f) { return 127 + 1 - (1u << (f.exponent - 1)); }

@@ -3,10 +3,10 @@
  * Global memory is the host's: an address is a pointer. What the launch may touch is a set of
  * bytes, so that the hole between two rows of a tensor is as forbidden as what is beyond it. */
 #include "emulator.h"
+#include "floats.h"
 
 #include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 
 /* ---- the set of bytes ----------------------------------------------------------------------- */
 
@@ -544,21 +544,10 @@ enum operation {
     RETURNS = 32, /* atom: destinations first */
 };
 
-static float flush(float x)
-{
-    return __builtin_fabsf(x) < 0x1p-126f ? __builtin_copysignf(0, x) : x;
-}
-
-/* As the L2 adds: subnormal inputs and results become zeros, every NaN the same one. */
+/* As the L2 adds: subnormal inputs and results become zeros. */
 static uint32_t add_floats(uint32_t a, uint32_t b)
 {
-    float x, y;
-    memcpy(&x, &a, sizeof x);
-    memcpy(&y, &b, sizeof y);
-    const float sum = flush(flush(x) + flush(y));
-    uint32_t bits;
-    memcpy(&bits, &sum, sizeof bits);
-    return sum != sum ? 0x7fffffff : bits;
+    return bits_of(flush(canonical(flush(float_of(a)) + flush(float_of(b)))));
 }
 
 /* What memory holds after an operation, of 32 bits where only those are in the table. */
