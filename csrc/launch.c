@@ -68,7 +68,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
     };
 }
 
-/* K or V, in boxes of one tile's keys and as many dims as tile_layout in kernels/tile.cuh puts in a
+/* K or V, in boxes of one tile's keys and as many dims as tile_layout in kernels/layout.cuh puts in a
  * row of a segment. 0 or -1. */
 static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int tile_n,
                              struct fa_tensor_map *map)

@@ -5,30 +5,6 @@
 
 #include "tile.cuh"
 
-/* Where this thread starts to copy from: its first chunk of the tile whose first key is `key`. */
-template <int DIM>
-__device__ __forceinline__ const element *first_chunk(const void *tensor, const fa_strides &stride,
-                                                      int batch, int head, int key)
-{
-    const copy_place<DIM> at;
-    return static_cast<const element *>(tensor) + batch * stride.batch + head * stride.head +
-           (key + at.row) * stride.seqlen + at.col * 8;
-}
-
-/* Copies a tile to `smem`, this thread from `gmem` on. Keys from `keys` on, and the chunk that
- * pads DIM, become zeros: there no memory is read. */
-template <int DIM>
-__device__ __forceinline__ void copy_tile(unsigned smem, const element *gmem, fa_int64 key_stride,
-                                          int keys)
-{
-    const copy_place<DIM> at;
-    at.each([&](int r, int c, unsigned offset) {
-        const bool padding = c + at.COLS > at.CHUNKS && at.col + c >= at.CHUNKS;
-        const bool exists = !padding && (keys >= TILE_N || at.row + r < keys);
-        cp_async_16(smem + offset, gmem + r * key_stride + c * 8, exists ? 16 : 0);
-    });
-}
-
 struct cp_async_ring : ring_place {
     const fa_forward_params &params;
     const element *K_gmem, *V_gmem; /* of the tile that is copied next */
@@ -42,8 +18,8 @@ struct cp_async_ring : ring_place {
 
     __device__ __forceinline__ void copy_next_tile(unsigned stage, int keys)
     {
-        copy_tile<HEAD_DIM>(smem + stage, K_gmem, K_stride, keys);
-        copy_tile<HEAD_DIM_V>(smem + stage + K_layout::BYTES, V_gmem, V_stride, keys);
+        K_place().copy(smem + stage, K_gmem, K_stride, keys);
+        V_place().copy(smem + stage + K_layout::BYTES, V_gmem, V_stride, keys);
         K_gmem -= TILE_N * K_stride;
         V_gmem -= TILE_N * V_stride;
     }
@@ -55,9 +31,9 @@ struct cp_async_ring : ring_place {
         K_stride = params.k_stride.seqlen;
         V_stride = params.v_stride.seqlen;
         K_gmem =
-            first_chunk<HEAD_DIM>(params.k, params.k_stride, walk.batch, walk.head_kv, last_key0);
+            K_place().first_chunk(params.k, params.k_stride, walk.batch, walk.head_kv, last_key0);
         V_gmem =
-            first_chunk<HEAD_DIM_V>(params.v, params.v_stride, walk.batch, walk.head_kv, last_key0);
+            V_place().first_chunk(params.v, params.v_stride, walk.batch, walk.head_kv, last_key0);
 #pragma unroll
         for (int i = 0; i < STAGES - 1; i++) {
             if (i < tiles)

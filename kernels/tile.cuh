@@ -7,7 +7,7 @@
 #ifndef FA_TILE_CUH
 #define FA_TILE_CUH
 
-#include "ptx.cuh"
+#include "layout.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int TILE_M = WARPS * WARP_M;  /* queries per block */
@@ -15,14 +15,6 @@ constexpr int M_FRAGS = WARP_M / 16;    /* 16-row fragments per warp */
 constexpr int S_FRAGS = SUB_N / 8;      /* 8-key columns of a sub-tile of scores */
 constexpr int O_FRAGS = HEAD_DIM_V / 8; /* 8-dim columns of the output */
 constexpr int D_STEPS = (HEAD_DIM + 15) / 16;
-
-/* t of the fragment layouts in ptx.cuh: this lane's column pair. */
-__device__ __forceinline__ int quad_lane() { return threadIdx.x % 4; }
-
-using element = unsigned short; /* of either data type: only the mma knows which */
-constexpr int CHUNK = 16;       /* bytes of one cp.async, and of one ldmatrix row */
-
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 /* Unrolled sub-tiles overlap, which takes registers; wide rows leave none to spare. */
 constexpr bool WIDE = WARP_M == 32 && (HEAD_DIM > 96 || HEAD_DIM_V > 96);
@@ -33,62 +25,12 @@ static_assert(TILE_N % SUB_N == 0 && SUB_N % 16 == 0, "sub-tiles are whole mma s
 static_assert(WARP_M == 16 || WARP_M == 32, "one or two row fragments per warp");
 static_assert(STAGES >= 2, "one stage is computed on while another is loaded");
 
-/* A [TILE_N, DIM] tile in shared memory: [segment][key][chunk], with segments of COLS chunks, as
- * wide as DIM allows, 128 bytes at best. 128 bytes hold 8 / COLS keys, and the chunks of a key are
- * permuted by an XOR with the number of its 128 bytes. Then one chunk of 8 keys, which an ldmatrix
- * reads, takes every bank once, and so do the 128 bytes that 8 threads copy. Those must be
- * contiguous, conflicts or not: see "columns of chunks" in benchmarks/NOTES.md. */
-template <int DIM> struct tile_layout {
-    static constexpr int CHUNKS = DIM / 8;
-    static constexpr int PADDED = (CHUNKS + 1) / 2 * 2;
-    static constexpr int COLS = PADDED % 8 == 0 ? 8 : PADDED % 4 == 0 ? 4 : 2;
-    static constexpr int ROW_BYTES = COLS * CHUNK;
-    static constexpr int SEGMENT_BYTES = TILE_N * ROW_BYTES;
-    static constexpr int BYTES = TILE_N * PADDED * CHUNK;
-
-    /* Of a chunk of the first segment. */
-    static __device__ __forceinline__ unsigned offset(int key, int chunk)
-    {
-        return key * ROW_BYTES + (chunk ^ key / (8 / COLS) % COLS) * CHUNK;
-    }
-    /* From the address of chunk 0 or 1 of a key, `key` (a multiple of 8) and `chunk` (even) on. */
-    static __device__ __forceinline__ unsigned moved(unsigned address, int key, int chunk)
-    {
-        return (address ^ chunk % COLS * CHUNK) + chunk / COLS * SEGMENT_BYTES + key * ROW_BYTES;
-    }
-};
-using K_layout = tile_layout<HEAD_DIM>;
-using V_layout = tile_layout<HEAD_DIM_V>;
+using K_layout = tile_layout<HEAD_DIM, TILE_N>;
+using V_layout = tile_layout<HEAD_DIM_V, TILE_N>;
+using K_place = copy_place<K_layout, THREADS>;
+using V_place = copy_place<V_layout, THREADS>;
 constexpr int STAGE_BYTES = K_layout::BYTES + V_layout::BYTES;
 constexpr int RING_BYTES = STAGES * STAGE_BYTES;
-
-/* The share of a tile that one thread copies, or looks at: chunk `col` (then col + COLS, ...) of
- * key `row` (then row + ROWS, ...). */
-template <int DIM> struct copy_place : tile_layout<DIM> {
-    using layout = tile_layout<DIM>;
-    static constexpr int ROWS = THREADS / layout::COLS;
-    static_assert(TILE_N % ROWS == 0 || ROWS % TILE_N == 0, "no thread copies beyond the tile");
-    int row, col;
-
-    __device__ __forceinline__ copy_place()
-    {
-        row = read_thread_index() / layout::COLS;
-        col = read_thread_index() % layout::COLS;
-    }
-
-    /* Calls f(r, c, offset in the tile) for each chunk, r keys and c chunks from the first. */
-    template <class F> __device__ __forceinline__ void each(F f) const
-    {
-        const unsigned first = layout::offset(row, col);
-        if (ROWS > TILE_N && row >= TILE_N)
-            return; /* more threads than chunks */
-#pragma unroll
-        for (int r = 0; r < TILE_N; r += ROWS)
-#pragma unroll
-            for (int c = 0; c < layout::PADDED; c += layout::COLS)
-                f(r, c, first + c / layout::COLS * layout::SEGMENT_BYTES + r * layout::ROW_BYTES);
-    }
-};
 
 /* The tiles that a block goes through: of one KV head, from tile_end - 1 downwards. */
 struct tile_walk {
@@ -102,7 +44,7 @@ __device__ __forceinline__ bool holds_nonfinite(unsigned smem)
     constexpr unsigned EXPONENT = DTYPE_BF16 ? 0x7f807f80 : 0x7c007c00;
     constexpr unsigned ONE = DTYPE_BF16 ? 0x00800080 : 0x04000400;
     unsigned carries = 0;
-    copy_place<HEAD_DIM_V>().each([&](int, int, unsigned offset) {
+    V_place().each([&](int, int, unsigned offset) {
         const uint4 x = ld_shared_16(smem + offset);
         carries |= ((x.x & EXPONENT) + ONE) | ((x.y & EXPONENT) + ONE);
         carries |= ((x.z & EXPONENT) + ONE) | ((x.w & EXPONENT) + ONE);
@@ -195,21 +137,6 @@ __device__ __forceinline__ void add_values(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
                     mma_m16n8k16(O_rmem[m][n + 1], P_rmem[m][k], V_rmem[2], V_rmem[3]);
             }
         }
-}
-
-/* A 4x4 transpose of words in the four lanes of a quad: lane t passes word t of four rows, and
- * receives row t. */
-__device__ __forceinline__ uint4 quad_transpose(unsigned x0, unsigned x1, unsigned x2, unsigned x3)
-{
-    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
-    const unsigned from01 = __shfl_xor_sync(0xffffffff, odd ? x0 : x1, 1);
-    const unsigned from23 = __shfl_xor_sync(0xffffffff, odd ? x2 : x3, 1);
-    (odd ? x0 : x1) =
-        from01; /* now x0, x1 are two words of row t % 2, and x2, x3 of row t % 2 + 2 */
-    (odd ? x2 : x3) = from23;
-    const unsigned first = __shfl_xor_sync(0xffffffff, high ? x0 : x2, 2);
-    const unsigned second = __shfl_xor_sync(0xffffffff, high ? x1 : x3, 2);
-    return high ? make_uint4(first, second, x2, x3) : make_uint4(x0, x1, first, second);
 }
 
 #endif

@@ -45,11 +45,10 @@ struct tma_ring : ring_place {
     }
     __device__ __forceinline__ unsigned empty(unsigned stage) const { return full(stage) + 8; }
 
-    template <int DIM>
+    template <class layout>
     __device__ __forceinline__ void load_tile(unsigned tile, const fa_tensor_map &map,
                                               unsigned mbarrier, int key) const
     {
-        using layout = tile_layout<DIM>;
 #pragma unroll
         for (int c = 0; c < layout::PADDED; c += layout::COLS)
             tma_load_4d(tile + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier, c * 8, key,
@@ -62,8 +61,8 @@ struct tma_ring : ring_place {
     {
         const int key = (walk.tile_end - 1 - i) * TILE_N;
         mbarrier_expect(full(stage), STAGE_BYTES);
-        load_tile<HEAD_DIM>(smem + stage, params.k_map, full(stage), key);
-        load_tile<HEAD_DIM_V>(smem + stage + K_layout::BYTES, params.v_map, full(stage), key);
+        load_tile<K_layout>(smem + stage, params.k_map, full(stage), key);
+        load_tile<V_layout>(smem + stage + K_layout::BYTES, params.v_map, full(stage), key);
     }
 
     __device__ __forceinline__ bool is_producer() const

@@ -1,0 +1,106 @@
+/* How rows of tensors lie in shared memory, and how they get there. */
+#ifndef FA_LAYOUT_CUH
+#define FA_LAYOUT_CUH
+
+#include "ptx.cuh"
+
+/* t of the fragment layouts in ptx.cuh: this lane's column pair. */
+__device__ __forceinline__ int quad_lane() { return threadIdx.x % 4; }
+
+using element = unsigned short; /* of either data type: only the mma knows which */
+constexpr int CHUNK = 16;       /* bytes of one cp.async, and of one ldmatrix row */
+
+constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+/* A [ROWS, DIM] tile in shared memory: [segment][row][chunk], with segments of COLS chunks, as wide
+ * as DIM allows, 128 bytes at best; rows are padded to a multiple of ALIGN. 128 bytes hold 8 / COLS
+ * rows, and the chunks of a row are permuted by an XOR with the number of its 128 bytes. Then one
+ * chunk of 8 rows, which an ldmatrix reads, takes every bank once, and so do the 128 bytes that 8
+ * threads copy. Those must be contiguous, conflicts or not: see "columns of chunks" in
+ * benchmarks/NOTES.md. */
+template <int DIM, int ROWS_, int ALIGN = 16> struct tile_layout {
+    static constexpr int ROWS = ROWS_;
+    static constexpr int CHUNKS = DIM / 8;
+    static constexpr int PADDED = ceil_div(DIM, ALIGN) * ALIGN / 8;
+    static constexpr int COLS = PADDED % 8 == 0 ? 8 : PADDED % 4 == 0 ? 4 : 2;
+    static constexpr int ROW_BYTES = COLS * CHUNK;
+    static constexpr int SEGMENT_BYTES = ROWS * ROW_BYTES;
+    static constexpr int BYTES = ROWS * PADDED * CHUNK;
+
+    /* Of a chunk of the first segment. */
+    static __device__ __forceinline__ unsigned offset(int row, int chunk)
+    {
+        return row * ROW_BYTES + (chunk ^ row / (8 / COLS) % COLS) * CHUNK;
+    }
+    /* From the address of chunk 0 or 1 of a row, `row` (a multiple of 8) and `chunk` (even) on. */
+    static __device__ __forceinline__ unsigned moved(unsigned address, int row, int chunk)
+    {
+        return (address ^ chunk % COLS * CHUNK) + chunk / COLS * SEGMENT_BYTES + row * ROW_BYTES;
+    }
+};
+
+/* The share of a tile that one of some threads copies, or looks at: chunk `col` (then col + COLS,
+ * ...) of row `row` (then row + STEP, ...). */
+template <class layout, int THREADS> struct copy_place {
+    static constexpr int STEP = THREADS / layout::COLS;
+    static_assert(layout::ROWS % STEP == 0 || STEP % layout::ROWS == 0,
+                  "no thread copies beyond the tile");
+    int row, col;
+
+    __device__ __forceinline__ copy_place()
+    {
+        row = read_thread_index() / layout::COLS;
+        col = read_thread_index() % layout::COLS;
+    }
+
+    /* Calls f(r, c, offset in the tile) for each chunk, r rows and c chunks from the first. */
+    template <class F> __device__ __forceinline__ void each(F f) const
+    {
+        const unsigned first = layout::offset(row, col);
+        if (STEP > layout::ROWS && row >= layout::ROWS)
+            return; /* more threads than chunks */
+#pragma unroll
+        for (int r = 0; r < layout::ROWS; r += STEP)
+#pragma unroll
+            for (int c = 0; c < layout::PADDED; c += layout::COLS)
+                f(r, c, first + c / layout::COLS * layout::SEGMENT_BYTES + r * layout::ROW_BYTES);
+    }
+
+    /* Where this thread starts to copy from: its first chunk of the tile whose first row is `row0`,
+     * of one batch entry and head. */
+    __device__ __forceinline__ const element *
+    first_chunk(const void *tensor, const fa_strides &stride, int batch, int head, int row0) const
+    {
+        return static_cast<const element *>(tensor) + batch * stride.batch + head * stride.head +
+               (row0 + row) * stride.seqlen + col * 8;
+    }
+
+    /* Copies a tile to `smem`, this thread from `gmem` on. Rows from `rows` on, and the chunks that
+     * pad a row, become zeros: there no memory is read. */
+    __device__ __forceinline__ void copy(unsigned smem, const element *gmem, fa_int64 row_stride,
+                                         int rows) const
+    {
+        each([&](int r, int c, unsigned offset) {
+            const bool padding = c + layout::COLS > layout::CHUNKS && col + c >= layout::CHUNKS;
+            const bool exists = !padding && (rows >= layout::ROWS || row + r < rows);
+            cp_async_16(smem + offset, gmem + r * row_stride + c * 8, exists ? 16 : 0);
+        });
+    }
+};
+
+/* A 4x4 transpose of words in the four lanes of a quad: lane t passes word t of four rows, and
+ * receives row t. */
+__device__ __forceinline__ uint4 quad_transpose(unsigned x0, unsigned x1, unsigned x2, unsigned x3)
+{
+    const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
+    const unsigned from01 = __shfl_xor_sync(0xffffffff, odd ? x0 : x1, 1);
+    const unsigned from23 = __shfl_xor_sync(0xffffffff, odd ? x2 : x3, 1);
+    (odd ? x0 : x1) =
+        from01; /* now x0, x1 are two words of row t % 2, and x2, x3 of row t % 2 + 2 */
+    (odd ? x2 : x3) = from23;
+    const unsigned first = __shfl_xor_sync(0xffffffff, high ? x0 : x2, 2);
+    const unsigned second = __shfl_xor_sync(0xffffffff, high ? x1 : x3, 2);
+    return high ? make_uint4(first, second, x2, x3) : make_uint4(x0, x1, first, second);
+}
+
+#endif
