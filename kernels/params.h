@@ -54,4 +54,42 @@ struct fa_forward_tma_params {
 
 FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 448, "192 for the first 176, then maps");
 
+/* The single argument of kernels/backward.cu and of those before it.
+ *
+ * A sum is what blocks add to, in the order of their registers: [batch, heads, rows / 16,
+ * head_dim / 8, 32 lanes, 4], the C fragments of ptx.cuh, with rows up to the end of the last tile. */
+struct fa_backward_params {
+    const void *q;           /* [batch, seqlen_q, heads_q, head_dim] */
+    const void *k;           /* [batch, seqlen_k, heads_kv, head_dim] */
+    const void *v;           /* [batch, seqlen_k, heads_kv, head_dim_v] */
+    const void *out;         /* [batch, seqlen_q, heads_q, head_dim_v] */
+    const void *dout;        /* the same */
+    const float *lse, *dlse; /* [batch, heads_q, seqlen_q], contiguous; dlse NULL: zeros */
+    void *dk, *dv;           /* like k and v */
+    float *stats;            /* [batch, heads_q, m_blocks, 2, TILE_M]: lse * log2(e), and delta */
+    float *dq_sum, *dk_sum, *dv_sum; /* the last two where parts > 1 */
+    int *turns;   /* [batch, heads_q, m_blocks]: blocks of keys that have added to a tile of dQ */
+    int *tickets; /* how many blocks have started */
+    void *zeros;  /* what has to be zero before: 16-byte units, zero_chunks of them */
+    fa_int64 zero_chunks;
+    struct fa_strides q_stride, k_stride, v_stride, out_stride, dout_stride, dk_stride, dv_stride;
+    int batch, heads_q, heads_kv, heads_per_kv;
+    int seqlen_q, seqlen_k;
+    int m_blocks, n_blocks; /* tiles of queries, and of keys */
+    int parts;              /* blocks that share a tile of keys */
+    int window_left;        /* as in fa_forward_params */
+    int window_right;
+    float scale_log2, softmax_scale;
+};
+
+/* The single argument of kernels/backward_convert.cu: a sum to a tensor. */
+struct fa_convert_params {
+    const float *sum;
+    void *tensor; /* [batch, seqlen, heads, head_dim] */
+    struct fa_strides stride;
+    int batch, heads, seqlen;
+    int row_frags; /* of a head of the sum */
+    float scale;
+};
+
 #endif

@@ -152,6 +152,45 @@ template <int ID, int COUNT> __device__ __forceinline__ bool barrier_or(bool x)
     return any;
 }
 
+/* ---- between blocks ------------------------------------------------------------------------- */
+
+/* Adds four floats to sums in global memory, whose order among blocks nobody knows. */
+__device__ __forceinline__ void red_add_4(float *sums, const float (&x)[4])
+{
+    if (__CUDA_ARCH__ >= 900)
+        asm volatile("red.global.v4.f32.add [%0], {%1, %2, %3, %4};" ::"l"(sums), "f"(x[0]),
+                     "f"(x[1]), "f"(x[2]), "f"(x[3])
+                     : "memory");
+    else
+        for (int i = 0; i < 4; i++)
+            asm volatile("red.global.add.f32 [%0], %1;" ::"l"(sums + i), "f"(x[i]) : "memory");
+}
+
+__device__ __forceinline__ int atomic_add(int *counter, int x)
+{
+    int before;
+    asm volatile("atom.relaxed.gpu.global.add.s32 %0, [%1], %2;"
+                 : "=r"(before)
+                 : "l"(counter), "r"(x)
+                 : "memory");
+    return before;
+}
+
+/* Waits until `turns` turns have ended; what was written in them can then be seen. */
+__device__ __forceinline__ void wait_turn(const int *turn, int turns)
+{
+    int ended;
+    do
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ended) : "l"(turn) : "memory");
+    while (ended != turns);
+}
+
+/* Ends a turn: what this thread has seen written, whoever waits for it sees. */
+__device__ __forceinline__ void end_turn(int *turn)
+{
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+}
+
 /* ---- matrices ------------------------------------------------------------------------------- */
 
 __device__ __forceinline__ uint4 ld_shared_16(unsigned smem)
@@ -162,6 +201,25 @@ __device__ __forceinline__ uint4 ld_shared_16(unsigned smem)
                  : "r"(smem)
                  : "memory");
     return x;
+}
+
+__device__ __forceinline__ float2 ld_shared_2(unsigned smem)
+{
+    float2 x;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(smem) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ unsigned ld_shared(unsigned smem)
+{
+    unsigned x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(smem) : "memory");
+    return x;
+}
+
+__device__ __forceinline__ void st_shared(unsigned smem, unsigned x)
+{
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
 }
 
 /* Four 8x8 matrices; lane i passes the address of row i % 8 of matrix i / 8 and receives, from
@@ -199,6 +257,23 @@ __device__ __forceinline__ unsigned pack(float low, float high)
     unsigned x;
     asm("cvt.rn." FA_PTX_TYPE "x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
     return x;
+}
+
+/* The two numbers of a pair, the lower half first. */
+__device__ __forceinline__ float2 unpack(unsigned x)
+{
+    if (DTYPE_BF16) /* the upper half of a float */
+        return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
+    float2 y;
+    asm("{\n"
+        "    .reg .f16 low, high;\n"
+        "    mov.b32 {low, high}, %2;\n"
+        "    cvt.f32.f16 %0, low;\n"
+        "    cvt.f32.f16 %1, high;\n"
+        "}"
+        : "=f"(y.x), "=f"(y.y)
+        : "r"(x));
+    return y;
 }
 
 __device__ __forceinline__ float exp2_approx(float x)
