@@ -5,32 +5,33 @@
  *
  *     dV += P^T dO        dK += scale * dS^T Q        dQ += scale * dS K
  *
- * A warp computes S^T and dP^T for its own WARP_N keys: their fragments are then, as they are, the A
- * operands of the products for dV and dK. Only dQ sums over the keys of all warps: dS^T goes through
- * shared memory, every warp takes a part of the [TILE_M, HEAD_DIM] product, and adds it to the sum
- * in memory that all blocks of keys share, see dq_sum in params.h.
+ * Two groups of warps share the keys, WARP_N to a warp. Those of the one hold K in registers, compute
+ * P^T and with it dV; those of the other hold V, compute dP^T, take P^T from the first, and with dS^T
+ * compute dK. In this orientation the results of the first product are, as they are, an operand of
+ * the second. Only dQ sums over the keys of all warps: dS^T goes through shared memory, in place of
+ * P^T; every warp takes a part of the [TILE_M, HEAD_DIM] product, and adds it to the sum in memory
+ * that all blocks of keys share, see dq_sum in params.h.
  *
  * One source, compiled once per set of constants:
  *   DTYPE_BF16             1: bf16, 0: fp16
  *   HEAD_DIM, HEAD_DIM_V   of Q and K, of V and O: multiples of 8 up to 256
- *   WARPS, WARP_N          keys: WARP_N (16 or 32) per warp
- *   DIM_WARPS              warps that share their keys, each with a part of the dims of dK and dV: 1
- *                          or 2. With 2, each computes the scores of a part of the queries, and P,
- *                          too, goes through shared memory
+ *   WARPS, WARP_N          keys: WARP_N (a multiple of 16) per warp of a group, WARPS in both groups
  *   TILE_M, SUB_M          queries: TILE_M at a time in shared memory, SUB_M through registers
  *   STAGES                 1 or 2: of Q in shared memory
- *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows */
+ *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
+ *   DETERMINISTIC          1: blocks add to dQ in the order of their keys */
 #include "params.h"
 
 #include "layout.cuh"
 
 constexpr int THREADS = WARPS * 32;
-constexpr int TILE_N = WARPS / DIM_WARPS * WARP_N; /* keys per block */
-constexpr int N_FRAGS = WARP_N / 16;               /* 16-key fragments per warp */
-constexpr int M_FRAGS = SUB_M / 8;                 /* 8-query columns of a sub-tile of scores */
+constexpr int KEY_WARPS = WARPS / 2;       /* of a group */
+constexpr int TILE_N = KEY_WARPS * WARP_N; /* keys per block */
+constexpr int N_FRAGS = WARP_N / 16;       /* 16-key fragments per warp */
+constexpr int M_FRAGS = SUB_M / 8;         /* 8-query columns of a sub-tile of scores */
 constexpr int D_STEPS = (HEAD_DIM + 15) / 16;
 constexpr int DV_STEPS = (HEAD_DIM_V + 15) / 16;
-constexpr bool SHARES_KEYS = DIM_WARPS > 1;
+constexpr int MAX_STEPS = D_STEPS > DV_STEPS ? D_STEPS : DV_STEPS;
 
 /* dQ [TILE_M, HEAD_DIM] is cut into DQ_ROW_WARPS times DQ_DIM_WARPS parts: of the cuts into 16 rows
  * by 16 dims and more, the one whose parts read the fewest operands. */
@@ -48,15 +49,13 @@ constexpr int DQ_DIM_WARPS = dq_dim_warps(WARPS, TILE_M / 16, MIN_DQ_DIM_WARPS);
 constexpr int DQ_ROW_WARPS = WARPS / DQ_DIM_WARPS;
 
 using K_layout = tile_layout<HEAD_DIM, TILE_N, 16 * DQ_DIM_WARPS>;
-using Q_layout = tile_layout<HEAD_DIM, TILE_M, 16 * DIM_WARPS>;
-using dO_layout = tile_layout<HEAD_DIM_V, TILE_M, 16 * DIM_WARPS>;
+using Q_layout = tile_layout<HEAD_DIM, TILE_M>;
+using dO_layout = tile_layout<HEAD_DIM_V, TILE_M>;
 using S_layout = tile_layout<TILE_M, TILE_N>; /* of P^T and dS^T: keys by queries */
 using K_place = copy_place<K_layout, THREADS>;
 using Q_place = copy_place<Q_layout, THREADS>;
 using dO_place = copy_place<dO_layout, THREADS>;
 
-constexpr int DK_FRAGS = Q_layout::PADDED / DIM_WARPS;  /* 8-dim columns of dK, of one warp */
-constexpr int DV_FRAGS = dO_layout::PADDED / DIM_WARPS; /* and of dV */
 constexpr int DQ_ROW_FRAGS = TILE_M / 16 / DQ_ROW_WARPS;
 constexpr int DQ_DIM_FRAGS = K_layout::PADDED / DQ_DIM_WARPS;
 constexpr int STATS_BYTES = 2 * TILE_M * 4;
@@ -65,13 +64,11 @@ constexpr int STATS_BYTES = 2 * TILE_M * 4;
 constexpr int K_AT = 0;
 constexpr int Q_AT = K_AT + K_layout::BYTES;
 constexpr int DO_AT = Q_AT + STAGES * Q_layout::BYTES;
-constexpr int DS_AT = DO_AT + dO_layout::BYTES;
-constexpr int P_AT = DS_AT + S_layout::BYTES;
-constexpr int STATS_AT = P_AT + (SHARES_KEYS ? S_layout::BYTES : 0);
+constexpr int S_AT = DO_AT + dO_layout::BYTES;
+constexpr int STATS_AT = S_AT + S_layout::BYTES;
 
-static_assert(WARP_N == 16 || WARP_N == 32, "one or two fragments of keys per warp");
-static_assert(SHARES_KEYS ? SUB_M * DIM_WARPS == TILE_M : TILE_M % SUB_M == 0, "whole sub-tiles");
-static_assert(SUB_M % 16 == 0, "sub-tiles are whole mma steps");
+static_assert(WARP_N % 16 == 0 && SUB_M % 16 == 0, "whole mma steps");
+static_assert(TILE_M % SUB_M == 0 && TILE_M / SUB_M < 16, "a named barrier for every sub-tile");
 
 /* This lane's row for an ldmatrix of four 8x8 matrices, in rows first, or in columns first. */
 template <class layout> __device__ __forceinline__ unsigned rows_first()
@@ -85,15 +82,16 @@ template <class layout> __device__ __forceinline__ unsigned columns_first()
     return layout::offset(lane / 16 * 8 + lane % 8, lane / 8 % 2);
 }
 
-/* C [rows, 8 * FRAGS_N] += A [rows, 16 * STEPS] * X^T, where rows of X are in shared memory. */
-template <class layout, int FRAGS_M, int FRAGS_N, int STEPS>
-__device__ __forceinline__ void multiply_rows(float (&C)[FRAGS_M][FRAGS_N][4],
-                                              const unsigned (&A)[FRAGS_M][STEPS][4], unsigned X)
+/* C [rows, 8 * FRAGS] += A [rows, 16 * STEPS] * X^T, where rows of X are in shared memory. */
+template <class layout, int STEPS, int FRAGS, int FRAGS_M, int MAX_FRAGS, int MAX_STEPS>
+__device__ __forceinline__ void multiply_rows(float (&C)[FRAGS_M][MAX_FRAGS][4],
+                                              const unsigned (&A)[FRAGS_M][MAX_STEPS][4],
+                                              unsigned X)
 {
 #pragma unroll
     for (int k = 0; k < STEPS; k++)
 #pragma unroll
-        for (int n = 0; n < FRAGS_N; n += 2) {
+        for (int n = 0; n < FRAGS; n += 2) {
             unsigned B[4];
             ldmatrix_x4(B, layout::moved(X, 8 * n, 2 * k));
 #pragma unroll
@@ -104,20 +102,20 @@ __device__ __forceinline__ void multiply_rows(float (&C)[FRAGS_M][FRAGS_N][4],
         }
 }
 
-/* C [rows, 8 * FRAGS_N] += A [rows, 16 * STEPS] * X, where rows of X are in shared memory; of X the
- * columns from `frag0` on, a multiple of FRAGS_N. */
-template <class layout, int FRAGS_M, int FRAGS_N, int STEPS>
-__device__ __forceinline__ void multiply_columns(float (&C)[FRAGS_M][FRAGS_N][4],
-                                                 const unsigned (&A)[FRAGS_M][STEPS][4], unsigned X,
-                                                 int frag0)
+/* C [rows, 8 * FRAGS] += A [rows, 16 * STEPS] * X, where rows of X are in shared memory; of X the
+ * columns from `frag0` on, a multiple of FRAGS. */
+template <class layout, int STEPS, int FRAGS, int FRAGS_M, int MAX_FRAGS, int MAX_STEPS>
+__device__ __forceinline__ void multiply_columns(float (&C)[FRAGS_M][MAX_FRAGS][4],
+                                                 const unsigned (&A)[FRAGS_M][MAX_STEPS][4],
+                                                 unsigned X, int frag0 = 0)
 {
     /* Parts that end where segments do have one address for all. */
-    constexpr bool IS_WHOLE = FRAGS_N % layout::COLS == 0 || layout::COLS % FRAGS_N == 0;
+    constexpr bool IS_WHOLE = FRAGS % layout::COLS == 0 || layout::COLS % FRAGS == 0;
     const unsigned part = layout::moved(X, 0, frag0);
 #pragma unroll
     for (int k = 0; k < STEPS; k++)
 #pragma unroll
-        for (int n = 0; n < FRAGS_N; n += 2) {
+        for (int n = 0; n < FRAGS; n += 2) {
             unsigned B[4];
             ldmatrix_x4_trans(B, IS_WHOLE ? layout::moved(part, 16 * k, n)
                                           : layout::moved(X, 16 * k, frag0 + n));
@@ -230,62 +228,155 @@ struct block_place {
     }
 };
 
-/* Adds the fragments of this warp to sums in memory, [16 rows][8 dims][lane][4]; `sums` is where
- * those of its first fragment are. */
-template <int FRAGS_N>
-__device__ __forceinline__ void add_to_sums(float *sums, const float (&C)[FRAGS_N][4], int frag0,
-                                            int frags)
+/* Rows of K or V [WARP_N, DIM] from global memory into the layout of the A operand. */
+template <int DIM>
+__device__ __forceinline__ void load_operand(unsigned (&A)[N_FRAGS][MAX_STEPS][4],
+                                             const void *tensor, const fa_strides &stride,
+                                             const block_place &at, int key0, int keys)
 {
-#pragma unroll
-    for (int n = 0; n < FRAGS_N; n++)
-        if (frag0 + n < frags)
-            red_add_4(sums + ((frag0 + n) * 32 + threadIdx.x % 32) * 4, C[n]);
-}
-
-/* Writes two rows of dK or dV, as forward.cuh writes O. */
-template <int FRAGS_N>
-__device__ __forceinline__ void store_rows(element *row0, fa_int64 row_stride, int rows,
-                                           const float (&C)[FRAGS_N][4], float scale, int frag0,
-                                           int frags)
-{
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        element *row = row0 + 8 * half * row_stride;
-#pragma unroll
-        for (int n = 0; n < FRAGS_N; n += 4) {
-            unsigned word[4];
-#pragma unroll
-            for (int c = 0; c < 4; c++) {
-                const float *x = C[min(n + c, FRAGS_N - 1)] + 2 * half;
-                word[c] = pack(x[0] * scale, x[1] * scale);
-            }
-            const uint4 chunk = quad_transpose(word[0], word[1], word[2], word[3]);
-            const int frag = n + quad_lane();
-            if (8 * half < rows && frag < FRAGS_N && frag0 + frag < frags)
-                *reinterpret_cast<uint4 *>(row + (frag0 + frag) * 8) = chunk;
-        }
-    }
-}
-
-/* V [WARP_N, HEAD_DIM_V] from global memory into the layout of the A operand. */
-__device__ __forceinline__ void load_values(unsigned (&V_rmem)[N_FRAGS][DV_STEPS][4],
-                                            const element *V_gmem, fa_int64 stride, int keys)
-{
-    const int g = threadIdx.x % 32 / 4;
+    const element *gmem = static_cast<const element *>(tensor) + at.batch * stride.batch +
+                          at.head_kv * stride.head + quad_lane() * 2;
 #pragma unroll
     for (int n = 0; n < N_FRAGS; n++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int row = 16 * n + 8 * half + g;
+            const int key = key0 + 16 * n + 8 * half + threadIdx.x % 32 / 4;
 #pragma unroll
-            for (int chunk = 0; chunk < 2 * DV_STEPS; chunk++) {
-                const bool exists = chunk < HEAD_DIM_V / 8 && row < keys;
-                V_rmem[n][chunk / 2][chunk % 2 * 2 + half] =
-                    exists ? *reinterpret_cast<const unsigned *>(V_gmem + row * stride + chunk * 8 +
-                                                                 quad_lane() * 2)
-                           : 0;
+            for (int chunk = 0; chunk < ceil_div(DIM, 16) * 2; chunk++) {
+                const bool exists = chunk < DIM / 8 && key < keys;
+                const unsigned *word =
+                    reinterpret_cast<const unsigned *>(gmem + key * stride.seqlen + chunk * 8);
+                A[n][chunk / 2][chunk % 2 * 2 + half] = exists ? *word : 0;
             }
         }
+}
+
+/* What a warp keeps in registers: its rows of K (or V), and its sums of dV (or dK). */
+constexpr int MAX_FRAGS =
+    Q_layout::PADDED > dO_layout::PADDED ? Q_layout::PADDED : dO_layout::PADDED;
+struct key_rows {
+    unsigned operand[N_FRAGS][MAX_STEPS][4];
+    float sum[N_FRAGS][MAX_FRAGS][4];
+};
+
+/* Adds COUNT fragments to a row of them in memory, see params.h, from the number frag0 on. What pads
+ * the head dim is left out. */
+template <int COUNT, int MAX_COUNT>
+__device__ __forceinline__ void add_to_sums(float *sums, const float (&C)[MAX_COUNT][4], int frag0,
+                                            int frags)
+{
+#pragma unroll
+    for (int n = 0; n < COUNT; n++)
+        if (frag0 + n < frags)
+            red_add_4(sums + ((frag0 + n) * 32 + threadIdx.x % 32) * 4, C[n]);
+}
+
+/* dK or dV of this warp's keys: to the tensor, or to the sum of all blocks that share the keys. */
+template <int DIM>
+__device__ __forceinline__ void
+store_sums(const key_rows &own, void *tensor, const fa_strides &stride, float *sums,
+           const block_place &at, int key0, float scale, const fa_backward_params &params)
+{
+    const fa_int64 pair = static_cast<fa_int64>(at.batch) * params.heads_kv + at.head_kv;
+    element *gmem =
+        static_cast<element *>(tensor) + at.batch * stride.batch + at.head_kv * stride.head;
+#pragma unroll
+    for (int n = 0; n < N_FRAGS; n++) {
+        const int row = key0 + 16 * n + threadIdx.x % 32 / 4;
+        if (params.parts > 1) {
+            const fa_int64 first_row = pair * params.n_blocks * TILE_N + key0 + 16 * n;
+            add_to_sums<DIM / 8>(sums + first_row * DIM, own.sum[n], 0, DIM / 8);
+        } else {
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                store_row<DIM / 8>(gmem + (row + 8 * half) * stride.seqlen, own.sum[n], half, scale,
+                                   row + 8 * half < params.seqlen_k);
+        }
+    }
+}
+
+/* A tile of queries, as a warp sees it. */
+struct query_tile {
+    unsigned Q_smem, dO_smem, stats; /* addresses */
+    int query0;
+    bool masked; /* some query does not see some key of the block */
+};
+
+/* The group that holds K: P^T to shared memory, and dV. `S_own` is where this lane's first word of
+ * P^T is, `key` that word's key. */
+__device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile, unsigned S_own,
+                                           const query_mask &mask, int key,
+                                           const fa_backward_params &params)
+{
+#pragma unroll SUB_UNROLL
+    for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
+        float S[N_FRAGS][M_FRAGS][4];
+        unsigned P[N_FRAGS][M_FRAGS / 2][4];
+        fill(S, 0.0f);
+        multiply_rows<Q_layout, D_STEPS, M_FRAGS>(
+            S, own.operand, tile.Q_smem + columns_first<Q_layout>() + m0 * Q_layout::ROW_BYTES);
+#pragma unroll
+        for (int m = 0; m < M_FRAGS; m++) {
+            const float2 lse = ld_shared_2(tile.stats + (m0 + 8 * m + 2 * quad_lane()) * 4);
+#pragma unroll
+            for (int n = 0; n < N_FRAGS; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    S[n][m][e] =
+                        exp2_approx(S[n][m][e] * params.scale_log2 - (e % 2 ? lse.y : lse.x));
+        }
+        if (tile.masked)
+            hide(S, mask, key, tile.query0 + m0 + 2 * quad_lane(), params.seqlen_k);
+        pack_operand(P, S);
+        store_operand(S_layout::moved(S_own, 0, m0 / 8), P);
+        barrier_arrive<THREADS>(1 + m0 / SUB_M); /* this part of P^T is there */
+        multiply_columns<dO_layout, M_FRAGS / 2, dO_layout::PADDED>(
+            own.sum, P, tile.dO_smem + rows_first<dO_layout>() + m0 * dO_layout::ROW_BYTES);
+    }
+}
+
+/* The group that holds V: dS^T in place of P^T, and dK. */
+__device__ __forceinline__ void add_keys(key_rows &own, const query_tile &tile, unsigned S_own,
+                                         unsigned S_rows, const query_mask &mask, int key,
+                                         const fa_backward_params &params)
+{
+#pragma unroll SUB_UNROLL
+    for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
+        float dS[N_FRAGS][M_FRAGS][4];
+        unsigned P[N_FRAGS][M_FRAGS / 2][4];
+#pragma unroll
+        for (int m = 0; m < M_FRAGS; m++) {
+            const float2 delta =
+                ld_shared_2(tile.stats + (TILE_M + m0 + 8 * m + 2 * quad_lane()) * 4);
+#pragma unroll
+            for (int n = 0; n < N_FRAGS; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++)
+                    dS[n][m][e] = -(e % 2 ? delta.y : delta.x);
+        }
+        multiply_rows<dO_layout, DV_STEPS, M_FRAGS>(
+            dS, own.operand, tile.dO_smem + columns_first<dO_layout>() + m0 * dO_layout::ROW_BYTES);
+        barrier_sync<THREADS>(1 + m0 / SUB_M); /* until this part of P^T is there */
+#pragma unroll
+        for (int n = 0; n < N_FRAGS; n++)
+#pragma unroll
+            for (int m = 0; m < M_FRAGS / 2; m++) {
+                ldmatrix_x4(P[n][m], S_layout::moved(S_rows, 16 * n, m0 / 8 + 2 * m));
+#pragma unroll
+                for (int r = 0; r < 4; r++) {
+                    const float2 p = unpack(P[n][m][r]);
+                    dS[n][2 * m + r / 2][r % 2 * 2] *= p.x;
+                    dS[n][2 * m + r / 2][r % 2 * 2 + 1] *= p.y;
+                }
+            }
+        if (tile.masked) /* 0 * NaN */
+            hide(dS, mask, key, tile.query0 + m0 + 2 * quad_lane(), params.seqlen_k);
+        pack_operand(P, dS);
+        __syncwarp(); /* all lanes have their P^T */
+        store_operand(S_layout::moved(S_own, 0, m0 / 8), P);
+        multiply_columns<Q_layout, M_FRAGS / 2, Q_layout::PADDED>(
+            own.sum, P, tile.Q_smem + rows_first<Q_layout>() + m0 * Q_layout::ROW_BYTES);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
@@ -295,8 +386,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const unsigned smem = smem_address(smem_begin);
     const int thread = read_thread_index();
     const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
-    const int key_warp = warp / DIM_WARPS, dim_warp = warp % DIM_WARPS;
-    const int g = thread % 32 / 4;
+    const bool holds_K = warp < KEY_WARPS;
 
     /* ---- 1. Which keys, and which queries see them: head by head of those that share the KV head,
      * of each the tiles [m_begin, m_end), all of that divided among `parts` blocks. */
@@ -323,7 +413,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         m_block += tile_begin % (m_end - m_begin);
     }
 
-    /* ---- 2. K to shared memory, V to registers, the first queries to shared memory. */
+    /* ---- 2. K to shared memory, K or V to registers, the first queries to shared memory. */
     const auto load_Q = [&](int stage, int head, int m_block) {
         const Q_place place;
         place.copy(smem + Q_AT + stage * Q_layout::BYTES,
@@ -353,124 +443,48 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     cp_async_commit();
 
-    const int warp_key0 = key0 + key_warp * WARP_N;
-    unsigned V_rmem[N_FRAGS][DV_STEPS][4];
-    load_values(V_rmem,
-                static_cast<const element *>(params.v) + at.batch * params.v_stride.batch +
-                    at.head_kv * params.v_stride.head + warp_key0 * params.v_stride.seqlen,
-                params.v_stride.seqlen, params.seqlen_k - warp_key0);
-
-    float dK_rmem[N_FRAGS][DK_FRAGS][4], dV_rmem[N_FRAGS][DV_FRAGS][4];
-    fill(dK_rmem, 0.0f);
-    fill(dV_rmem, 0.0f);
+    const int own_row = warp % KEY_WARPS * WARP_N, own_key = key0 + own_row;
+    key_rows own;
+    fill(own.sum, 0.0f);
+    if (holds_K)
+        load_operand<HEAD_DIM>(own.operand, params.k, params.k_stride, at, own_key,
+                               params.seqlen_k);
+    else
+        load_operand<HEAD_DIM_V>(own.operand, params.v, params.v_stride, at, own_key,
+                                 params.seqlen_k);
 
     const unsigned K_rows = smem + K_AT + rows_first<K_layout>();
-    const unsigned K_own = K_rows + key_warp * WARP_N * K_layout::ROW_BYTES;
-    const unsigned dO_rows = smem + DO_AT + rows_first<dO_layout>();
-    const unsigned dO_columns = smem + DO_AT + columns_first<dO_layout>();
-    /* Of this lane's first word of P^T and dS^T, as it stores them. */
-    const unsigned S_own =
-        S_layout::moved(S_layout::offset(g, 0), key_warp * WARP_N, 0) + quad_lane() * 4;
+    /* P^T and dS^T as ldmatrix reads this warp's part of them, and as this lane stores it. */
+    const unsigned S_rows = smem + S_AT + rows_first<S_layout>() + own_row * S_layout::ROW_BYTES;
+    const int lane_row = own_row + thread % 32 / 4;
+    const unsigned S_own = smem + S_AT + S_layout::offset(lane_row, 0) + quad_lane() * 4;
 
     cp_async_wait<0>();
     __syncthreads(); /* everyone's copies are there */
 
     int stage = 0;
     for (int i = tile_begin; i < tile_end; i++) {
-        const unsigned Q_smem = smem + Q_AT + stage * Q_layout::BYTES;
-        const unsigned stats = smem + STATS_AT + stage * STATS_BYTES;
-        const bool last = i + 1 == tile_end;
-        const int query0 = m_block * TILE_M;
-        const bool wraps = m_block + 1 == m_end;
+        const bool last = i + 1 == tile_end, wraps = m_block + 1 == m_end;
         const int next_head = head + wraps, next_m_block = wraps ? m_begin : m_block + 1;
-        const bool masked = key1 > params.seqlen_k ||
-                            (MASK_RIGHT && mask.begin(key1 - 1) > query0) ||
-                            (MASK_LEFT && mask.end(key0) < min(query0 + TILE_M, params.seqlen_q));
+        const int query0 = m_block * TILE_M;
+        const query_tile tile = {
+            smem + Q_AT + stage * Q_layout::BYTES, smem + DO_AT,
+            smem + STATS_AT + stage * STATS_BYTES, query0,
+            key1 > params.seqlen_k || (MASK_RIGHT && mask.begin(key1 - 1) > query0) ||
+                (MASK_LEFT && mask.end(key0) < min(query0 + TILE_M, params.seqlen_q))};
 
         if (STAGES == 2 && !last)
             load_Q(stage ^ 1, next_head, next_m_block);
         cp_async_commit();
 
-        /* ---- 3. P^T and dS^T, and from registers dV and dK. */
-#pragma unroll
-        for (int sub = 0; sub < (SHARES_KEYS ? 1 : TILE_M / SUB_M); sub++) {
-            const int m0 = (SHARES_KEYS ? dim_warp : sub) * SUB_M; /* the first query */
-            float S_rmem[N_FRAGS][M_FRAGS][4], dP_rmem[N_FRAGS][M_FRAGS][4];
-            unsigned P_rmem[N_FRAGS][M_FRAGS / 2][4];
-            fill(S_rmem, 0.0f);
-            const unsigned Q_columns =
-                Q_smem + columns_first<Q_layout>() + m0 * Q_layout::ROW_BYTES;
-#pragma unroll
-            for (int k = 0; k < D_STEPS; k++) {
-                unsigned K_rmem[N_FRAGS][1][4];
-#pragma unroll
-                for (int n = 0; n < N_FRAGS; n++)
-                    ldmatrix_x4(K_rmem[n][0], K_layout::moved(K_own, 16 * n, 2 * k));
-                multiply_rows<Q_layout>(S_rmem, K_rmem, Q_layout::moved(Q_columns, 0, 2 * k));
-            }
-#pragma unroll
-            for (int m = 0; m < M_FRAGS; m++) {
-                const float2 lse = ld_shared_2(stats + (m0 + 8 * m + 2 * quad_lane()) * 4);
-                const float2 delta =
-                    ld_shared_2(stats + (TILE_M + m0 + 8 * m + 2 * quad_lane()) * 4);
-#pragma unroll
-                for (int n = 0; n < N_FRAGS; n++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        S_rmem[n][m][e] = exp2_approx(S_rmem[n][m][e] * params.scale_log2 -
-                                                      (e % 2 ? lse.y : lse.x));
-                        dP_rmem[n][m][e] = -(e % 2 ? delta.y : delta.x);
-                    }
-            }
-            if (masked)
-                hide(S_rmem, mask, warp_key0 + g, query0 + m0 + 2 * quad_lane(), params.seqlen_k);
-            pack_operand(P_rmem, S_rmem);
-            if (SHARES_KEYS)
-                store_operand(S_layout::moved(smem + P_AT + S_own, 0, m0 / 8), P_rmem);
-            else
-                multiply_columns<dO_layout>(dV_rmem, P_rmem, dO_rows + m0 * dO_layout::ROW_BYTES,
-                                            0);
+        /* ---- 3. P^T and dV, dS^T and dK. */
+        if (holds_K)
+            add_values(own, tile, S_own, mask, key0 + lane_row, params);
+        else
+            add_keys(own, tile, S_own, S_rows, mask, key0 + lane_row, params);
 
-            multiply_rows<dO_layout>(dP_rmem, V_rmem, dO_columns + m0 * dO_layout::ROW_BYTES);
-#pragma unroll
-            for (int n = 0; n < N_FRAGS; n++)
-#pragma unroll
-                for (int m = 0; m < M_FRAGS; m++)
-#pragma unroll
-                    for (int e = 0; e < 4; e++)
-                        dP_rmem[n][m][e] *= S_rmem[n][m][e];
-            if (masked) /* 0 * NaN */
-                hide(dP_rmem, mask, warp_key0 + g, query0 + m0 + 2 * quad_lane(), params.seqlen_k);
-            pack_operand(P_rmem, dP_rmem);
-            store_operand(S_layout::moved(smem + DS_AT + S_own, 0, m0 / 8), P_rmem);
-            if (!SHARES_KEYS)
-                multiply_columns<Q_layout>(
-                    dK_rmem, P_rmem, Q_smem + rows_first<Q_layout>() + m0 * Q_layout::ROW_BYTES, 0);
-        }
-        /* Barrier: dS^T is there, and P^T; nobody needs dO any more, where P^T is in registers. */
+        /* Barrier: dS^T is there, and nobody needs Q and dO any more. */
         __syncthreads();
-
-        if (SHARES_KEYS) {
-            /* ---- 4. dV and dK, this warp's dims of them. */
-            const unsigned own = rows_first<S_layout>() + key_warp * WARP_N * S_layout::ROW_BYTES;
-            const unsigned Q_rows = Q_smem + rows_first<Q_layout>();
-#pragma unroll
-            for (int k = 0; k < TILE_M / 16; k++) {
-                unsigned A_rmem[N_FRAGS][1][4];
-#pragma unroll
-                for (int n = 0; n < N_FRAGS; n++)
-                    ldmatrix_x4(A_rmem[n][0], S_layout::moved(smem + P_AT + own, 16 * n, 2 * k));
-                multiply_columns<dO_layout>(dV_rmem, A_rmem, dO_layout::moved(dO_rows, 16 * k, 0),
-                                            dim_warp * DV_FRAGS);
-#pragma unroll
-                for (int n = 0; n < N_FRAGS; n++)
-                    ldmatrix_x4(A_rmem[n][0], S_layout::moved(smem + DS_AT + own, 16 * n, 2 * k));
-                multiply_columns<Q_layout>(dK_rmem, A_rmem, Q_layout::moved(Q_rows, 16 * k, 0),
-                                           dim_warp * DK_FRAGS);
-            }
-            /* Barrier: nobody needs Q and dO any more. */
-            __syncthreads();
-        }
         if (!last) {
             if (STAGES == 1)
                 load_Q(0, next_head, next_m_block);
@@ -478,69 +492,47 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         cp_async_commit();
 
-        /* ---- 5. This warp's part of dQ. */
-        {
-            const int row_frag = warp / DQ_DIM_WARPS * DQ_ROW_FRAGS;
-            const int dim_frag = warp % DQ_DIM_WARPS * DQ_DIM_FRAGS;
-            float dQ_rmem[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4];
-            fill(dQ_rmem, 0.0f);
-            const unsigned dS_columns = smem + DS_AT + columns_first<S_layout>();
+        /* ---- 4. This warp's part of dQ. */
+        const int row_frag = warp / DQ_DIM_WARPS * DQ_ROW_FRAGS;
+        const int dim_frag = warp % DQ_DIM_WARPS * DQ_DIM_FRAGS;
+        float dQ[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4];
+        fill(dQ, 0.0f);
+        const unsigned dS_columns = smem + S_AT + columns_first<S_layout>();
 #pragma unroll
-            for (int k = 0; k < TILE_N / 16; k++) {
-                unsigned dS_rmem[DQ_ROW_FRAGS][1][4];
-#pragma unroll
-                for (int m = 0; m < DQ_ROW_FRAGS; m++)
-                    ldmatrix_x4_trans(dS_rmem[m][0],
-                                      S_layout::moved(dS_columns, 16 * k, 2 * (row_frag + m)));
-                multiply_columns<K_layout>(dQ_rmem, dS_rmem, K_layout::moved(K_rows, 16 * k, 0),
-                                           dim_frag);
-            }
-            const fa_int64 tile =
-                (static_cast<fa_int64>(at.batch) * params.heads_q + head) * params.m_blocks +
-                m_block;
-            if (DETERMINISTIC)
-                wait_turn(params.turns + tile, at.n_block - mask.first_n_block(query0));
-            float *sums = params.dq_sum + tile * (TILE_M * HEAD_DIM);
+        for (int k = 0; k < TILE_N / 16; k++) {
+            unsigned dS[DQ_ROW_FRAGS][1][4];
 #pragma unroll
             for (int m = 0; m < DQ_ROW_FRAGS; m++)
-                add_to_sums(sums + (row_frag + m) * (16 * HEAD_DIM), dQ_rmem[m], dim_frag,
-                            HEAD_DIM / 8);
-            /* Barrier: nobody needs dS^T any more, and the next queries are there. */
-            cp_async_wait<0>();
-            __syncthreads();
-            if (DETERMINISTIC && thread == 0)
-                end_turn(params.turns + tile);
+                ldmatrix_x4_trans(dS[m][0],
+                                  S_layout::moved(dS_columns, 16 * k, 2 * (row_frag + m)));
+            multiply_columns<K_layout, 1, DQ_DIM_FRAGS>(dQ, dS, K_layout::moved(K_rows, 16 * k, 0),
+                                                        dim_frag);
         }
+        const fa_int64 q_tile =
+            (static_cast<fa_int64>(at.batch) * params.heads_q + head) * params.m_blocks + m_block;
+        if (DETERMINISTIC)
+            wait_turn(params.turns + q_tile, at.n_block - mask.first_n_block(query0));
+        float *sums = params.dq_sum + q_tile * (TILE_M * HEAD_DIM);
+#pragma unroll
+        for (int m = 0; m < DQ_ROW_FRAGS; m++)
+            add_to_sums<DQ_DIM_FRAGS>(sums + (row_frag + m) * (16 * HEAD_DIM), dQ[m], dim_frag,
+                                      HEAD_DIM / 8);
+        /* Barrier: nobody needs dS^T any more, and the next queries are there. */
+        cp_async_wait<0>();
+        __syncthreads();
+        if (DETERMINISTIC && thread == 0)
+            end_turn(params.turns + q_tile);
         head = next_head;
         m_block = next_m_block;
         if (STAGES == 2)
             stage ^= 1;
     }
 
-    /* ---- 6. dK and dV out. */
-#pragma unroll
-    for (int n = 0; n < N_FRAGS; n++) {
-        const int key = warp_key0 + 16 * n;
-        const int keys = params.seqlen_k - key;
-        if (params.parts > 1) {
-            const fa_int64 frag =
-                ((static_cast<fa_int64>(at.batch) * params.heads_kv + at.head_kv) *
-                     params.n_blocks * TILE_N +
-                 key) /
-                16;
-            add_to_sums(params.dk_sum + frag * (16 * HEAD_DIM), dK_rmem[n], dim_warp * DK_FRAGS,
-                        HEAD_DIM / 8);
-            add_to_sums(params.dv_sum + frag * (16 * HEAD_DIM_V), dV_rmem[n], dim_warp * DV_FRAGS,
-                        HEAD_DIM_V / 8);
-            continue;
-        }
-        store_rows(static_cast<element *>(params.dk) + at.batch * params.dk_stride.batch +
-                       at.head_kv * params.dk_stride.head + (key + g) * params.dk_stride.seqlen,
-                   params.dk_stride.seqlen, keys - g, dK_rmem[n], params.softmax_scale,
-                   dim_warp * DK_FRAGS, HEAD_DIM / 8);
-        store_rows(static_cast<element *>(params.dv) + at.batch * params.dv_stride.batch +
-                       at.head_kv * params.dv_stride.head + (key + g) * params.dv_stride.seqlen,
-                   params.dv_stride.seqlen, keys - g, dV_rmem[n], 1.0f, dim_warp * DV_FRAGS,
-                   HEAD_DIM_V / 8);
-    }
+    /* ---- 5. dV, dK out. */
+    if (holds_K)
+        store_sums<HEAD_DIM_V>(own, params.dv, params.dv_stride, params.dv_sum, at, own_key, 1.0f,
+                               params);
+    else
+        store_sums<HEAD_DIM>(own, params.dk, params.dk_stride, params.dk_sum, at, own_key,
+                             params.softmax_scale, params);
 }

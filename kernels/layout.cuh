@@ -103,4 +103,25 @@ __device__ __forceinline__ uint4 quad_transpose(unsigned x0, unsigned x1, unsign
     return high ? make_uint4(first, second, x2, x3) : make_uint4(x0, x1, first, second);
 }
 
+/* Writes row g (half 0) or g + 8 (half 1) of C fragments: the lanes of a quad hold 4 bytes each of
+ * every 16-byte chunk of their row; transposed, each holds every fourth chunk whole, and a row is
+ * written 64 contiguous bytes at a time. */
+template <int FRAGS, int MAX_FRAGS>
+__device__ __forceinline__ void store_row(element *row, const float (&C)[MAX_FRAGS][4], int half,
+                                          float scale, bool exists)
+{
+#pragma unroll
+    for (int n = 0; n < FRAGS; n += 4) {
+        unsigned word[4];
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            const float *x = C[min(n + c, FRAGS - 1)] + 2 * half;
+            word[c] = pack(x[0] * scale, x[1] * scale);
+        }
+        const uint4 chunk = quad_transpose(word[0], word[1], word[2], word[3]);
+        if (exists && n + quad_lane() < FRAGS)
+            *reinterpret_cast<uint4 *>(row + (n + quad_lane()) * 8) = chunk;
+    }
+}
+
 #endif

@@ -191,6 +191,19 @@ __device__ __forceinline__ void end_turn(int *turn)
     asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
 }
 
+/* ---- between groups of warps ---------------------------------------------------------------- */
+
+/* The barrier `id` of COUNT threads of the block, of which some only announce that they have come
+ * this far, and others wait for them. */
+template <int COUNT> __device__ __forceinline__ void barrier_arrive(int id)
+{
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "n"(COUNT) : "memory");
+}
+template <int COUNT> __device__ __forceinline__ void barrier_sync(int id)
+{
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "n"(COUNT) : "memory");
+}
+
 /* ---- matrices ------------------------------------------------------------------------------- */
 
 __device__ __forceinline__ uint4 ld_shared_16(unsigned smem)
