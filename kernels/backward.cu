@@ -18,6 +18,7 @@
  *   WARPS, WARP_N          keys: WARP_N (a multiple of 16) per warp of a group, WARPS in both groups
  *   TILE_M, SUB_M          queries: TILE_M at a time in shared memory, SUB_M through registers
  *   STAGES                 1 or 2: of Q in shared memory
+ *   TMA                    1: the TMA brings Q and dO, 0: cp.async does
  *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
  *   DETERMINISTIC          1: blocks add to dQ in the order of their keys */
 #include "params.h"
@@ -66,9 +67,13 @@ constexpr int Q_AT = K_AT + K_layout::BYTES;
 constexpr int DO_AT = Q_AT + STAGES * Q_layout::BYTES;
 constexpr int S_AT = DO_AT + dO_layout::BYTES;
 constexpr int STATS_AT = S_AT + S_layout::BYTES;
+constexpr int MBARRIERS_AT = STATS_AT + STAGES * STATS_BYTES; /* of the stages of Q, and of dO */
+
+/* Named barriers; from P_IS_THERE on one for every sub-tile. */
+constexpr int S_IS_FREE = 1, P_IS_THERE = 2;
 
 static_assert(WARP_N % 16 == 0 && SUB_M % 16 == 0, "whole mma steps");
-static_assert(TILE_M % SUB_M == 0 && TILE_M / SUB_M < 16, "a named barrier for every sub-tile");
+static_assert(TILE_M % SUB_M == 0 && TILE_M / SUB_M <= 14, "a named barrier for every sub-tile");
 
 /* This lane's row for an ldmatrix of four 8x8 matrices, in rows first, or in columns first. */
 template <class layout> __device__ __forceinline__ unsigned rows_first()
@@ -251,6 +256,17 @@ __device__ __forceinline__ void load_operand(unsigned (&A)[N_FRAGS][MAX_STEPS][4
         }
 }
 
+/* A tile in boxes of the TMA, each a segment of the layout. */
+template <class layout>
+__device__ __forceinline__ void load_boxes(unsigned smem, const fa_tensor_map &map,
+                                           unsigned mbarrier, int row, int head, int batch)
+{
+#pragma unroll
+    for (int c = 0; c < layout::PADDED; c += layout::COLS)
+        tma_load_4d(smem + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier, c * 8, row,
+                    head, batch);
+}
+
 /* What a warp keeps in registers: its rows of K (or V), and its sums of dV (or dK). */
 constexpr int MAX_FRAGS =
     Q_layout::PADDED > dO_layout::PADDED ? Q_layout::PADDED : dO_layout::PADDED;
@@ -298,8 +314,20 @@ store_sums(const key_rows &own, void *tensor, const fa_strides &stride, float *s
 /* A tile of queries, as a warp sees it. */
 struct query_tile {
     unsigned Q_smem, dO_smem, stats; /* addresses */
+    unsigned Q_mbarrier, Q_parity, dO_mbarrier, dO_parity;
     int query0;
     bool masked; /* some query does not see some key of the block */
+
+    __device__ __forceinline__ void wait_Q() const
+    {
+        if (TMA)
+            mbarrier_wait(Q_mbarrier, Q_parity);
+    }
+    __device__ __forceinline__ void wait_dO() const
+    {
+        if (TMA)
+            mbarrier_wait(dO_mbarrier, dO_parity);
+    }
 };
 
 /* The group that holds K: P^T to shared memory, and dV. `S_own` is where this lane's first word of
@@ -308,6 +336,7 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
                                            const query_mask &mask, int key,
                                            const fa_backward_params &params)
 {
+    tile.wait_Q();
 #pragma unroll SUB_UNROLL
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
         float S[N_FRAGS][M_FRAGS][4];
@@ -328,8 +357,12 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
         if (tile.masked)
             hide(S, mask, key, tile.query0 + m0 + 2 * quad_lane(), params.seqlen_k);
         pack_operand(P, S);
+        if (m0 == 0)
+            tile.wait_dO();
+        if (TMA && m0 == 0)
+            barrier_sync<THREADS>(S_IS_FREE); /* until dS^T of the tile before has been read */
         store_operand(S_layout::moved(S_own, 0, m0 / 8), P);
-        barrier_arrive<THREADS>(1 + m0 / SUB_M); /* this part of P^T is there */
+        barrier_arrive<THREADS>(P_IS_THERE + m0 / SUB_M); /* this part of P^T is there */
         multiply_columns<dO_layout, M_FRAGS / 2, dO_layout::PADDED>(
             own.sum, P, tile.dO_smem + rows_first<dO_layout>() + m0 * dO_layout::ROW_BYTES);
     }
@@ -340,6 +373,8 @@ __device__ __forceinline__ void add_keys(key_rows &own, const query_tile &tile, 
                                          unsigned S_rows, const query_mask &mask, int key,
                                          const fa_backward_params &params)
 {
+    tile.wait_Q(); /* delta comes with it */
+    tile.wait_dO();
 #pragma unroll SUB_UNROLL
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
         float dS[N_FRAGS][M_FRAGS][4];
@@ -356,7 +391,7 @@ __device__ __forceinline__ void add_keys(key_rows &own, const query_tile &tile, 
         }
         multiply_rows<dO_layout, DV_STEPS, M_FRAGS>(
             dS, own.operand, tile.dO_smem + columns_first<dO_layout>() + m0 * dO_layout::ROW_BYTES);
-        barrier_sync<THREADS>(1 + m0 / SUB_M); /* until this part of P^T is there */
+        barrier_sync<THREADS>(P_IS_THERE + m0 / SUB_M); /* until this part of P^T is there */
 #pragma unroll
         for (int n = 0; n < N_FRAGS; n++)
 #pragma unroll
@@ -382,7 +417,7 @@ __device__ __forceinline__ void add_keys(key_rows &own, const query_tile &tile, 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward(const __grid_constant__ struct fa_backward_params params)
 {
-    extern __shared__ __align__(128) char smem_begin[];
+    extern __shared__ __align__(1024) char smem_begin[];
     const unsigned smem = smem_address(smem_begin);
     const int thread = read_thread_index();
     const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
@@ -414,26 +449,57 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
 
     /* ---- 2. K to shared memory, K or V to registers, the first queries to shared memory. */
+    const auto tile_of = [&](int head, int m_block) {
+        return (static_cast<fa_int64>(at.batch) * params.heads_q + head) * params.m_blocks +
+               m_block;
+    };
     const auto load_Q = [&](int stage, int head, int m_block) {
+        const unsigned Q_smem = smem + Q_AT + stage * Q_layout::BYTES;
+        const unsigned stats_smem = smem + STATS_AT + stage * STATS_BYTES;
+        const float *stats = params.stats + tile_of(head, m_block) * 2 * TILE_M;
+        if (TMA) {
+            if (thread == 0) {
+                const unsigned mbarrier = smem + MBARRIERS_AT + stage * 8;
+                mbarrier_expect(mbarrier, Q_layout::BYTES + STATS_BYTES);
+                load_boxes<Q_layout>(Q_smem, params.q_map, mbarrier, m_block * TILE_M, head,
+                                     at.batch);
+                bulk_load(stats_smem, stats, STATS_BYTES, mbarrier);
+            }
+            return;
+        }
         const Q_place place;
-        place.copy(smem + Q_AT + stage * Q_layout::BYTES,
+        place.copy(Q_smem,
                    place.first_chunk(params.q, params.q_stride, at.batch, head, m_block * TILE_M),
                    params.q_stride.seqlen, params.seqlen_q - m_block * TILE_M);
-        if (thread < STATS_BYTES / 16) {
-            const fa_int64 tile =
-                (static_cast<fa_int64>(at.batch) * params.heads_q + head) * params.m_blocks +
-                m_block;
-            cp_async_16(smem + STATS_AT + stage * STATS_BYTES + thread * 16,
-                        params.stats + tile * 2 * TILE_M + thread * 4, 16);
-        }
+        if (thread < STATS_BYTES / 16)
+            cp_async_16(stats_smem + thread * 16, stats + thread * 4, 16);
     };
     const auto load_dO = [&](int head, int m_block) {
+        if (TMA) {
+            if (thread == 0) {
+                const unsigned mbarrier = smem + MBARRIERS_AT + STAGES * 8;
+                mbarrier_expect(mbarrier, dO_layout::BYTES);
+                load_boxes<dO_layout>(smem + DO_AT, params.dout_map, mbarrier, m_block * TILE_M,
+                                      head, at.batch);
+            }
+            return;
+        }
         const dO_place place;
         place.copy(
             smem + DO_AT,
             place.first_chunk(params.dout, params.dout_stride, at.batch, head, m_block * TILE_M),
             params.dout_stride.seqlen, params.seqlen_q - m_block * TILE_M);
     };
+    if (TMA) {
+        if (thread == 0) {
+            for (int i = 0; i < STAGES + 1; i++)
+                mbarrier_init(smem + MBARRIERS_AT + i * 8, 1);
+            fence_mbarrier_init();
+        }
+        __syncthreads(); /* nobody comes to an mbarrier before it is there */
+        if (!holds_K)
+            barrier_arrive<THREADS>(S_IS_FREE);
+    }
     const K_place K_at;
     K_at.copy(smem + K_AT, K_at.first_chunk(params.k, params.k_stride, at.batch, at.head_kv, key0),
               params.k_stride.seqlen, params.seqlen_k - key0);
@@ -441,7 +507,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         load_Q(0, head, m_block);
         load_dO(head, m_block);
     }
-    cp_async_commit();
 
     const int own_row = warp % KEY_WARPS * WARP_N, own_key = key0 + own_row;
     key_rows own;
@@ -459,23 +524,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int lane_row = own_row + thread % 32 / 4;
     const unsigned S_own = smem + S_AT + S_layout::offset(lane_row, 0) + quad_lane() * 4;
 
-    cp_async_wait<0>();
+    cp_async_wait_all();
     __syncthreads(); /* everyone's copies are there */
 
     int stage = 0;
+    unsigned Q_parity = 0, dO_parity = 0;
     for (int i = tile_begin; i < tile_end; i++) {
         const bool last = i + 1 == tile_end, wraps = m_block + 1 == m_end;
         const int next_head = head + wraps, next_m_block = wraps ? m_begin : m_block + 1;
         const int query0 = m_block * TILE_M;
         const query_tile tile = {
-            smem + Q_AT + stage * Q_layout::BYTES, smem + DO_AT,
-            smem + STATS_AT + stage * STATS_BYTES, query0,
+            smem + Q_AT + stage * Q_layout::BYTES,
+            smem + DO_AT,
+            smem + STATS_AT + stage * STATS_BYTES,
+            smem + MBARRIERS_AT + stage * 8,
+            Q_parity,
+            smem + MBARRIERS_AT + STAGES * 8,
+            dO_parity,
+            query0,
             key1 > params.seqlen_k || (MASK_RIGHT && mask.begin(key1 - 1) > query0) ||
                 (MASK_LEFT && mask.end(key0) < min(query0 + TILE_M, params.seqlen_q))};
 
         if (STAGES == 2 && !last)
             load_Q(stage ^ 1, next_head, next_m_block);
-        cp_async_commit();
 
         /* ---- 3. P^T and dV, dS^T and dK. */
         if (holds_K)
@@ -490,7 +561,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                 load_Q(0, next_head, next_m_block);
             load_dO(next_head, next_m_block);
         }
-        cp_async_commit();
 
         /* ---- 4. This warp's part of dQ. */
         const int row_frag = warp / DQ_DIM_WARPS * DQ_ROW_FRAGS;
@@ -508,20 +578,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             multiply_columns<K_layout, 1, DQ_DIM_FRAGS>(dQ, dS, K_layout::moved(K_rows, 16 * k, 0),
                                                         dim_frag);
         }
-        const fa_int64 q_tile =
-            (static_cast<fa_int64>(at.batch) * params.heads_q + head) * params.m_blocks + m_block;
+        if (TMA && !holds_K && !last)
+            barrier_arrive<THREADS>(S_IS_FREE);
+
+        const fa_int64 q_tile = tile_of(head, m_block);
+        int *const turn = params.turns + q_tile * WARPS + warp;
         if (DETERMINISTIC)
-            wait_turn(params.turns + q_tile, at.n_block - mask.first_n_block(query0));
+            wait_turn(turn, at.n_block - mask.first_n_block(query0));
         float *sums = params.dq_sum + q_tile * (TILE_M * HEAD_DIM);
 #pragma unroll
         for (int m = 0; m < DQ_ROW_FRAGS; m++)
             add_to_sums<DQ_DIM_FRAGS>(sums + (row_frag + m) * (16 * HEAD_DIM), dQ[m], dim_frag,
                                       HEAD_DIM / 8);
-        /* Barrier: nobody needs dS^T any more, and the next queries are there. */
-        cp_async_wait<0>();
-        __syncthreads();
-        if (DETERMINISTIC && thread == 0)
-            end_turn(params.turns + q_tile);
+        if (DETERMINISTIC)
+            end_turn(turn);
+        if (!TMA) {
+            /* Barrier: nobody needs dS^T any more, and the next queries are there. */
+            cp_async_wait_all();
+            __syncthreads();
+        }
+        if (stage == STAGES - 1)
+            Q_parity ^= 1;
+        dO_parity ^= 1;
         head = next_head;
         m_block = next_m_block;
         if (STAGES == 2)

@@ -68,7 +68,7 @@ struct fa_backward_params {
     void *dk, *dv;           /* like k and v */
     float *stats;            /* [batch, heads_q, m_blocks, 2, TILE_M]: lse * log2(e), and delta */
     float *dq_sum, *dk_sum, *dv_sum; /* the last two where parts > 1 */
-    int *turns;   /* [batch, heads_q, m_blocks]: blocks of keys that have added to a tile of dQ */
+    int *turns;   /* [batch, heads_q, m_blocks, warps]: how often a part of dQ has been added to */
     int *tickets; /* how many blocks have started */
     void *zeros;  /* what has to be zero before: 16-byte units, zero_chunks of them */
     fa_int64 zero_chunks;
@@ -80,6 +80,7 @@ struct fa_backward_params {
     int window_left;        /* as in fa_forward_params */
     int window_right;
     float scale_log2, softmax_scale;
+    struct fa_tensor_map q_map, dout_map; /* [batch, heads_q, seqlen_q, head_dim or head_dim_v] */
 };
 
 /* The single argument of kernels/backward_convert.cu: a sum to a tensor. */

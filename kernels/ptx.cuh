@@ -63,6 +63,12 @@ template <int PENDING> __device__ __forceinline__ void cp_async_wait()
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
+/* Waits for all of this thread's copies, in a group or in none. */
+__device__ __forceinline__ void cp_async_wait_all()
+{
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 /* ---- mbarriers and the TMA: from 9.0 on ------------------------------------------------------ */
 
 /* An mbarrier is eight bytes of shared memory. A phase of it ends when `arrivals` have come, and
@@ -123,6 +129,16 @@ __device__ __forceinline__ void tma_load_4d(unsigned smem, const fa_tensor_map *
                  : "memory");
 }
 
+/* Copies contiguous bytes to shared memory. */
+__device__ __forceinline__ void bulk_load(unsigned smem, const void *gmem, int bytes,
+                                          unsigned mbarrier)
+{
+    asm volatile("cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"(smem),
+                 "l"(gmem), "r"(bytes), "r"(mbarrier)
+                 : "memory");
+}
+
 /* True in one lane of the warp. */
 __device__ __forceinline__ bool elect_one()
 {
@@ -176,19 +192,25 @@ __device__ __forceinline__ int atomic_add(int *counter, int x)
     return before;
 }
 
-/* Waits until `turns` turns have ended; what was written in them can then be seen. */
+/* This warp's turn begins when `turns` others have ended; it sees what was written in them. */
 __device__ __forceinline__ void wait_turn(const int *turn, int turns)
 {
-    int ended;
+    int ended = turns;
     do
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(ended) : "l"(turn) : "memory");
-    while (ended != turns);
+        if (threadIdx.x % 32 == 0)
+            asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                         : "=r"(ended)
+                         : "l"(turn)
+                         : "memory");
+    while (__any_sync(0xffffffff, ended != turns));
 }
 
-/* Ends a turn: what this thread has seen written, whoever waits for it sees. */
+/* It ends: whoever waits for it sees what this warp has written. */
 __device__ __forceinline__ void end_turn(int *turn)
 {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
 }
 
 /* ---- between groups of warps ---------------------------------------------------------------- */
