@@ -68,6 +68,12 @@ constexpr int DO_AT = Q_AT + STAGES * Q_layout::BYTES;
 constexpr int S_AT = DO_AT + dO_layout::BYTES;
 constexpr int STATS_AT = S_AT + S_layout::BYTES;
 constexpr int MBARRIERS_AT = STATS_AT + STAGES * STATS_BYTES; /* of the stages of Q, and of dO */
+constexpr int DQ_AT = MBARRIERS_AT + (TMA ? 16 * (STAGES + 1) : 0);
+
+/* dQ goes to its sums by way of shared memory, in bulk, where that is possible: then no warp waits
+ * for its additions to leave. Each has room for 16 rows of its part. */
+constexpr bool ADDS_IN_BULK = TMA && !DETERMINISTIC && K_layout::PADDED == HEAD_DIM / 8;
+constexpr int DQ_WARP_BYTES = DQ_DIM_FRAGS * 512;
 
 /* Named barriers; from P_IS_THERE on one for every sub-tile. */
 constexpr int S_IS_FREE = 1, P_IS_THERE = 2;
@@ -287,6 +293,22 @@ __device__ __forceinline__ void add_to_sums(float *sums, const float (&C)[MAX_CO
             red_add_4(sums + ((frag0 + n) * 32 + threadIdx.x % 32) * 4, C[n]);
 }
 
+/* The same in bulk, by way of shared memory. */
+__device__ __forceinline__ void add_in_bulk(float *sums, unsigned smem,
+                                            const float (&C)[DQ_DIM_FRAGS][4])
+{
+    const int lane = threadIdx.x % 32;
+    bulk_wait_read();
+    __syncwarp(); /* what was there has been read */
+#pragma unroll
+    for (int n = 0; n < DQ_DIM_FRAGS; n++)
+        st_shared_4(smem + n * 512 + lane * 16, C[n]);
+    fence_bulk();
+    __syncwarp(); /* all of it is there */
+    if (lane == 0)
+        bulk_add(sums, smem, DQ_WARP_BYTES);
+}
+
 /* dK or dV of this warp's keys: to the tensor, or to the sum of all blocks that share the keys. */
 template <int DIM>
 __device__ __forceinline__ void
@@ -343,7 +365,8 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
         unsigned P[N_FRAGS][M_FRAGS / 2][4];
         fill(S, 0.0f);
         multiply_rows<Q_layout, D_STEPS, M_FRAGS>(
-            S, own.operand, tile.Q_smem + columns_first<Q_layout>() + m0 * Q_layout::ROW_BYTES);
+            S, own.operand,
+            not_before(tile.Q_smem + columns_first<Q_layout>()) + m0 * Q_layout::ROW_BYTES);
 #pragma unroll
         for (int m = 0; m < M_FRAGS; m++) {
             const float2 lse = ld_shared_2(tile.stats + (m0 + 8 * m + 2 * quad_lane()) * 4);
@@ -364,7 +387,8 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
         store_operand(S_layout::moved(S_own, 0, m0 / 8), P);
         barrier_arrive<THREADS>(P_IS_THERE + m0 / SUB_M); /* this part of P^T is there */
         multiply_columns<dO_layout, M_FRAGS / 2, dO_layout::PADDED>(
-            own.sum, P, tile.dO_smem + rows_first<dO_layout>() + m0 * dO_layout::ROW_BYTES);
+            own.sum, P,
+            not_before(tile.dO_smem + rows_first<dO_layout>()) + m0 * dO_layout::ROW_BYTES);
     }
 }
 
@@ -390,7 +414,8 @@ __device__ __forceinline__ void add_keys(key_rows &own, const query_tile &tile, 
                     dS[n][m][e] = -(e % 2 ? delta.y : delta.x);
         }
         multiply_rows<dO_layout, DV_STEPS, M_FRAGS>(
-            dS, own.operand, tile.dO_smem + columns_first<dO_layout>() + m0 * dO_layout::ROW_BYTES);
+            dS, own.operand,
+            not_before(tile.dO_smem + columns_first<dO_layout>()) + m0 * dO_layout::ROW_BYTES);
         barrier_sync<THREADS>(P_IS_THERE + m0 / SUB_M); /* until this part of P^T is there */
 #pragma unroll
         for (int n = 0; n < N_FRAGS; n++)
@@ -410,7 +435,8 @@ __device__ __forceinline__ void add_keys(key_rows &own, const query_tile &tile, 
         __syncwarp(); /* all lanes have their P^T */
         store_operand(S_layout::moved(S_own, 0, m0 / 8), P);
         multiply_columns<Q_layout, M_FRAGS / 2, Q_layout::PADDED>(
-            own.sum, P, tile.Q_smem + rows_first<Q_layout>() + m0 * Q_layout::ROW_BYTES);
+            own.sum, P,
+            not_before(tile.Q_smem + rows_first<Q_layout>()) + m0 * Q_layout::ROW_BYTES);
     }
 }
 
@@ -459,7 +485,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const float *stats = params.stats + tile_of(head, m_block) * 2 * TILE_M;
         if (TMA) {
             if (thread == 0) {
-                const unsigned mbarrier = smem + MBARRIERS_AT + stage * 8;
+                const unsigned mbarrier = smem + MBARRIERS_AT + stage * 16;
                 mbarrier_expect(mbarrier, Q_layout::BYTES + STATS_BYTES);
                 load_boxes<Q_layout>(Q_smem, params.q_map, mbarrier, m_block * TILE_M, head,
                                      at.batch);
@@ -477,7 +503,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const auto load_dO = [&](int head, int m_block) {
         if (TMA) {
             if (thread == 0) {
-                const unsigned mbarrier = smem + MBARRIERS_AT + STAGES * 8;
+                const unsigned mbarrier = smem + MBARRIERS_AT + STAGES * 16;
                 mbarrier_expect(mbarrier, dO_layout::BYTES);
                 load_boxes<dO_layout>(smem + DO_AT, params.dout_map, mbarrier, m_block * TILE_M,
                                       head, at.batch);
@@ -493,7 +519,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (TMA) {
         if (thread == 0) {
             for (int i = 0; i < STAGES + 1; i++)
-                mbarrier_init(smem + MBARRIERS_AT + i * 8, 1);
+                mbarrier_init(smem + MBARRIERS_AT + i * 16, 1);
             fence_mbarrier_init();
         }
         __syncthreads(); /* nobody comes to an mbarrier before it is there */
@@ -518,7 +544,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         load_operand<HEAD_DIM_V>(own.operand, params.v, params.v_stride, at, own_key,
                                  params.seqlen_k);
 
-    const unsigned K_rows = smem + K_AT + rows_first<K_layout>();
     /* P^T and dS^T as ldmatrix reads this warp's part of them, and as this lane stores it. */
     const unsigned S_rows = smem + S_AT + rows_first<S_layout>() + own_row * S_layout::ROW_BYTES;
     const int lane_row = own_row + thread % 32 / 4;
@@ -537,9 +562,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             smem + Q_AT + stage * Q_layout::BYTES,
             smem + DO_AT,
             smem + STATS_AT + stage * STATS_BYTES,
-            smem + MBARRIERS_AT + stage * 8,
+            smem + MBARRIERS_AT + stage * 16,
             Q_parity,
-            smem + MBARRIERS_AT + STAGES * 8,
+            smem + MBARRIERS_AT + STAGES * 16,
             dO_parity,
             query0,
             key1 > params.seqlen_k || (MASK_RIGHT && mask.begin(key1 - 1) > query0) ||
@@ -567,7 +592,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int dim_frag = warp % DQ_DIM_WARPS * DQ_DIM_FRAGS;
         float dQ[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4];
         fill(dQ, 0.0f);
-        const unsigned dS_columns = smem + S_AT + columns_first<S_layout>();
+        const unsigned dS_columns = not_before(smem + S_AT + columns_first<S_layout>());
+        const unsigned K_rows = not_before(smem + K_AT + rows_first<K_layout>());
 #pragma unroll
         for (int k = 0; k < TILE_N / 16; k++) {
             unsigned dS[DQ_ROW_FRAGS][1][4];
@@ -585,11 +611,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         int *const turn = params.turns + q_tile * WARPS + warp;
         if (DETERMINISTIC)
             wait_turn(turn, at.n_block - mask.first_n_block(query0));
-        float *sums = params.dq_sum + q_tile * (TILE_M * HEAD_DIM);
+        float *sums = params.dq_sum + q_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
 #pragma unroll
         for (int m = 0; m < DQ_ROW_FRAGS; m++)
-            add_to_sums<DQ_DIM_FRAGS>(sums + (row_frag + m) * (16 * HEAD_DIM), dQ[m], dim_frag,
-                                      HEAD_DIM / 8);
+            if (ADDS_IN_BULK)
+                add_in_bulk(sums + m * (16 * HEAD_DIM) + dim_frag * 128,
+                            smem + DQ_AT + warp * DQ_WARP_BYTES, dQ[m]);
+            else
+                add_to_sums<DQ_DIM_FRAGS>(sums + m * (16 * HEAD_DIM), dQ[m], dim_frag,
+                                          HEAD_DIM / 8);
         if (DETERMINISTIC)
             end_turn(turn);
         if (!TMA) {
@@ -605,6 +635,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (STAGES == 2)
             stage ^= 1;
     }
+
+    if (ADDS_IN_BULK)
+        bulk_wait_read(); /* shared memory is the block's until it ends */
 
     /* ---- 5. dV, dK out. */
     if (holds_K)
