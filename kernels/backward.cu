@@ -34,20 +34,21 @@ constexpr int D_STEPS = (HEAD_DIM + 15) / 16;
 constexpr int DV_STEPS = (HEAD_DIM_V + 15) / 16;
 constexpr int MAX_STEPS = D_STEPS > DV_STEPS ? D_STEPS : DV_STEPS;
 
-/* dQ [TILE_M, HEAD_DIM] is cut into DQ_ROW_WARPS times DQ_DIM_WARPS parts: of the cuts into 16 rows
- * by 16 dims and more, the one whose parts read the fewest operands. */
-constexpr int dq_dim_warps(int warps, int row_frags, int min_dim_warps)
+/* dQ [TILE_M, HEAD_DIM] is cut into two halves of rows, one for each group, and these into
+ * DQ_ROW_WARPS times DQ_DIM_WARPS parts: of the cuts into 16 rows by 16 dims and more, the one whose
+ * parts read the fewest operands. */
+constexpr int HALF_FRAGS = TILE_M / 32; /* 16-row fragments */
+constexpr int dq_dim_warps(int least)
 {
-    int best = min_dim_warps;
-    for (int n = min_dim_warps; n <= warps; n *= 2)
-        if (HEAD_DIM / 16 % n == 0 && row_frags * n / warps + HEAD_DIM / 16 / n <
-                                          row_frags * best / warps + HEAD_DIM / 16 / best)
+    int best = least;
+    for (int n = least; n <= KEY_WARPS; n *= 2)
+        if (HEAD_DIM / 16 % n == 0 && HALF_FRAGS * n / KEY_WARPS + HEAD_DIM / 16 / n <
+                                          HALF_FRAGS * best / KEY_WARPS + HEAD_DIM / 16 / best)
             best = n;
     return best;
 }
-constexpr int MIN_DQ_DIM_WARPS = WARPS * 16 > TILE_M ? WARPS * 16 / TILE_M : 1;
-constexpr int DQ_DIM_WARPS = dq_dim_warps(WARPS, TILE_M / 16, MIN_DQ_DIM_WARPS);
-constexpr int DQ_ROW_WARPS = WARPS / DQ_DIM_WARPS;
+constexpr int DQ_DIM_WARPS = dq_dim_warps(KEY_WARPS > HALF_FRAGS ? KEY_WARPS / HALF_FRAGS : 1);
+constexpr int DQ_ROW_WARPS = KEY_WARPS / DQ_DIM_WARPS;
 
 using K_layout = tile_layout<HEAD_DIM, TILE_N, 16 * DQ_DIM_WARPS>;
 using Q_layout = tile_layout<HEAD_DIM, TILE_M>;
@@ -57,7 +58,7 @@ using K_place = copy_place<K_layout, THREADS>;
 using Q_place = copy_place<Q_layout, THREADS>;
 using dO_place = copy_place<dO_layout, THREADS>;
 
-constexpr int DQ_ROW_FRAGS = TILE_M / 16 / DQ_ROW_WARPS;
+constexpr int DQ_ROW_FRAGS = HALF_FRAGS / DQ_ROW_WARPS;
 constexpr int DQ_DIM_FRAGS = K_layout::PADDED / DQ_DIM_WARPS;
 constexpr int STATS_BYTES = 2 * TILE_M * 4;
 
@@ -68,18 +69,15 @@ constexpr int DO_AT = Q_AT + STAGES * Q_layout::BYTES;
 constexpr int S_AT = DO_AT + dO_layout::BYTES;
 constexpr int STATS_AT = S_AT + S_layout::BYTES;
 constexpr int MBARRIERS_AT = STATS_AT + STAGES * STATS_BYTES; /* of the stages of Q, and of dO */
-constexpr int DQ_AT = MBARRIERS_AT + (TMA ? 16 * (STAGES + 1) : 0);
 
-/* dQ goes to its sums by way of shared memory, in bulk, where that is possible: then no warp waits
- * for its additions to leave. Each has room for 16 rows of its part. */
-constexpr bool ADDS_IN_BULK = TMA && !DETERMINISTIC && K_layout::PADDED == HEAD_DIM / 8;
-constexpr int DQ_WARP_BYTES = DQ_DIM_FRAGS * 512;
-
-/* Named barriers; from P_IS_THERE on one for every sub-tile. */
-constexpr int S_IS_FREE = 1, P_IS_THERE = 2;
+/* Named barriers between the groups of warps; from P_IS_THERE on one for every sub-tile. */
+constexpr int DQ_IS_DONE = 1, UPPER_IS_FREE = 2, QUERIES_ARE_FREE = 3, LOWER_IS_THERE = 4,
+              P_IS_THERE = 5;
+constexpr int GROUP_THREADS = THREADS / 2;
+constexpr int HALF_M = TILE_M / 2;
 
 static_assert(WARP_N % 16 == 0 && SUB_M % 16 == 0, "whole mma steps");
-static_assert(TILE_M % SUB_M == 0 && TILE_M / SUB_M <= 14, "a named barrier for every sub-tile");
+static_assert(HALF_M % SUB_M == 0 && TILE_M / SUB_M <= 11, "a named barrier for every sub-tile");
 
 /* This lane's row for an ldmatrix of four 8x8 matrices, in rows first, or in columns first. */
 template <class layout> __device__ __forceinline__ unsigned rows_first()
@@ -293,22 +291,6 @@ __device__ __forceinline__ void add_to_sums(float *sums, const float (&C)[MAX_CO
             red_add_4(sums + ((frag0 + n) * 32 + threadIdx.x % 32) * 4, C[n]);
 }
 
-/* The same in bulk, by way of shared memory. */
-__device__ __forceinline__ void add_in_bulk(float *sums, unsigned smem,
-                                            const float (&C)[DQ_DIM_FRAGS][4])
-{
-    const int lane = threadIdx.x % 32;
-    bulk_wait_read();
-    __syncwarp(); /* what was there has been read */
-#pragma unroll
-    for (int n = 0; n < DQ_DIM_FRAGS; n++)
-        st_shared_4(smem + n * 512 + lane * 16, C[n]);
-    fence_bulk();
-    __syncwarp(); /* all of it is there */
-    if (lane == 0)
-        bulk_add(sums, smem, DQ_WARP_BYTES);
-}
-
 /* dK or dV of this warp's keys: to the tensor, or to the sum of all blocks that share the keys. */
 template <int DIM>
 __device__ __forceinline__ void
@@ -382,8 +364,12 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
         pack_operand(P, S);
         if (m0 == 0)
             tile.wait_dO();
-        if (TMA && m0 == 0)
-            barrier_sync<THREADS>(S_IS_FREE); /* until dS^T of the tile before has been read */
+        /* Until nobody reads dS^T of the tile before any more: of its lower queries this group does,
+         * of the upper ones the other. */
+        if (m0 == 0)
+            barrier_sync<GROUP_THREADS>(DQ_IS_DONE);
+        if (m0 == HALF_M)
+            barrier_sync<THREADS>(UPPER_IS_FREE);
         store_operand(S_layout::moved(S_own, 0, m0 / 8), P);
         barrier_arrive<THREADS>(P_IS_THERE + m0 / SUB_M); /* this part of P^T is there */
         multiply_columns<dO_layout, M_FRAGS / 2, dO_layout::PADDED>(
@@ -434,6 +420,8 @@ __device__ __forceinline__ void add_keys(key_rows &own, const query_tile &tile, 
         pack_operand(P, dS);
         __syncwarp(); /* all lanes have their P^T */
         store_operand(S_layout::moved(S_own, 0, m0 / 8), P);
+        if (m0 + SUB_M == HALF_M)
+            barrier_arrive<THREADS>(LOWER_IS_THERE); /* of dS^T */
         multiply_columns<Q_layout, M_FRAGS / 2, Q_layout::PADDED>(
             own.sum, P,
             not_before(tile.Q_smem + rows_first<Q_layout>()) + m0 * Q_layout::ROW_BYTES);
@@ -484,7 +472,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const unsigned stats_smem = smem + STATS_AT + stage * STATS_BYTES;
         const float *stats = params.stats + tile_of(head, m_block) * 2 * TILE_M;
         if (TMA) {
-            if (thread == 0) {
+            if (thread == THREADS - 1) {
                 const unsigned mbarrier = smem + MBARRIERS_AT + stage * 16;
                 mbarrier_expect(mbarrier, Q_layout::BYTES + STATS_BYTES);
                 load_boxes<Q_layout>(Q_smem, params.q_map, mbarrier, m_block * TILE_M, head,
@@ -502,7 +490,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     };
     const auto load_dO = [&](int head, int m_block) {
         if (TMA) {
-            if (thread == 0) {
+            if (thread == THREADS - 1) {
                 const unsigned mbarrier = smem + MBARRIERS_AT + STAGES * 16;
                 mbarrier_expect(mbarrier, dO_layout::BYTES);
                 load_boxes<dO_layout>(smem + DO_AT, params.dout_map, mbarrier, m_block * TILE_M,
@@ -523,9 +511,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             fence_mbarrier_init();
         }
         __syncthreads(); /* nobody comes to an mbarrier before it is there */
-        if (!holds_K)
-            barrier_arrive<THREADS>(S_IS_FREE);
     }
+    if (!holds_K)
+        barrier_arrive<THREADS>(UPPER_IS_FREE);
     const K_place K_at;
     K_at.copy(smem + K_AT, K_at.first_chunk(params.k, params.k_stride, at.batch, at.head_kv, key0),
               params.k_stride.seqlen, params.seqlen_k - key0);
@@ -579,17 +567,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         else
             add_keys(own, tile, S_own, S_rows, mask, key0 + lane_row, params);
 
-        /* Barrier: dS^T is there, and nobody needs Q and dO any more. */
-        __syncthreads();
+        /* Barriers: the group that holds V has written all of dS^T, and nobody needs Q and dO any
+         * more. The other group goes on as soon as the lower queries of dS^T are there. */
+        if (!TMA)
+            __syncthreads();
+        else if (holds_K)
+            barrier_arrive<THREADS>(QUERIES_ARE_FREE);
+        else
+            barrier_sync<THREADS>(QUERIES_ARE_FREE);
         if (!last) {
             if (STAGES == 1)
                 load_Q(0, next_head, next_m_block);
             load_dO(next_head, next_m_block);
         }
+        if (holds_K)
+            barrier_sync<THREADS>(LOWER_IS_THERE);
 
         /* ---- 4. This warp's part of dQ. */
-        const int row_frag = warp / DQ_DIM_WARPS * DQ_ROW_FRAGS;
-        const int dim_frag = warp % DQ_DIM_WARPS * DQ_DIM_FRAGS;
+        const int group_warp = warp % KEY_WARPS;
+        const int row_frag = (holds_K ? 0 : HALF_FRAGS) + group_warp / DQ_DIM_WARPS * DQ_ROW_FRAGS;
+        const int dim_frag = group_warp % DQ_DIM_WARPS * DQ_DIM_FRAGS;
         float dQ[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4];
         fill(dQ, 0.0f);
         const unsigned dS_columns = not_before(smem + S_AT + columns_first<S_layout>());
@@ -604,8 +601,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             multiply_columns<K_layout, 1, DQ_DIM_FRAGS>(dQ, dS, K_layout::moved(K_rows, 16 * k, 0),
                                                         dim_frag);
         }
-        if (TMA && !holds_K && !last)
-            barrier_arrive<THREADS>(S_IS_FREE);
+        if (!holds_K && !last)
+            barrier_arrive<THREADS>(UPPER_IS_FREE);
 
         const fa_int64 q_tile = tile_of(head, m_block);
         int *const turn = params.turns + q_tile * WARPS + warp;
@@ -614,16 +611,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         float *sums = params.dq_sum + q_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
 #pragma unroll
         for (int m = 0; m < DQ_ROW_FRAGS; m++)
-            if (ADDS_IN_BULK)
-                add_in_bulk(sums + m * (16 * HEAD_DIM) + dim_frag * 128,
-                            smem + DQ_AT + warp * DQ_WARP_BYTES, dQ[m]);
-            else
-                add_to_sums<DQ_DIM_FRAGS>(sums + m * (16 * HEAD_DIM), dQ[m], dim_frag,
-                                          HEAD_DIM / 8);
+            add_to_sums<DQ_DIM_FRAGS>(sums + m * (16 * HEAD_DIM), dQ[m], dim_frag, HEAD_DIM / 8);
         if (DETERMINISTIC)
             end_turn(turn);
         if (!TMA) {
-            /* Barrier: nobody needs dS^T any more, and the next queries are there. */
+            /* Barrier: the next queries are there. */
             cp_async_wait_all();
             __syncthreads();
         }
@@ -635,9 +627,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (STAGES == 2)
             stage ^= 1;
     }
-
-    if (ADDS_IN_BULK)
-        bulk_wait_read(); /* shared memory is the block's until it ends */
 
     /* ---- 5. dV, dK out. */
     if (holds_K)

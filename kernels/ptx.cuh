@@ -139,27 +139,6 @@ __device__ __forceinline__ void bulk_load(unsigned smem, const void *gmem, int b
                  : "memory");
 }
 
-/* Adds `bytes` of floats in shared memory to those in global memory, when the hardware gets to it. */
-__device__ __forceinline__ void bulk_add(float *gmem, unsigned smem, int bytes)
-{
-    asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;\n"
-                 "cp.async.bulk.commit_group;" ::"l"(gmem),
-                 "r"(smem), "r"(bytes)
-                 : "memory");
-}
-
-/* Until the bulk operations of this thread have read their shared memory. */
-__device__ __forceinline__ void bulk_wait_read()
-{
-    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
-}
-
-/* What this thread has written to shared memory, bulk operations see. */
-__device__ __forceinline__ void fence_bulk()
-{
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
 /* True in one lane of the warp. */
 __device__ __forceinline__ bool elect_one()
 {
@@ -271,13 +250,6 @@ __device__ __forceinline__ unsigned ld_shared(unsigned smem)
     unsigned x;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(smem) : "memory");
     return x;
-}
-
-__device__ __forceinline__ void st_shared_4(unsigned smem, const float (&x)[4])
-{
-    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "f"(x[0]), "f"(x[1]),
-                 "f"(x[2]), "f"(x[3])
-                 : "memory");
 }
 
 __device__ __forceinline__ void st_shared(unsigned smem, unsigned x)
