@@ -438,7 +438,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const bool holds_K = warp < KEY_WARPS;
 
     /* ---- 1. Which keys, and which queries see them: head by head of those that share the KV head,
-     * of each the tiles [m_begin, m_end), all of that divided among `parts` blocks. */
+     * of each the tiles [m_begin, m_end) from the last to the first, all of that divided among
+     * `parts` blocks. Blocks that run together then meet the same queries at the same time. */
     int block = read_block_index();
     if (DETERMINISTIC) {
         /* Blocks wait for those with a lower number: take it when starting to run. */
@@ -456,10 +457,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int tiles = (m_end - m_begin) * params.heads_per_kv;
     const int tile_begin = static_cast<fa_int64>(tiles) * at.part / params.parts;
     const int tile_end = static_cast<fa_int64>(tiles) * (at.part + 1) / params.parts;
-    int head = at.head_kv * params.heads_per_kv, m_block = m_begin;
+    int head = at.head_kv * params.heads_per_kv, m_block = m_end - 1;
     if (tile_begin < tile_end) {
         head += tile_begin / (m_end - m_begin);
-        m_block += tile_begin % (m_end - m_begin);
+        m_block -= tile_begin % (m_end - m_begin);
     }
 
     /* ---- 2. K to shared memory, K or V to registers, the first queries to shared memory. */
@@ -540,11 +541,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     cp_async_wait_all();
     __syncthreads(); /* everyone's copies are there */
 
+    int *turn = nullptr; /* of this warp, the last one that it has not ended */
     int stage = 0;
     unsigned Q_parity = 0, dO_parity = 0;
     for (int i = tile_begin; i < tile_end; i++) {
-        const bool last = i + 1 == tile_end, wraps = m_block + 1 == m_end;
-        const int next_head = head + wraps, next_m_block = wraps ? m_begin : m_block + 1;
+        const bool last = i + 1 == tile_end, wraps = m_block == m_begin;
+        const int next_head = head + wraps, next_m_block = (wraps ? m_end : m_block) - 1;
         const int query0 = m_block * TILE_M;
         const query_tile tile = {
             smem + Q_AT + stage * Q_layout::BYTES,
@@ -583,7 +585,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (holds_K)
             barrier_sync<THREADS>(LOWER_IS_THERE);
 
-        /* ---- 4. This warp's part of dQ. */
+        /* ---- 4. This warp's part of dQ. Blocks take turns in the order of their keys, where the
+         * order matters. Neither end of a turn is waited for: the turn before has mostly ended when
+         * it is looked at, here, and this one is told to have ended a tile later, when nothing that
+         * was added is on its way any more. */
+        const fa_int64 q_tile = tile_of(head, m_block);
+        int ended = 0;
+        if (DETERMINISTIC) {
+            if (turn)
+                end_turn(turn);
+            turn = params.turns + q_tile * WARPS + warp;
+            ended = turns_ended(turn);
+        }
         const int group_warp = warp % KEY_WARPS;
         const int row_frag = (holds_K ? 0 : HALF_FRAGS) + group_warp / DQ_DIM_WARPS * DQ_ROW_FRAGS;
         const int dim_frag = group_warp % DQ_DIM_WARPS * DQ_DIM_FRAGS;
@@ -604,16 +617,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (!holds_K && !last)
             barrier_arrive<THREADS>(UPPER_IS_FREE);
 
-        const fa_int64 q_tile = tile_of(head, m_block);
-        int *const turn = params.turns + q_tile * WARPS + warp;
         if (DETERMINISTIC)
-            wait_turn(turn, at.n_block - mask.first_n_block(query0));
+            while (ended != at.n_block - mask.first_n_block(query0))
+                ended = turns_ended(turn);
         float *sums = params.dq_sum + q_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
 #pragma unroll
         for (int m = 0; m < DQ_ROW_FRAGS; m++)
             add_to_sums<DQ_DIM_FRAGS>(sums + m * (16 * HEAD_DIM), dQ[m], dim_frag, HEAD_DIM / 8);
-        if (DETERMINISTIC)
-            end_turn(turn);
         if (!TMA) {
             /* Barrier: the next queries are there. */
             cp_async_wait_all();
@@ -627,6 +637,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (STAGES == 2)
             stage ^= 1;
     }
+
+    if (DETERMINISTIC && turn)
+        end_turn(turn);
 
     /* ---- 5. dV, dK out. */
     if (holds_K)

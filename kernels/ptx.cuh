@@ -192,20 +192,15 @@ __device__ __forceinline__ int atomic_add(int *counter, int x)
     return before;
 }
 
-/* This warp's turn begins when `turns` others have ended; it sees what was written in them. */
-__device__ __forceinline__ void wait_turn(const int *turn, int turns)
+/* How many turns have ended. What was added in them comes before what is added after this. */
+__device__ __forceinline__ int turns_ended(const int *turn)
 {
-    int ended = turns;
-    do
-        if (threadIdx.x % 32 == 0)
-            asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
-                         : "=r"(ended)
-                         : "l"(turn)
-                         : "memory");
-    while (__any_sync(0xffffffff, ended != turns));
+    int ended;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(ended) : "l"(turn) : "memory");
+    return ended;
 }
 
-/* It ends: whoever waits for it sees what this warp has written. */
+/* Ends a turn of this warp: whoever sees that, what he adds comes after what it has added. */
 __device__ __forceinline__ void end_turn(int *turn)
 {
     __syncwarp();
