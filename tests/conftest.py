@@ -74,7 +74,7 @@ CUDA = Device(
     "cuda",
     "cuda",
     (torch.bfloat16, torch.float16),
-    unsupported=("softcap", "learnable_sink"),
+    unsupported=("softcap", "learnable_sink", "backward"),
     missing=why_no_cuda(),
 )
 EMULATOR = Device(
@@ -105,6 +105,13 @@ for chosen in (EMULATOR, CUDA):
 def device(request):
     with use_tiles(*request.param.tiles):
         yield request.param
+
+
+@pytest.fixture
+def backward(device):
+    """For tests of the backward, on the devices that have one."""
+    if "backward" in device.unsupported:
+        pytest.skip(f"{device.name} has no backward yet")
 
 
 @pytest.fixture
