@@ -92,6 +92,11 @@ for chosen in (EMULATOR, CUDA):
     DEVICES += [chosen, replace(chosen, name=f"{chosen.name}-large", tiles=LARGE_TILES)]
 
 
+def require_backward(device):
+    if "backward" in device.unsupported:
+        pytest.skip(f"{device.name} has no backward yet")
+
+
 @pytest.fixture(
     params=[
         pytest.param(
@@ -105,13 +110,6 @@ for chosen in (EMULATOR, CUDA):
 def device(request):
     with use_tiles(*request.param.tiles):
         yield request.param
-
-
-@pytest.fixture
-def backward(device):
-    """For tests of the backward, on the devices that have one."""
-    if "backward" in device.unsupported:
-        pytest.skip(f"{device.name} has no backward yet")
 
 
 @pytest.fixture

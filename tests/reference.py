@@ -78,6 +78,8 @@ def gradient_reference(q, k, v, dout, dlse=None, *, learnable_sink=None, upcast=
             upcast=upcast,
             **kwargs,
         )
+    if not out.requires_grad:  # there are no queries
+        return [torch.zeros_like(x) for x in inputs]
     results, gradients = [out], [dout]
     if dlse is not None:
         results, gradients = [out, lse], [dout, dlse]
@@ -86,6 +88,22 @@ def gradient_reference(q, k, v, dout, dlse=None, *, learnable_sink=None, upcast=
         for x, result in zip(gradients, results, strict=True)
     ]
     return torch.autograd.grad(results, inputs, gradients)
+
+
+def rounding_of_dsink(q, k, v, dout, *, learnable_sink, **kwargs):
+    """What dsink may be off by because out is rounded to its type, three standard deviations.
+
+    dsink = -sum_i exp(sink - lse_i) (dout_i . out_i - dlse_i) is a sum over all rows, and there are
+    so few of them that plain PyTorch is sometimes right by luck.
+    """
+    half_ulp = torch.finfo(q.dtype).eps / 2
+    q, k, v, dout, sink = (
+        x.as_subclass(torch.Tensor).double() for x in (q, k, v, dout, learnable_sink)
+    )
+    out, lse = attention_reference(q, k, v, learnable_sink=sink, **kwargs)
+    weights = torch.exp(sink[:, None] - lse).nan_to_num(0).transpose(1, 2)  # [B, Sq, H]
+    deviations = weights * half_ulp * (dout * out).norm(dim=-1)
+    return 3 * max_finite(deviations.square().sum(dim=(0, 1)).sqrt())
 
 
 def visible_keys(diagonal, seqlen_k, left, right):
@@ -164,6 +182,7 @@ def assert_gradients_close(gradients, q, k, v, dout, dlse=None, **kwargs):
     inputs = {"dq": q, "dk": k, "dv": v}
     if kwargs.get("learnable_sink") is not None:
         inputs["dsink"] = kwargs["learnable_sink"]
+        floors["dsink"] += rounding_of_dsink(q, k, v, dout, **kwargs)
     assert len(gradients) == len(ref) == len(inputs)
     for (name, x), gradient, *expected in zip(inputs.items(), gradients, ref, pt, strict=True):
         case = describe(q, k, v, kwargs | ({} if dlse is None else {"dlse": dlse}))

@@ -15,8 +15,8 @@
  *
  * One task computes a tile of dq, or a tile of dk and dv, while all that its rows see, or are seen
  * by, passes in tiles of fp32. So every sum is one task's, in one order, at the price of computing
- * the pairs twice. Pairs that the mask hides are never touched: nothing in them (NaN, inf) can reach
- * a gradient. */
+ * the pairs twice. Pairs that the mask hides are never touched: nothing in them (NaN, inf) can
+ * reach a gradient. */
 #include "backward.h"
 
 #include <stdatomic.h>
