@@ -430,5 +430,5 @@ def test_training_beside_sdpa(device):
     ours = losses(device, lambda q, k, v: flash_attn_func(q, k, v, causal=True)[0])
     theirs = losses(device, sdpa)
     assert ours[0] > 2.5 and ours[-20:].mean() < 0.5 * ours[0]
-    near = 0.01 if device == CPU else 0.2
+    near = 1e-3 if device == CPU else 0.2  # bf16 decides otherwise now and then
     torch.testing.assert_close(ours, theirs, rtol=near, atol=near)
