@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, CUDA, require_backward
+from conftest import CPU, CUDA, params_of, require_backward
 from reference import assert_close_to, gradient_reference
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -18,11 +18,9 @@ from torch.utils.checkpoint import checkpoint
 from flash_attn_sm120 import _C, autograd, flash_attn_func
 
 
-@pytest.fixture(params=[CPU, CUDA], ids=lambda device: device.name)
+@pytest.fixture(params=params_of(CPU, CUDA))
 def device(request):
     """Those whose tensors stay what they are in autograd's hands; test_backward.py has the others."""
-    if request.param.missing:
-        pytest.skip(request.param.missing)
     require_backward(request.param)
     return request.param
 
