@@ -146,3 +146,11 @@ int fa_launch_forward(struct fa_state *state, const struct fa_problem *problem)
     fa_driver_leave(driver, pushed);
     return status;
 }
+
+int fa_launch_backward(struct fa_state *Py_UNUSED(state),
+                       const struct fa_problem *Py_UNUSED(problem),
+                       const struct fa_gradients *Py_UNUSED(gradients))
+{
+    PyErr_SetString(PyExc_NotImplementedError, "the backward is not supported on CUDA yet");
+    return -1;
+}

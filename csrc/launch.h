@@ -11,6 +11,10 @@ struct fa_state;
  * with the exception set and nothing launched. */
 int fa_launch_forward(struct fa_state *state, const struct fa_problem *problem);
 
+/* Launches the backward of a problem that is not empty, likewise. */
+int fa_launch_backward(struct fa_state *state, const struct fa_problem *problem,
+                       const struct fa_gradients *gradients);
+
 /* The plan of `shape` on CUDA device `ordinal`, or without a device for the architecture `arch`
  * where that is not 0. 0, or -1 with the exception set. */
 int fa_launch_plan(struct fa_state *state, const struct fa_shape *shape, int ordinal, int arch,

@@ -2,6 +2,7 @@
 #include <Python.h>
 #include <string.h>
 
+#include "cpu/backward.h"
 #include "cpu/forward.h"
 #include "explain.h"
 #include "launch.h"
@@ -19,6 +20,15 @@ PyObject *fa_state_import(PyObject **slot, const char *name)
 
 /* ---- methods --------------------------------------------------------------------------------- */
 
+static int check_count(const char *function, Py_ssize_t count, int expected)
+{
+    if (count == expected)
+        return 0;
+    PyErr_Format(PyExc_TypeError, "%s() takes %d arguments, got %d", function, expected,
+                 (int)count);
+    return -1;
+}
+
 /* The positional arguments that forward() and explain() share, in the order of struct fa_arguments;
  * one of their own follows. */
 #define SHARED_ARGUMENTS 8
@@ -28,17 +38,14 @@ static int read_call(PyObject *module, const char *function, PyObject *const *ar
                      Py_ssize_t count, struct fa_problem *problem)
 {
     memset(problem, 0, sizeof *problem);
-    if (count != SHARED_ARGUMENTS + 1) {
-        PyErr_Format(PyExc_TypeError, "%s() takes %d arguments, got %d", function,
-                     SHARED_ARGUMENTS + 1, (int)count);
+    if (check_count(function, count, SHARED_ARGUMENTS + 1) < 0)
         return -1;
-    }
     const struct fa_arguments arguments = {args[0], args[1], args[2], args[3],
                                            args[4], args[5], args[6], args[7]};
     return fa_problem_read(PyModule_GetState(module), &arguments, problem);
 }
 
-static int run(struct fa_state *state, const struct fa_problem *problem)
+static int run_forward(struct fa_state *state, const struct fa_problem *problem)
 {
     if (problem->q.device_type == FA_CUDA)
         return fa_launch_forward(state, problem);
@@ -60,9 +67,70 @@ static PyObject *forward(PyObject *module, PyObject *const *args, Py_ssize_t cou
         goto done;
     int return_lse = PyObject_IsTrue(args[SHARED_ARGUMENTS]);
     if (return_lse >= 0 && fa_problem_allocate(state, return_lse, &problem) == 0 &&
-        run(state, &problem) == 0)
+        run_forward(state, &problem) == 0)
         result = PyTuple_Pack(2, problem.out.object, return_lse ? problem.lse.object : Py_None);
 done:
+    fa_problem_release(&problem);
+    return result;
+}
+
+#define BACKWARD_ARGUMENTS 13
+
+/* Reads the arguments of backward(). 0, or -1 with the exception set; both structs are to be
+ * released in both cases. */
+static int read_backward(struct fa_state *state, PyObject *const *args, Py_ssize_t count,
+                         struct fa_problem *problem, struct fa_gradients *gradients)
+{
+    memset(problem, 0, sizeof *problem);
+    memset(gradients, 0, sizeof *gradients);
+    if (check_count("backward", count, BACKWARD_ARGUMENTS) < 0)
+        return -1;
+    const struct fa_arguments arguments = {.q = args[1],
+                                           .k = args[2],
+                                           .v = args[3],
+                                           .softmax_scale = args[7],
+                                           .causal = args[8],
+                                           .window_size = args[9],
+                                           .softcap = args[10],
+                                           .sink = args[11]};
+    const struct fa_gradient_arguments others = {.dout = args[0],
+                                                 .out = args[4],
+                                                 .lse = args[5],
+                                                 .dlse = args[6],
+                                                 .deterministic = args[12]};
+    if (fa_problem_read(state, &arguments, problem) < 0)
+        return -1;
+    return fa_gradients_read(state, &others, problem, gradients);
+}
+
+static int run_backward(struct fa_state *state, const struct fa_problem *problem,
+                        const struct fa_gradients *gradients)
+{
+    if (fa_shape_is_empty(&problem->shape))
+        return 0;
+    if (problem->q.device_type == FA_CUDA)
+        return fa_launch_backward(state, problem, gradients);
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    status = fa_cpu_backward(problem, gradients, fa_cpu_count());
+    Py_END_ALLOW_THREADS
+    if (status < 0)
+        PyErr_NoMemory();
+    return status;
+}
+
+static PyObject *backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    struct fa_state *state = PyModule_GetState(module);
+    struct fa_problem problem;
+    struct fa_gradients gradients;
+    PyObject *result = NULL;
+    if (read_backward(state, args, count, &problem, &gradients) == 0 &&
+        fa_gradients_allocate(state, &problem, &gradients) == 0 &&
+        run_backward(state, &problem, &gradients) == 0)
+        result = PyTuple_Pack(4, gradients.dq.object, gradients.dk.object, gradients.dv.object,
+                              gradients.dsink.object ? gradients.dsink.object : Py_None);
+    fa_gradients_release(&gradients);
     fa_problem_release(&problem);
     return result;
 }
@@ -109,6 +177,9 @@ static PyMethodDef METHODS[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL,
      "forward(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, return_lse) -> "
      "(out, lse)"},
+    {"backward", (PyCFunction)(void (*)(void))backward, METH_FASTCALL,
+     "backward(dout, q, k, v, out, lse, dlse, softmax_scale, causal, window_size, softcap, "
+     "learnable_sink, deterministic) -> (dq, dk, dv, dsink)"},
     {"explain", (PyCFunction)(void (*)(void))explain, METH_FASTCALL,
      "explain(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, arch) -> dict"},
     {"devices", devices, METH_NOARGS, "devices() -> (driver version, [device, ...])"},

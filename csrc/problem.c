@@ -211,6 +211,54 @@ static bool has_tma_strides(const struct fa_tensor *tensor)
     return (uintptr_t)tensor->data % 16 == 0;
 }
 
+/* A tensor of the forward's output or its gradient: [batch, seqlen_q, heads_q, head_dim_v]. */
+static int read_like_out(struct fa_state *state, PyObject *object, const char *name,
+                         const struct fa_problem *problem, struct fa_tensor *tensor)
+{
+    const struct fa_shape *shape = &problem->shape;
+    if (fa_tensor_read(state, object, name, 4, tensor) < 0 ||
+        check_dtype(&problem->q, tensor, name) < 0 || check_device(&problem->q, tensor, name) < 0 ||
+        check_size(tensor, name, 0, "q's batch", shape->batch) < 0 ||
+        check_size(tensor, name, 1, "q's seqlen", shape->seqlen_q) < 0 ||
+        check_size(tensor, name, 2, "q's heads", shape->heads_q) < 0 ||
+        check_size(tensor, name, 3, "v's head_dim", shape->head_dim_v) < 0)
+        return -1;
+    return fa_tensor_ensure_readable(state, name, tensor);
+}
+
+/* The log-sum-exp or its gradient: [batch, heads_q, seqlen_q] fp32. */
+static int read_like_lse(struct fa_state *state, PyObject *object, const char *name,
+                         const struct fa_problem *problem, struct fa_tensor *tensor)
+{
+    const struct fa_shape *shape = &problem->shape;
+    if (fa_tensor_read(state, object, name, 3, tensor) < 0)
+        return -1;
+    if (tensor->dtype != FA_FLOAT32) {
+        PyErr_Format(PyExc_TypeError, "%s must be float32, got %s", name,
+                     fa_dtype_name(tensor->dtype));
+        return -1;
+    }
+    if (check_device(&problem->q, tensor, name) < 0 ||
+        check_size(tensor, name, 0, "q's batch", shape->batch) < 0 ||
+        check_size(tensor, name, 1, "q's heads", shape->heads_q) < 0 ||
+        check_size(tensor, name, 2, "q's seqlen", shape->seqlen_q) < 0)
+        return -1;
+    return fa_tensor_ensure_contiguous(state, name, tensor);
+}
+
+/* dsink where no query meets a key: the sink alone makes the lse, and whatever flows into that
+ * flows on into the sink. 0 or -1. */
+static int sink_gradient_without_keys(struct fa_state *state, const struct fa_tensor *dlse,
+                                      struct fa_tensor *dsink)
+{
+    PyObject *producers = fa_state_import(&state->python_producers, "flash_attn_sm120.producers");
+    PyObject *sums =
+        producers ? PyObject_CallMethod(producers, "sums_of_heads", "(O)", dlse->object) : NULL;
+    int status = sums ? fa_tensor_read(state, sums, "dsink", 1, dsink) : -1;
+    Py_XDECREF(sums);
+    return status;
+}
+
 /* ---- the interface --------------------------------------------------------------------------- */
 
 int fa_problem_read(struct fa_state *state, const struct fa_arguments *arguments,
@@ -244,10 +292,69 @@ int fa_problem_allocate(struct fa_state *state, bool return_lse, struct fa_probl
                       : 0;
 }
 
+static void release(struct fa_tensor *const *tensors, int count)
+{
+    for (int i = 0; i < count; i++)
+        fa_tensor_release(tensors[i]);
+}
+
 void fa_problem_release(struct fa_problem *problem)
 {
-    struct fa_tensor *const tensors[] = {&problem->q,    &problem->k,   &problem->v,
-                                         &problem->sink, &problem->out, &problem->lse};
-    for (size_t i = 0; i < sizeof tensors / sizeof *tensors; i++)
-        fa_tensor_release(tensors[i]);
+    release((struct fa_tensor *const[]){&problem->q, &problem->k, &problem->v, &problem->sink,
+                                        &problem->out, &problem->lse},
+            6);
+}
+
+int fa_gradients_read(struct fa_state *state, const struct fa_gradient_arguments *arguments,
+                      struct fa_problem *problem, struct fa_gradients *gradients)
+{
+    if (read_like_out(state, arguments->dout, "dout", problem, &gradients->dout) < 0 ||
+        read_like_out(state, arguments->out, "out", problem, &problem->out) < 0 ||
+        read_like_lse(state, arguments->lse, "lse", problem, &problem->lse) < 0)
+        return -1;
+    if (arguments->dlse != Py_None &&
+        read_like_lse(state, arguments->dlse, "dlse", problem, &gradients->dlse) < 0)
+        return -1;
+    const int deterministic = PyObject_IsTrue(arguments->deterministic);
+    gradients->deterministic = deterministic > 0;
+    return deterministic < 0 ? -1 : 0;
+}
+
+bool fa_shape_is_empty(const struct fa_shape *shape)
+{
+    return shape->batch == 0 || shape->seqlen_q == 0 || shape->seqlen_k == 0;
+}
+
+/* Of an empty problem it is 0. */
+static int allocate_gradient(struct fa_state *state, const struct fa_tensor *like,
+                             enum fa_dtype dtype, int ndim, const int64_t *shape, bool empty,
+                             struct fa_tensor *gradient)
+{
+    return empty ? fa_tensor_zeros(state, like, dtype, ndim, shape, gradient)
+                 : fa_tensor_empty(state, like, dtype, ndim, shape, gradient);
+}
+
+int fa_gradients_allocate(struct fa_state *state, const struct fa_problem *problem,
+                          struct fa_gradients *gradients)
+{
+    const struct fa_tensor *const inputs[] = {&problem->q, &problem->k, &problem->v};
+    struct fa_tensor *const outputs[] = {&gradients->dq, &gradients->dk, &gradients->dv};
+    const bool empty = fa_shape_is_empty(&problem->shape);
+    for (int i = 0; i < 3; i++)
+        if (allocate_gradient(state, inputs[i], inputs[i]->dtype, 4, inputs[i]->shape, empty,
+                              outputs[i]) < 0)
+            return -1;
+    if (!problem->shape.has_sink)
+        return 0;
+    if (empty && gradients->dlse.object)
+        return sink_gradient_without_keys(state, &gradients->dlse, &gradients->dsink);
+    const int64_t heads = problem->shape.heads_q;
+    return allocate_gradient(state, &problem->q, FA_FLOAT32, 1, &heads, empty, &gradients->dsink);
+}
+
+void fa_gradients_release(struct fa_gradients *gradients)
+{
+    release((struct fa_tensor *const[]){&gradients->dout, &gradients->dlse, &gradients->dq,
+                                        &gradients->dk, &gradients->dv, &gradients->dsink},
+            6);
 }

@@ -33,9 +33,24 @@ struct fa_problem {
     struct fa_tensor lse;  /* [batch, heads_q, seqlen_q] fp32; object NULL where not wanted */
 };
 
+/* What the backward has beside the problem, whose out and lse it is given. */
+struct fa_gradients {
+    bool deterministic;
+    struct fa_tensor dout;       /* [batch, seqlen_q, heads_q, head_dim_v] */
+    struct fa_tensor dlse;       /* [batch, heads_q, seqlen_q] fp32; object NULL: no gradient flows
+                                  * into the lse */
+    struct fa_tensor dq, dk, dv; /* like q, k, v; allocated */
+    struct fa_tensor dsink;      /* [heads_q] fp32; object NULL where there is no sink */
+};
+
 /* The arguments of flash_attn_func as Python gave them. */
 struct fa_arguments {
     PyObject *q, *k, *v, *softmax_scale, *causal, *window_size, *softcap, *sink;
+};
+
+/* And those that the backward has besides. */
+struct fa_gradient_arguments {
+    PyObject *dout, *out, *lse, *dlse, *deterministic;
 };
 
 /* Reads and checks all arguments into a zeroed problem; out and lse are not allocated yet. 0, or -1
@@ -47,5 +62,22 @@ int fa_problem_read(struct fa_state *state, const struct fa_arguments *arguments
 int fa_problem_allocate(struct fa_state *state, bool return_lse, struct fa_problem *problem);
 
 void fa_problem_release(struct fa_problem *problem);
+
+/* Reads and checks out and lse of the forward, and their gradients, into a problem that was read
+ * and into zeroed gradients. What was read has contiguous rows, the lse and its gradient are
+ * contiguous in all dimensions. 0, or -1 with the exception set; fa_gradients_release in both
+ * cases. */
+int fa_gradients_read(struct fa_state *state, const struct fa_gradient_arguments *arguments,
+                      struct fa_problem *problem, struct fa_gradients *gradients);
+
+/* Allocates dq, dk, dv, and dsink where there is a sink. Of a problem without queries or without
+ * keys they are final: nothing is left to compute. 0 or -1. */
+int fa_gradients_allocate(struct fa_state *state, const struct fa_problem *problem,
+                          struct fa_gradients *gradients);
+
+void fa_gradients_release(struct fa_gradients *gradients);
+
+/* Whether no query meets any key, because there are none. */
+bool fa_shape_is_empty(const struct fa_shape *shape);
 
 #endif

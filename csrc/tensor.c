@@ -343,10 +343,22 @@ static bool is_readable(const struct fa_tensor *tensor)
     return true;
 }
 
-int fa_tensor_ensure_readable(struct fa_state *state, const char *name, struct fa_tensor *tensor)
+static bool is_contiguous(const struct fa_tensor *tensor)
 {
-    if (is_readable(tensor))
-        return 0;
+    int64_t compact = 1;
+    if (is_empty(tensor))
+        return true;
+    for (int i = tensor->ndim - 1; i >= 0; i--) {
+        if (tensor->shape[i] > 1 && tensor->stride[i] != compact)
+            return false;
+        compact *= tensor->shape[i];
+    }
+    return (uintptr_t)tensor->data % fa_dtype_size(tensor->dtype) == 0;
+}
+
+/* Replaces the tensor by a contiguous copy. 0 or -1. */
+static int copy_contiguous(struct fa_state *state, const char *name, struct fa_tensor *tensor)
+{
     PyObject *producers = fa_state_import(&state->python_producers, "flash_attn_sm120.producers");
     PyObject *copy =
         producers ? PyObject_CallMethod(producers, "contiguous", "(O)", tensor->object) : NULL;
@@ -356,17 +368,39 @@ int fa_tensor_ensure_readable(struct fa_state *state, const char *name, struct f
     fa_tensor_release(tensor);
     int status = fa_tensor_read(state, copy, name, ndim, tensor);
     Py_DECREF(copy);
-    if (status == 0 && !is_readable(tensor)) {
-        PyErr_Format(PyExc_ValueError,
-                     "%s could not be made contiguous with rows aligned to 16 bytes", name);
-        fa_tensor_release(tensor);
-        status = -1;
-    }
     return status;
 }
 
-int fa_tensor_empty(struct fa_state *state, const struct fa_tensor *like, enum fa_dtype dtype,
-                    int ndim, const int64_t *shape, struct fa_tensor *tensor)
+int fa_tensor_ensure_readable(struct fa_state *state, const char *name, struct fa_tensor *tensor)
+{
+    if (is_readable(tensor))
+        return 0;
+    if (copy_contiguous(state, name, tensor) < 0)
+        return -1;
+    if (is_readable(tensor))
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s could not be made contiguous with rows aligned to 16 bytes",
+                 name);
+    fa_tensor_release(tensor);
+    return -1;
+}
+
+int fa_tensor_ensure_contiguous(struct fa_state *state, const char *name, struct fa_tensor *tensor)
+{
+    if (is_contiguous(tensor))
+        return 0;
+    if (copy_contiguous(state, name, tensor) < 0)
+        return -1;
+    if (is_contiguous(tensor))
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s could not be made contiguous", name);
+    fa_tensor_release(tensor);
+    return -1;
+}
+
+/* Allocates by the function of that name in producers.py. 0 or -1. */
+static int allocate(struct fa_state *state, const char *function, const struct fa_tensor *like,
+                    enum fa_dtype dtype, int ndim, const int64_t *shape, struct fa_tensor *tensor)
 {
     PyObject *producers = fa_state_import(&state->python_producers, "flash_attn_sm120.producers");
     PyObject *sizes = producers ? PyTuple_New(ndim) : NULL;
@@ -379,7 +413,7 @@ int fa_tensor_empty(struct fa_state *state, const struct fa_tensor *like, enum f
         if (!size || PyTuple_SetItem(sizes, i, size) < 0)
             goto done;
     }
-    object = PyObject_CallMethod(producers, "empty", "OOsii", like->object, sizes,
+    object = PyObject_CallMethod(producers, function, "OOsii", like->object, sizes,
                                  fa_dtype_name(dtype), like->device_type, like->device_id);
     if (object)
         status = fa_tensor_read(state, object, "out", ndim, tensor);
@@ -387,6 +421,18 @@ done:
     Py_XDECREF(object);
     Py_DECREF(sizes);
     return status;
+}
+
+int fa_tensor_empty(struct fa_state *state, const struct fa_tensor *like, enum fa_dtype dtype,
+                    int ndim, const int64_t *shape, struct fa_tensor *tensor)
+{
+    return allocate(state, "empty", like, dtype, ndim, shape, tensor);
+}
+
+int fa_tensor_zeros(struct fa_state *state, const struct fa_tensor *like, enum fa_dtype dtype,
+                    int ndim, const int64_t *shape, struct fa_tensor *tensor)
+{
+    return allocate(state, "zeros", like, dtype, ndim, shape, tensor);
 }
 
 int fa_tensor_stream(struct fa_state *state, const struct fa_tensor *tensor, void **stream)

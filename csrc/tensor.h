@@ -33,8 +33,14 @@ int fa_tensor_read(struct fa_state *state, PyObject *object, const char *name, i
 /* Makes the tensor contiguous where the kernels could not read its layout in place. 0 or -1. */
 int fa_tensor_ensure_readable(struct fa_state *state, const char *name, struct fa_tensor *tensor);
 
-/* A new uninitialised tensor of the framework and device of `like`. 0 or -1. */
+/* Makes the tensor contiguous in all dimensions. 0 or -1. */
+int fa_tensor_ensure_contiguous(struct fa_state *state, const char *name, struct fa_tensor *tensor);
+
+/* A new tensor of the framework and device of `like`; its elements are uninitialised, or 0. 0 or
+ * -1. */
 int fa_tensor_empty(struct fa_state *state, const struct fa_tensor *like, enum fa_dtype dtype,
+                    int ndim, const int64_t *shape, struct fa_tensor *tensor);
+int fa_tensor_zeros(struct fa_state *state, const struct fa_tensor *like, enum fa_dtype dtype,
                     int ndim, const int64_t *shape, struct fa_tensor *tensor);
 
 /* The stream on which the framework of `tensor` works now (CUDA only). 0 or -1. */

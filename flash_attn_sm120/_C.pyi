@@ -21,6 +21,22 @@ def forward(
     return_lse: bool,
     /,
 ) -> tuple[Any, Any | None]: ...
+def backward(
+    dout: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    out: Any,
+    lse: Any,
+    dlse: Any | None,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+    softcap: float,
+    learnable_sink: Any | None,
+    deterministic: bool,
+    /,
+) -> tuple[Any, Any, Any, Any]: ...
 def explain(
     q: Any,
     k: Any,

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from flash_attn_sm120 import _C
+from flash_attn_sm120 import _C, autograd
 
 Tensor = Any  # torch.Tensor, numpy.ndarray, or any other object with __dlpack__
 Window = tuple[int | None, int | None]
@@ -57,8 +57,8 @@ def flash_attn_func(
         learnable_sink: ``(heads_q,)``: one more logit per head that takes part in the softmax and
             has no value (Xiao et al. 2023, https://arxiv.org/abs/2309.17453). CPU only so far.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is none. CPU only so far.
-        deterministic: accepted; the forward is always bitwise reproducible.
-        return_lse: also return the log-sum-exp of the scores.
+        deterministic: the backward is bitwise reproducible too, as the forward always is.
+        return_lse: also return the log-sum-exp of the scores, through which gradients flow, too.
         qv, gather_kv_indices, num_splits, pack_gqa, score_mod, score_mod_bwd, mask_mod,
             aux_tensors, aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd: as in
             FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
@@ -68,6 +68,11 @@ def flash_attn_func(
         (batch, heads_q, seqlen_q)`` float32, natural logarithm, or None without ``return_lse``. A
         query without any visible key gets out 0 and lse -inf (the sink's value where there is one).
         numpy arrays give numpy arrays; producers other than torch and numpy give torch tensors.
+
+    Gradients of torch tensors reach ``q``, ``k``, ``v`` and ``learnable_sink``; the backward keeps
+    those, ``out`` and the log-sum-exp, and has no derivative of its own. CPU only so far. Under
+    ``torch.autocast``, ``q``, ``k`` and ``v`` are cast to its dtype, as for
+    ``torch.nn.functional.scaled_dot_product_attention``.
 
     Raises:
         TypeError: not a tensor, or a dtype other than the above.
@@ -101,15 +106,16 @@ def flash_attn_func(
             block_sparse_tensors=block_sparse_tensors,
             block_sparse_tensors_bwd=block_sparse_tensors_bwd,
         )
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = autograd.autocast(q, k, v)
     if torch.is_grad_enabled() and (
         getattr(q, "requires_grad", None) is True
         or getattr(k, "requires_grad", None) is True
         or getattr(v, "requires_grad", None) is True
         or getattr(learnable_sink, "requires_grad", None) is True
     ):
-        raise NotImplementedError(
-            "flash_attn_func has no backward yet: call it under torch.no_grad(), or detach q, k, v"
-        )
+        options = autograd.Options(softmax_scale, causal, window_size, softcap)
+        return autograd.attend(q, k, v, learnable_sink, options, deterministic, return_lse)
     return _C.forward(
         q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, return_lse
     )

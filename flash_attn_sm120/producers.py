@@ -66,6 +66,20 @@ def empty(like: Any, shape: tuple[int, ...], dtype: str, device_type: int, devic
     return torch.empty(shape, dtype=getattr(torch, dtype), device=torch.device(kind, device_id))
 
 
+def zeros(like: Any, shape: tuple[int, ...], dtype: str, device_type: int, device_id: int) -> Any:
+    """An array of zeros; the arguments are those of :func:`empty`."""
+    array = empty(like, shape, dtype, device_type, device_id)
+    array[...] = 0
+    return array
+
+
+def sums_of_heads(x: Any) -> Any:
+    """``x (batch, heads, seqlen)`` summed up to ``(heads,)``; of numpy for numpy, else of torch."""
+    if not isinstance(x, torch.Tensor) and not _is_numpy(x):
+        x = torch.utils.dlpack.from_dlpack(x)
+    return x.sum((0, 2))
+
+
 def current_stream(device_id: int) -> int:
     """The handle of torch's current stream on CUDA device ``device_id``.
 

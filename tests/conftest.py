@@ -74,7 +74,7 @@ CUDA = Device(
     "cuda",
     "cuda",
     (torch.bfloat16, torch.float16),
-    unsupported=("softcap", "learnable_sink"),
+    unsupported=("softcap", "learnable_sink", "backward"),
     missing=why_no_cuda(),
 )
 EMULATOR = Device(
@@ -92,16 +92,24 @@ for chosen in (EMULATOR, CUDA):
     DEVICES += [chosen, replace(chosen, name=f"{chosen.name}-large", tiles=LARGE_TILES)]
 
 
-@pytest.fixture(
-    params=[
+def params_of(*devices):
+    """The parameters of a fixture of devices."""
+    return [
         pytest.param(
             device,
             id=device.name,
             marks=pytest.mark.skipif(bool(device.missing), reason=device.missing),
         )
-        for device in DEVICES
+        for device in devices
     ]
-)
+
+
+def require_backward(device):
+    if "backward" in device.unsupported:
+        pytest.skip(f"{device.name} has no backward yet")
+
+
+@pytest.fixture(params=params_of(*DEVICES))
 def device(request):
     with use_tiles(*request.param.tiles):
         yield request.param

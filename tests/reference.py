@@ -55,13 +55,55 @@ def attention_reference(
         scores = torch.cat(
             [scores, sink.view(1, -1, 1, 1).expand(batch, -1, rows.numel(), 1)], dim=-1
         )
-        weights = torch.softmax(scores, dim=-1)
-        weights = weights.masked_fill(
-            (scores == -math.inf).all(-1, keepdim=True), 0
-        )  # where softmax gives 0/0
+        empty = (scores == -math.inf).all(-1, keepdim=True)  # where softmax gives 0/0
+        scores = scores.masked_fill(empty, 0)
+        weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0)
         out[:, :, rows] = weigh(weights[..., :-1], v, visible)
-        lse[:, :, rows] = torch.logsumexp(scores, dim=-1)
+        lse[:, :, rows] = torch.logsumexp(scores, dim=-1).masked_fill(empty[..., 0], -math.inf)
     return out.transpose(1, 2), lse
+
+
+def gradient_reference(q, k, v, dout, dlse=None, *, learnable_sink=None, upcast=True, **kwargs):
+    """(dq, dk, dv), and dsink where there is a sink: autograd through attention_reference().
+
+    With `upcast` everything is fp64, the gradients too; without, all is of the type of the inputs.
+    """
+    inputs = [q, k, v] if learnable_sink is None else [q, k, v, learnable_sink]
+    inputs = [x.detach().as_subclass(torch.Tensor) for x in inputs]
+    inputs = [(x.double() if upcast else x).requires_grad_() for x in inputs]
+    with torch.enable_grad():
+        out, lse = attention_reference(
+            *inputs[:3],
+            learnable_sink=None if learnable_sink is None else inputs[3],
+            upcast=upcast,
+            **kwargs,
+        )
+    if not out.requires_grad:  # there are no queries
+        return [torch.zeros_like(x) for x in inputs]
+    results, gradients = [out], [dout]
+    if dlse is not None:
+        results, gradients = [out, lse], [dout, dlse]
+    gradients = [
+        x.as_subclass(torch.Tensor).to(result.dtype)
+        for x, result in zip(gradients, results, strict=True)
+    ]
+    return torch.autograd.grad(results, inputs, gradients)
+
+
+def rounding_of_dsink(q, k, v, dout, *, learnable_sink, **kwargs):
+    """What dsink may be off by because out is rounded to its type, three standard deviations.
+
+    dsink = -sum_i exp(sink - lse_i) (dout_i . out_i - dlse_i) is a sum over all rows, and there are
+    so few of them that plain PyTorch is sometimes right by luck.
+    """
+    half_ulp = torch.finfo(q.dtype).eps / 2
+    q, k, v, dout, sink = (
+        x.as_subclass(torch.Tensor).double() for x in (q, k, v, dout, learnable_sink)
+    )
+    out, lse = attention_reference(q, k, v, learnable_sink=sink, **kwargs)
+    weights = torch.exp(sink[:, None] - lse).nan_to_num(0).transpose(1, 2)  # [B, Sq, H]
+    deviations = weights * half_ulp * (dout * out).norm(dim=-1)
+    return 3 * max_finite(deviations.square().sum(dim=(0, 1)).sqrt())
 
 
 def visible_keys(diagonal, seqlen_k, left, right):
@@ -124,12 +166,56 @@ def assert_close(out, lse, q, k, v, **kwargs):
         )
 
 
-def assert_close_to(out, ref, pt, factor=2, case=""):
+def assert_close_to(out, ref, pt, factor=2, case="", name="out", floor=0.0):
     """The tolerance rule for any result: `ref` one precision up, `pt` in the type of `out`."""
     rounding = max_finite(ref.float() + 0.3 - 0.3 - ref.float())
     # Where plain PyTorch overflows (fp16 scores) its error says nothing, and widens no bound.
-    bound = factor * max_finite(pt.to(ref.dtype) - ref) + 2 * rounding
-    assert_bounded(out, ref, torch.full_like(ref, bound), f"out, {case}")
+    bound = factor * max_finite(pt.to(ref.dtype) - ref) + 2 * rounding + floor
+    assert_bounded(out, ref, torch.full_like(ref, bound), f"{name}, {case}")
+
+
+def assert_gradients_close(gradients, q, k, v, dout, dlse=None, **kwargs):
+    """Holds dq, dk, dv (and dsink) against the reference for the same arguments: the rule for out."""
+    ref = gradient_reference(q, k, v, dout, dlse, **kwargs)
+    pt = gradient_reference(q, k, v, dout, dlse, upcast=False, **kwargs)
+    floors = gradient_floors(q, k, v, dout, dlse, kwargs.get("softmax_scale"))
+    inputs = {"dq": q, "dk": k, "dv": v}
+    if kwargs.get("learnable_sink") is not None:
+        inputs["dsink"] = kwargs["learnable_sink"]
+        floors["dsink"] += rounding_of_dsink(q, k, v, dout, **kwargs)
+    assert len(gradients) == len(ref) == len(inputs)
+    for (name, x), gradient, *expected in zip(inputs.items(), gradients, ref, pt, strict=True):
+        case = describe(q, k, v, kwargs | ({} if dlse is None else {"dlse": dlse}))
+        gradient = gradient.detach().as_subclass(torch.Tensor)
+        assert gradient.shape == x.shape and gradient.device == x.device, (name, case)
+        assert gradient.dtype == (torch.float32 if name == "dsink" else x.dtype), (name, case)
+        factor = 3 if kwargs.get("softcap") else 2
+        assert_close_to(gradient, *expected, factor, case, name, floors[name])
+
+
+def gradient_floors(q, k, v, dout, dlse, scale):
+    """What sums in fp32 may be off by where plain PyTorch happens to be exact.
+
+    With a single visible key ds is p * (dout . v - dout . out) = 0, as the difference of two dot
+    products that need not be rounded alike. Each term of a sum may be off by 2^-20 of the largest
+    term there can be (Cauchy-Schwarz), n of them by sqrt(n) times that. The weights of a query sum
+    up to 1: all terms of dq are as good as one.
+    """
+    if not min(q.numel(), k.numel(), v.numel()):
+        return dict.fromkeys(("dq", "dk", "dv", "dsink"), 0.0)
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else abs(scale)
+    norm_q, norm_k, norm_v, norm_dout = (
+        max_finite(x.double().norm(dim=-1)) for x in (q, k, v, dout)
+    )
+    ds = norm_dout * norm_v + (0 if dlse is None else max_finite(dlse))
+    batch, rows = q.shape[0], q.shape[1]
+    rows_per_key = rows * q.shape[2] // k.shape[2]
+    return {
+        "dq": 2**-20 * scale * ds * norm_k,
+        "dk": 2**-20 * scale * ds * norm_q * math.sqrt(rows_per_key),
+        "dv": 2**-20 * norm_dout * math.sqrt(rows_per_key),
+        "dsink": 2**-20 * ds * math.sqrt(batch * rows),
+    }
 
 
 def lse_bound(ref, q, k, scale):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import CPU
 
-from flash_attn_sm120 import explain, flash_attn_func
+from flash_attn_sm120 import _C, explain, flash_attn_func
 
 
 def qkv(
@@ -150,15 +150,65 @@ def test_too_old_a_device():
         explain(*qkv(), arch=75)
 
 
-@pytest.mark.parametrize("position", range(3))
-def test_autograd_is_told_that_there_is_no_backward(device, position):
-    inputs = list(qkv(device))
-    inputs[position] = inputs[position].requires_grad_()
-    with pytest.raises(NotImplementedError, match=r"no backward yet: call it under torch\.no_grad"):
-        flash_attn_func(*inputs)
-    with torch.no_grad():
-        out, _ = flash_attn_func(*inputs)
-    assert not out.requires_grad
+def backward(device=CPU, **changed):
+    """The extension's backward of a small call, with some of its arguments changed."""
+    q, k, v = qkv(device, dims=(16, 24))
+    out, lse = _C.forward(q, k, v, None, False, (None, None), 0.0, None, True)
+    arguments = {"dout": out, "q": q, "k": k, "v": v, "out": out, "lse": lse, "dlse": None}
+    options = (None, False, (None, None), 0.0, None, False)
+    return _C.backward(
+        *(arguments | {n: f(arguments[n]) for n, f in changed.items()}).values(), *options
+    )
+
+
+BAD_GRADIENTS = {
+    "dout None": ("dout", lambda x: None, TypeError, "dout must be a tensor .*, got NoneType"),
+    "dout rank": ("dout", lambda x: x[0], ValueError, "dout must have 4 dimensions, got 3"),
+    "dout dtype": ("dout", lambda x: x.bfloat16(), TypeError, "dout must be float16 like q, got bfloat16"),
+    "dout batch": ("dout", lambda x: x.expand(2, -1, -1, -1), ValueError, "dout must have q's batch 1 in dimension 0, got 2"),
+    "dout seqlen": ("dout", lambda x: x[:, :3], ValueError, "dout must have q's seqlen 4 in dimension 1, got 3"),
+    "dout heads": ("dout", lambda x: x[:, :, :2], ValueError, "dout must have q's heads 4 in dimension 2, got 2"),
+    "dout head_dim": ("dout", lambda x: x[..., :16], ValueError, "dout must have v's head_dim 24 in dimension 3, got 16"),
+    "out dtype": ("out", lambda x: x.float(), TypeError, "out must be float16 like q, got float32"),
+    "out shape": ("out", lambda x: x.transpose(1, 3), ValueError, "out must have q's seqlen 4 in dimension 1, got 24"),
+    "lse None": ("lse", lambda x: None, TypeError, "lse must be a tensor .*, got NoneType"),
+    "lse rank": ("lse", lambda x: x[..., None], ValueError, "lse must have 3 dimensions, got 4"),
+    "lse dtype": ("lse", lambda x: x.half(), TypeError, "lse must be float32, got float16"),
+    "lse batch": ("lse", lambda x: x[:0], ValueError, "lse must have q's batch 1 in dimension 0, got 0"),
+    "lse heads": ("lse", lambda x: x[:, :3], ValueError, "lse must have q's heads 4 in dimension 1, got 3"),
+    "lse seqlen": ("lse", lambda x: x[..., :3], ValueError, "lse must have q's seqlen 4 in dimension 2, got 3"),
+    "dlse": ("dlse", lambda x: torch.zeros(1, 4, 5), ValueError, "dlse must have q's seqlen 4 in dimension 2, got 5"),
+    "dlse dtype": ("dlse", lambda x: torch.zeros(1, 4, 4).double(), TypeError, "dlse must be float16, .*, got float64"),
+    "q": ("q", lambda x: x[..., :8], ValueError, "k must have q's head_dim 8 .*, got 16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_GRADIENTS)
+def test_bad_gradients(device, case):
+    name, change, error, message = BAD_GRADIENTS[case]
+
+    def changed(x):
+        x = change(x)
+        return device.place(x) if isinstance(x, torch.Tensor) else x
+
+    with pytest.raises(error, match=message):
+        backward(device, **{name: changed})
+    assert all(x.isfinite().all() for x in backward()[:3])
+
+
+def test_gradients_must_be_on_the_device(device):
+    if device == CPU:
+        pytest.skip("the CPU is one device")
+    for name in ("dout", "lse"):
+        with pytest.raises(ValueError, match=f"{name} must be on q's device, cuda:0, got cpu:0"):
+            backward(device, **{name: lambda x: x.cpu().as_subclass(torch.Tensor)})
+
+
+def test_a_device_without_a_backward_says_so(device):
+    if "backward" not in device.unsupported:
+        pytest.skip(f"{device.name} has a backward")
+    with pytest.raises(NotImplementedError, match="the backward is not supported on CUDA yet"):
+        backward(device)
 
 
 def test_devices_must_agree(device):
@@ -203,9 +253,9 @@ print(explain(q, q, q, arch=120).tile_m)
 
 
 def test_function_arguments_are_counted():
-    from flash_attn_sm120 import _C
-
     with pytest.raises(TypeError, match=r"forward\(\) takes 9 arguments, got 2"):
         _C.forward(1, 2)
+    with pytest.raises(TypeError, match=r"backward\(\) takes 13 arguments, got 1"):
+        _C.backward(1)
     with pytest.raises(TypeError, match=r"explain\(\) takes 9 arguments, got 0"):
         _C.explain()

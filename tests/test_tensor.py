@@ -12,7 +12,7 @@ from dlpack import Capsule, Legacy, Producer, pointer_in
 from emulator import EmulatedTensor, _exported
 from reference import attention_reference
 
-from flash_attn_sm120 import flash_attn_func
+from flash_attn_sm120 import _C, flash_attn_func
 
 SHAPE = (2, 5, 4, 16)
 
@@ -233,6 +233,33 @@ def test_no_references_are_leaked():
     gc.collect()
     after = [sys.getrefcount(x) for x in (q, k, v, numpy_q)]
     assert after == before
+
+
+@pytest.mark.parametrize("like", [lambda x: x, torch.from_numpy], ids=["numpy", "torch"])
+def test_the_backward_leaks_no_references(like):
+    """Nor does it where it has to copy, or fails at any of its arguments."""
+    q, k, v = (like(array(i)) for i in range(3))
+    sink = like(np.ones(q.shape[2], np.float32))
+    out, lse = _C.forward(q, k, v, None, True, (None, None), 0.0, sink, True)
+    dlse = like(np.ones((*lse.shape[:2], 2 * lse.shape[2]), np.float32))[..., ::2]
+    arguments = [out, q, k, v, out, lse, dlse]
+
+    def call(arguments):
+        return _C.backward(*arguments, None, True, (None, None), 0.0, sink, True)
+
+    def calls():
+        assert all(type(x) is type(q) for x in call(arguments))
+        for i in range(len(arguments)):
+            with pytest.raises((ValueError, TypeError)):
+                call([*arguments[:i], arguments[i][..., :4], *arguments[i + 1 :]])
+
+    calls()
+    gc.collect()
+    before = [sys.getrefcount(x) for x in (*arguments, sink)]
+    for _ in range(20):
+        calls()
+    gc.collect()
+    assert [sys.getrefcount(x) for x in (*arguments, sink)] == before
 
 
 def test_more_types_than_the_table_of_types_holds():

@@ -1,0 +1,146 @@
+#include "rows.h"
+
+#include <string.h>
+
+/* ---- Number formats -------------------------------------------------------------------------- */
+
+static float from_bits(uint32_t bits)
+{
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static uint32_t to_bits(float value)
+{
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+static float from_bfloat16(uint16_t half) { return from_bits((uint32_t)half << 16); }
+
+/* A bfloat16 is the upper half of a float: round the lower half to nearest, ties to even. */
+static uint16_t to_bfloat16(float value)
+{
+    uint32_t bits = to_bits(value);
+    if ((bits & 0x7fffffff) > 0x7f800000) {
+        return (uint16_t)(bits >> 16 | 0x40); /* a NaN stays one though its payload is cut */
+    }
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+/* float16 has 5 exponent bits with bias 15 and 10 mantissa bits; float has 8, 127 and 23. */
+static const uint32_t REBIAS = (127 - 15) << 23;
+
+static float from_float16(uint16_t half)
+{
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16;
+    uint32_t magnitude = half & 0x7fff;
+    if (magnitude < 0x0400) { /* zero and subnormals count in units of 2^-24 */
+        return from_bits(sign | to_bits((float)magnitude * 0x1p-24f));
+    }
+    uint32_t special = magnitude >= 0x7c00 ? REBIAS : 0; /* inf, NaN: on to the largest exponent */
+    return from_bits(sign | ((magnitude << 13) + REBIAS + special));
+}
+
+static uint16_t to_float16(float value)
+{
+    uint32_t bits = to_bits(value);
+    uint32_t sign = bits >> 16 & 0x8000;
+    uint32_t magnitude = bits & 0x7fffffff;
+    uint32_t half;
+    if (magnitude > 0x7f800000) {
+        half = 0x7e00 | (magnitude >> 13 & 0x3ff); /* NaN */
+    } else if (magnitude >= to_bits(65520.0f)) {
+        half = 0x7c00; /* halfway from the largest float16 to the next power of two, and up: inf */
+    } else if (magnitude < to_bits(0x1p-14f)) {
+        /* Subnormal: floats in [0.5, 1] are 2^-24 apart, so the addition does the rounding. */
+        half = to_bits(from_bits(magnitude) + 0.5f) - to_bits(0.5f);
+    } else {
+        half = (magnitude - REBIAS + 0xfff + (magnitude >> 13 & 1)) >> 13;
+    }
+    return (uint16_t)(sign | half);
+}
+
+/* ---- Rows of tensors ------------------------------------------------------------------------- */
+
+int fa_width(int n) { return (n + FA_LANES - 1) / FA_LANES * FA_LANES; }
+
+int64_t fa_offset(const struct fa_tensor *tensor, int64_t i, int64_t j, int64_t l)
+{
+    return i * tensor->stride[0] + j * tensor->stride[1] + l * tensor->stride[2];
+}
+
+void fa_load_row(const struct fa_tensor *tensor, int64_t offset, int n, int width, float *row)
+{
+    if (tensor->dtype == FA_FLOAT32) {
+        memcpy(row, (const float *)tensor->data + offset, (size_t)n * sizeof *row);
+    } else {
+        const uint16_t *source = (const uint16_t *)tensor->data + offset;
+        if (tensor->dtype == FA_BFLOAT16) {
+            for (int d = 0; d < n; d++)
+                row[d] = from_bfloat16(source[d]);
+        } else {
+            for (int d = 0; d < n; d++)
+                row[d] = from_float16(source[d]);
+        }
+    }
+    for (int d = n; d < width; d++)
+        row[d] = 0;
+}
+
+void fa_store_row(const struct fa_tensor *tensor, int64_t offset, int n, const float *row)
+{
+    if (tensor->dtype == FA_FLOAT32) {
+        memcpy((float *)tensor->data + offset, row, (size_t)n * sizeof *row);
+        return;
+    }
+    uint16_t *target = (uint16_t *)tensor->data + offset;
+    for (int d = 0; d < n; d++) {
+        target[d] = tensor->dtype == FA_BFLOAT16 ? to_bfloat16(row[d]) : to_float16(row[d]);
+    }
+}
+
+void fa_load_rows(const struct fa_tensor *tensor, int64_t batch, struct range rows, int64_t head,
+                  float *matrix)
+{
+    const int n = (int)tensor->shape[3], width = fa_width(n);
+    for (int64_t row = rows.begin; row < rows.end; row++, matrix += width)
+        fa_load_row(tensor, fa_offset(tensor, batch, row, head), n, width, matrix);
+}
+
+void fa_store_rows(const struct fa_tensor *tensor, int64_t batch, struct range rows, int64_t head,
+                   const float *matrix)
+{
+    const int n = (int)tensor->shape[3], width = fa_width(n);
+    for (int64_t row = rows.begin; row < rows.end; row++, matrix += width)
+        fa_store_row(tensor, fa_offset(tensor, batch, row, head), n, matrix);
+}
+
+/* ---- Arithmetic ------------------------------------------------------------------------------ */
+
+/* Both loops below have an inner loop of constant length without a dependence between its steps:
+ * compilers make vector instructions of it without being allowed to reorder sums. */
+
+float fa_dot(const float *restrict a, const float *restrict b, int width)
+{
+    float sums[FA_LANES] = {0};
+    for (int d = 0; d < width; d += FA_LANES) {
+        for (int lane = 0; lane < FA_LANES; lane++)
+            sums[lane] += a[d + lane] * b[d + lane];
+    }
+    for (int half = FA_LANES / 2; half > 0; half /= 2) {
+        for (int lane = 0; lane < half; lane++)
+            sums[lane] += sums[lane + half];
+    }
+    return sums[0];
+}
+
+void fa_add_scaled(float *restrict sum, float factor, const float *restrict row, int width)
+{
+    for (int d = 0; d < width; d += FA_LANES) {
+        for (int lane = 0; lane < FA_LANES; lane++)
+            sum[d + lane] += factor * row[d + lane];
+    }
+}

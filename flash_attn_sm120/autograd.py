@@ -1,0 +1,119 @@
+"""What torch asks of an operation besides its result: gradients, and autocast."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from flash_attn_sm120 import _C
+
+
+class Options(NamedTuple):
+    """What forward and backward are told beside their tensors."""
+
+    softmax_scale: float | None
+    causal: bool
+    window_size: tuple[int | None, int | None]
+    softcap: float
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    learnable_sink: torch.Tensor | None,
+    options: Options,
+    deterministic: bool,
+    return_lse: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``(out, lse)`` of a call that autograd is to record; lse is None without ``return_lse``."""
+    for name, x in (("q", q), ("k", k), ("v", v), ("learnable_sink", learnable_sink)):
+        if x is not None and not isinstance(x, torch.Tensor):
+            raise TypeError(
+                f"{name} must be a torch.Tensor where a gradient is wanted, got {type(x).__name__}"
+            )
+    results = _Attention.apply(  # type: ignore[no-untyped-call]
+        q, k, v, learnable_sink, options, deterministic, return_lse
+    )
+    return results if return_lse else (results, None)
+
+
+def autocast(*tensors: Any) -> tuple[Any, ...]:
+    """The tensors as autocast hands them to scaled_dot_product_attention: in its dtype.
+
+    Only torch's tensors of at most 32 bits, on a device type for which autocast is on.
+    """
+    return tuple(_autocast(x) if isinstance(x, torch.Tensor) else x for x in tensors)
+
+
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    device_type = x.device.type
+    is_cast = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    if not is_cast or not torch.is_autocast_enabled(device_type):
+        return x
+    return x.to(torch.get_autocast_dtype(device_type))
+
+
+class _Attention(torch.autograd.Function):
+    """Keeps q, k, v, out and lse (and the sink) for the backward, which recomputes all else."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sink: torch.Tensor | None,
+        options: Options,
+        deterministic: bool,
+        return_lse: bool,
+    ) -> Any:
+        out, lse = _C.forward(q, k, v, *options, sink, True)
+        ctx.save_for_backward(q, k, v, sink, out, lse)
+        ctx.set_materialize_grads(False)
+        ctx.options, ctx.deterministic = options, deterministic
+        return (out, lse) if return_lse else out
+
+    @staticmethod
+    def backward(  # type: ignore[no-untyped-def]
+        ctx, dout: torch.Tensor | None, dlse: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, sink, out, lse = ctx.saved_tensors
+        gradients = _Gradients.apply(  # type: ignore[no-untyped-call]
+            dout, dlse, q, k, v, sink, out, lse, ctx.options, ctx.deterministic
+        )
+        wanted = zip(gradients, ctx.needs_input_grad[:4], strict=True)
+        return (*(gradient if needed else None for gradient, needed in wanted), None, None, None)
+
+
+class _Gradients(torch.autograd.Function):
+    """A function of its own, to say that it has no derivative instead of passing for a constant."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        dout: torch.Tensor | None,
+        dlse: torch.Tensor | None,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sink: torch.Tensor | None,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        options: Options,
+        deterministic: bool,
+    ) -> tuple[torch.Tensor | None, ...]:
+        if dout is None:  # only lse has been used
+            dout = torch.zeros_like(out)
+        dq, dk, dv, dsink = _C.backward(
+            dout, q, k, v, out, lse, dlse, *options, sink, deterministic
+        )
+        return dq, dk, dv, None if sink is None else dsink.to(sink.dtype)
+
+    @staticmethod
+    def backward(ctx, *_: Any) -> Any:  # type: ignore[no-untyped-def]
+        raise RuntimeError(
+            "flash_attn_func has no second derivative: a gradient that came through it cannot be "
+            "differentiated again (create_graph=True)"
+        )
