@@ -54,7 +54,9 @@ def main() -> None:
     harness.require_device(args.device)
     records = harness.Records(args.output, "forward", args.device)
     for problem, cell in grid.cells(args):
-        entrants, absent = harness.admit(contestants(problem), problem)
+        check = functools.partial(harness.check_forward, problem)
+        out = problem.q.new_empty(problem.out_shape)
+        entrants, absent = harness.admit(contestants(problem), check, [out])
         timings = harness.time_interleaved(entrants, args.device, args.rounds, args.graph)
         flops = harness.forward_flops(problem)
         for name, timing in timings.items():
