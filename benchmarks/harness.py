@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
@@ -126,39 +127,47 @@ def forward_flops(problem: Problem) -> float:
 class Contestant:
     """One implementation, bound to the inputs of one cell.
 
-    `context` is entered outside the timed region (selecting an SDPA backend costs host time);
-    exceptions in `cannot` mean that the contestant does not support the cell.
+    `call` returns what the check of the cell looks at, of a forward out (B, Sq, Hq, Dv). `context`
+    is entered outside the timed region (selecting an SDPA backend costs host time); exceptions in
+    `cannot` mean that the contestant does not support the cell.
     """
 
     name: str
-    call: Callable[[], torch.Tensor]  # returns out (B, Sq, Hq, Dv)
+    call: Callable[[], Any]
     context: Callable[[], AbstractContextManager] = nullcontext
     cannot: tuple[type[Exception], ...] = (NotImplementedError,)
 
 
+C = TypeVar("C", bound=Contestant)
+
+
 def admit(
-    contestants: Sequence[Contestant], problem: Problem
-) -> tuple[list[Contestant], dict[str, str]]:
+    contestants: Sequence[C],
+    check: Callable[[str, Any], None],
+    outputs: Sequence[torch.Tensor],
+) -> tuple[list[C], dict[str, str]]:
     """Calls each contestant once. Those found right, and for each that cannot run, the reason.
 
-    A contestant that is wrong raises WrongResult, which ends the run: its time means nothing.
+    A contestant is right where `check(name, result)` raises nothing; WrongResult ends the run, as
+    its time would mean nothing. `outputs` are tensors like those of a result.
     """
     entrants, absent = [], {}
     for contestant in contestants:
         # An output is memory that a right contestant before may have filled: one that writes
         # nothing would pass. NaN there (the allocator hands the block out again) makes it fail.
-        torch.full(problem.out_shape, torch.nan, dtype=problem.q.dtype, device=problem.q.device)
+        poison = [torch.full_like(output, torch.nan) for output in outputs]
+        del poison
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
             try:
                 with contestant.context():
-                    out = contestant.call()
+                    result = contestant.call()
             except contestant.cannot as error:
                 absent[contestant.name] = " ".join([str(error), *(str(n.message) for n in notes)])
                 continue
         for note in notes:
             warnings.warn(f"{contestant.name}: {note.message}", stacklevel=2)
-        check_forward(contestant.name, out, problem)
+        check(contestant.name, result)
         entrants.append(contestant)
     return entrants, absent
 
@@ -173,7 +182,7 @@ class WrongResult(AssertionError):
 CHECK_ROWS = 32  # consecutive query rows of one block; a tolerance holds for a block
 
 
-def check_forward(name: str, out: torch.Tensor, problem: Problem) -> None:
+def check_forward(problem: Problem, name: str, out: torch.Tensor) -> None:
     """Compares rows of `out` with an fp32 reference; raises WrongResult.
 
     The rule: max|out - ref| <= 2 * max|pt - ref| + 2 * max|ref + 0.3 - 0.3 - ref|, pt being plain

@@ -1,4 +1,4 @@
-"""How do the contestants compare over sequence length? Draws what forward.py recorded.
+"""How do the contestants compare over sequence length? Draws what a benchmark of a grid recorded.
 
     python benchmarks/plot.py forward.jsonl --output forward.png
 
@@ -17,11 +17,13 @@ from matplotlib.axes import Axes
 # Colours that stay apart for colour-blind readers and in grey (Okabe and Ito); ours stands out.
 STYLES = {
     harness.OURS: {"color": "#D55E00", "marker": "o", "linewidth": 2.2, "zorder": 3},
+    "ours-deterministic": {"color": "#E69F00", "marker": "o", "linewidth": 1.4, "zorder": 2.5},
     "sdpa-flash": {"color": "#0072B2", "marker": "s", "linewidth": 1.4},
     "sdpa-cudnn": {"color": "#7F7F7F", "marker": "^", "linewidth": 1.4, "linestyle": "--"},
 }
 LABELS = {
     harness.OURS: "flash_attn_sm120",
+    "ours-deterministic": "flash_attn_sm120, deterministic",
     "sdpa-flash": "SDPA flash (FlashAttention-2)",
     "sdpa-cudnn": "SDPA cuDNN",
 }
@@ -35,6 +37,8 @@ def shape_of(record: dict) -> tuple:
 def draw_panel(axes: Axes, records: list[dict]) -> None:
     """One line per contestant, with the interquartile range as a band."""
     for name, style in STYLES.items():
+        if not any(r["contestant"] == name for r in records):
+            continue
         points = sorted(
             (r for r in records if r["contestant"] == name and "ms" in r),
             key=lambda r: r["seqlen"],
@@ -59,7 +63,7 @@ def title(header: dict, record: dict) -> str:
     versions = f"torch {header['torch']}, CUDA {header['cuda']}, cuDNN {header['cudnn']}"
     commit = (header["commit"] or "unknown commit")[:12]
     return (
-        f"Attention forward, {record['dtype']}, batch {record['batch']}, {kind}\n"
+        f"Attention {header['benchmark']}, {record['dtype']}, batch {record['batch']}, {kind}\n"
         f"{harness.headline(header).split(';')[0]}; {versions}; {header['date'][:10]}, {commit}"
     )
 
@@ -89,13 +93,13 @@ def draw(header: dict, records: list[dict], output: Path) -> None:
         axes.set_xlabel("sequence length")
     figure.suptitle(title(header, next(r for r in records if "ms" in r)), fontsize=10)
     lines, names = grid[0][0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside lower center", ncols=len(STYLES), frameon=False)
+    figure.legend(lines, names, loc="outside lower center", ncols=len(lines), frameon=False)
     figure.savefig(output, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("records", type=Path, metavar="FORWARD.jsonl")
+    parser.add_argument("records", type=Path, metavar="RECORDS.jsonl")
     parser.add_argument("--output", type=Path, help="default: beside the records, .png")
     args = parser.parse_args()
     header, records = harness.read_records(args.records)

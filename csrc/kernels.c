@@ -3,24 +3,16 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "hash.h"
 #include "state.h"
-
-/* FNV-1a (http://www.isthe.com/chongo/tech/comp/fnv) over the key's ints. */
-static size_t hash_key(const struct fa_variant *variant, int ordinal)
-{
-    const int *fields = (const int *)variant;
-    uint64_t hash = 0xcbf29ce484222325u ^ (unsigned)ordinal;
-    for (size_t i = 0; i < sizeof *variant / sizeof *fields; i++)
-        hash = (hash ^ (unsigned)fields[i]) * 0x100000001b3u;
-    return (size_t)(hash ^ hash >> 32);
-}
 
 /* The entry of the key, or the free slot where it belongs. */
 static struct fa_kernel_entry *find_slot(struct fa_kernels *kernels,
                                          const struct fa_variant *variant, int ordinal)
 {
     const size_t mask = kernels->capacity - 1;
-    for (size_t i = hash_key(variant, ordinal) & mask;; i = (i + 1) & mask) {
+    const size_t first = fa_hash(variant, sizeof *variant, (unsigned)ordinal);
+    for (size_t i = first & mask;; i = (i + 1) & mask) {
         struct fa_kernel_entry *entry = &kernels->entries[i];
         if (!entry->kernel ||
             (entry->ordinal == ordinal && memcmp(&entry->variant, variant, sizeof *variant) == 0))

@@ -111,12 +111,17 @@ int fa_launch_forward(struct fa_state *state, const struct fa_problem *problem)
 {
     const int ordinal = problem->q.device_id;
     struct fa_driver *driver = &state->driver;
-    struct fa_plan plan;
+    struct fa_plan_key key;
+    struct fa_planned call;
+    const struct fa_plan *plan = &call.plan;
     void *stream;
-    if (fa_launch_plan(state, &problem->shape, ordinal, 0, &plan) < 0 ||
-        fa_tensor_stream(state, &problem->q, &stream) < 0)
+    fa_plans_key(&problem->shape, ordinal, &state->tiles, &key);
+    if (!fa_plans_find(&state->plans, &key, &call) &&
+        fa_launch_plan(state, &problem->shape, ordinal, 0, &call.plan) < 0)
         return -1;
-    if (plan.blocks == 0)
+    if (fa_tensor_stream(state, &problem->q, &stream) < 0)
+        return -1;
+    if (plan->blocks == 0)
         return 0;
 
     bool pushed;
@@ -124,22 +129,23 @@ int fa_launch_forward(struct fa_state *state, const struct fa_problem *problem)
         return -1;
     int status = -1;
     struct fa_forward_tma_params params;
-    CUkernel kernel = fa_kernels_get(state, &plan, ordinal, stream);
-    if (kernel && make_params(driver, problem, &plan, &params) == 0) {
+    if (!call.kernel && (call.kernel = fa_kernels_get(state, plan, ordinal, stream)))
+        fa_plans_keep(&state->plans, &key, &call);
+    if (call.kernel && make_params(driver, problem, plan, &params) == 0) {
         void *arguments[] = {&params};
         const CUlaunchConfig config = {
-            .grid_x = (unsigned)plan.blocks,
+            .grid_x = (unsigned)plan->blocks,
             .grid_y = 1,
             .grid_z = 1,
-            .block_x = (unsigned)plan.threads,
+            .block_x = (unsigned)plan->threads,
             .block_y = 1,
             .block_z = 1,
-            .shared_bytes = (unsigned)plan.smem_request,
+            .shared_bytes = (unsigned)plan->smem_request,
             .stream = stream,
         };
         CUresult result;
         Py_BEGIN_ALLOW_THREADS
-        result = driver->cuLaunchKernelEx(&config, kernel, arguments, NULL);
+        result = driver->cuLaunchKernelEx(&config, call.kernel, arguments, NULL);
         Py_END_ALLOW_THREADS
         status = fa_driver_check(driver, result, "cuLaunchKernelEx");
     }

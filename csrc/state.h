@@ -6,6 +6,7 @@
 
 #include "driver.h"
 #include "kernels.h"
+#include "plans.h"
 #include "settings.h"
 #include "tensor.h"
 
@@ -14,6 +15,7 @@ struct fa_state {
     struct fa_producers producers;
     struct fa_driver driver;
     struct fa_kernels kernels;
+    struct fa_plans plans;
     struct fa_tile_list tiles;  /* those of use_tiles() */
     PyObject *python_producers; /* flash_attn_sm120.producers, imported when first needed */
     PyObject *python_jit;       /* flash_attn_sm120.jit, likewise */

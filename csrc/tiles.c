@@ -17,6 +17,14 @@
 #define LARGE(head_dim, head_dim_v, right, left, ...) \
     {ANY, head_dim, head_dim_v, ANY, ANY, ANY, right, left, {__VA_ARGS__}}
 
+/* Full and causal calls on 12.x: what others published of their kernels there, as far as registers
+ * and shared memory allow it; NOTHING HERE HAS BEEN MEASURED ON A 12.x CARD. SPLIT: 64 rows by 4
+ * warps and a warp that loads, two or three blocks per SM, after gau-nernst's v6 (RTX 5090). WIDE:
+ * 128 rows by 8 warps, a block per SM, after NVIDIA's FROST (RTX PRO 6000). See "Rows of 12.x" in
+ * benchmarks/NOTES.md. */
+#define SM120(head_dim, rows_per_sm, ...) \
+    {120, head_dim, head_dim, ANY, ANY, rows_per_sm, ANY, 0, {__VA_ARGS__}}
+
 #define CP_ASYNC    FA_KERNEL_FORWARD, 0
 #define TMA_THREAD  FA_KERNEL_FORWARD_TMA, FA_PRODUCER_THREAD
 #define TMA_WARP    FA_KERNEL_FORWARD_TMA, FA_PRODUCER_WARP
@@ -25,19 +33,25 @@
 const struct fa_tile_row FA_TILES[] = {
     /* head_dim, rows_per_sm, right,           tile_n, sub_n, warps, warp_m, stages
      * head_dim, seqlen_q, rows_per_sm, right, tile_n, sub_n, warps, warp_m, stages
-     * head_dim, head_dim_v, right, left,      tile_n, sub_n, warps, warp_m, stages */
+     * head_dim, head_dim_v, right, left,      tile_n, sub_n, warps, warp_m, stages
+     * head_dim, rows_per_sm,                  tile_n, sub_n, warps, warp_m, stages, of 12.x */
     SMALL( 64,  64, ANY,       64, 64, 4, 16, 3, TMA_WARP),
+    SM120( 64, 256,            64, 64, 4, 16, 2, TMA_WARP), /* SPLIT */
     SMALL( 64, 128,   0,       64, 64, 4, 16, 2, TMA_WARP),
     SMALL( 64, 256,   1,       64, 64, 4, 16, 3, TMA_WARP),
     LARGE( 64,  64, ANY, ANY,  64, 32, 4, 32, 3, CP_ASYNC),
 
     SMALL( 80,  64, ANY,       64, 64, 4, 16, 3, TMA_WARP),
+    SM120( 80, 256,            64, 64, 4, 16, 2, TMA_WARP), /* SPLIT */
+    SM120( 80, ANY,            64, 64, 8, 16, 2, TMA_WARP), /* WIDE */
     SMALL( 80, 128,   0,       64, 32, 8, 16, 2, TMA_WARP),
     SMALL( 80, 128,   1,       64, 64, 4, 16, 3, TMA_WARP),
     SMALL( 80, 256,   1,       64, 64, 8, 16, 3, TMA_WARP),
     LARGE( 80,  80, ANY,   0,  64, 32, 8, 32, 3, TMA_BARRIER),
 
     SMALL( 96,  64, ANY,       64, 64, 4, 16, 3, TMA_WARP),
+    SM120( 96, 256,            64, 64, 4, 16, 2, TMA_WARP), /* SPLIT */
+    SM120( 96, ANY,            64, 64, 8, 16, 2, TMA_WARP), /* WIDE */
     SMALL( 96, 128,   0,       64, 32, 4, 16, 2, TMA_WARP),
     SHORT( 96, 512, 128, 1,    64, 32, 4, 16, 2, TMA_BARRIER),
     SMALL( 96, 128,   1,       64, 64, 4, 16, 3, TMA_WARP),
@@ -46,6 +60,8 @@ const struct fa_tile_row FA_TILES[] = {
     LARGE( 96,  96, ANY, ANY,  32, 16, 4, 32, 2, CP_ASYNC),
 
     SMALL(128,  64, ANY,       64, 64, 4, 16, 2, TMA_WARP),
+    SM120(128, 256,            32, 32, 4, 16, 3, TMA_WARP), /* SPLIT: the 48 KB of v6 */
+    SM120(128, ANY,            64, 32, 8, 16, 2, TMA_THREAD), /* WIDE: 9 warps would spill */
     SMALL(128, 128,   0,       64, 64, 8, 16, 3, TMA_THREAD),
     SHORT(128, 512, 128, 1,    32, 32, 4, 16, 3, CP_ASYNC),
     SMALL(128, 128,   1,       64, 64, 4, 16, 2, TMA_WARP),

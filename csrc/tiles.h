@@ -44,6 +44,7 @@ struct fa_tile_row {
 struct fa_tile_list {
     struct fa_tile_row *rows;
     size_t count;
+    unsigned version; /* how often the rows were replaced: plans with other ones are void */
 };
 
 extern const struct fa_tile_row FA_TILES[];

@@ -101,7 +101,7 @@ static int read_row(PyObject *row, struct fa_tile_row *into)
 
 int fa_use_tiles(PyObject *rows, struct fa_tile_list *list)
 {
-    struct fa_tile_list read = {0};
+    struct fa_tile_list read = {.version = list->version + 1};
     const Py_ssize_t count = PySequence_Size(rows);
     if (count < 0)
         return -1;

@@ -169,13 +169,16 @@ def in_order(entries: Iterable[dict[str, Any]]) -> list[tuple[int, ...]]:
     return list(rows)
 
 
-def _rows_of(region: Row, rows: Iterable[Row]) -> Iterator[Row]:
-    """Those of some rows that serve calls of a region, cut to it."""
+def _rows_of(region: Row, rows: Iterable[Row]) -> list[Row]:
+    """Those of some rows that serve calls of a region which none before them serves, cut to it."""
+    cuts: list[Row] = []
     for row in rows:
-        if cut := _cut(row, region):
-            yield cut
-            if all(cut[key] == region[key] for key in (*BOUNDS, *MASKS)):
-                return  # it serves all that is left
+        cut = _cut(row, region)
+        if cut and not any(_covers(earlier, cut) for earlier in cuts):
+            cuts.append(cut)
+            if _covers(cut, region):
+                break
+    return cuts
 
 
 def as_tuple(row: Row) -> tuple[int, ...]:
@@ -189,6 +192,13 @@ def _smallest_first(row: Row) -> list[float]:
 
 def _bound(value: int) -> float:
     return float("inf") if value == ANY else value
+
+
+def _covers(row: Row, other: Row) -> bool:
+    """Whether ``row`` serves all calls that ``other`` serves, of the same architecture."""
+    return all(_bound(row[key]) >= _bound(other[key]) for key in BOUNDS) and all(
+        row[key] in (ANY, other[key]) for key in MASKS
+    )
 
 
 def _cut(row: Row, region: Row) -> Row | None:

@@ -5,7 +5,8 @@ rows per multiprocessor. In each cell every tile that might do is compiled, run 
 with what csrc/tiles.c would choose, the fallback. Those that are right are timed beside it:
 
 - Round-robin, so that drifting clocks hit all alike; what counts is each candidate's ratio to the
-  fallback in the same round. A soak goes before, and L2 is overwritten before each sample.
+  fallback in the same round. A soak goes before. A sample is one call whose L2 was overwritten: of
+  calls in a row all but the first find K and V there, which flatters the TMA.
 - In rounds of elimination: few samples of many candidates, then many of few. Tiles compete with K
   and V brought by cp.async; the best of them then also by the TMA, where there is one.
 - A candidate is accepted at MIN_GAIN over the calls of the cell, if it makes none of them slower
@@ -47,9 +48,9 @@ MIN_GAIN = 1.02  # fallback's time over candidate's, geometric mean over the cal
 MIN_GAIN_OF_A_CALL = 0.99
 MAX_SPREAD = 0.10  # interquartile range of the ratios, as a part of their median
 
-ELIMINATION = ((2, 12), (8, 4))  # rounds, and how many candidates stay
-ELIMINATION_OF_FEEDS = ((8, 3),)
-FINAL_ROUNDS = 40
+ELIMINATION = ((5, 12), (15, 4))  # rounds, and how many candidates stay
+ELIMINATION_OF_FEEDS = ((15, 3),)
+FINAL_ROUNDS = 80
 
 # Two outputs in bf16 may differ by a unit in the last place, 2^-7 of a number; and here and there
 # by more, because other tiles round p beside another maximum.
@@ -213,8 +214,7 @@ class Machine:
     """
 
     SOAK_S = 0.15  # clocks and caches of code settle before anything counts
-    SAMPLE_MS = 0.3  # a sample holds calls worth this long, so that events are exact enough
-    MAX_CALLS = 32
+    MIN_FLUSH_BYTES = 256 << 20  # so that a flush takes longer than the host needs for a call
 
     def __init__(self) -> None:
         if os.environ.get("FA_SM120_PLAN_AS"):
@@ -244,6 +244,7 @@ class Machine:
             "flash_attn_sm120": __version__,
             "kernels": kernels.hexdigest()[:12],
             "limits": os.environ.get("FA_SM120_LIMITS") or None,
+            "samples": "single calls, cold L2",
         }
 
     def facts(self) -> dict[str, Any]:
@@ -286,54 +287,29 @@ class Machine:
         jit.compile(plan.kernel, name, plan.options, self.arch, self.driver_version)
 
     def samples(self, contenders: Sequence[Contender], rounds: int) -> list[list[float]]:
-        """Milliseconds of a call, for each contender and round, measured round-robin."""
-        torch.cuda.empty_cache()  # the graphs' memory of the last time
-        seconds = self._soak(contenders) / len(contenders)
-        calls = max(1, min(self.MAX_CALLS, round(self.SAMPLE_MS / 1e3 / seconds)))
-        replays = self._captured(contenders, calls)
-        flush = torch.empty(4 * self.device["l2_bytes"], dtype=torch.int8, device="cuda")
+        """Milliseconds of a call with a cold L2, for each contender and round, round-robin."""
+        self._soak(contenders)
+        flush_bytes = max(self.MIN_FLUSH_BYTES, 4 * self.device["l2_bytes"])
+        flush = torch.empty(flush_bytes, dtype=torch.int8, device="cuda")
         events = [[(_event(), _event()) for _ in range(rounds)] for _ in contenders]
-        for replay in replays:
-            replay()  # the first time uploads the graph
+        flush.zero_()  # a head start for the host, which stays ahead from then on
         for i in range(rounds):
-            for replay, (start, end) in zip(replays, (own[i] for own in events), strict=True):
-                flush.zero_()  # takes long enough for the host to stay ahead
+            for contender, (start, end) in zip(contenders, (own[i] for own in events), strict=True):
+                flush.zero_()
                 start.record()
-                replay()
+                contender.run()
                 end.record()
         torch.cuda.synchronize()
-        return [[start.elapsed_time(end) / calls for start, end in own] for own in events]
+        return [[start.elapsed_time(end) for start, end in own] for own in events]
 
-    def _soak(self, contenders: Sequence[Contender]) -> float:
-        """Runs all in turn for a while; seconds of a turn."""
+    def _soak(self, contenders: Sequence[Contender]) -> None:
+        """Runs all in turn for a while."""
         torch.cuda.synchronize()
-        turns, begin = 0, time.perf_counter()
-        while (elapsed := time.perf_counter() - begin) < self.SOAK_S or turns == 0:
+        begin = time.perf_counter()
+        while time.perf_counter() - begin < self.SOAK_S:
             for contender in contenders:
                 contender.run()
             torch.cuda.synchronize()
-            turns += 1
-        return elapsed / turns
-
-    @staticmethod
-    def _captured(contenders: Sequence[Contender], calls: int) -> list[Callable[[], None]]:
-        """For each the replay of a CUDA graph of some calls: without the host's time.
-
-        They share one pool of memory, as nobody reads what they write. torch.cuda.graph() would
-        collect garbage each time, which takes longer than all the rest.
-        """
-        torch.cuda.synchronize()
-        pool, replays = torch.cuda.graph_pool_handle(), []
-        with torch.cuda.stream(torch.cuda.Stream()):  # type: ignore[no-untyped-call]
-            for contender in contenders:
-                graph = torch.cuda.CUDAGraph()
-                graph.capture_begin(pool)
-                for _ in range(calls):
-                    contender.run()
-                graph.capture_end()
-                replays.append(graph.replay)
-        torch.cuda.synchronize()
-        return replays
 
 
 def _event() -> torch.cuda.Event:

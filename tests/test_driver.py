@@ -177,6 +177,75 @@ print(len(compiled), len(set(compiled)))
     assert line == "256 256" and len(launches) == 512
 
 
+def test_a_repeated_call_is_launched_as_the_first_time(run):
+    """Many more shapes than plans are kept, so that shapes share a slot, in orders that meet all of it."""
+    code = """
+import random
+from flash_attn_sm120 import explain
+shapes = [(s, h) for s in range(100, 140) for h in (1, 2, 3, 4)]
+random.seed(0)
+for seqlen, heads in shapes * 2 + random.sample(shapes, len(shapes)):
+    q = cuda(1, seqlen, heads, 64)
+    print(seqlen, heads, explain(q, q, q).blocks)
+    flash_attn_func(q, q, q)
+    flash_attn_func(q, q, q)
+"""
+    lines, launches = run(code)
+    expected = [tuple(map(int, line.split())) for line in lines for _ in range(2)]
+    assert [(x["seqlen_q"], x["heads_q"], x["grid"]) for x in launches] == expected
+    assert len(set(expected)) == 160
+
+
+def test_a_repeated_call_sees_what_has_changed(run):
+    """Everything that one call can differ in from the call before, there and back."""
+    code = """
+from tiles import tile_row, use_tiles
+q, k, v = cuda(2, 130, 6, 64), cuda(2, 200, 2, 64), cuda(2, 200, 2, 72)
+other = cuda(2, 130, 6, 64, device_id=1)
+calls = [
+    lambda: flash_attn_func(q, k, k),
+    lambda: flash_attn_func(q, k, k, causal=True),
+    lambda: flash_attn_func(q, k, k, window_size=(3, 4)),
+    lambda: flash_attn_func(q, k, k, softmax_scale=2.0),
+    lambda: flash_attn_func(q, q, q),
+    lambda: flash_attn_func(q, k, v),
+    lambda: flash_attn_func(other, other, other),
+]
+tile = dict(tile_n=32, sub_n=16, warp_m=16, stages=2)
+for rows in ([], [tile_row(**tile, warps=2)], [tile_row(**tile, warps=8)], []):
+    with use_tiles(*rows):
+        for call in calls * 2:
+            call()
+"""
+    _, launches = run(code)
+    keys = ("device", "seqlen_k", "window_left", "window_right", "scale_log2", "shared", "block")
+    rounds = [[tuple(x[key] for key in keys) for x in launches[i : i + 7]] for i in range(0, 56, 7)]
+    assert rounds[0::2] == rounds[1::2], "each call twice"
+    built_in, two_warps, eight_warps, again = rounds[0::2]
+    assert built_in == again and len(set(built_in)) == 7
+    assert {x[-1] for x in two_warps} == {64} and {x[-1] for x in eight_warps} == {256}
+    assert [x[:5] for x in two_warps] == [x[:5] for x in built_in]
+
+
+def test_rows_that_change_while_a_kernel_is_compiled(run):
+    """The plan of before is carried out, and not kept."""
+    code = """
+from flash_attn_sm120 import jit
+from tiles import tile_row
+compile = jit.compile
+def compile_and_change(*args):
+    _C.use_tiles([tile_row(tile_n=32, sub_n=16, warps=8, warp_m=16, stages=2)])
+    return compile(*args)
+_C.use_tiles([tile_row(tile_n=32, sub_n=16, warps=2, warp_m=16, stages=2)])
+jit.compile = compile_and_change
+call()
+jit.compile = compile
+call()
+"""
+    _, launches = run(code)
+    assert [x["block"] for x in launches] == [64, 256]
+
+
 def test_rows_of_sm120_where_there_is_no_tma(run):
     """FA_SM120_PLAN_AS plans with other rows, not for another machine."""
     code = "from flash_attn_sm120 import explain\nq = cuda(1, 64, 1, 64)\nprint(explain(q, q, q).kernel)\n"

@@ -100,6 +100,39 @@ def test_tiles_by_rows_per_sm():
         assert (small.tile_m, large.tile_m) == (64, 128), (batch, heads, seqlen)
 
 
+def plan_of_rows(arch, sms, head_dim, rows_per_sm, **options):
+    """The plan of a call of so many query rows per multiprocessor, whose strides a tensor map has."""
+    q = torch.empty(1, rows_per_sm * sms // 2, 2, head_dim, dtype=torch.bfloat16)
+    return explain(q, q, q, arch=arch, **options)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 112, 128])
+@pytest.mark.parametrize("arch, sms", [(120, 170), (121, 48)])
+def test_rows_of_12_x(arch, sms, head_dim, causal):
+    """64 rows by 4 warps and one that loads, two blocks or more per SM; in large grids 128 by 8."""
+    for rows_per_sm in (65, 256):
+        plan = plan_of_rows(arch, sms, head_dim, rows_per_sm, causal=causal)
+        assert re.search(r"_w4x16_s\d_p2", plan.variant) and plan.blocks_per_sm >= 2
+    if head_dim > 64:
+        assert "_w8x16_s2_p" in plan_of_rows(arch, sms, head_dim, 300, causal=causal).variant
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
+@pytest.mark.parametrize("rows_per_sm", [50, 200, 300])
+def test_rows_of_12_x_are_for_nothing_else(head_dim, rows_per_sm):
+    """All other calls get the tiles of other architectures: windows, small grids, head dims above 128."""
+
+    def same(**options):
+        machines = ((120, 170), (90, 132))
+        plans = [plan_of_rows(*m, head_dim, rows_per_sm, **options) for m in machines]
+        return plans[0].variant == plans[1].variant
+
+    assert same(window_size=(99, 0)) and same(window_size=(99, None))
+    others = head_dim > 128 or rows_per_sm == 50 or (head_dim, rows_per_sm) == (64, 300)
+    assert same() == same(causal=True) == others
+
+
 @pytest.fixture
 def use_tiles():
     yield _C.use_tiles
@@ -202,9 +235,12 @@ def test_limits_pad_to_the_blocks_per_sm_of_sm120(arch, smem_per_sm):
     code = f"""
 import sys; sys.path[:0] = {sys.path!r}
 from test_plan import shapes
+from tiles import tile_row, use_tiles
 from flash_attn_sm120 import explain
 for head_dim in (64, 96, 128, 192, 256):
-    native, padded = (explain(*shapes(head_dim, seqlen_q=16384), arch=a) for a in (120, {arch}))
+    padded = explain(*shapes(head_dim, seqlen_q=16384), arch={arch})
+    with use_tiles(tile_row(padded)):
+        native = explain(*shapes(head_dim, seqlen_q=16384), arch=120)
     print(native.blocks_per_sm, padded.blocks_per_sm, padded.smem_bytes, padded.smem_request)
 """
     done = subprocess.run(

@@ -45,25 +45,27 @@ def test_common_forward_variants(compute_capability):
         assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line
 
 
-def crowded_calls():
+def crowded_calls(seqlen=256):
     """(q, k, v), options: the head dims and masks that come closest to spilling."""
     for dim, dim_v in ((104, 120), (104, 128), (112, 112), (120, 120), (120, 128), (128, 128)):
-        q = torch.empty(dim, dtype=torch.bfloat16).expand(1, 256, 1, dim)
-        v = torch.empty(dim_v, dtype=torch.bfloat16).expand(1, 256, 1, dim_v)
+        q = torch.empty(1, seqlen, 1, dim, dtype=torch.bfloat16)
+        v = torch.empty(1, seqlen, 1, dim_v, dtype=torch.bfloat16)
         for window_size in ((None, None), (None, 0), (50, 0), (50, None)):
             yield (q, q, v), {"window_size": window_size}
 
 
 @pytest.mark.parametrize("compute_capability", [120, 90, 80])
 def test_crowded_forward_variants(compute_capability):
-    plans = [explain(*x, **options, arch=compute_capability) for x, options in crowded_calls()]
-    for _, build, line in build_all(plans, jit.architecture(compute_capability)):
+    """Of calls of all sizes: those of few, of some and of many query rows per multiprocessor."""
+    calls = [call for seqlen in (256, 16384, 65536) for call in crowded_calls(seqlen)]
+    plans = [explain(*x, **options, arch=compute_capability) for x, options in calls]
+    each_once = {plan.variant: plan for plan in plans}.values()
+    for _, build, line in build_all(each_once, jit.architecture(compute_capability)):
         assert build.spill_bytes == 0, line
 
 
 def tma_plan(x, options, compute_capability, **tile):
     """The plan of a call with its own tile, or with `tile`, where the TMA feeds it."""
-    x = [tensor.contiguous() for tensor in x]
     row = {} if "tile_n" in tile else {"plan": explain(*x, **options, arch=compute_capability)}
     with use_tiles(tile_row(**row, **tile, kernel="forward_tma")):
         plan = explain(*x, **options, arch=compute_capability)

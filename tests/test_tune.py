@@ -171,7 +171,7 @@ def test_elimination_leaves_the_best(fake, monkeypatch):
     with tiles.using(()):
         contest = tune.Contest(machine, CELLS[0], tune.CANDIDATES)
         record = tune.tune_cell(contest, lambda text: None)
-    assert [rounds for _, rounds in seen] == [2, 8, 8, tune.FINAL_ROUNDS]
+    assert [rounds for _, rounds in seen] == [5, 15, 15, tune.FINAL_ROUNDS]
     _, many, fed, few = (count for count, _ in seen)
     assert many == 12 and few == 3
     assert 4 < fed <= 4 + 3 * 4, "four, and those of them that are boxes also by the TMA"
@@ -524,7 +524,7 @@ def test_the_command(fake, tmp_path, monkeypatch, capsys):
 
 
 def test_on_a_gpu(cuda, tmp_path):
-    """Nothing is made up here: compiled, captured, timed."""
+    """Nothing is made up here: compiled, run, timed."""
     cell = tune.Cell(64, 64, True, tune.Bucket(0, 64, (512, 2048)))
     assert run(tune.Machine(), tmp_path, cells=[cell]) == 0
     (record,) = records(tmp_path)
@@ -532,6 +532,39 @@ def test_on_a_gpu(cuda, tmp_path):
     for result in record["results"]:
         assert all(0.001 < ms < 10 for ms in result["ms"]), result
         assert all(0.1 < gain < 10 for gain in result["gains"]), result
+
+
+def test_a_sample_is_one_call_with_a_cold_l2(fake, monkeypatch):
+    log = []
+
+    class Event:
+        def record(self):
+            log.append("time")
+            self.at = len(log)
+
+        def elapsed_time(self, end):
+            return end.at - self.at
+
+    class Buffer:
+        def zero_(self):
+            log.append("flush")
+
+    class Contender:
+        def __init__(self, name):
+            self.name = name
+
+        def run(self):
+            log.append(self.name)
+
+    machine = fake()
+    monkeypatch.setattr(machine, "SOAK_S", 0.0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: Buffer())
+    monkeypatch.setattr(tune, "_event", Event)
+    samples = tune.Machine.samples(machine, [Contender("A"), Contender("B")], 3)
+    assert samples == [[2] * 3] * 2
+    timed = ["flush", "time", "A", "time", "flush", "time", "B", "time"]
+    assert log[-24:] == timed * 3
 
 
 def test_another_directory_is_not_used_by_itself(fake, tmp_path, capsys):

@@ -1,0 +1,314 @@
+"""How fast is the backward pass, beside PyTorch's own kernels?
+
+    FA_SM120_LIMITS=120 python benchmarks/backward.py --output backward.jsonl
+
+The gradients of q, k and v alone: the forward has run before. Ours, ours with deterministic=True,
+SDPA's FlashAttention-2 (the same class of instructions as ours) and SDPA's cuDNN (on Hopper: wgmma,
+another class), over model shapes, sequence lengths and causal or not. And the memory of a training
+step: what forward and backward together take at their peak, their results included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import grid
+import harness
+import torch
+import torch.nn.functional as F
+from grid import CUDNN, FLASH
+from harness import OURS, Contestant, Problem, WrongResult
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from flash_attn_sm120 import _C, flash_attn_func
+
+DETERMINISTIC = "ours-deterministic"
+PEERS = (FLASH, CUDNN)
+NAMES = (OURS, DETERMINISTIC, *PEERS)
+
+# A backward has five matrix products where a forward has two: the count of FlashAttention's own
+# benchmarks, whatever a kernel computes a second time.
+FLOPS_OF_FORWARD = 2.5
+
+Gradients = Sequence[torch.Tensor]  # of q, k and v, in their shapes
+
+
+# ----------------------------------------------------------------------------------- contestants
+
+
+@dataclass(frozen=True)
+class Trainer(Contestant):
+    """`call` is the backward of a forward that ran before; `step` is both."""
+
+    step: Callable[[], Gradients] = field(kw_only=True)
+
+
+def trainer(
+    name: str,
+    forward: Callable[[], Any],
+    backward: Callable[[Any], Gradients],
+    context: Callable = nullcontext,
+    cannot: tuple[type[Exception], ...] = (NotImplementedError,),
+) -> Trainer:
+    """`backward` takes what `forward` returns, as often as it is called."""
+    kept = functools.cache(forward)  # the first call, in the context that it needs
+    return Trainer(
+        name, lambda: backward(kept()), context, cannot, step=lambda: backward(forward())
+    )
+
+
+def by_autograd(problem: Problem, dout: torch.Tensor) -> list[Trainer]:
+    """Everyone as users call them."""
+    q, k, v = inputs = [t.detach().requires_grad_() for t in (problem.q, problem.k, problem.v)]
+    causal = problem.causal
+
+    def ours(deterministic: bool) -> torch.Tensor:
+        return flash_attn_func(q, k, v, causal=causal, deterministic=deterministic)[0]
+
+    def sdpa() -> torch.Tensor:
+        # (B, H, S, D) are transposed views, of gradients, too: nobody pays for a copy.
+        heads_first = [t.transpose(1, 2) for t in inputs]
+        out = F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=True)
+        return out.transpose(1, 2)
+
+    def backward(out: torch.Tensor) -> Gradients:
+        return torch.autograd.grad(out, inputs, dout, retain_graph=True)
+
+    def backend(name: str, choice: SDPBackend) -> Trainer:
+        # A backend that cannot run a call is a RuntimeError, its reasons are warnings.
+        selected = functools.partial(sdpa_kernel, choice)
+        return trainer(name, sdpa, backward, selected, (RuntimeError,))
+
+    return [
+        trainer(OURS, lambda: ours(False), backward),
+        trainer(DETERMINISTIC, lambda: ours(True), backward),
+        backend(FLASH, SDPBackend.FLASH_ATTENTION),
+        backend(CUDNN, SDPBackend.CUDNN_ATTENTION),
+    ]
+
+
+def by_operator(problem: Problem, dout: torch.Tensor) -> list[Trainer]:
+    """The same without autograd, whose threads and streams a capture does not follow."""
+    q, k, v, causal = problem.q, problem.k, problem.v, problem.causal
+    qt, kt, vt, doutt = (t.transpose(1, 2) for t in (q, k, v, dout))
+    aten = torch.ops.aten
+
+    def ours(deterministic: bool, saved: tuple) -> Gradients:
+        scale, dlse, window, softcap, sink = None, None, (None, None), 0.0, None
+        return _C.backward(
+            dout, q, k, v, *saved, dlse, scale, causal, window, softcap, sink, deterministic
+        )[:3]
+
+    def flash(saved: tuple) -> Gradients:
+        out, lse, *sizes, seed, offset, _ = saved
+        op = aten._scaled_dot_product_flash_attention_backward
+        return heads_last(op(doutt, qt, kt, vt, out, lse, *sizes, 0.0, causal, seed, offset))
+
+    def cudnn(saved: tuple) -> Gradients:
+        out, lse, *sizes, seed, offset, _ = saved
+        op = aten._scaled_dot_product_cudnn_attention_backward
+        return heads_last(op(doutt, qt, kt, vt, out, lse, seed, offset, None, *sizes, 0.0, causal))
+
+    def heads_last(gradients: Gradients) -> Gradients:
+        return [gradient.transpose(1, 2) for gradient in gradients]
+
+    forward = functools.partial(flash_attn_func, q, k, v, causal=causal, return_lse=True)
+    of_flash = functools.partial(aten._scaled_dot_product_flash_attention, qt, kt, vt, 0.0, causal)
+    of_cudnn = functools.partial(
+        aten._scaled_dot_product_cudnn_attention, qt, kt, vt, None, True, 0.0, causal
+    )
+    return [
+        trainer(OURS, forward, functools.partial(ours, False)),
+        trainer(DETERMINISTIC, forward, functools.partial(ours, True)),
+        trainer(FLASH, of_flash, flash, cannot=(RuntimeError,)),
+        trainer(CUDNN, of_cudnn, cudnn, cannot=(RuntimeError,)),
+    ]
+
+
+def expanded(problem: Problem) -> Problem:
+    """A KV head for each query head, for those who know nothing of GQA: copied by nobody's time."""
+    group = problem.q.shape[2] // problem.k.shape[2]
+    k, v = (t.repeat_interleave(group, dim=2) for t in (problem.k, problem.v))
+    return Problem(problem.q, k, v, problem.causal)
+
+
+def admit(
+    problem: Problem, dout: torch.Tensor, graph: bool
+) -> tuple[list[Trainer], dict[str, str], set[str]]:
+    """Those found right; why the others are absent; and who had K and V expanded."""
+    make = by_operator if graph else by_autograd
+    check = Check(problem, dout)
+    outputs = (dout, problem.q, problem.k, problem.v)  # out, of the forward before, and gradients
+    entrants, absent = harness.admit(make(problem, dout), check, outputs)
+    again = []
+    if problem.q.shape[2] != problem.k.shape[2]:
+        peers = [c for c in make(expanded(problem), dout) if c.name in absent and c.name in PEERS]
+        again, _ = harness.admit(peers, check, outputs)
+    names = {c.name for c in again}
+    return entrants + again, {n: why for n, why in absent.items() if n not in names}, names
+
+
+# ----------------------------------------------------------------------------------- correctness
+
+
+BLOCK_ROWS = 128  # consecutive rows of a gradient: a tolerance holds for a block
+# Of plain PyTorch's error: 3 as in FlashAttention-2's own tests of gradients; more in dry runs,
+# because SDPA's kernel for CPUs adds up dk and dv in the type of its inputs.
+FACTOR = {"cuda": 3, "cpu": 8}
+
+
+class Check:
+    """Compares gradients with an fp32 reference: harness.check_forward's rule, of all blocks, with
+    FACTOR in place of 2.
+
+    Of a few KV heads, each with all the query heads that share it; the reference is computed once.
+    """
+
+    def __init__(self, problem: Problem, dout: torch.Tensor) -> None:
+        self.problem, self.dout = problem, dout
+
+    def __call__(self, name: str, gradients: Gradients) -> None:
+        inputs = (self.problem.q, self.problem.k, self.problem.v)
+        for what, got, like in zip(("dq", "dk", "dv"), gradients, inputs, strict=True):
+            if got.dtype != like.dtype:
+                raise WrongResult(f"{name}: {what} is {got.dtype}, expected {like.dtype}")
+            if what != "dq" and got.shape != like.shape:  # of expanded K and V
+                got = got.unflatten(2, (like.shape[2], -1)).float().sum(3)
+            if got.shape != like.shape:
+                raise WrongResult(f"{name}: {what} {tuple(got.shape)}, not {tuple(like.shape)}")
+            for (b, kv_head), of_head in self.references.items():
+                heads = self.query_heads(kv_head) if what == "dq" else slice(kv_head, kv_head + 1)
+                reference, allowed = of_head[what]
+                error = largest_of_blocks(got[b, :, heads].float() - reference)
+                if not (error <= allowed).all():  # NaN is wrong too
+                    worst = (error - allowed).nan_to_num(torch.inf).argmax().item()
+                    raise WrongResult(
+                        f"{name}: {what} of batch {b}, KV head {kv_head}, rows from "
+                        f"{worst * BLOCK_ROWS} on: largest error {error[worst]:.3g}, "
+                        f"allowed {allowed[worst]:.3g} ({harness.describe(self.problem)})"
+                    )
+
+    def query_heads(self, kv_head: int) -> slice:
+        group = self.problem.q.shape[2] // self.problem.k.shape[2]
+        return slice(kv_head * group, (kv_head + 1) * group)
+
+    @functools.cached_property
+    def references(self) -> dict[tuple[int, int], dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+        """By batch and KV head: of each gradient the reference, and each block's largest error."""
+        batch, _, heads_kv, _ = self.problem.k.shape
+        places = [(b, h) for b in sorted({0, batch - 1}) for h in sorted({0, heads_kv - 1})]
+        found = {}
+        for place in places:
+            exact, plain = (self.gradients(*place, dtype) for dtype in (torch.float32, None))
+            found[place] = {
+                what: (
+                    ref,
+                    FACTOR[ref.device.type] * largest_of_blocks(pt.float() - ref)
+                    + 2 * largest_of_blocks(ref + 0.3 - 0.3 - ref),
+                )
+                for what, ref, pt in zip(("dq", "dk", "dv"), exact, plain, strict=True)
+            }
+        return found
+
+    def gradients(self, b: int, kv_head: int, dtype: torch.dtype | None) -> Gradients:
+        """(S, heads, D) each, by plain PyTorch in `dtype`, or that of the inputs."""
+        problem, heads = self.problem, self.query_heads(kv_head)
+        k, v = (
+            t[b, :, kv_head].detach().to(dtype or t.dtype).requires_grad_()
+            for t in (problem.k, problem.v)
+        )
+        visible = torch.ones(problem.q.shape[1], len(k), dtype=torch.bool, device=k.device)
+        if problem.causal:
+            visible = visible.tril(len(k) - problem.q.shape[1])
+        dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
+        for head in range(heads.start, heads.stop):
+            q = problem.q[b, :, head].detach().to(k.dtype).requires_grad_()
+            out = harness.plain_attention(q, k, v, visible)
+            of_q, of_k, of_v = torch.autograd.grad(out, (q, k, v), self.dout[b, :, head].to(out))
+            dq.append(of_q)
+            dk, dv = dk + of_k, dv + of_v
+        return torch.stack(dq, 1), dk[:, None], dv[:, None]
+
+
+def largest_of_blocks(difference: torch.Tensor) -> torch.Tensor:
+    """(S, heads, D) -> (blocks,): the largest magnitude in each."""
+    return torch.stack([block.abs().amax() for block in difference.split(BLOCK_ROWS)])
+
+
+def check_deterministic(entrants: Sequence[Trainer]) -> None:
+    """Twice the same bits, where that is promised."""
+    for entrant in entrants:
+        if entrant.name == DETERMINISTIC:
+            pairs = zip(entrant.call(), entrant.call(), strict=True)
+            if not all(torch.equal(first, second) for first, second in pairs):
+                raise WrongResult(f"{entrant.name}: two calls differ")
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def peak_mib(entrant: Trainer, device: str) -> float | None:
+    """MiB that a training step has allocated at its peak, beyond q, k, v and dout."""
+    if device == "cpu":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    with entrant.context():
+        entrant.step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def memory_table(measured: list[dict[str, dict]]) -> str:
+    """MiB of a training step, one row per cell."""
+
+    def row(cell: dict[str, dict]) -> list[object]:
+        peaks = [cell[name].get("step_peak_mib") for name in NAMES]
+        return [*grid.label(cell), *("" if p is None else f"{p:.0f}" for p in peaks)]
+
+    return harness.markdown(("preset", "S", "causal", *NAMES), map(row, measured))
+
+
+# ----------------------------------------------------------------------------------------- main
+
+
+def measure(args: argparse.Namespace, records: harness.Records) -> None:
+    for problem, cell in grid.cells(args):
+        dout = torch.randn_like(problem.q.new_empty(problem.out_shape))
+        entrants, absent, with_copies = admit(problem, dout, args.graph)
+        check_deterministic(entrants)
+        peaks = {entrant.name: peak_mib(entrant, args.device) for entrant in entrants}
+        timings = harness.time_interleaved(entrants, args.device, args.rounds, args.graph)
+        flops = FLOPS_OF_FORWARD * harness.forward_flops(problem)
+        for name, timing in timings.items():
+            fields = {**harness.timing_fields(timing, flops), "step_peak_mib": peaks[name]}
+            records.add(**cell, contestant=name, expanded_kv=name in with_copies, **fields)
+        for name, reason in absent.items():
+            records.add(**cell, contestant=name, absent=reason)
+
+
+def main() -> None:
+    args = grid.parse(grid.make_parser(__doc__, "training"))
+    harness.require_device(args.device)
+    records = harness.Records(args.output, "backward", args.device)
+    measure(args, records)
+    grid.report("Backward", args, records, NAMES)
+    measured = grid.by_cell(records.cells)
+    print("\nWith deterministic=True:\n", grid.by_preset(measured, DETERMINISTIC), sep="\n")
+    print(
+        "\nPeak MiB of forward and backward, results included:\n", memory_table(measured), sep="\n"
+    )
+    for name in PEERS:
+        cells = sum(cell[name].get("expanded_kv", False) for cell in measured)
+        if cells:
+            print(f"{name}: K and V expanded before it in {cells} cells")
+
+
+if __name__ == "__main__":
+    main()
