@@ -20,6 +20,7 @@ struct fa_shape {
     float softmax_scale;
     float softcap; /* 0: none */
     bool has_sink;
+    int num_splits;   /* parts of the keys: 0: as the plan chooses; else at most so many */
     bool tma_strides; /* tensor maps can describe where K and V lie */
 };
 
@@ -35,7 +36,7 @@ struct fa_problem {
 
 /* The arguments of flash_attn_func as Python gave them. */
 struct fa_arguments {
-    PyObject *q, *k, *v, *softmax_scale, *causal, *window_size, *softcap, *sink;
+    PyObject *q, *k, *v, *softmax_scale, *causal, *window_size, *softcap, *sink, *num_splits;
 };
 
 /* Reads and checks all arguments into a zeroed problem; out and lse are not allocated yet. 0, or -1

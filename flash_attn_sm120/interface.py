@@ -25,7 +25,7 @@ def flash_attn_func(
     window_size: Window = (None, None),
     learnable_sink: Tensor | None = None,
     softcap: float = 0.0,
-    num_splits: int = 1,
+    num_splits: int = 0,
     pack_gqa: bool | None = None,
     deterministic: bool = False,
     score_mod: Callable[..., Any] | None = None,
@@ -57,9 +57,15 @@ def flash_attn_func(
         learnable_sink: ``(heads_q,)``: one more logit per head that takes part in the softmax and
             has no value (Xiao et al. 2023, https://arxiv.org/abs/2309.17453). CPU only so far.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is none. CPU only so far.
+        num_splits: into how many parts the keys are divided, for calls with too few queries to fill
+            a GPU: decoding, above all. Parts are computed beside each other and put together by a
+            second kernel, from a workspace that is the call's own. 0: as many as pay, which
+            :func:`explain` tells; 1: never split; more: as many, but no more than there are tiles
+            of keys. Results of different numbers differ by rounding; those of 0 may then depend on
+            batch size and GPU, too. FlashAttention-4's default is 1. The CPU splits nothing.
         deterministic: accepted; the forward is always bitwise reproducible.
         return_lse: also return the log-sum-exp of the scores.
-        qv, gather_kv_indices, num_splits, pack_gqa, score_mod, score_mod_bwd, mask_mod,
+        qv, gather_kv_indices, pack_gqa, score_mod, score_mod_bwd, mask_mod,
             aux_tensors, aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd: as in
             FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
 
@@ -78,7 +84,6 @@ def flash_attn_func(
     if (
         qv is not None
         or gather_kv_indices is not None
-        or num_splits != 1
         or pack_gqa
         or score_mod is not None
         or score_mod_bwd is not None
@@ -91,7 +96,6 @@ def flash_attn_func(
         _reject_unsupported(
             qv=qv,
             gather_kv_indices=gather_kv_indices,
-            num_splits=num_splits if num_splits != 1 else None,
             pack_gqa=pack_gqa or None,
             score_mod=score_mod,
             score_mod_bwd=score_mod_bwd,
@@ -111,7 +115,7 @@ def flash_attn_func(
             "flash_attn_func has no backward yet: call it under torch.no_grad(), or detach q, k, v"
         )
     return _C.forward(
-        q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, return_lse
+        q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, num_splits, return_lse
     )
 
 
@@ -137,6 +141,9 @@ class Plan:
     smem_bytes: int | None = None  # shared memory that a block uses
     smem_request: int | None = None  # and asks for: more where FA_SM120_LIMITS pads it
     blocks_per_sm: int | None = None
+    num_splits: int | None = None  # parts of the keys, a block for each
+    workspace_bytes: int | None = None  # for the parts
+    combine: tuple[str, str, tuple[str, ...]] | None = None  # kernel, variant, options
     reasons: dict[str, str] = field(default_factory=dict)  # choice -> why
 
     def __str__(self) -> str:
@@ -155,12 +162,13 @@ def explain(
     window_size: Window = (None, None),
     learnable_sink: Tensor | None = None,
     softcap: float = 0.0,
+    num_splits: int = 0,
     arch: int | None = None,
 ) -> Plan:
     """The plan of ``flash_attn_func(q, k, v, ...)``, with the reason for every choice.
 
     Args:
-        q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap: as in
+        q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap, num_splits: as in
             :func:`flash_attn_func`.
         arch: plan for this compute capability (120, 90, ...) instead of the device of ``q``, which
             needs no GPU.
@@ -169,6 +177,6 @@ def explain(
         The exceptions of :func:`flash_attn_func`.
     """
     plan = _C.explain(
-        q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, arch or 0
+        q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, num_splits, arch or 0
     )
     return Plan(**plan)

@@ -197,6 +197,13 @@ __device__ __forceinline__ void add_values(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
         }
 }
 
+/* The sum of what the four lanes of a quad have, which share a row. */
+__device__ __forceinline__ float quad_sum(float x)
+{
+    x += __shfl_xor_sync(0xffffffff, x, 1);
+    return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
 /* A 4x4 transpose of words in the four lanes of a quad: lane t passes word t of four rows, and
  * receives row t. */
 __device__ __forceinline__ uint4 quad_transpose(unsigned x0, unsigned x1, unsigned x2, unsigned x3)

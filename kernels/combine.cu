@@ -1,0 +1,82 @@
+/* The parts of a split forward put together: of each row, with lse_i and out_i of the keys of part i,
+ *
+ *     lse = log2(sum_i 2^lse_i)        out = sum_i 2^(lse_i - lse) out_i
+ *
+ * A part without keys has lse_i = -inf and out_i = 0, and so no weight; a row without any gets
+ * those very values. The order of the sums depends on nothing but the number of parts and slices.
+ *
+ *   DTYPE_BF16   of out, 1: bf16, 0: fp16
+ *   HEAD_DIM_V   a multiple of 8 up to 256
+ *   WARPS        of a block */
+#include "params.h"
+
+#include "ptx.cuh"
+
+constexpr int THREADS = WARPS * 32;
+constexpr int LANES = HEAD_DIM_V / 4;  /* threads of a row, 16 bytes of each part for each */
+constexpr int SLOTS = THREADS / LANES; /* slices of rows in a block */
+
+#define INF __int_as_float(0x7f800000)
+constexpr float LN2 = 0.693147180559945f;
+
+/* A sum of parts, all weighed by 2^(lse_i - m), where m is the largest lse_i so far. */
+struct weighted {
+    float m; /* finite: -inf - m is no NaN */
+    float l; /* sum of the weights */
+    float4 o;
+
+    __device__ __forceinline__ void add(const weighted &x)
+    {
+        const float raised = fmaxf(m, x.m);
+        const float own = exp2_approx(m - raised), other = exp2_approx(x.m - raised);
+        m = raised;
+        l = l * own + x.l * other;
+        o.x = o.x * own + x.o.x * other;
+        o.y = o.y * own + x.o.y * other;
+        o.z = o.z * own + x.o.z * other;
+        o.w = o.w * own + x.o.w * other;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    combine(const __grid_constant__ struct fa_combine_params params)
+{
+    /* ---- 1. Which dims of which row, and which slice of its parts. */
+    const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES;
+    const int block_rows = SLOTS / params.slices;
+    const int slice = slot % params.slices, block_row = slot / params.slices;
+    const fa_int64 row = static_cast<fa_int64>(blockIdx.x) * block_rows + block_row;
+    const bool exists = block_row < block_rows && row < params.rows;
+
+    /* ---- 2. The sum of a slice. */
+    weighted sum = {-3.4028234e38f, 0.0f, {}};
+    if (exists) {
+#pragma unroll 4
+        for (int part = slice; part < params.parts; part += params.slices) {
+            const fa_int64 at = static_cast<fa_int64>(part) * params.rows + row;
+            const float4 *out_row = reinterpret_cast<const float4 *>(params.out_parts) + at * LANES;
+            sum.add({params.lse_parts[at], 1.0f, out_row[lane]});
+        }
+    }
+
+    /* ---- 3. The sum of all slices, by the threads of the first. */
+    __shared__ weighted slices[THREADS];
+    slices[threadIdx.x] = sum;
+    __syncthreads(); /* every slice is there */
+    if (!exists || slice > 0)
+        return;
+    for (int i = 1; i < params.slices; i++)
+        sum.add(slices[threadIdx.x + i * LANES]);
+
+    /* ---- 4. Out. */
+    const int pair = row / params.seqlen_q;
+    const fa_int64 batch = pair / params.heads_q, head = pair % params.heads_q;
+    unsigned short *out_row = static_cast<unsigned short *>(params.out) +
+                              batch * params.out_stride.batch + head * params.out_stride.head +
+                              row % params.seqlen_q * params.out_stride.seqlen;
+    const float inverse = sum.l == 0.0f ? 0.0f : 1.0f / sum.l; /* 0: no keys */
+    reinterpret_cast<uint2 *>(out_row)[lane] = make_uint2(
+        pack(sum.o.x * inverse, sum.o.y * inverse), pack(sum.o.z * inverse, sum.o.w * inverse));
+    if (params.lse && lane == 0)
+        params.lse[row] = sum.l == 0.0f ? -INF : (sum.m + log2_approx(sum.l)) * LN2;
+}
