@@ -87,6 +87,17 @@ static double rows_per_sm(const struct fa_shape *shape, const struct fa_device *
     return (double)shape->batch * shape->heads_q * shape->seqlen_q / MAX(1, device->sms);
 }
 
+/* Whether a mask hides any key. Causal decoding of one query does not, nor does a window as long as
+ * the sequence: then the kernel without the mask computes the same. */
+static bool has_right_mask(const struct fa_shape *shape)
+{
+    return shape->window_right < shape->seqlen_q - 1; /* of the first query, which sees the least */
+}
+static bool has_left_mask(const struct fa_shape *shape)
+{
+    return shape->window_left < shape->seqlen_k - 1; /* of the last query */
+}
+
 static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape,
                    const struct fa_device *device)
 {
@@ -97,8 +108,8 @@ static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape,
            WITHIN(row->heads_per_kv, shape->heads_q / shape->heads_kv) &&
            WITHIN(row->seqlen_q, shape->seqlen_q) &&
            WITHIN(row->rows_per_sm, rows_per_sm(shape, device)) &&
-           SAME(row->mask_right, shape->window_right != FA_UNBOUNDED) &&
-           SAME(row->mask_left, shape->window_left != FA_UNBOUNDED);
+           SAME(row->mask_right, has_right_mask(shape)) &&
+           SAME(row->mask_left, has_left_mask(shape));
 #undef WITHIN
 #undef SAME
 }
@@ -181,8 +192,8 @@ static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile
         .warp_m = tile->warp_m,
         .stages = tile->stages,
         .producer = tile->producer,
-        .mask_right = shape->window_right != FA_UNBOUNDED,
-        .mask_left = shape->window_left != FA_UNBOUNDED,
+        .mask_right = has_right_mask(shape),
+        .mask_left = has_left_mask(shape),
     };
     plan->tile_m = tile->warps * tile->warp_m;
     plan->threads = (tile->warps + (tile->producer == FA_PRODUCER_WARP)) * 32;
@@ -275,7 +286,9 @@ static int choose_parts(const struct fa_shape *shape, const struct fa_device *de
     } else {
         parts = (int)MIN(MIN(asked, tiles), INT32_MAX / plan->blocks);
         because(plan, "num_splits",
-                parts == asked ? "as asked" : "fewer than asked: every part has a tile of keys");
+                parts == asked   ? "as asked"
+                : parts == tiles ? "fewer than asked: a tile of keys for each"
+                                 : "fewer than asked: a grid has 2^31 - 1 blocks at most");
     }
     return parts;
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -124,6 +124,14 @@ def _reject_unsupported(**arguments: Any) -> NoReturn:
     raise NotImplementedError(f"flash_attn_func does not support {names} yet")
 
 
+class Kernel(NamedTuple):
+    """What the compiler makes a kernel of."""
+
+    kernel: str  # the source of that name
+    variant: str  # canonical name
+    options: tuple[str, ...]  # compile-time constants
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a call is carried out. Bytes and counts; None where a CPU call has no use for it."""
@@ -143,12 +151,22 @@ class Plan:
     blocks_per_sm: int | None = None
     num_splits: int | None = None  # parts of the keys, a block for each
     workspace_bytes: int | None = None  # for the parts
-    combine: tuple[str, str, tuple[str, ...]] | None = None  # kernel, variant, options
+    combine: Kernel | None = None  # puts them together
     reasons: dict[str, str] = field(default_factory=dict)  # choice -> why
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """All that the call launches, in order; none on the CPU."""
+        if self.variant is None:
+            return ()
+        first = Kernel(self.kernel, self.variant, self.options)
+        return (first, self.combine) if self.combine else (first,)
 
     def __str__(self) -> str:
         skipped = ("reasons", "options")
         facts = {k: v for k, v in vars(self).items() if v is not None and k not in skipped}
+        if self.combine:
+            facts["combine"] = self.combine.variant
         lines = [f"{name:14} {value}" for name, value in facts.items()]
         return "\n".join(lines + [f"  {choice}: {why}" for choice, why in self.reasons.items()])
 
@@ -179,4 +197,5 @@ def explain(
     plan = _C.explain(
         q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, num_splits, arch or 0
     )
-    return Plan(**plan)
+    combine = plan.pop("combine", None)
+    return Plan(**plan, combine=combine and Kernel(*combine))

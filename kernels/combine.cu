@@ -19,22 +19,26 @@ constexpr int SLOTS = THREADS / LANES; /* slices of rows in a block */
 #define INF __int_as_float(0x7f800000)
 constexpr float LN2 = 0.693147180559945f;
 
-/* A sum of parts, all weighed by 2^(lse_i - m), where m is the largest lse_i so far. */
-struct weighted {
-    float m; /* finite: -inf - m is no NaN */
-    float l; /* sum of the weights */
-    float4 o;
+/* m lies so far above the largest lse_i that the sum of 2^16 parts of the largest bf16 values is
+ * still in the range of fp32. */
+constexpr float ABOVE_MAXIMUM = 16.0f;
 
-    __device__ __forceinline__ void add(const weighted &x)
+/* A sum of parts, weighed by 2^(lse_i - m): m rises with the largest of them, l and o follow. */
+struct weighted {
+    float m = -3.4028234e38f; /* finite: -inf - m is no NaN */
+    float l = 0.0f;           /* sum of the weights */
+    float4 o = {};            /* sum of the rows */
+
+    __device__ __forceinline__ void add(float lse, float l_lse, const float4 &o_lse, float above)
     {
-        const float raised = fmaxf(m, x.m);
-        const float own = exp2_approx(m - raised), other = exp2_approx(x.m - raised);
+        const float raised = fmaxf(m, lse + above);
+        const float own = exp2_approx(m - raised), weight = exp2_approx(lse - raised);
         m = raised;
-        l = l * own + x.l * other;
-        o.x = o.x * own + x.o.x * other;
-        o.y = o.y * own + x.o.y * other;
-        o.z = o.z * own + x.o.z * other;
-        o.w = o.w * own + x.o.w * other;
+        l = l * own + l_lse * weight;
+        o.x = o.x * own + o_lse.x * weight;
+        o.y = o.y * own + o_lse.y * weight;
+        o.z = o.z * own + o_lse.z * weight;
+        o.w = o.w * own + o_lse.w * weight;
     }
 };
 
@@ -45,31 +49,36 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES;
     const int block_rows = SLOTS / params.slices;
     const int slice = slot % params.slices, block_row = slot / params.slices;
-    const fa_int64 row = static_cast<fa_int64>(blockIdx.x) * block_rows + block_row;
+    const unsigned row = blockIdx.x * block_rows + block_row;
     const bool exists = block_row < block_rows && row < params.rows;
 
     /* ---- 2. The sum of a slice. */
-    weighted sum = {-3.4028234e38f, 0.0f, {}};
+    weighted sum;
     if (exists) {
 #pragma unroll 4
         for (int part = slice; part < params.parts; part += params.slices) {
             const fa_int64 at = static_cast<fa_int64>(part) * params.rows + row;
             const float4 *out_row = reinterpret_cast<const float4 *>(params.out_parts) + at * LANES;
-            sum.add({params.lse_parts[at], 1.0f, out_row[lane]});
+            sum.add(params.lse_parts[at], 1.0f, out_row[lane], ABOVE_MAXIMUM);
         }
     }
 
     /* ---- 3. The sum of all slices, by the threads of the first. */
-    __shared__ weighted slices[THREADS];
-    slices[threadIdx.x] = sum;
+    __shared__ float m_smem[THREADS], l_smem[THREADS];
+    __shared__ float4 o_smem[THREADS];
+    m_smem[threadIdx.x] = sum.m;
+    l_smem[threadIdx.x] = sum.l;
+    o_smem[threadIdx.x] = sum.o;
     __syncthreads(); /* every slice is there */
     if (!exists || slice > 0)
         return;
-    for (int i = 1; i < params.slices; i++)
-        sum.add(slices[threadIdx.x + i * LANES]);
+    for (int i = 1; i < params.slices; i++) {
+        const int from = threadIdx.x + i * LANES;
+        sum.add(m_smem[from], l_smem[from], o_smem[from], 0.0f);
+    }
 
     /* ---- 4. Out. */
-    const int pair = row / params.seqlen_q;
+    const unsigned pair = row / params.seqlen_q;
     const fa_int64 batch = pair / params.heads_q, head = pair % params.heads_q;
     unsigned short *out_row = static_cast<unsigned short *>(params.out) +
                               batch * params.out_stride.batch + head * params.out_stride.head +

@@ -64,7 +64,7 @@ struct fa_combine_params {
     void *out;              /* [batch, seqlen_q, heads_q, head_dim_v] */
     float *lse;             /* [rows], natural log; NULL: not wanted */
     struct fa_strides out_stride;
-    int rows, heads_q, seqlen_q;
+    unsigned rows, heads_q, seqlen_q;
     int parts;
     int slices; /* of the parts of a row: each is summed up by threads of its own */
 };

@@ -115,8 +115,6 @@ def test_bad_scalars(device, case):
     [
         ("qv", torch.zeros(1)),
         ("gather_kv_indices", torch.zeros(1)),
-        ("num_splits", 2),
-        ("num_splits", 0),
         ("pack_gqa", True),
         ("score_mod", lambda *a: a[0]),
         ("score_mod_bwd", lambda *a: a[0]),
