@@ -41,9 +41,9 @@ static struct fa_strides outer_strides(const struct fa_tensor *tensor)
     return (struct fa_strides){tensor->stride[0], tensor->stride[1], tensor->stride[2]};
 }
 
-/* Room for the parts of a split call, of the framework of the tensors: like theirs its memory can be
- * given back once the kernels are enqueued, because whoever gets it next uses it on the same stream
- * after them. 0 or -1. */
+/* Room for the parts of a split call, of the framework of the tensors. It can be given back once the
+ * kernels are enqueued: whoever gets that memory next uses it after them, on the same stream. 0 or
+ * -1. */
 static int allocate_workspace(struct fa_state *state, const struct fa_problem *problem,
                               const struct fa_plan *plan, struct fa_tensor *workspace)
 {

@@ -249,7 +249,7 @@ static void pad_to_limits(const struct fa_device *device, int limits_arch, struc
     because(plan, "smem_request", "padded to the blocks per SM of FA_SM120_LIMITS");
 }
 
-/* ---- parts of the keys ------------------------------------------------------------------------ */
+/* ---- parts of the keys ----------------------------------------------------------------------- */
 
 /* The tiles of keys that the longest block of queries goes through, or one more. */
 static int longest_walk(const struct fa_shape *shape, const struct fa_plan *plan)

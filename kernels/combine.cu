@@ -1,4 +1,5 @@
-/* The parts of a split forward put together: of each row, with lse_i and out_i of the keys of part i,
+/* The parts of a split forward put together: of each row, with lse_i and out_i of the keys of part
+ * i alone,
  *
  *     lse = log2(sum_i 2^lse_i)        out = sum_i 2^(lse_i - lse) out_i
  *

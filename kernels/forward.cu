@@ -11,7 +11,7 @@
  *   TILE_N, SUB_N          keys: TILE_N per stage of the ring, SUB_N at a time through registers
  *   STAGES                 of the ring
  *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
- *   SPLIT                  1: a block goes through one part of its keys, combine.cu does the rest */
+ *   SPLIT                  1: a block goes through a part of its keys; combine.cu follows */
 #include "params.h"
 
 #include "ptx.cuh"

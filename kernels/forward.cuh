@@ -18,10 +18,11 @@
 
 #include "mask.cuh"
 
-/* The queries of this thread, and which part of their keys. Blocks that run at the same time should share K and V in the L2:
- * so group_heads (batch, head) pairs go through all their query blocks together, heads fastest.
- * With a right diagonal the last queries see the most keys: these blocks start first, and the
- * short ones fill the gaps at the end. The parts of a block are equally long: they start together. */
+/* The queries of this thread, and which part of their keys. Blocks that run at the same time should
+ * share K and V in the L2: so group_heads (batch, head) pairs go through all their query blocks
+ * together, heads fastest. With a right diagonal the last queries see the most keys: these blocks
+ * start first, and the short ones fill the gaps at the end. The parts of a block, which are equally
+ * long, start together. */
 struct query_place {
     int pair, batch, head;             /* pair = batch * heads_q + head */
     int block_row, warp_row, lane_row; /* first rows; the lane has every eighth after it */

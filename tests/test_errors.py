@@ -203,7 +203,7 @@ print(explain(q, q, q, arch=120).tile_m)
 def test_function_arguments_are_counted():
     from flash_attn_sm120 import _C
 
-    with pytest.raises(TypeError, match=r"forward\(\) takes 9 arguments, got 2"):
+    with pytest.raises(TypeError, match=r"forward\(\) takes 10 arguments, got 2"):
         _C.forward(1, 2)
-    with pytest.raises(TypeError, match=r"explain\(\) takes 9 arguments, got 0"):
+    with pytest.raises(TypeError, match=r"explain\(\) takes 10 arguments, got 0"):
         _C.explain()
