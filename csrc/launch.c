@@ -41,7 +41,7 @@ static struct fa_strides outer_strides(const struct fa_tensor *tensor)
     return (struct fa_strides){tensor->stride[0], tensor->stride[1], tensor->stride[2]};
 }
 
-/* Room for the parts of a split call, of the framework of the tensors. It can be given back once the
+/* Room for the parts of a split call, of the tensors' framework. It can be given back once the
  * kernels are enqueued: whoever gets that memory next uses it after them, on the same stream. 0 or
  * -1. */
 static int allocate_workspace(struct fa_state *state, const struct fa_problem *problem,
@@ -72,6 +72,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .v = problem->v.data,
         .out = problem->out.data,
         .lse = problem->lse.object ? problem->lse.data : NULL,
+        .sink = problem->sink.object ? problem->sink.data : NULL,
         .q_stride = outer_strides(&problem->q),
         .k_stride = outer_strides(&problem->k),
         .v_stride = outer_strides(&problem->v),
@@ -87,6 +88,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .window_left = shape->window_left,
         .window_right = shape->window_right,
         .scale_log2 = (float)(shape->softmax_scale * LOG2_E),
+        .sink_dtype = (int)problem->sink.dtype,
     };
 }
 
@@ -143,12 +145,14 @@ static struct fa_combine_params combine_params(const struct fa_problem *problem,
         .lse_parts = workspace + plan->combine.out_floats,
         .out = problem->out.data,
         .lse = problem->lse.object ? problem->lse.data : NULL,
+        .sink = problem->sink.object ? problem->sink.data : NULL,
         .out_stride = outer_strides(&problem->out),
         .rows = (unsigned)(shape->batch * shape->heads_q * shape->seqlen_q),
         .heads_q = (unsigned)shape->heads_q,
         .seqlen_q = (unsigned)shape->seqlen_q,
         .parts = plan->parts,
         .slices = plan->combine.slices,
+        .sink_dtype = (int)problem->sink.dtype,
     };
 }
 

@@ -65,8 +65,6 @@ static int check_supported(const struct fa_shape *shape, const struct fa_device 
                       "or bfloat16");
     if (shape->softcap != 0)
         return refuse(error, true, "softcap is not supported on CUDA yet");
-    if (shape->has_sink)
-        return refuse(error, true, "learnable_sink is not supported on CUDA yet");
     return 0;
 }
 

@@ -210,7 +210,6 @@ static int read_sink(struct fa_state *state, PyObject *object, struct fa_problem
 {
     if (object == Py_None)
         return 0;
-    problem->shape.has_sink = true;
     struct fa_tensor *sink = &problem->sink;
     if (fa_tensor_read(state, object, "learnable_sink", 1, sink) < 0 ||
         check_size(sink, "learnable_sink", 0, "q's heads", problem->shape.heads_q) < 0 ||

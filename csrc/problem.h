@@ -18,8 +18,7 @@ struct fa_shape {
     /* Query i sees the keys i + seqlen_k - seqlen_q + [-window_left, window_right]. */
     int window_left, window_right;
     float softmax_scale;
-    float softcap; /* 0: none */
-    bool has_sink;
+    float softcap;    /* 0: none */
     int num_splits;   /* parts of the keys: 0: as the plan chooses; else at most so many */
     bool tma_strides; /* tensor maps can describe where K and V lie */
 };

@@ -55,7 +55,8 @@ def flash_attn_func(
             ``j <= i + seqlen_k - seqlen_q + right``. None is unbounded, negative values are legal,
             ``causal`` makes ``right`` 0.
         learnable_sink: ``(heads_q,)``: one more logit per head that takes part in the softmax and
-            has no value (Xiao et al. 2023, https://arxiv.org/abs/2309.17453). CPU only so far.
+            has no value (Xiao et al. 2023, https://arxiv.org/abs/2309.17453). float32, float16 or
+            bfloat16; -inf is none.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is none. CPU only so far.
         num_splits: into how many parts the keys are divided, for calls with too few queries to fill
             a GPU: decoding, above all. Parts are computed beside each other and put together by a

@@ -11,14 +11,11 @@
  *   WARPS        of a block */
 #include "params.h"
 
-#include "ptx.cuh"
+#include "sink.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int LANES = HEAD_DIM_V / 4;  /* threads of a row, 16 bytes of each part for each */
 constexpr int SLOTS = THREADS / LANES; /* slices of rows in a block */
-
-#define INF __int_as_float(0x7f800000)
-constexpr float LN2 = 0.693147180559945f;
 
 /* m lies so far above the largest lse_i that the sum of 2^16 parts of the largest bf16 values is
  * still in the range of fp32. */
@@ -78,9 +75,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         sum.add(m_smem[from], l_smem[from], o_smem[from], 0.0f);
     }
 
-    /* ---- 4. Out. */
+    /* ---- 4. The sink, and out. */
     const unsigned pair = row / params.seqlen_q;
     const fa_int64 batch = pair / params.heads_q, head = pair % params.heads_q;
+    const float sink = load_sink(params.sink, params.sink_dtype, head);
+    if (params.sink && sum.l != 0.0f)
+        sum.add(sink * LOG2_E, 1.0f, {}, ABOVE_MAXIMUM);
     unsigned short *out_row = static_cast<unsigned short *>(params.out) +
                               batch * params.out_stride.batch + head * params.out_stride.head +
                               row % params.seqlen_q * params.out_stride.seqlen;
@@ -88,5 +88,5 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     reinterpret_cast<uint2 *>(out_row)[lane] = make_uint2(
         pack(sum.o.x * inverse, sum.o.y * inverse), pack(sum.o.z * inverse, sum.o.w * inverse));
     if (params.lse && lane == 0)
-        params.lse[row] = sum.l == 0.0f ? -INF : (sum.m + log2_approx(sum.l)) * LN2;
+        params.lse[row] = sum.l == 0.0f ? sink : (sum.m + log2_approx(sum.l)) * LN2;
 }

@@ -227,13 +227,15 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
     const query_place to(params); /* computed again: see read_block_index() */
     element *out_gmem = static_cast<element *>(params.out) + to.batch * params.out_stride.batch +
                         to.head * params.out_stride.head;
+    const float sink = load_sink(params.sink, params.sink_dtype, to.head);
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float &l = l_rmem[m][half];
             l = quad_sum(l);
-            const float inverse = l == 0.0f ? 0.0f : 1.0f / l; /* 0: no keys */
+            const float rescale = add_sink(l, m_rmem[m][half], sink);
+            const float inverse = l == 0.0f ? 0.0f : rescale * (1.0f / l); /* 0: no keys */
             const int row = to.lane_row + 16 * m + 8 * half;
             element *out_row = out_gmem + row * params.out_stride.seqlen;
 #pragma unroll
@@ -258,7 +260,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                 const int row = to.lane_row + 16 * m + 8 * half;
                 const float l = l_rmem[m][half];
                 if (row < params.seqlen_q)
-                    lse_gmem[row] = l == 0.0f ? -INF : (m_rmem[m][half] + log2_approx(l)) * LN2;
+                    lse_gmem[row] = l == 0.0f ? sink : (m_rmem[m][half] + log2_approx(l)) * LN2;
             }
     }
 }

@@ -201,6 +201,13 @@ __device__ __forceinline__ unsigned pack(float low, float high)
     return x;
 }
 
+__device__ __forceinline__ float from_fp16(unsigned short x)
+{
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+
 __device__ __forceinline__ float exp2_approx(float x)
 {
     float y;

@@ -149,6 +149,16 @@ def test_visible_nan_reaches_who_sees_it(device, dtype, make_qkv, where):
     check(device, q, k, v, 3, window_size=(330, 5))
 
 
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("sink_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_sink(device, make_qkv, sink_dtype, mask):
+    """It counts once, whatever the number of parts; rows without keys have nothing else."""
+    q, k, v = make_qkv(2, 70, 330, 6, 2)
+    sinks = torch.tensor([0.0, -math.inf, 300.0, -300.0, 3.0, -1.5]).to(sink_dtype)
+    check(device, q, k, v, 3, learnable_sink=device.place(sinks), **mask)
+    check(device, q[:, :5], k[:, :0], v[:, :0], 3, learnable_sink=device.place(sinks), **mask)
+
+
 # ---- reproducible --------------------------------------------------------------------------------
 
 
