@@ -18,8 +18,35 @@ static PyObject *reasons_of(const struct fa_plan *plan)
 
 static PyObject *explain_cpu(void)
 {
-    return Py_BuildValue("{s:s,s:i,s:{s:s}}", "kernel", "cpu", "threads", fa_cpu_count(), "reasons",
-                         "kernel", "CPU tensors run the reference implementation in C");
+    return Py_BuildValue("{s:s,s:i,s:{s:s,s:s}}", "kernel", "cpu", "threads", fa_cpu_count(),
+                         "reasons", "kernel", "CPU tensors run the reference implementation in C",
+                         "num_splits", "the reference implementation splits no keys");
+}
+
+/* (kernel, variant, options): what the compiler makes a kernel of. */
+static PyObject *kernel_of(const struct fa_variant *variant)
+{
+    char name[FA_VARIANT_NAME_SIZE];
+    fa_variant_name(variant, name);
+    return Py_BuildValue("(ssN)", fa_variant_kernel(variant), name, fa_kernels_options(variant));
+}
+
+static PyObject *explain_plan(const struct fa_plan *plan)
+{
+    const bool split = plan->parts > 1;
+    const int64_t floats = split ? plan->combine.out_floats + plan->combine.lse_floats : 0;
+    char name[FA_VARIANT_NAME_SIZE];
+    fa_variant_name(&plan->variant, name);
+    return Py_BuildValue("{s:s,s:s,s:N,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:N,s:N}",
+                         "kernel", fa_variant_kernel(&plan->variant), "variant", name, "options",
+                         fa_kernels_options(&plan->variant), "tile_m", plan->tile_m, "tile_n",
+                         plan->variant.tile_n, "warps", plan->variant.warps, "stages",
+                         plan->variant.stages, "blocks", plan->blocks, "group_heads",
+                         plan->group_heads, "smem_bytes", plan->smem_bytes, "smem_request",
+                         plan->smem_request, "blocks_per_sm", plan->blocks_per_sm, "num_splits",
+                         plan->parts, "workspace_bytes", (long long)floats * 4, "combine",
+                         split ? kernel_of(&plan->combine.variant) : Py_NewRef(Py_None), "reasons",
+                         reasons_of(plan));
 }
 
 PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem, int arch)
@@ -29,15 +56,7 @@ PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem, i
     struct fa_plan plan;
     if (fa_launch_plan(state, &problem->shape, problem->q.device_id, arch, &plan) < 0)
         return NULL;
-    char name[FA_VARIANT_NAME_SIZE];
-    fa_variant_name(&plan.variant, name);
-    return Py_BuildValue(
-        "{s:s,s:s,s:N,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:N}", "kernel",
-        fa_variant_kernel(&plan.variant), "variant", name, "options",
-        fa_kernels_options(&plan.variant), "tile_m", plan.tile_m, "tile_n", plan.variant.tile_n,
-        "warps", plan.variant.warps, "stages", plan.variant.stages, "blocks", plan.blocks,
-        "group_heads", plan.group_heads, "smem_bytes", plan.smem_bytes, "smem_request",
-        plan.smem_request, "blocks_per_sm", plan.blocks_per_sm, "reasons", reasons_of(&plan));
+    return explain_plan(&plan);
 }
 
 PyObject *fa_explain_devices(struct fa_state *state)

@@ -92,12 +92,12 @@ static PyObject *compile(struct fa_state *state, const struct fa_variant *varian
 }
 
 /* Fills the free slot `entry`; on failure it stays free. */
-static int load(struct fa_driver *driver, PyObject *code, const struct fa_plan *plan, int ordinal,
-                struct fa_kernel_entry *entry)
+static int load(struct fa_driver *driver, PyObject *code, const struct fa_variant *variant,
+                int smem_request, int ordinal, struct fa_kernel_entry *entry)
 {
     const struct fa_cuda_device *device = &driver->devices[ordinal];
     void *function;
-    *entry = (struct fa_kernel_entry){.variant = plan->variant, .ordinal = ordinal};
+    *entry = (struct fa_kernel_entry){.variant = *variant, .ordinal = ordinal};
     /* Bytes end with a NUL of Python's own, as PTX must. */
     if (FA_CUDA(driver, cuLibraryLoadData,
                 (&entry->library, PyBytes_AsString(code), NULL, NULL, 0, NULL, NULL, 0)) < 0)
@@ -105,10 +105,10 @@ static int load(struct fa_driver *driver, PyObject *code, const struct fa_plan *
     /* cuKernelGetFunction ends the driver's lazy loading, which a later graph capture would trip
      * over. */
     if (FA_CUDA(driver, cuLibraryGetKernel,
-                (&entry->kernel, entry->library, fa_variant_kernel(&plan->variant))) < 0 ||
+                (&entry->kernel, entry->library, fa_variant_kernel(variant))) < 0 ||
         FA_CUDA(driver, cuKernelGetFunction, (&function, entry->kernel)) < 0 ||
         FA_CUDA(driver, cuKernelSetAttribute,
-                (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, plan->smem_request, entry->kernel,
+                (CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, smem_request, entry->kernel,
                  device->handle)) < 0) {
         driver->cuLibraryUnload(entry->library);
         entry->kernel = NULL;
@@ -117,25 +117,26 @@ static int load(struct fa_driver *driver, PyObject *code, const struct fa_plan *
     return 0;
 }
 
-CUkernel fa_kernels_get(struct fa_state *state, const struct fa_plan *plan, int ordinal,
-                        CUstream stream)
+CUkernel fa_kernels_get(struct fa_state *state, const struct fa_variant *variant, int smem_request,
+                        int ordinal, CUstream stream)
 {
     struct fa_kernels *kernels = &state->kernels;
     if (kernels->capacity) {
-        struct fa_kernel_entry *entry = find_slot(kernels, &plan->variant, ordinal);
+        struct fa_kernel_entry *entry = find_slot(kernels, variant, ordinal);
         if (entry->kernel)
             return entry->kernel;
     }
-    if (refuse_capture(&state->driver, &plan->variant, stream) < 0)
+    if (refuse_capture(&state->driver, variant, stream) < 0)
         return NULL;
-    PyObject *code = compile(state, &plan->variant, state->driver.devices[ordinal].device.arch);
+    PyObject *code = compile(state, variant, state->driver.devices[ordinal].device.arch);
     if (!code)
         return NULL;
     /* Python ran: another thread may have been first, and grown the table. */
     struct fa_kernel_entry *entry = NULL;
     if (2 * kernels->count < kernels->capacity || grow(kernels) == 0)
-        entry = find_slot(kernels, &plan->variant, ordinal);
-    if (entry && !entry->kernel && load(&state->driver, code, plan, ordinal, entry) == 0)
+        entry = find_slot(kernels, variant, ordinal);
+    if (entry && !entry->kernel &&
+        load(&state->driver, code, variant, smem_request, ordinal, entry) == 0)
         kernels->count++;
     Py_DECREF(code);
     return entry ? entry->kernel : NULL;

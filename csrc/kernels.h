@@ -3,7 +3,6 @@
 #define FA_KERNELS_H
 
 #include "driver.h"
-#include "plan.h"
 #include "variant.h"
 
 struct fa_kernel_entry {
@@ -20,10 +19,11 @@ struct fa_kernels {
 
 struct fa_state;
 
-/* The kernel of `plan` on device `ordinal`, whose context is current; compiled and loaded where it
- * is not yet, which a stream under capture does not allow. NULL with the exception set. */
-CUkernel fa_kernels_get(struct fa_state *state, const struct fa_plan *plan, int ordinal,
-                        CUstream stream);
+/* The kernel of `variant` on device `ordinal`, whose context is current, for launches that ask for
+ * up to `smem_request` bytes of shared memory; compiled and loaded where it is not yet, which a
+ * stream under capture does not allow. NULL with the exception set. */
+CUkernel fa_kernels_get(struct fa_state *state, const struct fa_variant *variant, int smem_request,
+                        int ordinal, CUstream stream);
 
 /* The compiler's options of a variant: a tuple of str. NULL with the exception set. */
 PyObject *fa_kernels_options(const struct fa_variant *variant);

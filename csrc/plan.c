@@ -3,6 +3,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "split.h"
+
 /* CUDA reserves 1 KB of a multiprocessor's shared memory for each block that is resident. */
 #define SMEM_RESERVED_PER_BLOCK 1024
 
@@ -63,8 +65,6 @@ static int check_supported(const struct fa_shape *shape, const struct fa_device 
                       "or bfloat16");
     if (shape->softcap != 0)
         return refuse(error, true, "softcap is not supported on CUDA yet");
-    if (shape->has_sink)
-        return refuse(error, true, "learnable_sink is not supported on CUDA yet");
     return 0;
 }
 
@@ -85,6 +85,17 @@ static double rows_per_sm(const struct fa_shape *shape, const struct fa_device *
     return (double)shape->batch * shape->heads_q * shape->seqlen_q / MAX(1, device->sms);
 }
 
+/* Whether a mask hides any key. Causal decoding of one query does not, nor does a window as long as
+ * the sequence: then the kernel without the mask computes the same. */
+static bool has_right_mask(const struct fa_shape *shape)
+{
+    return shape->window_right < shape->seqlen_q - 1; /* of the first query, which sees the least */
+}
+static bool has_left_mask(const struct fa_shape *shape)
+{
+    return shape->window_left < shape->seqlen_k - 1; /* of the last query */
+}
+
 static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape,
                    const struct fa_device *device)
 {
@@ -95,8 +106,8 @@ static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape,
            WITHIN(row->heads_per_kv, shape->heads_q / shape->heads_kv) &&
            WITHIN(row->seqlen_q, shape->seqlen_q) &&
            WITHIN(row->rows_per_sm, rows_per_sm(shape, device)) &&
-           SAME(row->mask_right, shape->window_right != FA_UNBOUNDED) &&
-           SAME(row->mask_left, shape->window_left != FA_UNBOUNDED);
+           SAME(row->mask_right, has_right_mask(shape)) &&
+           SAME(row->mask_left, has_left_mask(shape));
 #undef WITHIN
 #undef SAME
 }
@@ -179,8 +190,8 @@ static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile
         .warp_m = tile->warp_m,
         .stages = tile->stages,
         .producer = tile->producer,
-        .mask_right = shape->window_right != FA_UNBOUNDED,
-        .mask_left = shape->window_left != FA_UNBOUNDED,
+        .mask_right = has_right_mask(shape),
+        .mask_left = has_left_mask(shape),
     };
     plan->tile_m = tile->warps * tile->warp_m;
     plan->threads = (tile->warps + (tile->producer == FA_PRODUCER_WARP)) * 32;
@@ -236,6 +247,84 @@ static void pad_to_limits(const struct fa_device *device, int limits_arch, struc
     because(plan, "smem_request", "padded to the blocks per SM of FA_SM120_LIMITS");
 }
 
+/* ---- parts of the keys ----------------------------------------------------------------------- */
+
+/* The tiles of keys that the longest block of queries goes through, or one more. */
+static int longest_walk(const struct fa_shape *shape, const struct fa_plan *plan)
+{
+    const int tile_n = plan->variant.tile_n;
+    const int all = CEIL_DIV(shape->seqlen_k, tile_n);
+    /* The windows of all rows of a block together, which may start and end within a tile. */
+    const int64_t keys =
+        (int64_t)shape->window_left + shape->window_right + MIN(plan->tile_m, shape->seqlen_q);
+    return keys <= 0 ? 0 : (int)MIN(all, (keys - 1 + tile_n - 1) / tile_n + 1);
+}
+
+static int choose_parts(const struct fa_shape *shape, const struct fa_device *device,
+                        struct fa_plan *plan)
+{
+    const int64_t rows = (int64_t)shape->batch * shape->heads_q * shape->seqlen_q;
+    const int tiles = longest_walk(shape, plan), asked = shape->num_splits;
+    int parts = 1;
+    if (asked == 1)
+        because(plan, "num_splits", "1: the keys are not split, as asked");
+    else if (tiles <= 1)
+        because(plan, "num_splits", "1: no block of queries goes through more than a tile of keys");
+    else if (rows == 0 || rows > INT32_MAX)
+        because(plan, "num_splits", "1: from 1 to 2^31 - 1 rows of queries can be split");
+    else if (asked == 0) {
+        const struct fa_grid grid = {plan->blocks, tiles, plan->variant.tile_n, device->sms,
+                                     plan->blocks_per_sm};
+        parts = fa_split_parts(&grid);
+        because(plan, "num_splits",
+                parts > 1 ? "blocks of queries leave multiprocessors idle: parts of their keys, a "
+                            "block each, take less time by the rule of csrc/split.c"
+                          : "1: parts would not pay for the second kernel, by the rule of "
+                            "csrc/split.c");
+    } else {
+        parts = (int)MIN(MIN(asked, tiles), INT32_MAX / plan->blocks);
+        because(plan, "num_splits",
+                parts == asked   ? "as asked"
+                : parts == tiles ? "fewer than asked: a tile of keys for each"
+                                 : "fewer than asked: a grid has 2^31 - 1 blocks at most");
+    }
+    return parts;
+}
+
+/* A row of out takes a thread for every four dims, so a block has room for some rows. Of many parts
+ * these are slices instead: few rows are enough for the whole machine then. */
+static void set_combine(const struct fa_shape *shape, struct fa_plan *plan)
+{
+    enum { WARPS = 8, PARTS_PER_SLICE = 4 };
+    struct fa_combine_plan *combine = &plan->combine;
+    const int64_t rows = (int64_t)shape->batch * shape->heads_q * shape->seqlen_q;
+    const int slots = WARPS * 32 / (shape->head_dim_v / 4);
+    combine->variant = (struct fa_variant){
+        .kernel = FA_KERNEL_COMBINE,
+        .dtype_bf16 = plan->variant.dtype_bf16,
+        .head_dim_v = shape->head_dim_v,
+        .warps = WARPS,
+    };
+    combine->threads = WARPS * 32;
+    combine->slices = MIN(CEIL_DIV(plan->parts, PARTS_PER_SLICE), slots);
+    combine->blocks = (int)CEIL_DIV(rows, slots / combine->slices);
+    combine->lse_floats = plan->parts * rows;
+    combine->out_floats = combine->lse_floats * shape->head_dim_v;
+}
+
+static void set_parts(const struct fa_shape *shape, const struct fa_device *device,
+                      struct fa_plan *plan)
+{
+    plan->parts = choose_parts(shape, device, plan);
+    if (plan->parts == 1)
+        return;
+    plan->variant.split = 1;
+    plan->blocks *= plan->parts;
+    set_combine(shape, plan);
+}
+
+/* ---- the interface --------------------------------------------------------------------------- */
+
 int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device, int limits_arch,
                     const struct fa_tile_list *own, struct fa_plan *plan,
                     struct fa_plan_error *error)
@@ -253,5 +342,8 @@ int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device
     plan->blocks_per_sm = blocks_that_fit(plan, device);
     if (limits_arch)
         pad_to_limits(device, limits_arch, plan);
-    return set_grid(shape, device, plan, error);
+    if (set_grid(shape, device, plan, error) < 0)
+        return -1;
+    set_parts(shape, device, plan);
+    return 0;
 }

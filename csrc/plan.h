@@ -24,16 +24,28 @@ struct fa_reason {
     const char *choice, *why; /* "kernel", "float16 and bfloat16 run on ..." */
 };
 
+/* The second kernel of a split call, which puts the parts together. */
+struct fa_combine_plan {
+    struct fa_variant variant;
+    int slices;         /* of the parts of a row, each for threads of its own */
+    int blocks;         /* the grid */
+    int threads;        /* per block */
+    int64_t out_floats; /* that the parts of out take in the workspace */
+    int64_t lse_floats; /* and those of lse, behind them */
+};
+
 struct fa_plan {
     struct fa_variant variant;
     int tile_m;
     int m_blocks;      /* tiles of query rows per (batch, head) */
     int group_heads;   /* (batch, head) pairs that run together, to share K and V in the L2 */
+    int parts;         /* that the keys of a block are divided into, a thread block for each */
     int blocks;        /* the grid */
     int threads;       /* per block */
     int smem_bytes;    /* that a block uses */
     int smem_request;  /* that the launch asks for: more where FA_SM120_LIMITS pads it */
     int blocks_per_sm; /* by shared memory and warps; registers may allow fewer */
+    struct fa_combine_plan combine; /* only where parts > 1 */
     struct fa_reason reasons[FA_MAX_REASONS];
     int reason_count;
 };

@@ -16,7 +16,8 @@ struct fa_plan_key {
 /* A call that is ready to be launched. */
 struct fa_planned {
     struct fa_plan plan;
-    CUkernel kernel; /* of the plan's variant, loaded; NULL: not yet */
+    CUkernel kernel;  /* of the plan's variant, loaded; NULL: not yet */
+    CUkernel combine; /* likewise, where parts > 1 */
 };
 
 #define FA_PLAN_SLOTS 64 /* a power of two */

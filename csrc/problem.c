@@ -70,6 +70,26 @@ static int read_window(PyObject *window_size, PyObject *causal, struct fa_shape 
     return 0;
 }
 
+/* What is beyond any number of keys counts as so many. */
+static int read_num_splits(PyObject *object, int *out)
+{
+    if (!PyLong_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "num_splits must be an integer, got %R", object);
+        return -1;
+    }
+    int overflow;
+    const long value = PyLong_AsLongAndOverflow(object, &overflow);
+    if (overflow < 0 || (overflow == 0 && value < 0)) {
+        PyErr_Format(
+            PyExc_ValueError,
+            "num_splits must be 0 (as the plan chooses), 1 (never split) or larger, got %R",
+            object);
+        return -1;
+    }
+    *out = overflow || value > FA_MAX_SIZE ? FA_MAX_SIZE : (int)value;
+    return 0;
+}
+
 static int read_scalars(const struct fa_arguments *arguments, struct fa_shape *shape)
 {
     if (arguments->softmax_scale == Py_None)
@@ -83,6 +103,8 @@ static int read_scalars(const struct fa_arguments *arguments, struct fa_shape *s
                      arguments->softcap);
         return -1;
     }
+    if (arguments->num_splits && read_num_splits(arguments->num_splits, &shape->num_splits) < 0)
+        return -1;
     return read_window(arguments->window_size, arguments->causal, shape);
 }
 
@@ -188,7 +210,6 @@ static int read_sink(struct fa_state *state, PyObject *object, struct fa_problem
 {
     if (object == Py_None)
         return 0;
-    problem->shape.has_sink = true;
     struct fa_tensor *sink = &problem->sink;
     if (fa_tensor_read(state, object, "learnable_sink", 1, sink) < 0 ||
         check_size(sink, "learnable_sink", 0, "q's heads", problem->shape.heads_q) < 0 ||
@@ -344,7 +365,7 @@ int fa_gradients_allocate(struct fa_state *state, const struct fa_problem *probl
         if (allocate_gradient(state, inputs[i], inputs[i]->dtype, 4, inputs[i]->shape, empty,
                               outputs[i]) < 0)
             return -1;
-    if (!problem->shape.has_sink)
+    if (!problem->sink.object)
         return 0;
     if (empty && gradients->dlse.object)
         return sink_gradient_without_keys(state, &gradients->dlse, &gradients->dsink);

@@ -18,8 +18,8 @@ struct fa_shape {
     /* Query i sees the keys i + seqlen_k - seqlen_q + [-window_left, window_right]. */
     int window_left, window_right;
     float softmax_scale;
-    float softcap; /* 0: none */
-    bool has_sink;
+    float softcap;    /* 0: none */
+    int num_splits;   /* parts of the keys: 0: as the plan chooses; else at most so many */
     bool tma_strides; /* tensor maps can describe where K and V lie */
 };
 
@@ -43,9 +43,9 @@ struct fa_gradients {
     struct fa_tensor dsink;      /* [heads_q] fp32; object NULL where there is no sink */
 };
 
-/* The arguments of flash_attn_func as Python gave them. */
+/* The arguments of flash_attn_func as Python gave them; num_splits NULL: 0. */
 struct fa_arguments {
-    PyObject *q, *k, *v, *softmax_scale, *causal, *window_size, *softcap, *sink;
+    PyObject *q, *k, *v, *softmax_scale, *causal, *window_size, *softcap, *sink, *num_splits;
 };
 
 /* And those that the backward has besides. */

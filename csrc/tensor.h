@@ -5,9 +5,10 @@
 #include <Python.h>
 #include <stdint.h>
 
+#include "../kernels/params.h" /* enum fa_dtype */
+
 #define FA_MAX_NDIM 4
 
-enum fa_dtype { FA_FLOAT32, FA_FLOAT16, FA_BFLOAT16 };
 enum fa_device_type { FA_CPU = 1, FA_CUDA = 2 }; /* DLPack's numbers */
 
 struct fa_tensor {

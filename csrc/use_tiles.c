@@ -80,7 +80,7 @@ static const char *why_impossible(const struct fa_tile *tile)
         return "tile_n must be a power of two from 16 to 256 and a multiple of sub_n";
     if (tile->stages < 2 || tile->stages > 16)
         return "stages must be from 2 to 16";
-    if (tile->kernel < 0 || tile->kernel >= FA_KERNEL_COUNT)
+    if (tile->kernel < 0 || tile->kernel > FA_KERNEL_FORWARD_TMA)
         return "kernel must be 0 (cp.async) or 1 (TMA)";
     if (tile->producer < 0 || tile->producer >= FA_PRODUCER_COUNT ||
         (tile->producer && tile->kernel != FA_KERNEL_FORWARD_TMA))

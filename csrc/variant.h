@@ -4,13 +4,13 @@
 
 #include <stddef.h>
 
-enum fa_kernel_id { FA_KERNEL_FORWARD, FA_KERNEL_FORWARD_TMA, FA_KERNEL_COUNT };
+enum fa_kernel_id { FA_KERNEL_FORWARD, FA_KERNEL_FORWARD_TMA, FA_KERNEL_COMBINE };
 
 /* Who refills the ring of forward_tma, see kernels/forward_tma.cu. */
 enum fa_producer { FA_PRODUCER_BARRIER, FA_PRODUCER_THREAD, FA_PRODUCER_WARP, FA_PRODUCER_COUNT };
 
-/* X(field, the constant's name in the kernel source). All are ints, so variants compare as bytes.
- */
+/* X(field, the constant's name in the kernel source). All are ints, so variants compare as bytes;
+ * those that a kernel does not have are 0. */
 #define FA_VARIANT_FIELDS(X)                                                                       \
     X(dtype_bf16, "DTYPE_BF16")                                                                    \
     X(head_dim, "HEAD_DIM")                                                                        \
@@ -22,7 +22,8 @@ enum fa_producer { FA_PRODUCER_BARRIER, FA_PRODUCER_THREAD, FA_PRODUCER_WARP, FA
     X(stages, "STAGES")                                                                            \
     X(producer, "PRODUCER")                                                                        \
     X(mask_right, "MASK_RIGHT")                                                                    \
-    X(mask_left, "MASK_LEFT")
+    X(mask_left, "MASK_LEFT")                                                                      \
+    X(split, "SPLIT")
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */
@@ -39,7 +40,7 @@ struct fa_variant {
 const char *fa_variant_kernel(const struct fa_variant *variant);
 
 /* The canonical name, say forward_bf16_d128_dv128_n32x16_w4x32_s3_right. Of forward_tma, _p and
- * the producer come after the stages. */
+ * the producer come after the stages. Of combine it is short, say combine_bf16_dv128_w8. */
 void fa_variant_name(const struct fa_variant *variant, char name[FA_VARIANT_NAME_SIZE]);
 
 /* The compiler's option for the i-th constant, say -DHEAD_DIM=128. */

@@ -18,6 +18,7 @@ def forward(
     window_size: tuple[int | None, int | None],
     softcap: float,
     learnable_sink: Any | None,
+    num_splits: int,
     return_lse: bool,
     /,
 ) -> tuple[Any, Any | None]: ...
@@ -46,6 +47,7 @@ def explain(
     window_size: tuple[int | None, int | None],
     softcap: float,
     learnable_sink: Any | None,
+    num_splits: int,
     arch: int,
     /,
 ) -> dict[str, Any]: ...

@@ -81,9 +81,10 @@ def info() -> int:
     print(f"environment: {settings or 'no FA_SM120_ variable is set'}")
     for arch in sorted({device["arch"] for device in devices} or {120}):
         print(f"\ncommon calls on {_dotted(arch)}:")
-        for plan in variants.common_plans(arch):
-            smem = (plan.smem_bytes or 0) >> 10
-            print(f"  {plan.variant:52} tile {plan.tile_m} x {plan.tile_n}, {smem} KB")
+        for plan in (*variants.common_plans(arch), *variants.decoding_plans(arch)):
+            smem, parts = (plan.smem_bytes or 0) >> 10, plan.num_splits or 1
+            split = f", keys in {parts} parts" if parts > 1 else ""
+            print(f"  {plan.variant:52} tile {plan.tile_m} x {plan.tile_n}, {smem} KB{split}")
     return 0
 
 
@@ -154,7 +155,7 @@ def _check_one(device: str, dtype: torch.dtype, head_dim: int, seqlen: int, caus
 
 def warmup(arch: int | None) -> int:
     """Compiles the common kernels into the disk cache."""
-    total = sum(1 for _ in variants.common_plans(arch or 120))
+    total = len(variants.common_kernels(arch or 120))
 
     progress = partial(tqdm, total=total, unit="kernel")
     print(f"{variants.warmup(arch, progress)} kernels are ready in {cache.directory()}")

@@ -18,13 +18,20 @@ class Options(NamedTuple):
     softcap: float
 
 
+class Choices(NamedTuple):
+    """How they are to compute it, which changes results by rounding alone."""
+
+    num_splits: int  # the forward
+    deterministic: bool  # the backward
+
+
 def attend(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     learnable_sink: torch.Tensor | None,
     options: Options,
-    deterministic: bool,
+    choices: Choices,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``(out, lse)`` of a call that autograd is to record; lse is None without ``return_lse``."""
@@ -34,7 +41,7 @@ def attend(
                 f"{name} must be a torch.Tensor where a gradient is wanted, got {type(x).__name__}"
             )
     results = _Attention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, learnable_sink, options, deterministic, return_lse
+        q, k, v, learnable_sink, options, choices, return_lse
     )
     return results if return_lse else (results, None)
 
@@ -66,13 +73,13 @@ class _Attention(torch.autograd.Function):
         v: torch.Tensor,
         sink: torch.Tensor | None,
         options: Options,
-        deterministic: bool,
+        choices: Choices,
         return_lse: bool,
     ) -> Any:
-        out, lse = _C.forward(q, k, v, *options, sink, True)
+        out, lse = _C.forward(q, k, v, *options, sink, choices.num_splits, True)
         ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.deterministic = options, deterministic
+        ctx.options, ctx.deterministic = options, choices.deterministic
         return (out, lse) if return_lse else out
 
     @staticmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -25,7 +25,7 @@ def flash_attn_func(
     window_size: Window = (None, None),
     learnable_sink: Tensor | None = None,
     softcap: float = 0.0,
-    num_splits: int = 1,
+    num_splits: int = 0,
     pack_gqa: bool | None = None,
     deterministic: bool = False,
     score_mod: Callable[..., Any] | None = None,
@@ -55,11 +55,18 @@ def flash_attn_func(
             ``j <= i + seqlen_k - seqlen_q + right``. None is unbounded, negative values are legal,
             ``causal`` makes ``right`` 0.
         learnable_sink: ``(heads_q,)``: one more logit per head that takes part in the softmax and
-            has no value (Xiao et al. 2023, https://arxiv.org/abs/2309.17453). CPU only so far.
+            has no value (Xiao et al. 2023, https://arxiv.org/abs/2309.17453). float32, float16 or
+            bfloat16; -inf is none.
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is none. CPU only so far.
+        num_splits: into how many parts the keys are divided, for calls with too few queries to fill
+            a GPU: decoding, above all. Parts are computed beside each other and put together by a
+            second kernel, from a workspace that is the call's own. 0: as many as pay, which
+            :func:`explain` tells; 1: never split; more: as many, but no more than there are tiles
+            of keys. Results of different numbers differ by rounding; those of 0 may then depend on
+            batch size and GPU, too. FlashAttention-4's default is 1. The CPU splits nothing.
         deterministic: the backward is bitwise reproducible too, as the forward always is.
         return_lse: also return the log-sum-exp of the scores, through which gradients flow, too.
-        qv, gather_kv_indices, num_splits, pack_gqa, score_mod, score_mod_bwd, mask_mod,
+        qv, gather_kv_indices, pack_gqa, score_mod, score_mod_bwd, mask_mod,
             aux_tensors, aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd: as in
             FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
 
@@ -83,7 +90,6 @@ def flash_attn_func(
     if (
         qv is not None
         or gather_kv_indices is not None
-        or num_splits != 1
         or pack_gqa
         or score_mod is not None
         or score_mod_bwd is not None
@@ -96,7 +102,6 @@ def flash_attn_func(
         _reject_unsupported(
             qv=qv,
             gather_kv_indices=gather_kv_indices,
-            num_splits=num_splits if num_splits != 1 else None,
             pack_gqa=pack_gqa or None,
             score_mod=score_mod,
             score_mod_bwd=score_mod_bwd,
@@ -115,15 +120,24 @@ def flash_attn_func(
         or getattr(learnable_sink, "requires_grad", None) is True
     ):
         options = autograd.Options(softmax_scale, causal, window_size, softcap)
-        return autograd.attend(q, k, v, learnable_sink, options, deterministic, return_lse)
+        choices = autograd.Choices(num_splits, deterministic)
+        return autograd.attend(q, k, v, learnable_sink, options, choices, return_lse)
     return _C.forward(
-        q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, return_lse
+        q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, num_splits, return_lse
     )
 
 
 def _reject_unsupported(**arguments: Any) -> NoReturn:
     names = ", ".join(name for name, value in arguments.items() if value is not None)
     raise NotImplementedError(f"flash_attn_func does not support {names} yet")
+
+
+class Kernel(NamedTuple):
+    """What the compiler makes a kernel of."""
+
+    kernel: str  # the source of that name
+    variant: str  # canonical name
+    options: tuple[str, ...]  # compile-time constants
 
 
 @dataclass(frozen=True)
@@ -143,11 +157,24 @@ class Plan:
     smem_bytes: int | None = None  # shared memory that a block uses
     smem_request: int | None = None  # and asks for: more where FA_SM120_LIMITS pads it
     blocks_per_sm: int | None = None
+    num_splits: int | None = None  # parts of the keys, a block for each
+    workspace_bytes: int | None = None  # for the parts
+    combine: Kernel | None = None  # puts them together
     reasons: dict[str, str] = field(default_factory=dict)  # choice -> why
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """All that the call launches, in order; none on the CPU."""
+        if self.variant is None:
+            return ()
+        first = Kernel(self.kernel, self.variant, self.options)
+        return (first, self.combine) if self.combine else (first,)
 
     def __str__(self) -> str:
         skipped = ("reasons", "options")
         facts = {k: v for k, v in vars(self).items() if v is not None and k not in skipped}
+        if self.combine:
+            facts["combine"] = self.combine.variant
         lines = [f"{name:14} {value}" for name, value in facts.items()]
         return "\n".join(lines + [f"  {choice}: {why}" for choice, why in self.reasons.items()])
 
@@ -161,12 +188,13 @@ def explain(
     window_size: Window = (None, None),
     learnable_sink: Tensor | None = None,
     softcap: float = 0.0,
+    num_splits: int = 0,
     arch: int | None = None,
 ) -> Plan:
     """The plan of ``flash_attn_func(q, k, v, ...)``, with the reason for every choice.
 
     Args:
-        q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap: as in
+        q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap, num_splits: as in
             :func:`flash_attn_func`.
         arch: plan for this compute capability (120, 90, ...) instead of the device of ``q``, which
             needs no GPU.
@@ -175,6 +203,7 @@ def explain(
         The exceptions of :func:`flash_attn_func`.
     """
     plan = _C.explain(
-        q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, arch or 0
+        q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, num_splits, arch or 0
     )
-    return Plan(**plan)
+    combine = plan.pop("combine", None)
+    return Plan(**plan, combine=combine and Kernel(*combine))

@@ -8,11 +8,14 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flash_attn_sm120 import _C, jit, tiles
-from flash_attn_sm120.interface import Plan, explain
+from flash_attn_sm120.interface import Kernel, Plan, explain
+
+DTYPES = (torch.bfloat16, torch.float16)
 
 # (head_dim, head_dim_v) of Llama, Qwen, Mistral, Gemma, Phi and DeepSeek (MLA).
 COMMON_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
@@ -24,29 +27,49 @@ def common_plans(arch: int, head_dims: Iterable[tuple[int, int]] | None = None) 
     Each kernel once: of calls that fill the machine, of short ones, and of those between.
     """
     seen = set()
-    for dtype, (head_dim, head_dim_v), seqlen, causal in itertools.product(
-        (torch.bfloat16, torch.float16),
-        head_dims or COMMON_HEAD_DIMS,
-        (16384, 2048, 512),
-        (False, True),
+    for dtype, dims, seqlen, causal in itertools.product(
+        DTYPES, head_dims or COMMON_HEAD_DIMS, (16384, 2048, 512), (False, True)
     ):
-        # Nobody touches this memory: explain() looks at shapes and strides alone.
-        q = torch.empty(1, seqlen, 8, head_dim, dtype=dtype)
-        v = torch.empty(1, seqlen, 8, head_dim_v, dtype=dtype)
-        plan = explain(q, q, v, causal=causal, arch=arch)
+        plan = _plan(arch, dtype, dims, seqlen, seqlen, causal=causal, num_splits=1)
         if plan.variant not in seen:
             seen.add(plan.variant)
             yield plan
 
 
+def decoding_plans(arch: int) -> Iterator[Plan]:
+    """The plans of common calls of one query, whose keys are split; needs no GPU."""
+    for dtype, dims in itertools.product(DTYPES, COMMON_HEAD_DIMS):
+        yield _plan(arch, dtype, dims, 1, 8192)
+
+
+def _plan(
+    arch: int,
+    dtype: torch.dtype,
+    dims: tuple[int, int],
+    seqlen_q: int,
+    seqlen_k: int,
+    **options: Any,
+) -> Plan:
+    # Nobody touches this memory: explain() looks at shapes and strides alone.
+    q = torch.empty(1, seqlen_q, 8, dims[0], dtype=dtype)
+    k, v = (torch.empty(1, seqlen_k, 8, dim, dtype=dtype) for dim in dims)
+    return explain(q, k, v, arch=arch, **options)
+
+
+def common_kernels(arch: int) -> list[Kernel]:
+    """What the common calls launch on compute capability ``arch``, each kernel once."""
+    plans = itertools.chain(common_plans(arch), decoding_plans(arch))
+    return list(dict.fromkeys(kernel for plan in plans for kernel in plan.kernels))
+
+
 def warmup(
-    arch: int | None = None, progress: Callable[[Iterable[Plan]], Iterable[Plan]] = iter
+    arch: int | None = None, progress: Callable[[Iterable[Kernel]], Iterable[Kernel]] = iter
 ) -> int:
     """Compiles the common kernels into the disk cache, over all cores.
 
     Args:
         arch: compute capability; default that of the first CUDA device.
-        progress: wraps the iterable of finished plans, say ``tqdm``.
+        progress: wraps the iterable of finished kernels, say ``tqdm``.
 
     Returns:
         How many kernels are ready.
@@ -62,13 +85,12 @@ def warmup(
         arch = devices[0]["arch"]
     chosen: int = arch
 
-    def ready(plan: Plan) -> Plan:
-        assert plan.variant is not None
-        jit.compile(plan.kernel, plan.variant, plan.options, chosen, driver_version)
-        return plan
+    def ready(kernel: Kernel) -> Kernel:
+        jit.compile(*kernel, chosen, driver_version)
+        return kernel
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return sum(1 for _ in progress(pool.map(ready, list(common_plans(chosen)))))
+        return sum(1 for _ in progress(pool.map(ready, common_kernels(chosen))))
 
 
 def prebuild(directory: Path, architectures: Iterable[str]) -> None:
@@ -86,5 +108,5 @@ def prebuild(directory: Path, architectures: Iterable[str]) -> None:
         if not number:
             raise RuntimeError(f"an architecture is named like sm_120f, got {arch!r}")
         with tiles.using(()):  # a wheel is for others: without what was tuned here
-            plans = list(common_plans(int(number[1])))
-        jit.prebuild(directory, [(p.kernel, str(p.variant), p.options) for p in plans], arch)
+            kernels = common_kernels(int(number[1]))
+        jit.prebuild(directory, kernels, arch)

@@ -10,7 +10,8 @@
  *   WARPS, WARP_M          queries: WARP_M (16 or 32) rows per warp, TILE_M = WARPS * WARP_M in all
  *   TILE_N, SUB_N          keys: TILE_N per stage of the ring, SUB_N at a time through registers
  *   STAGES                 of the ring
- *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows */
+ *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
+ *   SPLIT                  1: a block goes through a part of its keys; combine.cu follows */
 #include "params.h"
 
 #include "ptx.cuh"

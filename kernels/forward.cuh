@@ -18,23 +18,27 @@
 
 #include "mask.cuh"
 
-/* The queries of this thread. Blocks that run at the same time should share K and V in the L2:
- * so group_heads (batch, head) pairs go through all their query blocks together, heads fastest.
- * With a right diagonal the last queries see the most keys: these blocks start first, and the
- * short ones fill the gaps at the end. */
+/* The queries of this thread, and which part of their keys. Blocks that run at the same time should
+ * share K and V in the L2: so group_heads (batch, head) pairs go through all their query blocks
+ * together, heads fastest. With a right diagonal the last queries see the most keys: these blocks
+ * start first, and the short ones fill the gaps at the end. The parts of a block, which are equally
+ * long, start together. */
 struct query_place {
     int pair, batch, head;             /* pair = batch * heads_q + head */
     int block_row, warp_row, lane_row; /* first rows; the lane has every eighth after it */
+    int part;
 
     __device__ __forceinline__ explicit query_place(const fa_forward_params &params)
     {
         const unsigned thread = read_thread_index();
         const int block = read_block_index();
-        const int group_blocks = params.group_heads * params.m_blocks;
+        const int parts = SPLIT ? params.parts : 1;
+        const int group_blocks = params.group_heads * params.m_blocks * parts;
         const int pair0 = block / group_blocks * params.group_heads;
         const int in_group = block % group_blocks;
         const int pairs = min(params.group_heads, params.batch * params.heads_q - pair0);
-        const int rank = in_group / pairs;
+        const int rank = in_group / pairs / parts;
+        part = in_group / pairs % parts;
         pair = pair0 + in_group % pairs;
         batch = pair / params.heads_q;
         head = pair % params.heads_q;
@@ -69,6 +73,44 @@ __device__ __forceinline__ void load_queries(unsigned (&Q_rmem)[M_FRAGS][D_STEPS
         }
 }
 
+/* Makes [begin, end) one of its parts, which differ by one tile at most. */
+__device__ __forceinline__ void take_part(int &begin, int &end, int part, int parts)
+{
+    const int share = (end - begin) / parts, rest = (end - begin) % parts;
+    begin += part * share + min(part, rest);
+    end = begin + share + (part < rest);
+}
+
+/* O / l and lse of one part for combine.cu. The lanes of a quad write 32 contiguous bytes. */
+__device__ __forceinline__ void store_part(const fa_forward_params &params,
+                                           const float (&O_rmem)[M_FRAGS][O_FRAGS][4],
+                                           const float (&l_rmem)[M_FRAGS][2],
+                                           const float (&m_rmem)[M_FRAGS][2])
+{
+    const query_place to(params); /* computed again: see read_block_index() */
+    const fa_int64 pairs = params.batch * params.heads_q;
+    const fa_int64 first_row = (to.part * pairs + to.pair) * params.seqlen_q;
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const float l = quad_sum(l_rmem[m][half]);
+            const float inverse = l == 0.0f ? 0.0f : 1.0f / l; /* 0: no keys */
+            const int row = to.lane_row + 16 * m + 8 * half;
+            if (row >= params.seqlen_q)
+                continue;
+            float *out_row = static_cast<float *>(params.out) + (first_row + row) * HEAD_DIM_V;
+#pragma unroll
+            for (int n = 0; n < O_FRAGS; n++) {
+                const float *O = O_rmem[m][n] + 2 * half;
+                reinterpret_cast<float2 *>(out_row + 8 * n)[quad_lane()] =
+                    make_float2(O[0] * inverse, O[1] * inverse);
+            }
+            if (quad_lane() == 0)
+                params.lse[first_row + row] = l == 0.0f ? -INF : m_rmem[m][half] + log2_approx(l);
+        }
+}
+
 template <class tile_ring>
 __device__ __forceinline__ void attend(const fa_forward_params &params, tile_ring &ring)
 {
@@ -92,10 +134,15 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
          * right edge and for one tile more, so that every row has an m; then fast; then careful
          * at the left edge. The length can cut short the last tile alone, which comes first. */
         const key_mask mask(params);
-        const int tile_begin = mask.begin(at.block_row) / TILE_N;
-        const int tile_end = max(tile_begin, ceil_div(mask.end(block_row1), TILE_N));
-        const int inner_begin = min(ceil_div(mask.begin(block_row1), TILE_N), tile_end);
-        const int inner_end = max(mask.end(at.block_row) / TILE_N, inner_begin);
+        int tile_begin = mask.begin(at.block_row) / TILE_N;
+        int tile_end = max(tile_begin, ceil_div(mask.end(block_row1), TILE_N));
+        int inner_begin = min(ceil_div(mask.begin(block_row1), TILE_N), tile_end);
+        int inner_end = max(mask.end(at.block_row) / TILE_N, inner_begin);
+        if (SPLIT) { /* of all these the tiles of one part, which may be none */
+            take_part(tile_begin, tile_end, at.part, params.parts);
+            inner_begin = min(max(inner_begin, tile_begin), tile_end);
+            inner_end = min(max(inner_end, inner_begin), tile_end);
+        }
         const int tiles = tile_end - tile_begin;
         const int fast_end = again ? 0 : tile_end - inner_begin;
         int careful_end = again ? tiles : min(tile_end - inner_end + 1, tiles);
@@ -171,20 +218,24 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
             break;
     }
 
+    if (SPLIT)
+        return store_part(params, O_rmem, l_rmem, m_rmem);
+
     /* ---- 7. O / l and lse out. The lanes of a quad hold 4 bytes each of every 16-byte chunk
      * of their row: transposed, each lane holds every fourth chunk whole, and a row is written
      * 64 contiguous bytes at a time. */
     const query_place to(params); /* computed again: see read_block_index() */
     element *out_gmem = static_cast<element *>(params.out) + to.batch * params.out_stride.batch +
                         to.head * params.out_stride.head;
+    const float sink = load_sink(params.sink, params.sink_dtype, to.head);
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             float &l = l_rmem[m][half];
-            l += __shfl_xor_sync(0xffffffff, l, 1);
-            l += __shfl_xor_sync(0xffffffff, l, 2);
-            const float inverse = l == 0.0f ? 0.0f : 1.0f / l; /* 0: no keys */
+            l = quad_sum(l);
+            const float rescale = add_sink(l, m_rmem[m][half], sink);
+            const float inverse = l == 0.0f ? 0.0f : rescale * (1.0f / l); /* 0: no keys */
             const int row = to.lane_row + 16 * m + 8 * half;
             element *out_row = out_gmem + row * params.out_stride.seqlen;
 #pragma unroll
@@ -209,7 +260,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                 const int row = to.lane_row + 16 * m + 8 * half;
                 const float l = l_rmem[m][half];
                 if (row < params.seqlen_q)
-                    lse_gmem[row] = l == 0.0f ? -INF : (m_rmem[m][half] + log2_approx(l)) * LN2;
+                    lse_gmem[row] = l == 0.0f ? sink : (m_rmem[m][half] + log2_approx(l)) * LN2;
             }
     }
 }

@@ -17,6 +17,8 @@ typedef int64_t fa_int64;
 #define FA_ALIGNED(bytes) _Alignas(bytes)
 #endif
 
+enum fa_dtype { FA_FLOAT32, FA_FLOAT16, FA_BFLOAT16 };
+
 /* Outer strides of one [batch, seqlen, heads, head_dim] tensor. */
 struct fa_strides {
     fa_int64 batch, seqlen, head;
@@ -27,19 +29,23 @@ struct fa_forward_params {
     const void *q; /* [batch, seqlen_q, heads_q, head_dim] */
     const void *k; /* [batch, seqlen_k, heads_kv, head_dim] */
     const void *v; /* [batch, seqlen_k, heads_kv, head_dim_v] */
-    void *out;     /* [batch, seqlen_q, heads_q, head_dim_v] */
-    float *lse;    /* [batch, heads_q, seqlen_q], contiguous, natural log; NULL: not wanted */
+    void *out;     /* [batch, seqlen_q, heads_q, head_dim_v]; where SPLIT: out_parts below */
+    float *lse;    /* [batch, heads_q, seqlen_q], contiguous, natural log; NULL: not wanted; where
+                    * SPLIT: lse_parts below */
+    const void *sink; /* [heads_q], contiguous, natural log; NULL: none; not read where SPLIT */
     struct fa_strides q_stride, k_stride, v_stride, out_stride;
     int batch, heads_q, heads_per_kv; /* heads_per_kv = heads_q / heads_kv */
     int seqlen_q, seqlen_k;
     int m_blocks;     /* ceil(seqlen_q / TILE_M) */
+    int parts;        /* of the keys of a block of queries, a thread block each; 1 if not SPLIT */
     int group_heads;  /* (batch, head) pairs that run together, see query_place in forward.cuh */
     int window_left;  /* keys a query sees before its diagonal; read only where MASK_LEFT */
     int window_right; /* and after it; read only where MASK_RIGHT, 0 for causal */
     float scale_log2; /* softmax_scale * log2(e) */
+    int sink_dtype;   /* enum fa_dtype */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 176, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 192, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -52,7 +58,24 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 448, "192 for the first 176, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 448, "192, then maps");
+
+/* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
+ * seqlen_q of them, in the order of lse. */
+struct fa_combine_params {
+    const float *out_parts; /* [parts, rows, head_dim_v], contiguous: each of its own keys alone */
+    const float *lse_parts; /* [parts, rows], contiguous, binary log; -inf: no keys */
+    void *out;              /* [batch, seqlen_q, heads_q, head_dim_v] */
+    float *lse;             /* [rows], natural log; NULL: not wanted */
+    const void *sink;       /* [heads_q], contiguous, natural log; NULL: none */
+    struct fa_strides out_stride;
+    unsigned rows, heads_q, seqlen_q;
+    int parts;
+    int slices;     /* of the parts of a row: each is summed up by threads of its own */
+    int sink_dtype; /* enum fa_dtype */
+};
+
+FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 88, "host and device disagree on the layout");
 
 /* The single argument of kernels/backward.cu and of those before it.
  *

@@ -289,21 +289,20 @@ __device__ __forceinline__ unsigned pack(float low, float high)
     return x;
 }
 
+__device__ __forceinline__ float from_fp16(unsigned short x)
+{
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+    return y;
+}
+
 /* The two numbers of a pair, the lower half first. */
 __device__ __forceinline__ float2 unpack(unsigned x)
 {
     if (DTYPE_BF16) /* the upper half of a float */
         return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
-    float2 y;
-    asm("{\n"
-        "    .reg .f16 low, high;\n"
-        "    mov.b32 {low, high}, %2;\n"
-        "    cvt.f32.f16 %0, low;\n"
-        "    cvt.f32.f16 %1, high;\n"
-        "}"
-        : "=f"(y.x), "=f"(y.y)
-        : "r"(x));
-    return y;
+    return make_float2(from_fp16(static_cast<unsigned short>(x)),
+                       from_fp16(static_cast<unsigned short>(x >> 16)));
 }
 
 __device__ __forceinline__ float exp2_approx(float x)

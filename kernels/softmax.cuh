@@ -7,10 +7,8 @@
 #ifndef FA_SOFTMAX_CUH
 #define FA_SOFTMAX_CUH
 
+#include "sink.cuh"
 #include "tile.cuh"
-
-#define INF __int_as_float(0x7f800000)
-constexpr float LN2 = 0.693147180559945f;
 
 /* m lies so far above the maximum that the sum of 2^16 of the largest bf16 values is still in the
  * range of fp32. bf16 has exponents to spare for p; those of fp16 are few, and its values small. */
@@ -77,6 +75,19 @@ __device__ __forceinline__ bool out_of_range(const float (&O_rmem)[M_FRAGS][O_FR
                 out |= !(fabsf(O_rmem[m][n][e]) < INF);
     }
     return out;
+}
+
+/* l += the sink's p. A sink far above m would be out of range: m rises to it, and what was computed
+ * with the m before has to be multiplied by the factor that is returned. A row without keys stays
+ * without a sum. A sink of -inf changes nothing, to the bit: no branch asks whether there is one,
+ * because the compiler would then write all that follows twice. */
+__device__ __forceinline__ float add_sink(float &l, float &m, float sink)
+{
+    const float raised = fmaxf(m, sink * LOG2_E);
+    const float rescale = exp2_approx(m - raised);
+    l = l == 0.0f ? 0.0f : l * rescale + exp2_approx(sink * LOG2_E - raised);
+    m = raised;
+    return rescale;
 }
 
 /* m = the maximum of what it was and S, which is scaled already; O and l follow. */

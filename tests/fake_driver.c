@@ -110,9 +110,11 @@ int cuLibraryLoadData(void **library, const void *code, int *a, void **b, unsign
                       void **e, unsigned f)
 {
     (void)a, (void)b, (void)c, (void)d, (void)e, (void)f;
-    if (!strstr(code, ".entry forward"))
+    const int is_combine = strstr(code, ".entry combine") != NULL;
+    if (!is_combine && !strstr(code, ".entry forward"))
         return 200;
-    *library = malloc(1);
+    *library = malloc(sizeof is_combine);
+    memcpy(*library, &is_combine, sizeof is_combine);
     return result("cuLibraryLoadData");
 }
 
@@ -157,10 +159,32 @@ struct config {
     unsigned attribute_count;
 };
 
+static void print_combine(FILE *file, const struct fa_combine_params *p)
+{
+    fprintf(file, "\"rows\": %u, \"parts\": %d, \"slices\": %d, \"lse\": %s, ", p->rows, p->parts,
+            p->slices, p->lse ? "true" : "false");
+    fprintf(file, "\"out_parts\": %lld, \"lse_parts\": %lld, ", (long long)p->out_parts,
+            (long long)p->lse_parts);
+    fprintf(file, "\"out_stride\": [%lld, %lld, %lld]}\n", (long long)p->out_stride.batch,
+            (long long)p->out_stride.seqlen, (long long)p->out_stride.head);
+}
+
+static void print_forward(FILE *file, const struct fa_forward_params *p)
+{
+    fprintf(file, "\"batch\": %d, \"heads_q\": %d, \"heads_per_kv\": %d, ", p->batch, p->heads_q,
+            p->heads_per_kv);
+    fprintf(file, "\"seqlen_q\": %d, \"seqlen_k\": %d, ", p->seqlen_q, p->seqlen_k);
+    fprintf(file, "\"m_blocks\": %d, \"group_heads\": %d, ", p->m_blocks, p->group_heads);
+    fprintf(file, "\"parts\": %d, \"out\": %lld, ", p->parts, (long long)p->out);
+    fprintf(file, "\"window_left\": %d, \"window_right\": %d, ", p->window_left, p->window_right);
+    fprintf(file, "\"scale_log2\": %.9g, \"lse\": %s, ", p->scale_log2, p->lse ? "true" : "false");
+    fprintf(file, "\"q_stride\": [%lld, %lld, %lld]}\n", (long long)p->q_stride.batch,
+            (long long)p->q_stride.seqlen, (long long)p->q_stride.head);
+}
+
 int cuLaunchKernelEx(const struct config *config, void *kernel, void **parameters, void **extra)
 {
-    (void)kernel, (void)extra;
-    const struct fa_forward_params *p = parameters[0];
+    (void)extra;
     if (result("cuLaunchKernelEx"))
         return result("cuLaunchKernelEx");
     FILE *file = fopen(getenv("FAKE_LAUNCHES"), "a");
@@ -168,14 +192,10 @@ int cuLaunchKernelEx(const struct config *config, void *kernel, void **parameter
             depth ? (long)(stack[depth - 1] - contexts) : -1, depth, (long long)config->stream);
     fprintf(file, "\"grid\": %u, \"block\": %u, \"shared\": %u, ", config->grid[0],
             config->block[0], config->shared_bytes);
-    fprintf(file, "\"batch\": %d, \"heads_q\": %d, \"heads_per_kv\": %d, ", p->batch, p->heads_q,
-            p->heads_per_kv);
-    fprintf(file, "\"seqlen_q\": %d, \"seqlen_k\": %d, ", p->seqlen_q, p->seqlen_k);
-    fprintf(file, "\"m_blocks\": %d, \"group_heads\": %d, ", p->m_blocks, p->group_heads);
-    fprintf(file, "\"window_left\": %d, \"window_right\": %d, ", p->window_left, p->window_right);
-    fprintf(file, "\"scale_log2\": %.9g, \"lse\": %s, ", p->scale_log2, p->lse ? "true" : "false");
-    fprintf(file, "\"q_stride\": [%lld, %lld, %lld]}\n", (long long)p->q_stride.batch,
-            (long long)p->q_stride.seqlen, (long long)p->q_stride.head);
+    if (*(const int *)kernel)
+        print_combine(file, parameters[0]);
+    else
+        print_forward(file, parameters[0]);
     fclose(file);
     return 0;
 }

@@ -66,7 +66,7 @@ def gradients_of(
         if argument in device.unsupported and (torch.is_tensor(value) or value):
             pytest.skip(f"{device.name} has no {argument} yet")
     options = (softmax_scale, causal, window_size, softcap, learnable_sink)
-    out, lse = _C.forward(q, k, v, *options, True)
+    out, lse = _C.forward(q, k, v, *options, 0, True)
     *gradients, dsink = _C.backward(dout, q, k, v, out, lse, dlse, *options, deterministic)
     assert (dsink is None) == (learnable_sink is None)
     assert all(x.is_contiguous() for x in gradients)

@@ -254,6 +254,45 @@ def test_rows_of_sm120_where_there_is_no_tma(run):
     assert run(code, FAKE_ARCH="90", FA_SM120_PLAN_AS="120")[0] == ["forward_tma"]
 
 
+def test_a_split_call_is_two_launches(run):
+    """Beside each other on the stream, with a workspace between them."""
+    code = (
+        "call(num_splits=3, return_lse=True, device_id=1)\ncall(num_splits=3)\ncall(num_splits=1)\n"
+    )
+    _, (first, second, *others) = run(code)
+    assert (first["device"], first["stream"]) == (second["device"], second["stream"]) == (1, 7)
+    assert first["parts"] == second["parts"] == 3
+    assert first["grid"] == 3 * first["m_blocks"] * 2 * 6
+    assert second["rows"] == 2 * 6 * 130 and second["shared"] == 0
+    assert first["out"] == second["out_parts"]
+    assert second["lse_parts"] - second["out_parts"] == 3 * second["rows"] * 64 * 4
+    assert second["out_stride"] == [130 * 6 * 64, 6 * 64, 64]
+    assert second["lse"] and not others[1]["lse"], "lse where it is wanted"
+    assert first["lse"] and others[0]["lse"], "its parts always"
+    assert [x["parts"] for x in others] == [3, 3, 1]
+
+
+def test_capture_needs_both_kernels_of_a_split_call(run):
+    code = """
+import os
+from flash_attn_sm120 import jit
+compile, fail = jit.compile, ["combine"]
+jit.compile = lambda *args: compile(*args) if args[0] not in fail else 1 / 0
+error_of(call, num_splits=3)
+os.environ["FAKE_CAPTURING"] = "1"
+error_of(call, num_splits=3)
+os.environ["FAKE_CAPTURING"] = "0"
+fail.clear()
+call(num_splits=3)
+os.environ["FAKE_CAPTURING"] = "1"
+error_of(call, num_splits=3)
+"""
+    lines, launches = run(code)
+    assert lines[0].startswith("ZeroDivisionError")
+    assert "the kernel combine_fp16_dv64_w8 is not loaded yet" in lines[1]
+    assert lines[2] == "no error" and len(launches) == 4, "nothing was launched before"
+
+
 def test_nothing_to_do_launches_nothing(run):
     _, launches = run("call(seqlen_q=0)\n")
     assert launches == []

@@ -163,8 +163,8 @@ def test_wheel_ships_cubins_where_asked(checkout, tmp_path):
 import sys
 from flash_attn_sm120 import jit, variants
 sys.modules["cuda.bindings"] = None
-plans = list(variants.common_plans(120))
-print({jit.compile(p.kernel, p.variant, p.options, 120, 12080)[:4] for p in plans}, len(plans))
+kernels = variants.common_kernels(120)
+print({jit.compile(*kernel, 120, 12080)[:4] for kernel in kernels}, len(kernels))
 """
     out = run(
         sys.executable,
@@ -174,7 +174,7 @@ print({jit.compile(p.kernel, p.variant, p.options, 120, 12080)[:4] for p in plan
         PYTHONPATH=str(tmp_path / "site"),
         FA_SM120_CACHE_DIR=str(tmp_path / "none"),
     )
-    assert out.strip() == rf"{{b'\x7fELF'}} {len(list(variants.common_plans(120)))}"
+    assert out.strip() == rf"{{b'\x7fELF'}} {len(variants.common_kernels(120))}"
     assert not (tmp_path / "none").exists()
 
 
@@ -203,7 +203,7 @@ second = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(second)
 assert second is not flash_attn_sm120._C
 q = torch.randn(1, 4, 1, 8)
-arguments = (q, q, q, None, False, (None, None), 0.0, None, False)
+arguments = (q, q, q, None, False, (None, None), 0.0, None, 0, False)
 print(torch.equal(second.forward(*arguments)[0], flash_attn_sm120._C.forward(*arguments)[0]))
 del second
 """

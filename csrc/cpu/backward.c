@@ -270,6 +270,6 @@ int fa_cpu_backward(const struct fa_problem *problem, const struct fa_gradients 
     fa_parallel_for(batch * shape->heads_kv * tile_count(shape->seqlen_k), threads, run_task,
                     &call);
     call.compute = compute_dsink;
-    fa_parallel_for(shape->has_sink ? shape->heads_q : 0, threads, run_task, &call);
+    fa_parallel_for(problem->sink.object ? shape->heads_q : 0, threads, run_task, &call);
     return atomic_load(&call.out_of_memory) ? -1 : 0;
 }

@@ -1,0 +1,18 @@
+/* How many parts the keys of a block of queries are divided into, for the forward to have blocks
+ * enough. Pure C. */
+#ifndef FA_SPLIT_H
+#define FA_SPLIT_H
+
+/* A call before it is split. */
+struct fa_grid {
+    int blocks;        /* each goes through the keys of one block of queries */
+    int tiles;         /* of keys, of the longest of them */
+    int tile_n;        /* keys of a tile */
+    int sms;           /* multiprocessors */
+    int blocks_per_sm; /* that can be resident on one */
+};
+
+/* The number of parts that takes the least time: 1, where a split does not pay. */
+int fa_split_parts(const struct fa_grid *grid);
+
+#endif

@@ -1,0 +1,23 @@
+/* The learnable sink: one more logit of each head, which takes its share of the softmax and has no
+ * value. And the numbers that go with logarithms. */
+#ifndef FA_SINK_CUH
+#define FA_SINK_CUH
+
+#include "ptx.cuh"
+
+#define INF __int_as_float(0x7f800000)
+constexpr float LN2 = 0.693147180559945f;
+constexpr float LOG2_E = 1.44269504088896f;
+
+/* The sink of a head; -inf, which has no share, where there are none. */
+__device__ __forceinline__ float load_sink(const void *sinks, int dtype, int head)
+{
+    if (!sinks)
+        return -INF;
+    if (dtype == FA_FLOAT32)
+        return static_cast<const float *>(sinks)[head];
+    const unsigned short half = static_cast<const unsigned short *>(sinks)[head];
+    return dtype == FA_BFLOAT16 ? __int_as_float(half << 16) : from_fp16(half);
+}
+
+#endif
