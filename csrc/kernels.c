@@ -60,13 +60,17 @@ static int refuse_capture(struct fa_driver *driver, const struct fa_variant *var
 PyObject *fa_kernels_options(const struct fa_variant *variant)
 {
     char option[FA_VARIANT_OPTION_SIZE];
-    PyObject *options = PyTuple_New(FA_VARIANT_FIELD_COUNT);
-    for (size_t i = 0; options && i < FA_VARIANT_FIELD_COUNT; i++) {
-        fa_variant_option(variant, i, option);
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < FA_VARIANT_FIELD_COUNT; i++) {
+        if (!fa_variant_option(variant, i, option))
+            continue;
         PyObject *text = PyUnicode_FromString(option);
-        if (!text || PyTuple_SetItem(options, (Py_ssize_t)i, text) < 0)
-            Py_CLEAR(options);
+        if (!text || PyList_Append(list, text) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(text);
     }
+    PyObject *options = list ? PyList_AsTuple(list) : NULL;
+    Py_XDECREF(list);
     return options;
 }
 

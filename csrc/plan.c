@@ -54,8 +54,8 @@ static int refuse(struct fa_plan_error *error, bool unsupported, const char *mes
     return -1;
 }
 
-static int check_supported(const struct fa_shape *shape, const struct fa_device *device,
-                           struct fa_plan_error *error)
+int fa_plan_supports(const struct fa_shape *shape, const struct fa_device *device,
+                     struct fa_plan_error *error)
 {
     if (device->arch < 80)
         return refuse(error, true, "CUDA devices before compute capability 8.0 are not supported");
@@ -85,13 +85,11 @@ static double rows_per_sm(const struct fa_shape *shape, const struct fa_device *
     return (double)shape->batch * shape->heads_q * shape->seqlen_q / MAX(1, device->sms);
 }
 
-/* Whether a mask hides any key. Causal decoding of one query does not, nor does a window as long as
- * the sequence: then the kernel without the mask computes the same. */
-static bool has_right_mask(const struct fa_shape *shape)
+bool fa_shape_has_right_mask(const struct fa_shape *shape)
 {
     return shape->window_right < shape->seqlen_q - 1; /* of the first query, which sees the least */
 }
-static bool has_left_mask(const struct fa_shape *shape)
+bool fa_shape_has_left_mask(const struct fa_shape *shape)
 {
     return shape->window_left < shape->seqlen_k - 1; /* of the last query */
 }
@@ -106,8 +104,8 @@ static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape,
            WITHIN(row->heads_per_kv, shape->heads_q / shape->heads_kv) &&
            WITHIN(row->seqlen_q, shape->seqlen_q) &&
            WITHIN(row->rows_per_sm, rows_per_sm(shape, device)) &&
-           SAME(row->mask_right, has_right_mask(shape)) &&
-           SAME(row->mask_left, has_left_mask(shape));
+           SAME(row->mask_right, fa_shape_has_right_mask(shape)) &&
+           SAME(row->mask_left, fa_shape_has_left_mask(shape));
 #undef WITHIN
 #undef SAME
 }
@@ -190,8 +188,8 @@ static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile
         .warp_m = tile->warp_m,
         .stages = tile->stages,
         .producer = tile->producer,
-        .mask_right = has_right_mask(shape),
-        .mask_left = has_left_mask(shape),
+        .mask_right = fa_shape_has_right_mask(shape),
+        .mask_left = fa_shape_has_left_mask(shape),
     };
     plan->tile_m = tile->warps * tile->warp_m;
     plan->threads = (tile->warps + (tile->producer == FA_PRODUCER_WARP)) * 32;
@@ -227,24 +225,24 @@ static int set_grid(const struct fa_shape *shape, const struct fa_device *device
     return 0;
 }
 
-static int blocks_that_fit(const struct fa_plan *plan, const struct fa_device *device)
+static int blocks_that_fit(const struct fa_device *device, int smem_bytes, int threads)
 {
-    const int by_smem = device->smem_per_sm / (plan->smem_bytes + SMEM_RESERVED_PER_BLOCK);
-    return MAX(1, MIN(by_smem, warps_per_sm(device->arch) * 32 / plan->threads));
+    const int by_smem = device->smem_per_sm / (smem_bytes + SMEM_RESERVED_PER_BLOCK);
+    return MAX(1, MIN(by_smem, warps_per_sm(device->arch) * 32 / threads));
 }
 
-/* Asks for so much shared memory that no more blocks share a multiprocessor than would on
- * limits_arch. */
-static void pad_to_limits(const struct fa_device *device, int limits_arch, struct fa_plan *plan)
+int fa_plan_smem(const struct fa_device *device, int limits_arch, int smem_bytes, int threads,
+                 int *blocks_per_sm)
 {
+    *blocks_per_sm = blocks_that_fit(device, smem_bytes, threads);
+    if (!limits_arch)
+        return smem_bytes;
     const struct fa_device limits = fa_device_of_arch(limits_arch);
-    plan->blocks_per_sm = MIN(plan->blocks_per_sm, blocks_that_fit(plan, &limits));
-    const int one_too_many =
-        device->smem_per_sm / (plan->blocks_per_sm + 1) - SMEM_RESERVED_PER_BLOCK;
+    *blocks_per_sm = MIN(*blocks_per_sm, blocks_that_fit(&limits, smem_bytes, threads));
+    const int one_too_many = device->smem_per_sm / (*blocks_per_sm + 1) - SMEM_RESERVED_PER_BLOCK;
     const int padded =
         (one_too_many / 128 + 1) * 128; /* shared memory is given out in 128-byte steps */
-    plan->smem_request = MIN(MAX(plan->smem_bytes, padded), device->smem_per_block);
-    because(plan, "smem_request", "padded to the blocks per SM of FA_SM120_LIMITS");
+    return MIN(MAX(smem_bytes, padded), device->smem_per_block);
 }
 
 /* ---- parts of the keys ----------------------------------------------------------------------- */
@@ -330,7 +328,7 @@ int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device
                     struct fa_plan_error *error)
 {
     plan->reason_count = 0;
-    if (check_supported(shape, device, error) < 0)
+    if (fa_plan_supports(shape, device, error) < 0)
         return -1;
 
     struct fa_tile tile;
@@ -338,10 +336,11 @@ int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device
         return refuse(error, true,
                       "no tile fits the shared memory of this device at these head dims");
     set_variant(shape, &tile, plan);
-    plan->smem_bytes = plan->smem_request = forward_smem(shape, &tile);
-    plan->blocks_per_sm = blocks_that_fit(plan, device);
+    plan->smem_bytes = forward_smem(shape, &tile);
+    plan->smem_request =
+        fa_plan_smem(device, limits_arch, plan->smem_bytes, plan->threads, &plan->blocks_per_sm);
     if (limits_arch)
-        pad_to_limits(device, limits_arch, plan);
+        because(plan, "smem_request", "padded to the blocks per SM of FA_SM120_LIMITS");
     if (set_grid(shape, device, plan, error) < 0)
         return -1;
     set_parts(shape, device, plan);

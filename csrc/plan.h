@@ -59,6 +59,21 @@ struct fa_plan_error {
 /* The published figures of an architecture, for planning without the card. */
 struct fa_device fa_device_of_arch(int arch);
 
+/* What kernels of both directions cannot do: 0, or -1 with `error` filled. */
+int fa_plan_supports(const struct fa_shape *shape, const struct fa_device *device,
+                     struct fa_plan_error *error);
+
+/* Whether a mask hides any key. Causal decoding of one query does not, nor does a window as long as
+ * the sequence: then the kernel without the mask computes the same. */
+bool fa_shape_has_right_mask(const struct fa_shape *shape);
+bool fa_shape_has_left_mask(const struct fa_shape *shape);
+
+/* The shared memory that blocks ask for: more than they use where limits_arch allows fewer of them
+ * on a multiprocessor than the device. *blocks_per_sm: so many are resident, by shared memory and
+ * warps. */
+int fa_plan_smem(const struct fa_device *device, int limits_arch, int smem_bytes, int threads,
+                 int *blocks_per_sm);
+
 /* Plans `shape` on `device`; limits_arch as in struct fa_settings; the rows `own` come before those
  * of tiles.c. 0, or -1 with `error` filled. */
 int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device, int limits_arch,

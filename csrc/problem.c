@@ -218,20 +218,6 @@ static int read_sink(struct fa_state *state, PyObject *object, struct fa_problem
     return fa_tensor_ensure_readable(state, "learnable_sink", sink);
 }
 
-/* The TMA steps over a dimension in multiples of 16 bytes below 2^40, no less than a row: it reads
- * neither expanded nor flipped tensors. Nobody steps over a dimension of one entry. */
-static bool has_tma_strides(const struct fa_tensor *tensor)
-{
-    const int64_t size = (int64_t)fa_dtype_size(tensor->dtype), row = tensor->shape[3];
-    for (int i = 0; i < 3; i++) {
-        const int64_t stride = tensor->stride[i];
-        if (tensor->shape[i] > 1 &&
-            (stride < row || stride >= ((int64_t)1 << 40) / size || stride * size % 16 != 0))
-            return false;
-    }
-    return (uintptr_t)tensor->data % 16 == 0;
-}
-
 /* A tensor of the forward's output or its gradient: [batch, seqlen_q, heads_q, head_dim_v]. */
 static int read_like_out(struct fa_state *state, PyObject *object, const char *name,
                          const struct fa_problem *problem, struct fa_tensor *tensor)
@@ -298,7 +284,7 @@ int fa_problem_read(struct fa_state *state, const struct fa_arguments *arguments
         fa_tensor_ensure_readable(state, "k", k) < 0 ||
         fa_tensor_ensure_readable(state, "v", v) < 0)
         return -1;
-    problem->shape.tma_strides = has_tma_strides(k) && has_tma_strides(v);
+    problem->shape.tma_strides = fa_tensor_has_tma_strides(k) && fa_tensor_has_tma_strides(v);
     return 0;
 }
 

@@ -314,6 +314,18 @@ int fa_tensor_read(struct fa_state *state, PyObject *object, const char *name, i
     return status;
 }
 
+bool fa_tensor_has_tma_strides(const struct fa_tensor *tensor)
+{
+    const int64_t size = (int64_t)fa_dtype_size(tensor->dtype), row = tensor->shape[3];
+    for (int i = 0; i < 3; i++) {
+        const int64_t stride = tensor->stride[i];
+        if (tensor->shape[i] > 1 &&
+            (stride < row || stride >= ((int64_t)1 << 40) / size || stride * size % 16 != 0))
+            return false;
+    }
+    return (uintptr_t)tensor->data % 16 == 0;
+}
+
 void fa_tensor_release(struct fa_tensor *tensor)
 {
     /* Deleters may run Python code, which must not meet the exception that a caller is about to
@@ -433,6 +445,21 @@ int fa_tensor_zeros(struct fa_state *state, const struct fa_tensor *like, enum f
                     int ndim, const int64_t *shape, struct fa_tensor *tensor)
 {
     return allocate(state, "zeros", like, dtype, ndim, shape, tensor);
+}
+
+int fa_tensor_workspace(struct fa_state *state, const struct fa_tensor *like, int64_t floats,
+                        struct fa_tensor *workspace)
+{
+    if (fa_tensor_empty(state, like, FA_FLOAT32, 1, &floats, workspace) == 0)
+        return 0;
+    PyObject *type, *value, *traceback; /* the framework's own exception is the best to catch */
+    PyErr_Fetch(&type, &value, &traceback);
+    PyErr_Format(type, "the call needs a workspace of %lld bytes: %S", (long long)floats * 4,
+                 value ? value : Py_None);
+    Py_XDECREF(type);
+    Py_XDECREF(value);
+    Py_XDECREF(traceback);
+    return -1;
 }
 
 int fa_tensor_stream(struct fa_state *state, const struct fa_tensor *tensor, void **stream)

@@ -3,6 +3,7 @@
 #define FA_TENSOR_H
 
 #include <Python.h>
+#include <stdbool.h>
 #include <stdint.h>
 
 #include "../kernels/params.h" /* enum fa_dtype */
@@ -43,6 +44,16 @@ int fa_tensor_empty(struct fa_state *state, const struct fa_tensor *like, enum f
                     int ndim, const int64_t *shape, struct fa_tensor *tensor);
 int fa_tensor_zeros(struct fa_state *state, const struct fa_tensor *like, enum fa_dtype dtype,
                     int ndim, const int64_t *shape, struct fa_tensor *tensor);
+
+/* Room for so many floats, of the framework of `like`. It can be given back once the kernels that
+ * use it are enqueued: whoever gets that memory next uses it after them, on the same stream. 0, or
+ * -1 with the framework's own exception, which tells the size, too. */
+int fa_tensor_workspace(struct fa_state *state, const struct fa_tensor *like, int64_t floats,
+                        struct fa_tensor *workspace);
+
+/* Whether the TMA can step over the dimensions: in multiples of 16 bytes below 2^40, no less than a
+ * row. So it reads neither expanded nor flipped tensors. */
+bool fa_tensor_has_tma_strides(const struct fa_tensor *tensor);
 
 /* The stream on which the framework of `tensor` works now (CUDA only). 0 or -1. */
 int fa_tensor_stream(struct fa_state *state, const struct fa_tensor *tensor, void **stream);

@@ -17,6 +17,7 @@
  *   HEAD_DIM, HEAD_DIM_V   of Q and K, of V and O: multiples of 8 up to 256
  *   WARPS, WARP_N          keys: WARP_N (a multiple of 16) per warp of a group, WARPS in both groups
  *   TILE_M, SUB_M          queries: TILE_M at a time in shared memory, SUB_M through registers
+ *   DQ_DIM_WARPS           warps of a group that share rows of dQ, each with a part of the dims
  *   STAGES                 1 or 2: of Q in shared memory
  *   TMA                    1: the TMA brings Q and dO, 0: cp.async does
  *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
@@ -35,19 +36,8 @@ constexpr int DV_STEPS = (HEAD_DIM_V + 15) / 16;
 constexpr int MAX_STEPS = D_STEPS > DV_STEPS ? D_STEPS : DV_STEPS;
 
 /* dQ [TILE_M, HEAD_DIM] is cut into two halves of rows, one for each group, and these into
- * DQ_ROW_WARPS times DQ_DIM_WARPS parts: of the cuts into 16 rows by 16 dims and more, the one whose
- * parts read the fewest operands. */
+ * DQ_ROW_WARPS times DQ_DIM_WARPS parts. */
 constexpr int HALF_FRAGS = TILE_M / 32; /* 16-row fragments */
-constexpr int dq_dim_warps(int least)
-{
-    int best = least;
-    for (int n = least; n <= KEY_WARPS; n *= 2)
-        if (HEAD_DIM / 16 % n == 0 && HALF_FRAGS * n / KEY_WARPS + HEAD_DIM / 16 / n <
-                                          HALF_FRAGS * best / KEY_WARPS + HEAD_DIM / 16 / best)
-            best = n;
-    return best;
-}
-constexpr int DQ_DIM_WARPS = dq_dim_warps(KEY_WARPS > HALF_FRAGS ? KEY_WARPS / HALF_FRAGS : 1);
 constexpr int DQ_ROW_WARPS = KEY_WARPS / DQ_DIM_WARPS;
 
 using K_layout = tile_layout<HEAD_DIM, TILE_N, 16 * DQ_DIM_WARPS>;
@@ -62,7 +52,7 @@ constexpr int DQ_ROW_FRAGS = HALF_FRAGS / DQ_ROW_WARPS;
 constexpr int DQ_DIM_FRAGS = K_layout::PADDED / DQ_DIM_WARPS;
 constexpr int STATS_BYTES = 2 * TILE_M * 4;
 
-/* Shared memory, which backward_smem() in csrc/plan.c sums up. */
+/* Shared memory, which backward_smem() in csrc/plan_backward.c sums up. */
 constexpr int K_AT = 0;
 constexpr int Q_AT = K_AT + K_layout::BYTES;
 constexpr int DO_AT = Q_AT + STAGES * Q_layout::BYTES;
@@ -76,6 +66,7 @@ constexpr int DQ_IS_DONE = 1, UPPER_IS_FREE = 2, QUERIES_ARE_FREE = 3, LOWER_IS_
 constexpr int GROUP_THREADS = THREADS / 2;
 constexpr int HALF_M = TILE_M / 2;
 
+static_assert(HALF_FRAGS % DQ_ROW_WARPS == 0, "whole fragments of dQ");
 static_assert(WARP_N % 16 == 0 && SUB_M % 16 == 0, "whole mma steps");
 static_assert(HALF_M % SUB_M == 0 && TILE_M / SUB_M <= 11, "a named barrier for every sub-tile");
 
@@ -341,7 +332,7 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
                                            const fa_backward_params &params)
 {
     tile.wait_Q();
-#pragma unroll SUB_UNROLL
+#pragma unroll
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
         float S[N_FRAGS][M_FRAGS][4];
         unsigned P[N_FRAGS][M_FRAGS / 2][4];
@@ -385,7 +376,7 @@ __device__ __forceinline__ void add_keys(key_rows &own, const query_tile &tile, 
 {
     tile.wait_Q(); /* delta comes with it */
     tile.wait_dO();
-#pragma unroll SUB_UNROLL
+#pragma unroll
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
         float dS[N_FRAGS][M_FRAGS][4];
         unsigned P[N_FRAGS][M_FRAGS / 2][4];
@@ -642,10 +633,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         end_turn(turn);
 
     /* ---- 5. dV, dK out. */
+    if (DETERMINISTIC && params.parts > 1) {
+        turn = params.dk_turns +
+               ((static_cast<fa_int64>(at.batch) * params.heads_kv + at.head_kv) * params.n_blocks +
+                at.n_block) *
+                   WARPS +
+               warp;
+        while (turns_ended(turn) != at.part)
+            ;
+    }
     if (holds_K)
         store_sums<HEAD_DIM_V>(own, params.dv, params.dv_stride, params.dv_sum, at, own_key, 1.0f,
                                params);
     else
         store_sums<HEAD_DIM>(own, params.dk, params.dk_stride, params.dk_sum, at, own_key,
                              params.softmax_scale, params);
+    if (DETERMINISTIC && params.parts > 1)
+        end_turn(turn);
 }

@@ -5,10 +5,9 @@
 #include "params.h"
 
 #include "layout.cuh"
+#include "sink.cuh"
 
 constexpr int THREADS = 256;
-constexpr float LOG2_E = 1.4426950408889634f;
-#define INF __int_as_float(0x7f800000)
 
 /* The lanes of a row, a chunk each. */
 constexpr int row_lanes(int chunks)

@@ -88,12 +88,15 @@ struct fa_backward_params {
     const void *out;         /* [batch, seqlen_q, heads_q, head_dim_v] */
     const void *dout;        /* the same */
     const float *lse, *dlse; /* [batch, heads_q, seqlen_q], contiguous; dlse NULL: zeros */
+    const void *sink;        /* as in fa_forward_params, of backward_sink.cu alone */
     void *dk, *dv;           /* like k and v */
+    float *dsink;            /* [heads_q] */
     float *stats;            /* [batch, heads_q, m_blocks, 2, TILE_M]: lse * log2(e), and delta */
     float *dq_sum, *dk_sum, *dv_sum; /* the last two where parts > 1 */
-    int *turns;   /* [batch, heads_q, m_blocks, warps]: how often a part of dQ has been added to */
-    int *tickets; /* how many blocks have started */
-    void *zeros;  /* what has to be zero before: 16-byte units, zero_chunks of them */
+    int *turns;    /* [batch, heads_q, m_blocks, warps]: how often a part of dQ has been added to */
+    int *dk_turns; /* [batch, heads_kv, n_blocks, warps]: and of dK and dV, where parts > 1 */
+    int *tickets;  /* how many blocks have started */
+    void *zeros;   /* what has to be zero before: 16-byte units, zero_chunks of them */
     fa_int64 zero_chunks;
     struct fa_strides q_stride, k_stride, v_stride, out_stride, dout_stride, dk_stride, dv_stride;
     int batch, heads_q, heads_kv, heads_per_kv;
@@ -102,9 +105,12 @@ struct fa_backward_params {
     int parts;              /* blocks that share a tile of keys */
     int window_left;        /* as in fa_forward_params */
     int window_right;
+    int sink_dtype; /* enum fa_dtype */
     float scale_log2, softmax_scale;
     struct fa_tensor_map q_map, dout_map; /* [batch, heads_q, seqlen_q, head_dim or head_dim_v] */
 };
+
+FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 640, "384, then maps");
 
 /* The single argument of kernels/backward_convert.cu: a sum to a tensor. */
 struct fa_convert_params {
@@ -115,5 +121,7 @@ struct fa_convert_params {
     int row_frags; /* of a head of the sum */
     float scale;
 };
+
+FA_STATIC_ASSERT(sizeof(struct fa_convert_params) == 64, "host and device disagree on the layout");
 
 #endif

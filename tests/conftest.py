@@ -74,7 +74,7 @@ CUDA = Device(
     "cuda",
     "cuda",
     (torch.bfloat16, torch.float16),
-    unsupported=("softcap", "backward"),
+    unsupported=("softcap",),
     missing=why_no_cuda(),
 )
 EMULATOR = Device(

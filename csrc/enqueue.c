@@ -1,0 +1,79 @@
+#include "enqueue.h"
+
+#include "state.h"
+
+int fa_planning_device(struct fa_state *state, int ordinal, int arch, struct fa_device *device)
+{
+    if (fa_settings_read(&state->settings) < 0)
+        return -1;
+    if (arch) {
+        *device = fa_device_of_arch(arch);
+        return 0;
+    }
+    struct fa_cuda_device *cuda = NULL;
+    if (fa_driver_open(&state->driver, state->settings.driver) == 0)
+        cuda = fa_driver_device(&state->driver, ordinal);
+    if (!cuda)
+        return -1;
+    *device = cuda->device;
+    if (state->settings.plan_as)
+        device->arch = state->settings.plan_as;
+    return 0;
+}
+
+int fa_raise_plan_error(const struct fa_plan_error *error)
+{
+    PyErr_SetString(error->unsupported ? PyExc_NotImplementedError : PyExc_ValueError,
+                    error->message);
+    return -1;
+}
+
+struct fa_strides fa_outer_strides(const struct fa_tensor *tensor)
+{
+    return (struct fa_strides){tensor->stride[0], tensor->stride[1], tensor->stride[2]};
+}
+
+int fa_encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,
+                         struct fa_tensor_map *map)
+{
+    const int padded = ((int)tensor->shape[3] + 15) / 16 * 2; /* 16-byte chunks */
+    const int cols = padded % 8 == 0 ? 8 : padded % 4 == 0 ? 4 : 2;
+    const int swizzle = cols == 8   ? CU_TENSOR_MAP_SWIZZLE_128B
+                        : cols == 4 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                    : CU_TENSOR_MAP_SWIZZLE_32B;
+    static const int order[] = {3, 1, 2, 0}; /* head_dim, seqlen, heads, batch */
+    uint64_t sizes[4], strides[4];
+    for (int i = 0; i < 4; i++) {
+        sizes[i] = (uint64_t)tensor->shape[order[i]];
+        strides[i] = 2 * (sizes[i] > 1 ? (uint64_t)tensor->stride[order[i]] : sizes[0]);
+    }
+    const uint32_t box[] = {8 * (uint32_t)cols, (uint32_t)rows, 1, 1};
+    static const uint32_t ones[] = {1, 1, 1, 1};
+    return FA_CUDA(driver, cuTensorMapEncodeTiled,
+                   (map,
+                    tensor->dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                    4, tensor->data, sizes, strides + 1, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                    swizzle, CU_TENSOR_MAP_L2_PROMOTION_128B, CU_TENSOR_MAP_OOB_FILL_ZEROS));
+}
+
+int fa_enqueue(struct fa_driver *driver, CUkernel kernel, int blocks, int threads, int smem,
+               CUstream stream, void *params)
+{
+    const CUlaunchConfig config = {
+        .grid_x = (unsigned)blocks,
+        .grid_y = 1,
+        .grid_z = 1,
+        .block_x = (unsigned)threads,
+        .block_y = 1,
+        .block_z = 1,
+        .shared_bytes = (unsigned)smem,
+        .stream = stream,
+    };
+    void *arguments[] = {params};
+    CUresult result;
+    Py_BEGIN_ALLOW_THREADS
+    result = driver->cuLaunchKernelEx(&config, kernel, arguments, NULL);
+    Py_END_ALLOW_THREADS
+    return fa_driver_check(driver, result, "cuLaunchKernelEx");
+}

@@ -1,0 +1,31 @@
+/* What the launches of both directions share. */
+#ifndef FA_ENQUEUE_H
+#define FA_ENQUEUE_H
+
+#include "driver.h"
+#include "plan.h"
+#include "tensor.h"
+
+#define FA_LOG2_E 1.4426950408889634
+
+struct fa_state;
+
+/* The device to plan for: CUDA device `ordinal`, or without one that of the architecture `arch`,
+ * where that is not 0; and the settings, read. 0, or -1 with the exception set. */
+int fa_planning_device(struct fa_state *state, int ordinal, int arch, struct fa_device *device);
+
+/* -1, with the exception that the error is. */
+int fa_raise_plan_error(const struct fa_plan_error *error);
+
+struct fa_strides fa_outer_strides(const struct fa_tensor *tensor);
+
+/* A tensor [batch, seqlen, heads, head_dim] in boxes of `rows` of the sequence and as many dims as
+ * tile_layout in kernels/layout.cuh puts in a row of a segment. 0 or -1. */
+int fa_encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,
+                         struct fa_tensor_map *map);
+
+/* Launches a kernel whose single argument is *params, without waiting for it. 0 or -1. */
+int fa_enqueue(struct fa_driver *driver, CUkernel kernel, int blocks, int threads, int smem,
+               CUstream stream, void *params);
+
+#endif

@@ -1,0 +1,184 @@
+#include "enqueue.h"
+#include "launch.h"
+#include "plan_backward.h"
+#include "state.h"
+
+/* A planned backward on its way to the stream. */
+struct backward {
+    struct fa_state *state;
+    const struct fa_problem *problem;
+    const struct fa_gradients *gradients;
+    struct fa_backward_plan plan;
+    struct fa_tensor workspace;
+    CUstream stream;
+};
+
+static float *at(const struct backward *call, int64_t offset)
+{
+    return (float *)call->workspace.data + offset;
+}
+
+static int make_params(const struct backward *call, struct fa_backward_params *params)
+{
+    const struct fa_problem *problem = call->problem;
+    const struct fa_gradients *gradients = call->gradients;
+    const struct fa_shape *shape = &problem->shape;
+    const struct fa_backward_plan *plan = &call->plan;
+    *params = (struct fa_backward_params){
+        .q = problem->q.data,
+        .k = problem->k.data,
+        .v = problem->v.data,
+        .out = problem->out.data,
+        .dout = gradients->dout.data,
+        .lse = problem->lse.data,
+        .dlse = gradients->dlse.object ? gradients->dlse.data : NULL,
+        .sink = problem->sink.object ? problem->sink.data : NULL,
+        .dk = gradients->dk.data,
+        .dv = gradients->dv.data,
+        .dsink = gradients->dsink.object ? gradients->dsink.data : NULL,
+        .stats = at(call, 0),
+        .dq_sum = at(call, plan->dq_sum),
+        .dk_sum = at(call, plan->dk_sum),
+        .dv_sum = at(call, plan->dv_sum),
+        .turns = (int *)at(call, plan->turns),
+        .dk_turns = (int *)at(call, plan->dk_turns),
+        .tickets = (int *)at(call, plan->tickets),
+        .zeros = at(call, plan->dq_sum),
+        .zero_chunks = (plan->workspace - plan->dq_sum) / 4,
+        .q_stride = fa_outer_strides(&problem->q),
+        .k_stride = fa_outer_strides(&problem->k),
+        .v_stride = fa_outer_strides(&problem->v),
+        .out_stride = fa_outer_strides(&problem->out),
+        .dout_stride = fa_outer_strides(&gradients->dout),
+        .dk_stride = fa_outer_strides(&gradients->dk),
+        .dv_stride = fa_outer_strides(&gradients->dv),
+        .batch = shape->batch,
+        .heads_q = shape->heads_q,
+        .heads_kv = shape->heads_kv,
+        .heads_per_kv = shape->heads_q / shape->heads_kv,
+        .seqlen_q = shape->seqlen_q,
+        .seqlen_k = shape->seqlen_k,
+        .m_blocks = plan->m_blocks,
+        .n_blocks = plan->n_blocks,
+        .parts = plan->parts,
+        .window_left = shape->window_left,
+        .window_right = shape->window_right,
+        .sink_dtype = (int)problem->sink.dtype,
+        .scale_log2 = (float)(shape->softmax_scale * FA_LOG2_E),
+        .softmax_scale = shape->softmax_scale,
+    };
+    if (!plan->main.variant.tma)
+        return 0;
+    struct fa_driver *driver = &call->state->driver;
+    const int rows = plan->main.variant.tile_m;
+    if (fa_encode_tensor_map(driver, &problem->q, rows, &params->q_map) < 0)
+        return -1;
+    return fa_encode_tensor_map(driver, &gradients->dout, rows, &params->dout_map);
+}
+
+static struct fa_convert_params convert_params(const struct backward *call, int64_t sum,
+                                               const struct fa_tensor *tensor, int rows,
+                                               float scale)
+{
+    return (struct fa_convert_params){
+        .sum = at(call, sum),
+        .tensor = tensor->data,
+        .stride = fa_outer_strides(tensor),
+        .batch = (int)tensor->shape[0],
+        .seqlen = (int)tensor->shape[1],
+        .heads = (int)tensor->shape[2],
+        .row_frags = rows / 16,
+        .scale = scale,
+    };
+}
+
+/* One of the kernels and its argument. */
+struct launch {
+    const struct fa_step *step;
+    void *params;
+    CUkernel kernel;
+};
+
+/* Launches those that have blocks: all or, as far as can be known before, none. */
+static int launch_all(const struct backward *call, struct launch *launches, int count)
+{
+    const int ordinal = call->problem->q.device_id;
+    struct fa_driver *driver = &call->state->driver;
+    for (int i = 0; i < count; i++) {
+        const struct fa_step *step = launches[i].step;
+        if (step->blocks == 0)
+            continue;
+        launches[i].kernel =
+            fa_kernels_get(call->state, &step->variant, step->smem_request, ordinal, call->stream);
+        if (!launches[i].kernel)
+            return -1;
+    }
+    for (int i = 0; i < count; i++) {
+        const struct fa_step *step = launches[i].step;
+        if (step->blocks > 0 &&
+            fa_enqueue(driver, launches[i].kernel, step->blocks, step->threads, step->smem_request,
+                       call->stream, launches[i].params) < 0)
+            return -1;
+    }
+    return 0;
+}
+
+static int launch_kernels(const struct backward *call)
+{
+    const struct fa_backward_plan *plan = &call->plan;
+    const struct fa_gradients *gradients = call->gradients;
+    const int queries = plan->m_blocks * plan->main.variant.tile_m;
+    const int keys = plan->n_blocks * plan->tile_n;
+    const float scale = call->problem->shape.softmax_scale;
+    struct fa_backward_params params;
+    struct fa_convert_params dq =
+        convert_params(call, plan->dq_sum, &gradients->dq, queries, scale);
+    struct fa_convert_params dk = convert_params(call, plan->dk_sum, &gradients->dk, keys, scale);
+    struct fa_convert_params dv = convert_params(call, plan->dv_sum, &gradients->dv, keys, 1);
+    if (make_params(call, &params) < 0)
+        return -1;
+    struct launch launches[] = {
+        {&plan->delta, &params, NULL}, {&plan->main, &params, NULL}, {&plan->dq, &dq, NULL},
+        {&plan->dk, &dk, NULL},        {&plan->dv, &dv, NULL},       {&plan->dsink, &params, NULL},
+    };
+    return launch_all(call, launches, (int)(sizeof launches / sizeof *launches));
+}
+
+static int plan(struct backward *call)
+{
+    const struct fa_backward_options options = {
+        .deterministic = call->gradients->deterministic,
+        .tma_strides = fa_tensor_has_tma_strides(&call->problem->q) &&
+                       fa_tensor_has_tma_strides(&call->gradients->dout),
+        .has_sink = call->problem->sink.object,
+    };
+    struct fa_state *state = call->state;
+    struct fa_device device;
+    struct fa_plan_error error;
+    if (fa_planning_device(state, call->problem->q.device_id, 0, &device) < 0)
+        return -1;
+    if (fa_plan_backward(&call->problem->shape, &options, &device, state->settings.limits_arch,
+                         &call->plan, &error) < 0)
+        return fa_raise_plan_error(&error);
+    return 0;
+}
+
+int fa_launch_backward(struct fa_state *state, const struct fa_problem *problem,
+                       const struct fa_gradients *gradients)
+{
+    struct backward call = {.state = state, .problem = problem, .gradients = gradients};
+    struct fa_driver *driver = &state->driver;
+    void *stream;
+    if (plan(&call) < 0 || fa_tensor_stream(state, &problem->q, &stream) < 0 ||
+        fa_tensor_workspace(state, &problem->q, call.plan.workspace, &call.workspace) < 0)
+        return -1;
+    call.stream = stream;
+    int status = -1;
+    bool pushed;
+    if (fa_driver_enter(driver, &driver->devices[problem->q.device_id], &pushed) == 0) {
+        status = launch_kernels(&call);
+        fa_driver_leave(driver, pushed);
+    }
+    fa_tensor_release(&call.workspace);
+    return status;
+}

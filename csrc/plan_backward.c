@@ -1,0 +1,223 @@
+#include "plan_backward.h"
+
+#include <stdint.h>
+
+#define MIN(a, b)      ((a) < (b) ? (a) : (b))
+#define MAX(a, b)      ((a) > (b) ? (a) : (b))
+#define CEIL_DIV(a, b) (((a) + (b) - 1) / (b))
+
+/* ---- the tile -------------------------------------------------------------------------------- */
+
+static const struct fa_backward_tile *choose_tile(const struct fa_shape *shape)
+{
+    const int head_dim = MAX(shape->head_dim, shape->head_dim_v);
+    const struct fa_backward_tile *tile = FA_BACKWARD_TILES;
+    while (tile->head_dim < head_dim)
+        tile++; /* the last one serves all */
+    return tile;
+}
+
+/* How many warps of a group share rows of dQ: of the ways to cut half a tile into 16 rows by 16
+ * dims and more, the one with the fewest products, padding included, and then with the fewest
+ * operands to read. */
+static int dq_dim_warps(const struct fa_backward_tile *tile, int head_dim)
+{
+    const int warps = tile->warps / 2, rows = tile->tile_m / 32, dims = CEIL_DIV(head_dim, 16);
+    int best = 0, best_products = 0, best_operands = 0;
+    for (int n = MAX(1, warps / rows); n <= warps; n *= 2) {
+        const int own_rows = rows * n / warps, own_dims = CEIL_DIV(dims, n);
+        const int products = own_rows * own_dims, operands = own_rows + own_dims;
+        if (!best || products < best_products ||
+            (products == best_products && operands < best_operands))
+            best = n, best_products = products, best_operands = operands;
+    }
+    return best;
+}
+
+static void set_main(const struct fa_shape *shape, const struct fa_backward_options *options,
+                     const struct fa_device *device, struct fa_backward_plan *plan)
+{
+    const struct fa_backward_tile *tile = choose_tile(shape);
+    plan->main.variant = (struct fa_variant){
+        .kernel = FA_KERNEL_BACKWARD,
+        .dtype_bf16 = shape->dtype == FA_BFLOAT16,
+        .head_dim = shape->head_dim,
+        .head_dim_v = shape->head_dim_v,
+        .warp_n = tile->warp_n,
+        .tile_m = tile->tile_m,
+        .sub_m = tile->sub_m,
+        .dq_dim_warps = dq_dim_warps(tile, shape->head_dim),
+        .warps = tile->warps,
+        .stages = tile->stages,
+        .tma = device->has_tma && options->tma_strides,
+        .mask_right = fa_shape_has_right_mask(shape),
+        .mask_left = fa_shape_has_left_mask(shape),
+        .deterministic = options->deterministic,
+    };
+    plan->main.threads = tile->warps * 32;
+    plan->tile_n = tile->warps / 2 * tile->warp_n;
+    plan->m_blocks = CEIL_DIV(shape->seqlen_q, tile->tile_m);
+    plan->n_blocks = CEIL_DIV(shape->seqlen_k, plan->tile_n);
+}
+
+/* Shared memory of kernels/backward.cu: K, the stages of Q, dO, dS^T, of each stage the lse and
+ * delta of its queries, and mbarriers. */
+static int backward_smem(const struct fa_shape *shape, const struct fa_backward_plan *plan)
+{
+    const struct fa_variant *main = &plan->main.variant;
+    const int k_align = 16 * main->dq_dim_warps;
+    const int k_row = CEIL_DIV(shape->head_dim, k_align) * k_align;
+    const int q_row = CEIL_DIV(shape->head_dim, 16) * 16;
+    const int dout_row = CEIL_DIV(shape->head_dim_v, 16) * 16;
+    const int queries = main->tile_m * (main->stages * (q_row * 2 + 8) + dout_row * 2);
+    return plan->tile_n * (k_row + main->tile_m) * 2 + queries + 16 * (main->stages + 1);
+}
+
+/* ---- the grid -------------------------------------------------------------------------------- */
+
+/* The tiles of queries that a block of keys goes through: at most, and on average. */
+static double longest_walk(const struct fa_shape *shape, const struct fa_backward_plan *plan)
+{
+    const double window = (double)shape->window_left + shape->window_right + plan->tile_n;
+    const double tiles = window / plan->main.variant.tile_m + 1;
+    return MAX(0, MIN(tiles, plan->m_blocks)) * (shape->heads_q / shape->heads_kv);
+}
+static double average_walk(const struct fa_shape *shape, const struct fa_backward_plan *plan)
+{
+    const bool is_triangle = plan->main.variant.mask_right != plan->main.variant.mask_left;
+    return longest_walk(shape, plan) * (is_triangle ? 0.5 : 1);
+}
+
+/* What a block takes besides its tiles of queries, in units of one: its keys, and dK and dV; the
+ * latter are added to sums where it has only a part, and those are converted by kernels of their
+ * own. */
+#define WHOLE_BLOCK 0.7
+#define PART_BLOCK  1.7
+#define CONVERSION  1.0
+
+/* The time until the last of the blocks is done: no less than the longest takes, nor than the
+ * machine takes for all. */
+static double time_of(const struct fa_shape *shape, const struct fa_backward_plan *plan,
+                      double blocks, double places, int parts)
+{
+    const double block = parts > 1 ? PART_BLOCK : WHOLE_BLOCK;
+    const double longest = longest_walk(shape, plan) / parts + block;
+    const double all = blocks * (average_walk(shape, plan) + parts * block) / places;
+    return MAX(longest, all) + (parts > 1 ? CONVERSION : 0);
+}
+
+/* Thread blocks that share a tile of keys: more than one where few keys, or few heads, leave
+ * multiprocessors idle. */
+static int choose_parts(const struct fa_shape *shape, const struct fa_backward_plan *plan,
+                        double blocks, int places)
+{
+    enum { MAX_PARTS = 64 };
+    int best = 1;
+    for (int parts = 2; parts <= MIN(MAX_PARTS, (int)longest_walk(shape, plan)); parts++)
+        if (time_of(shape, plan, blocks, places, parts) <
+            time_of(shape, plan, blocks, places, best))
+            best = parts;
+    return best;
+}
+
+static int set_grid(const struct fa_shape *shape, const struct fa_device *device, int limits_arch,
+                    struct fa_backward_plan *plan, struct fa_plan_error *error)
+{
+    enum { REGISTERS_PER_SM = 64 << 10, REGISTERS_PER_THREAD = 256 };
+    struct fa_step *main = &plan->main;
+    const double pairs = (double)shape->batch * shape->heads_kv, blocks = pairs * plan->n_blocks;
+    const int by_registers = REGISTERS_PER_SM / (REGISTERS_PER_THREAD * main->threads);
+    int by_smem;
+    plan->smem_bytes = backward_smem(shape, plan);
+    main->smem_request =
+        fa_plan_smem(device, limits_arch, plan->smem_bytes, main->threads, &by_smem);
+    plan->parts =
+        choose_parts(shape, plan, blocks, MAX(1, device->sms) * MAX(1, MIN(by_smem, by_registers)));
+    const double query_tiles = (double)shape->batch * shape->heads_q * plan->m_blocks;
+    if (blocks * plan->parts > INT32_MAX || query_tiles > INT32_MAX) {
+        *error = (struct fa_plan_error){
+            false, "batch * heads * seqlen needs more than 2^31 - 1 thread blocks"};
+        return -1;
+    }
+    main->blocks = (int)blocks * plan->parts;
+    return 0;
+}
+
+/* ---- before and after ------------------------------------------------------------------------ */
+
+static void set_delta(const struct fa_shape *shape, struct fa_backward_plan *plan)
+{
+    const struct fa_variant *main = &plan->main.variant;
+    plan->delta = (struct fa_step){
+        .variant = {.kernel = FA_KERNEL_BACKWARD_DELTA,
+                    .dtype_bf16 = main->dtype_bf16,
+                    .head_dim_v = main->head_dim_v,
+                    .tile_m = main->tile_m},
+        .blocks = shape->batch * shape->heads_q * plan->m_blocks,
+        .threads = 256,
+    };
+}
+
+/* The conversion of a sum of so many fragments of 16 rows. */
+static struct fa_step conversion(const struct fa_backward_plan *plan, int64_t row_frags,
+                                 int head_dim)
+{
+    enum { WARPS = 4 };
+    return (struct fa_step){
+        .variant = {.kernel = FA_KERNEL_BACKWARD_CONVERT,
+                    .dtype_bf16 = plan->main.variant.dtype_bf16,
+                    .head_dim = head_dim},
+        .blocks = (int)CEIL_DIV(row_frags, WARPS),
+        .threads = WARPS * 32,
+    };
+}
+
+/* Where things are in the workspace, each at a multiple of 16 bytes. */
+static void set_workspace(const struct fa_shape *shape, struct fa_backward_plan *plan)
+{
+    const struct fa_variant *main = &plan->main.variant;
+    const int64_t query_tiles = (int64_t)shape->batch * shape->heads_q * plan->m_blocks;
+    const int64_t key_tiles = (int64_t)shape->batch * shape->heads_kv * plan->n_blocks;
+    const int64_t queries = query_tiles * main->tile_m, keys = key_tiles * plan->tile_n;
+    const bool is_split = plan->parts > 1;
+    int64_t end = 2 * queries; /* behind the lse and delta of each */
+#define TAKE(field, size) (plan->field = end, end += CEIL_DIV(size, 4) * 4)
+    TAKE(dq_sum, queries * shape->head_dim);
+    TAKE(dk_sum, is_split ? keys * shape->head_dim : 0);
+    TAKE(dv_sum, is_split ? keys * shape->head_dim_v : 0);
+    TAKE(turns, main->deterministic ? query_tiles * main->warps : 0);
+    TAKE(dk_turns, main->deterministic && is_split ? key_tiles * main->warps : 0);
+    TAKE(tickets, main->deterministic ? 1 : 0);
+#undef TAKE
+    plan->workspace = end;
+    plan->dq = conversion(plan, queries / 16, shape->head_dim);
+    if (is_split) {
+        plan->dk = conversion(plan, keys / 16, shape->head_dim);
+        plan->dv = conversion(plan, keys / 16, shape->head_dim_v);
+    }
+}
+
+/* ---- the interface --------------------------------------------------------------------------- */
+
+int fa_plan_backward(const struct fa_shape *shape, const struct fa_backward_options *options,
+                     const struct fa_device *device, int limits_arch, struct fa_backward_plan *plan,
+                     struct fa_plan_error *error)
+{
+    *plan = (struct fa_backward_plan){0};
+    if (fa_plan_supports(shape, device, error) < 0)
+        return -1;
+    set_main(shape, options, device, plan);
+    if (set_grid(shape, device, limits_arch, plan, error) < 0)
+        return -1;
+    set_delta(shape, plan);
+    set_workspace(shape, plan);
+    if (options->has_sink)
+        plan->dsink = (struct fa_step){
+            .variant = {.kernel = FA_KERNEL_BACKWARD_SINK,
+                        .dtype_bf16 = plan->main.variant.dtype_bf16,
+                        .tile_m = plan->main.variant.tile_m},
+            .blocks = shape->heads_q,
+            .threads = 256,
+        };
+    return 0;
+}

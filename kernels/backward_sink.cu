@@ -1,0 +1,34 @@
+/* dsink of one head: -sum over batch and queries of p * delta, where p = e^(sink - lse) is the share
+ * of the sink, whose value is nothing. In an order of its own, whatever the grid of other kernels.
+ *
+ * Constants as in backward.cu: DTYPE_BF16, TILE_M. */
+#include "params.h"
+
+#include "sink.cuh"
+
+constexpr int THREADS = 256;
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    backward_sink(const __grid_constant__ struct fa_backward_params params)
+{
+    __shared__ float sums[THREADS];
+    const int head = blockIdx.x;
+    const float sink = load_sink(params.sink, params.sink_dtype, head) * LOG2_E;
+    float sum = 0.0f;
+    for (int batch = 0; batch < params.batch; batch++) {
+        const fa_int64 pair = static_cast<fa_int64>(batch) * params.heads_q + head;
+        const float *stats = params.stats + pair * params.m_blocks * (2 * TILE_M);
+        for (int query = threadIdx.x; query < params.seqlen_q; query += THREADS) {
+            const float *tile = stats + static_cast<fa_int64>(query / TILE_M) * (2 * TILE_M);
+            sum -= exp2_approx(sink - tile[query % TILE_M]) * tile[TILE_M + query % TILE_M];
+        }
+    }
+    sums[threadIdx.x] = sum;
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        __syncthreads(); /* the sums of twice as many threads are there */
+        if (threadIdx.x < half)
+            sums[threadIdx.x] += sums[threadIdx.x + half];
+    }
+    if (threadIdx.x == 0)
+        params.dsink[head] = sums[0];
+}
