@@ -1,5 +1,8 @@
 #include "enqueue.h"
 
+#include <float.h>
+#include <math.h>
+
 #include "state.h"
 
 int fa_planning_device(struct fa_state *state, int ordinal, int arch, struct fa_device *device)
@@ -26,6 +29,18 @@ int fa_raise_plan_error(const struct fa_plan_error *error)
     PyErr_SetString(error->unsupported ? PyExc_NotImplementedError : PyExc_ValueError,
                     error->message);
     return -1;
+}
+
+float fa_scale_log2(const struct fa_shape *shape)
+{
+    const double log2_e = 1.4426950408889634;
+    const float scale = (float)(shape->softmax_scale * log2_e);
+    return scale != 0 ? scale : FLT_TRUE_MIN;
+}
+
+float fa_hidden_score(const struct fa_shape *shape)
+{
+    return fa_scale_log2(shape) > 0 ? -INFINITY : INFINITY;
 }
 
 struct fa_strides fa_outer_strides(const struct fa_tensor *tensor)

@@ -6,8 +6,6 @@
 #include "plan.h"
 #include "tensor.h"
 
-#define FA_LOG2_E 1.4426950408889634
-
 struct fa_state;
 
 /* The device to plan for: CUDA device `ordinal`, or without one that of the architecture `arch`,
@@ -16,6 +14,12 @@ int fa_planning_device(struct fa_state *state, int ordinal, int arch, struct fa_
 
 /* -1, with the exception that the error is. */
 int fa_raise_plan_error(const struct fa_plan_error *error);
+
+/* The factor of the scores, for powers of two: not 0, whose product with the infinite score of a
+ * hidden key is NaN, but then the smallest number there is, whose product with any other score
+ * rounds away. And that score: its product with the factor is -inf. */
+float fa_scale_log2(const struct fa_shape *shape);
+float fa_hidden_score(const struct fa_shape *shape);
 
 struct fa_strides fa_outer_strides(const struct fa_tensor *tensor);
 

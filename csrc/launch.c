@@ -41,7 +41,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .group_heads = plan->group_heads,
         .window_left = shape->window_left,
         .window_right = shape->window_right,
-        .scale_log2 = (float)(shape->softmax_scale * FA_LOG2_E),
+        .scale_log2 = fa_scale_log2(shape),
         .sink_dtype = (int)problem->sink.dtype,
     };
 }

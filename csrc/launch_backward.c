@@ -64,7 +64,8 @@ static int make_params(const struct backward *call, struct fa_backward_params *p
         .window_left = shape->window_left,
         .window_right = shape->window_right,
         .sink_dtype = (int)problem->sink.dtype,
-        .scale_log2 = (float)(shape->softmax_scale * FA_LOG2_E),
+        .scale_log2 = fa_scale_log2(shape),
+        .hidden_score = fa_hidden_score(shape),
         .softmax_scale = shape->softmax_scale,
     };
     if (!plan->main.variant.tma)

@@ -166,29 +166,44 @@ struct query_mask {
     }
 };
 
-/* X = 0 where a query does not see a key. `key` and `query` are those of X[0][0][0]. */
-__device__ __forceinline__ void hide(float (&X)[N_FRAGS][M_FRAGS][4], const query_mask &mask,
-                                     int key, int query, int keys)
+/* S before the product is added: 0, or what hides a key from a query, see hidden_score in params.h.
+ * `key` and `query` are those of S[0][0][0]. */
+__device__ __forceinline__ void start_scores(float (&S)[N_FRAGS][M_FRAGS][4],
+                                             const fa_backward_params &params, bool masked, int key,
+                                             int query)
 {
+    const query_mask mask(params);
 #pragma unroll
     for (int n = 0; n < N_FRAGS; n++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = key + 16 * n + 8 * half;
-            const int begin = row < keys ? mask.begin(row) - query : SUB_M;
-            const int end = mask.end(row) - query;
+            const float start = row < params.seqlen_k ? 0.0f : params.hidden_score;
+#pragma unroll
+            for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    S[n][m][2 * half + e] = start;
+            if ((!MASK_RIGHT && !MASK_LEFT) || !masked)
+                continue;
+            const int begin = mask.begin(row) - query, end = mask.end(row) - query;
 #pragma unroll
             for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
                 for (int e = 0; e < 2; e++)
                     if (8 * m + e < begin || (MASK_LEFT && 8 * m + e >= end))
-                        X[n][m][2 * half + e] = 0.0f;
+                        S[n][m][2 * half + e] = params.hidden_score;
         }
 }
 
+/* P^T goes from one group of warps to the other as fp16, which has three bits more than bf16; larger
+ * by this factor, so that the small ones keep them. */
+constexpr float HANDED_OVER = 16384.0f;
+
 /* C fragments as the A operand of the next product. */
 __device__ __forceinline__ void pack_operand(unsigned (&A)[N_FRAGS][M_FRAGS / 2][4],
-                                             const float (&C)[N_FRAGS][M_FRAGS][4])
+                                             const float (&C)[N_FRAGS][M_FRAGS][4],
+                                             float scale = 1.0f)
 {
 #pragma unroll
     for (int n = 0; n < N_FRAGS; n++)
@@ -196,12 +211,13 @@ __device__ __forceinline__ void pack_operand(unsigned (&A)[N_FRAGS][M_FRAGS / 2]
         for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                A[n][m / 2][m % 2 * 2 + half] = pack(C[n][m][2 * half], C[n][m][2 * half + 1]);
+                A[n][m / 2][m % 2 * 2 + half] =
+                    pack(C[n][m][2 * half] * scale, C[n][m][2 * half + 1] * scale);
 }
 
-/* Writes the operand to P^T or dS^T in shared memory; `smem` is the place of its first word. */
-__device__ __forceinline__ void store_operand(unsigned smem,
-                                              const unsigned (&A)[N_FRAGS][M_FRAGS / 2][4])
+/* Calls f(address, n, m, half) for each word of this lane's part of P^T or dS^T in shared memory:
+ * columns 2t and 2t + 1 of row g + 8 * half of fragment [n][m]. `smem` is the place of the first. */
+template <class F> __device__ __forceinline__ void each_word(unsigned smem, F f)
 {
 #pragma unroll
     for (int n = 0; n < N_FRAGS; n++)
@@ -209,8 +225,7 @@ __device__ __forceinline__ void store_operand(unsigned smem,
         for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                st_shared(S_layout::moved(smem, 16 * n + 8 * half, m),
-                          A[n][m / 2][m % 2 * 2 + half]);
+                f(S_layout::moved(smem, 16 * n + 8 * half, m), n, m, half);
 }
 
 /* The block's keys, and the walk over the (query head, tile of queries) pairs that see them. */
@@ -313,30 +328,26 @@ struct query_tile {
     int query0;
     bool masked; /* some query does not see some key of the block */
 
-    __device__ __forceinline__ void wait_Q() const
+    __device__ __forceinline__ void wait() const
     {
-        if (TMA)
+        if (TMA) {
             mbarrier_wait(Q_mbarrier, Q_parity);
-    }
-    __device__ __forceinline__ void wait_dO() const
-    {
-        if (TMA)
             mbarrier_wait(dO_mbarrier, dO_parity);
+        }
     }
 };
 
 /* The group that holds K: P^T to shared memory, and dV. `S_own` is where this lane's first word of
  * P^T is, `key` that word's key. */
 __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile, unsigned S_own,
-                                           const query_mask &mask, int key,
-                                           const fa_backward_params &params)
+                                           int key, const fa_backward_params &params)
 {
-    tile.wait_Q();
+    tile.wait();
 #pragma unroll
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
         float S[N_FRAGS][M_FRAGS][4];
         unsigned P[N_FRAGS][M_FRAGS / 2][4];
-        fill(S, 0.0f);
+        start_scores(S, params, tile.masked, key, tile.query0 + m0 + 2 * quad_lane());
         multiply_rows<Q_layout, D_STEPS, M_FRAGS>(
             S, own.operand,
             not_before(tile.Q_smem + columns_first<Q_layout>()) + m0 * Q_layout::ROW_BYTES);
@@ -350,19 +361,18 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
                     S[n][m][e] =
                         exp2_approx(S[n][m][e] * params.scale_log2 - (e % 2 ? lse.y : lse.x));
         }
-        if (tile.masked)
-            hide(S, mask, key, tile.query0 + m0 + 2 * quad_lane(), params.seqlen_k);
-        pack_operand(P, S);
-        if (m0 == 0)
-            tile.wait_dO();
         /* Until nobody reads dS^T of the tile before any more: of its lower queries this group does,
          * of the upper ones the other. */
         if (m0 == 0)
             barrier_sync<GROUP_THREADS>(DQ_IS_DONE);
         if (m0 == HALF_M)
             barrier_sync<THREADS>(UPPER_IS_FREE);
-        store_operand(S_layout::moved(S_own, 0, m0 / 8), P);
+        each_word(S_layout::moved(S_own, 0, m0 / 8), [&](unsigned smem, int n, int m, int half) {
+            st_shared(smem, pack_fp16(S[n][m][2 * half] * HANDED_OVER,
+                                      S[n][m][2 * half + 1] * HANDED_OVER));
+        });
         barrier_arrive<THREADS>(P_IS_THERE + m0 / SUB_M); /* this part of P^T is there */
+        pack_operand(P, S);
         multiply_columns<dO_layout, M_FRAGS / 2, dO_layout::PADDED>(
             own.sum, P,
             not_before(tile.dO_smem + rows_first<dO_layout>()) + m0 * dO_layout::ROW_BYTES);
@@ -371,11 +381,9 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
 
 /* The group that holds V: dS^T in place of P^T, and dK. */
 __device__ __forceinline__ void add_keys(key_rows &own, const query_tile &tile, unsigned S_own,
-                                         unsigned S_rows, const query_mask &mask, int key,
-                                         const fa_backward_params &params)
+                                         unsigned S_rows)
 {
-    tile.wait_Q(); /* delta comes with it */
-    tile.wait_dO();
+    tile.wait();
 #pragma unroll
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
         float dS[N_FRAGS][M_FRAGS][4];
@@ -401,16 +409,16 @@ __device__ __forceinline__ void add_keys(key_rows &own, const query_tile &tile, 
                 ldmatrix_x4(P[n][m], S_layout::moved(S_rows, 16 * n, m0 / 8 + 2 * m));
 #pragma unroll
                 for (int r = 0; r < 4; r++) {
-                    const float2 p = unpack(P[n][m][r]);
+                    const float2 p = unpack_fp16(P[n][m][r]);
                     dS[n][2 * m + r / 2][r % 2 * 2] *= p.x;
                     dS[n][2 * m + r / 2][r % 2 * 2 + 1] *= p.y;
                 }
             }
-        if (tile.masked) /* 0 * NaN */
-            hide(dS, mask, key, tile.query0 + m0 + 2 * quad_lane(), params.seqlen_k);
-        pack_operand(P, dS);
+        pack_operand(P, dS, 1.0f / HANDED_OVER);
         __syncwarp(); /* all lanes have their P^T */
-        store_operand(S_layout::moved(S_own, 0, m0 / 8), P);
+        each_word(S_layout::moved(S_own, 0, m0 / 8), [&](unsigned smem, int n, int m, int half) {
+            st_shared(smem, P[n][m / 2][m % 2 * 2 + half]);
+        });
         if (m0 + SUB_M == HALF_M)
             barrier_arrive<THREADS>(LOWER_IS_THERE); /* of dS^T */
         multiply_columns<Q_layout, M_FRAGS / 2, Q_layout::PADDED>(
@@ -533,9 +541,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     __syncthreads(); /* everyone's copies are there */
 
     int *turn = nullptr; /* of this warp, the last one that it has not ended */
-    int stage = 0;
-    unsigned Q_parity = 0, dO_parity = 0;
     for (int i = tile_begin; i < tile_end; i++) {
+        const unsigned count = i - tile_begin, stage = count % STAGES;
         const bool last = i + 1 == tile_end, wraps = m_block == m_begin;
         const int next_head = head + wraps, next_m_block = (wraps ? m_end : m_block) - 1;
         const int query0 = m_block * TILE_M;
@@ -544,11 +551,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             smem + DO_AT,
             smem + STATS_AT + stage * STATS_BYTES,
             smem + MBARRIERS_AT + stage * 16,
-            Q_parity,
+            count / STAGES % 2,
             smem + MBARRIERS_AT + STAGES * 16,
-            dO_parity,
+            count % 2,
             query0,
-            key1 > params.seqlen_k || (MASK_RIGHT && mask.begin(key1 - 1) > query0) ||
+            (MASK_RIGHT && mask.begin(key1 - 1) > query0) ||
                 (MASK_LEFT && mask.end(key0) < min(query0 + TILE_M, params.seqlen_q))};
 
         if (STAGES == 2 && !last)
@@ -556,9 +563,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
         /* ---- 3. P^T and dV, dS^T and dK. */
         if (holds_K)
-            add_values(own, tile, S_own, mask, key0 + lane_row, params);
+            add_values(own, tile, S_own, key0 + lane_row, params);
         else
-            add_keys(own, tile, S_own, S_rows, mask, key0 + lane_row, params);
+            add_keys(own, tile, S_own, S_rows);
 
         /* Barriers: the group that holds V has written all of dS^T, and nobody needs Q and dO any
          * more. The other group goes on as soon as the lower queries of dS^T are there. */
@@ -620,13 +627,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             cp_async_wait_all();
             __syncthreads();
         }
-        if (stage == STAGES - 1)
-            Q_parity ^= 1;
-        dO_parity ^= 1;
         head = next_head;
         m_block = next_m_block;
-        if (STAGES == 2)
-            stage ^= 1;
     }
 
     if (DETERMINISTIC && turn)

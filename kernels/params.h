@@ -105,12 +105,15 @@ struct fa_backward_params {
     int parts;              /* blocks that share a tile of keys */
     int window_left;        /* as in fa_forward_params */
     int window_right;
-    int sink_dtype; /* enum fa_dtype */
-    float scale_log2, softmax_scale;
+    int sink_dtype;   /* enum fa_dtype */
+    float scale_log2; /* softmax_scale * log2(e), not 0 */
+    float
+        hidden_score; /* of a key that a query does not see: its product with scale_log2 is -inf */
+    float softmax_scale;
     struct fa_tensor_map q_map, dout_map; /* [batch, heads_q, seqlen_q, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 640, "384, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 704, "388, padding, then maps");
 
 /* The single argument of kernels/backward_convert.cu: a sum to a tensor. */
 struct fa_convert_params {

@@ -296,13 +296,25 @@ __device__ __forceinline__ float from_fp16(unsigned short x)
     return y;
 }
 
+/* The same to fp16, and back, whatever the data type is. */
+__device__ __forceinline__ unsigned pack_fp16(float low, float high)
+{
+    unsigned x;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+    return x;
+}
+__device__ __forceinline__ float2 unpack_fp16(unsigned x)
+{
+    return make_float2(from_fp16(static_cast<unsigned short>(x)),
+                       from_fp16(static_cast<unsigned short>(x >> 16)));
+}
+
 /* The two numbers of a pair, the lower half first. */
 __device__ __forceinline__ float2 unpack(unsigned x)
 {
     if (DTYPE_BF16) /* the upper half of a float */
         return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
-    return make_float2(from_fp16(static_cast<unsigned short>(x)),
-                       from_fp16(static_cast<unsigned short>(x >> 16)));
+    return unpack_fp16(x);
 }
 
 __device__ __forceinline__ float exp2_approx(float x)
