@@ -1,5 +1,6 @@
 #include "plan_backward.h"
 
+#include <math.h>
 #include <stdint.h>
 
 #define MIN(a, b)      ((a) < (b) ? (a) : (b))
@@ -82,10 +83,13 @@ static double longest_walk(const struct fa_shape *shape, const struct fa_backwar
     const double tiles = window / plan->main.variant.tile_m + 1;
     return MAX(0, MIN(tiles, plan->m_blocks)) * (shape->heads_q / shape->heads_kv);
 }
+static bool is_triangle(const struct fa_backward_plan *plan)
+{
+    return plan->main.variant.mask_right != plan->main.variant.mask_left;
+}
 static double average_walk(const struct fa_shape *shape, const struct fa_backward_plan *plan)
 {
-    const bool is_triangle = plan->main.variant.mask_right != plan->main.variant.mask_left;
-    return longest_walk(shape, plan) * (is_triangle ? 0.5 : 1);
+    return longest_walk(shape, plan) * (is_triangle(plan) ? 0.5 : 1);
 }
 
 /* What a block takes besides its tiles of queries, in units of one: its keys, and dK and dV; the
@@ -95,15 +99,18 @@ static double average_walk(const struct fa_shape *shape, const struct fa_backwar
 #define PART_BLOCK  1.7
 #define CONVERSION  1.0
 
-/* The time until the last of the blocks is done: no less than the longest takes, nor than the
- * machine takes for all. */
+/* The time until the last of the blocks is done. Blocks of one size run in rounds; of a triangle the
+ * long ones start first and short ones fill the gaps, so that it takes no less than the longest, nor
+ * than the machine takes for all. */
 static double time_of(const struct fa_shape *shape, const struct fa_backward_plan *plan,
                       double blocks, double places, int parts)
 {
-    const double block = parts > 1 ? PART_BLOCK : WHOLE_BLOCK;
-    const double longest = longest_walk(shape, plan) / parts + block;
-    const double all = blocks * (average_walk(shape, plan) + parts * block) / places;
-    return MAX(longest, all) + (parts > 1 ? CONVERSION : 0);
+    const double own = parts > 1 ? PART_BLOCK : WHOLE_BLOCK;
+    const double longest = longest_walk(shape, plan) / parts + own;
+    const double average = average_walk(shape, plan) / parts + own;
+    const double rounds = blocks * parts / places;
+    const double time = is_triangle(plan) ? MAX(longest, rounds * average) : ceil(rounds) * longest;
+    return time + (parts > 1 ? CONVERSION : 0);
 }
 
 /* Thread blocks that share a tile of keys: more than one where few keys, or few heads, leave
@@ -185,8 +192,8 @@ static void set_workspace(const struct fa_shape *shape, struct fa_backward_plan 
     TAKE(dq_sum, queries * shape->head_dim);
     TAKE(dk_sum, is_split ? keys * shape->head_dim : 0);
     TAKE(dv_sum, is_split ? keys * shape->head_dim_v : 0);
-    TAKE(turns, main->deterministic ? query_tiles * main->warps : 0);
-    TAKE(dk_turns, main->deterministic && is_split ? key_tiles * main->warps : 0);
+    TAKE(turns, main->deterministic ? query_tiles : 0);
+    TAKE(dk_turns, main->deterministic && is_split ? key_tiles : 0);
     TAKE(tickets, main->deterministic ? 1 : 0);
 #undef TAKE
     plan->workspace = end;

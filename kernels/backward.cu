@@ -24,7 +24,7 @@
  *   DETERMINISTIC          1: blocks add to dQ in the order of their keys */
 #include "params.h"
 
-#include "layout.cuh"
+#include "backward.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int KEY_WARPS = WARPS / 2;       /* of a group */
@@ -196,14 +196,9 @@ __device__ __forceinline__ void start_scores(float (&S)[N_FRAGS][M_FRAGS][4],
         }
 }
 
-/* P^T goes from one group of warps to the other as fp16, which has three bits more than bf16; larger
- * by this factor, so that the small ones keep them. */
-constexpr float HANDED_OVER = 16384.0f;
-
 /* C fragments as the A operand of the next product. */
 __device__ __forceinline__ void pack_operand(unsigned (&A)[N_FRAGS][M_FRAGS / 2][4],
-                                             const float (&C)[N_FRAGS][M_FRAGS][4],
-                                             float scale = 1.0f)
+                                             const float (&C)[N_FRAGS][M_FRAGS][4])
 {
 #pragma unroll
     for (int n = 0; n < N_FRAGS; n++)
@@ -211,8 +206,7 @@ __device__ __forceinline__ void pack_operand(unsigned (&A)[N_FRAGS][M_FRAGS / 2]
         for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
             for (int half = 0; half < 2; half++)
-                A[n][m / 2][m % 2 * 2 + half] =
-                    pack(C[n][m][2 * half] * scale, C[n][m][2 * half + 1] * scale);
+                A[n][m / 2][m % 2 * 2 + half] = pack(C[n][m][2 * half], C[n][m][2 * half + 1]);
 }
 
 /* Calls f(address, n, m, half) for each word of this lane's part of P^T or dS^T in shared memory:
@@ -368,8 +362,7 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
         if (m0 == HALF_M)
             barrier_sync<THREADS>(UPPER_IS_FREE);
         each_word(S_layout::moved(S_own, 0, m0 / 8), [&](unsigned smem, int n, int m, int half) {
-            st_shared(smem, pack_fp16(S[n][m][2 * half] * HANDED_OVER,
-                                      S[n][m][2 * half + 1] * HANDED_OVER));
+            st_shared(smem, pack_fp16(S[n][m][2 * half], S[n][m][2 * half + 1]));
         });
         barrier_arrive<THREADS>(P_IS_THERE + m0 / SUB_M); /* this part of P^T is there */
         pack_operand(P, S);
@@ -414,7 +407,7 @@ __device__ __forceinline__ void add_keys(key_rows &own, const query_tile &tile, 
                     dS[n][2 * m + r / 2][r % 2 * 2 + 1] *= p.y;
                 }
             }
-        pack_operand(P, dS, 1.0f / HANDED_OVER);
+        pack_operand(P, dS);
         __syncwarp(); /* all lanes have their P^T */
         each_word(S_layout::moved(S_own, 0, m0 / 8), [&](unsigned smem, int n, int m, int half) {
             st_shared(smem, P[n][m / 2][m % 2 * 2 + half]);
@@ -437,8 +430,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const bool holds_K = warp < KEY_WARPS;
 
     /* ---- 1. Which keys, and which queries see them: head by head of those that share the KV head,
-     * of each the tiles [m_begin, m_end) from the last to the first, all of that divided among
-     * `parts` blocks. Blocks that run together then meet the same queries at the same time. */
+     * of each the tiles [m_begin, m_end), all of that divided among `parts` blocks. Blocks that run
+     * together start with different queries, so that they add to different parts of dQ; but where
+     * they take turns, with the same, the last, so that none has to wait for long. */
     int block = read_block_index();
     if (DETERMINISTIC) {
         /* Blocks wait for those with a lower number: take it when starting to run. */
@@ -456,10 +450,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int tiles = (m_end - m_begin) * params.heads_per_kv;
     const int tile_begin = static_cast<fa_int64>(tiles) * at.part / params.parts;
     const int tile_end = static_cast<fa_int64>(tiles) * (at.part + 1) / params.parts;
-    int head = at.head_kv * params.heads_per_kv, m_block = m_end - 1;
+    int head = at.head_kv * params.heads_per_kv, m_block = 0;
+    const int head_tiles = m_end - m_begin;
+    const int first = DETERMINISTIC
+                          ? m_end - 1
+                          : m_begin + (MASK_RIGHT ? 0 : 2 * at.n_block % max(head_tiles, 1));
     if (tile_begin < tile_end) {
-        head += tile_begin / (m_end - m_begin);
-        m_block -= tile_begin % (m_end - m_begin);
+        head += tile_begin / head_tiles;
+        m_block = DETERMINISTIC ? first - tile_begin % head_tiles : first + tile_begin % head_tiles;
+        if (m_block >= m_end)
+            m_block -= head_tiles;
     }
 
     /* ---- 2. K to shared memory, K or V to registers, the first queries to shared memory. */
@@ -540,11 +540,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     cp_async_wait_all();
     __syncthreads(); /* everyone's copies are there */
 
-    int *turn = nullptr; /* of this warp, the last one that it has not ended */
+    int *turn = nullptr; /* the last one, which has not ended */
     for (int i = tile_begin; i < tile_end; i++) {
         const unsigned count = i - tile_begin, stage = count % STAGES;
-        const bool last = i + 1 == tile_end, wraps = m_block == m_begin;
-        const int next_head = head + wraps, next_m_block = (wraps ? m_end : m_block) - 1;
+        const bool last = i + 1 == tile_end;
+        const int next_m_block = DETERMINISTIC ? (m_block == m_begin ? m_end : m_block) - 1
+                                               : (m_block + 1 == m_end ? m_begin : m_block + 1);
+        const int next_head = head + (next_m_block == first);
         const int query0 = m_block * TILE_M;
         const query_tile tile = {
             smem + Q_AT + stage * Q_layout::BYTES,
@@ -583,16 +585,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (holds_K)
             barrier_sync<THREADS>(LOWER_IS_THERE);
 
-        /* ---- 4. This warp's part of dQ. Blocks take turns in the order of their keys, where the
-         * order matters. Neither end of a turn is waited for: the turn before has mostly ended when
-         * it is looked at, here, and this one is told to have ended a tile later, when nothing that
-         * was added is on its way any more. */
+        /* ---- 4. This warp's part of dQ. Where the order matters, blocks take turns, in that of
+         * their keys. Neither end of a turn is waited for: the turn before has mostly ended when it
+         * is looked at, here; and that this one has ended is told a tile later, by a thread that by
+         * its last barriers knows that all have added, when nothing is on its way any more. */
         const fa_int64 q_tile = tile_of(head, m_block);
         int ended = 0;
         if (DETERMINISTIC) {
-            if (turn)
+            if (turn && thread == 0)
                 end_turn(turn);
-            turn = params.turns + q_tile * WARPS + warp;
+            turn = params.turns + q_tile;
             ended = turns_ended(turn);
         }
         const int group_warp = warp % KEY_WARPS;
@@ -631,25 +633,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         m_block = next_m_block;
     }
 
-    if (DETERMINISTIC && turn)
-        end_turn(turn);
+    if (DETERMINISTIC) {
+        __syncthreads(); /* all have added */
+        if (turn && thread == 0)
+            end_turn(turn);
+    }
 
-    /* ---- 5. dV, dK out. */
+    /* ---- 5. dV, dK out; by turns where parts add to sums, and the order matters. */
     if (DETERMINISTIC && params.parts > 1) {
-        turn = params.dk_turns +
-               ((static_cast<fa_int64>(at.batch) * params.heads_kv + at.head_kv) * params.n_blocks +
-                at.n_block) *
-                   WARPS +
-               warp;
+        const fa_int64 pair = static_cast<fa_int64>(at.batch) * params.heads_kv + at.head_kv;
+        turn = params.dk_turns + pair * params.n_blocks + at.n_block;
         while (turns_ended(turn) != at.part)
             ;
     }
     if (holds_K)
-        store_sums<HEAD_DIM_V>(own, params.dv, params.dv_stride, params.dv_sum, at, own_key, 1.0f,
-                               params);
+        store_sums<HEAD_DIM_V>(own, params.dv, params.dv_stride, params.dv_sum, at, own_key,
+                               1.0f / P_SCALE, params);
     else
         store_sums<HEAD_DIM>(own, params.dk, params.dk_stride, params.dk_sum, at, own_key,
-                             params.softmax_scale, params);
-    if (DETERMINISTIC && params.parts > 1)
-        end_turn(turn);
+                             params.softmax_scale / P_SCALE, params);
+    if (DETERMINISTIC && params.parts > 1) {
+        __syncthreads(); /* all have added */
+        if (thread == 0)
+            end_turn(turn);
+    }
 }

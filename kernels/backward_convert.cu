@@ -3,7 +3,7 @@
  * Constants: DTYPE_BF16, HEAD_DIM (of the tensor). */
 #include "params.h"
 
-#include "layout.cuh"
+#include "backward.cuh"
 
 constexpr int WARPS_PER_BLOCK = 4;
 constexpr int FRAGS = HEAD_DIM / 8;
@@ -18,6 +18,7 @@ extern "C" __global__ void __launch_bounds__(WARPS_PER_BLOCK * 32)
         return; /* all of the warp */
     const float4 *sum =
         reinterpret_cast<const float4 *>(params.sum) + warp * (FRAGS * 32) + threadIdx.x % 32;
+    const float scale = params.scale / P_SCALE;
     element *tensor = static_cast<element *>(params.tensor) +
                       pair / params.heads * params.stride.batch +
                       pair % params.heads * params.stride.head;
@@ -27,14 +28,12 @@ extern "C" __global__ void __launch_bounds__(WARPS_PER_BLOCK * 32)
 #pragma unroll
         for (int c = 0; c < 4; c++)
             x[c] = sum[min(n + c, FRAGS - 1) * 32];
-        const uint4 upper = quad_transpose(pack(x[0].x * params.scale, x[0].y * params.scale),
-                                           pack(x[1].x * params.scale, x[1].y * params.scale),
-                                           pack(x[2].x * params.scale, x[2].y * params.scale),
-                                           pack(x[3].x * params.scale, x[3].y * params.scale));
-        const uint4 lower = quad_transpose(pack(x[0].z * params.scale, x[0].w * params.scale),
-                                           pack(x[1].z * params.scale, x[1].w * params.scale),
-                                           pack(x[2].z * params.scale, x[2].w * params.scale),
-                                           pack(x[3].z * params.scale, x[3].w * params.scale));
+        const uint4 upper = quad_transpose(
+            pack(x[0].x * scale, x[0].y * scale), pack(x[1].x * scale, x[1].y * scale),
+            pack(x[2].x * scale, x[2].y * scale), pack(x[3].x * scale, x[3].y * scale));
+        const uint4 lower = quad_transpose(
+            pack(x[0].z * scale, x[0].w * scale), pack(x[1].z * scale, x[1].w * scale),
+            pack(x[2].z * scale, x[2].w * scale), pack(x[3].z * scale, x[3].w * scale));
         const int chunk = n + quad_lane();
         if (chunk < FRAGS && row0 < params.seqlen)
             *reinterpret_cast<uint4 *>(tensor + row0 * params.stride.seqlen + chunk * 8) = upper;

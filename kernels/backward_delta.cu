@@ -4,8 +4,7 @@
  * Constants as in backward.cu: DTYPE_BF16, HEAD_DIM_V, TILE_M. */
 #include "params.h"
 
-#include "layout.cuh"
-#include "sink.cuh"
+#include "backward.cuh"
 
 constexpr int THREADS = 256;
 
@@ -64,7 +63,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 delta -= params.dlse[at];
             /* A row that sees no key, or is none, has p = 2^(s - inf) = 0. */
             const bool sees_nothing = lse == -INF || !exists;
-            stats[row] = sees_nothing ? INF : lse;
+            stats[row] = sees_nothing ? INF : lse - P_SHIFT;
             stats[TILE_M + row] = sees_nothing ? 0.0f : delta;
         }
     }

@@ -4,7 +4,7 @@
  * Constants as in backward.cu: DTYPE_BF16, TILE_M. */
 #include "params.h"
 
-#include "sink.cuh"
+#include "backward.cuh"
 
 constexpr int THREADS = 256;
 
@@ -13,7 +13,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 {
     __shared__ float sums[THREADS];
     const int head = blockIdx.x;
-    const float sink = load_sink(params.sink, params.sink_dtype, head) * LOG2_E;
+    const float sink = load_sink(params.sink, params.sink_dtype, head) * LOG2_E - P_SHIFT;
     float sum = 0.0f;
     for (int batch = 0; batch < params.batch; batch++) {
         const fa_int64 pair = static_cast<fa_int64>(batch) * params.heads_q + head;

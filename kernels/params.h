@@ -91,10 +91,11 @@ struct fa_backward_params {
     const void *sink;        /* as in fa_forward_params, of backward_sink.cu alone */
     void *dk, *dv;           /* like k and v */
     float *dsink;            /* [heads_q] */
-    float *stats;            /* [batch, heads_q, m_blocks, 2, TILE_M]: lse * log2(e), and delta */
+    float *stats;            /* [batch, heads_q, m_blocks, 2, TILE_M]: lse * log2(e) - P_SHIFT, and
+                              * delta */
     float *dq_sum, *dk_sum, *dv_sum; /* the last two where parts > 1 */
-    int *turns;    /* [batch, heads_q, m_blocks, warps]: how often a part of dQ has been added to */
-    int *dk_turns; /* [batch, heads_kv, n_blocks, warps]: and of dK and dV, where parts > 1 */
+    int *turns;    /* [batch, heads_q, m_blocks]: how often a tile of dQ has been added to */
+    int *dk_turns; /* [batch, heads_kv, n_blocks]: and of dK and dV, where parts > 1 */
     int *tickets;  /* how many blocks have started */
     void *zeros;   /* what has to be zero before: 16-byte units, zero_chunks of them */
     fa_int64 zero_chunks;

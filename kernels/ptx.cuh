@@ -200,12 +200,11 @@ __device__ __forceinline__ int turns_ended(const int *turn)
     return ended;
 }
 
-/* Ends a turn of this warp: whoever sees that, what he adds comes after what it has added. */
+/* Ends a turn: what this thread knows to have been added comes before what is added by whoever sees
+ * that. */
 __device__ __forceinline__ void end_turn(int *turn)
 {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0)
-        asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
 }
 
 /* ---- between groups of warps ---------------------------------------------------------------- */
