@@ -168,9 +168,8 @@ struct query_mask {
 
 /* S before the product is added: 0, or what hides a key from a query, see hidden_score in params.h.
  * `key` and `query` are those of S[0][0][0]. */
-__device__ __forceinline__ void start_scores(float (&S)[N_FRAGS][M_FRAGS][4],
-                                             const fa_backward_params &params, bool masked, int key,
-                                             int query)
+__device__ __forceinline__ void hide(float (&S)[N_FRAGS][M_FRAGS][4],
+                                     const fa_backward_params &params, int key, int query)
 {
     const query_mask mask(params);
 #pragma unroll
@@ -178,21 +177,16 @@ __device__ __forceinline__ void start_scores(float (&S)[N_FRAGS][M_FRAGS][4],
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = key + 16 * n + 8 * half;
-            const float start = row < params.seqlen_k ? 0.0f : params.hidden_score;
+            const int begin = row < params.seqlen_k ? mask.begin(row) - query : SUB_M;
+            const int end = mask.end(row) - query;
 #pragma unroll
             for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
-                for (int e = 0; e < 2; e++)
-                    S[n][m][2 * half + e] = start;
-            if ((!MASK_RIGHT && !MASK_LEFT) || !masked)
-                continue;
-            const int begin = mask.begin(row) - query, end = mask.end(row) - query;
-#pragma unroll
-            for (int m = 0; m < M_FRAGS; m++)
-#pragma unroll
-                for (int e = 0; e < 2; e++)
-                    if (8 * m + e < begin || (MASK_LEFT && 8 * m + e >= end))
-                        S[n][m][2 * half + e] = params.hidden_score;
+                for (int e = 0; e < 2; e++) {
+                    const int column = 8 * m + e;
+                    const bool seen = column >= begin && (!MASK_LEFT || column < end);
+                    S[n][m][2 * half + e] = seen ? 0.0f : params.hidden_score;
+                }
         }
 }
 
@@ -320,7 +314,6 @@ struct query_tile {
     unsigned Q_smem, dO_smem, stats; /* addresses */
     unsigned Q_mbarrier, Q_parity, dO_mbarrier, dO_parity;
     int query0;
-    bool masked; /* some query does not see some key of the block */
 
     __device__ __forceinline__ void wait() const
     {
@@ -332,7 +325,8 @@ struct query_tile {
 };
 
 /* The group that holds K: P^T to shared memory, and dV. `S_own` is where this lane's first word of
- * P^T is, `key` that word's key. */
+ * P^T is, `key` that word's key; MASKED where some query of the tile does not see some key. */
+template <bool MASKED>
 __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile, unsigned S_own,
                                            int key, const fa_backward_params &params)
 {
@@ -341,7 +335,10 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
         float S[N_FRAGS][M_FRAGS][4];
         unsigned P[N_FRAGS][M_FRAGS / 2][4];
-        start_scores(S, params, tile.masked, key, tile.query0 + m0 + 2 * quad_lane());
+        if (MASKED)
+            hide(S, params, key, tile.query0 + m0 + 2 * quad_lane());
+        else
+            fill(S, 0.0f);
         multiply_rows<Q_layout, D_STEPS, M_FRAGS>(
             S, own.operand,
             not_before(tile.Q_smem + columns_first<Q_layout>()) + m0 * Q_layout::ROW_BYTES);
@@ -548,26 +545,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                                                : (m_block + 1 == m_end ? m_begin : m_block + 1);
         const int next_head = head + (next_m_block == first);
         const int query0 = m_block * TILE_M;
-        const query_tile tile = {
-            smem + Q_AT + stage * Q_layout::BYTES,
-            smem + DO_AT,
-            smem + STATS_AT + stage * STATS_BYTES,
-            smem + MBARRIERS_AT + stage * 16,
-            count / STAGES % 2,
-            smem + MBARRIERS_AT + STAGES * 16,
-            count % 2,
-            query0,
-            (MASK_RIGHT && mask.begin(key1 - 1) > query0) ||
-                (MASK_LEFT && mask.end(key0) < min(query0 + TILE_M, params.seqlen_q))};
+        const query_tile tile = {smem + Q_AT + stage * Q_layout::BYTES,
+                                 smem + DO_AT,
+                                 smem + STATS_AT + stage * STATS_BYTES,
+                                 smem + MBARRIERS_AT + stage * 16,
+                                 count / STAGES % 2,
+                                 smem + MBARRIERS_AT + STAGES * 16,
+                                 count % 2,
+                                 query0};
+        const bool masked = key1 > params.seqlen_k ||
+                            (MASK_RIGHT && mask.begin(key1 - 1) > query0) ||
+                            (MASK_LEFT && mask.end(key0) < min(query0 + TILE_M, params.seqlen_q));
 
         if (STAGES == 2 && !last)
             load_Q(stage ^ 1, next_head, next_m_block);
 
         /* ---- 3. P^T and dV, dS^T and dK. */
-        if (holds_K)
-            add_values(own, tile, S_own, key0 + lane_row, params);
-        else
+        if (!holds_K)
             add_keys(own, tile, S_own, S_rows);
+        else if (masked)
+            add_values<true>(own, tile, S_own, key0 + lane_row, params);
+        else
+            add_values<false>(own, tile, S_own, key0 + lane_row, params);
 
         /* Barriers: the group that holds V has written all of dS^T, and nobody needs Q and dO any
          * more. The other group goes on as soon as the lower queries of dS^T are there. */
