@@ -90,9 +90,9 @@ const size_t FA_TILE_COUNT = sizeof FA_TILES / sizeof *FA_TILES;
 /* clang-format off */
 const struct fa_backward_tile FA_BACKWARD_TILES[FA_BACKWARD_TILE_COUNT] = {
     /* head_dim, warps, warp_n, tile_m, sub_m, stages */
-    { 64, 4, 32, 64, 32, 2},
-    {128, 8, 32, 64, 32, 1},
-    {192, 8, 16, 64, 32, 1},
-    {256, 8, 16, 32, 16, 2},
+    { 64, 8, 32, 128, 32, 1},
+    {128, 8, 32,  64, 32, 1},
+    {192, 8, 16,  64, 32, 1},
+    {256, 8, 16,  32, 16, 2},
 };
 /* clang-format on */

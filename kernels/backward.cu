@@ -40,6 +40,10 @@ constexpr int MAX_STEPS = D_STEPS > DV_STEPS ? D_STEPS : DV_STEPS;
 constexpr int HALF_FRAGS = TILE_M / 32; /* 16-row fragments */
 constexpr int DQ_ROW_WARPS = KEY_WARPS / DQ_DIM_WARPS;
 
+/* Whether the group that holds K waits for dO when it needs it, where registers allow the loop that
+ * this is, or before. */
+constexpr bool WAITS_LATE = HEAD_DIM <= 96 && HEAD_DIM_V <= 96;
+
 using K_layout = tile_layout<HEAD_DIM, TILE_N, 16 * DQ_DIM_WARPS>;
 using Q_layout = tile_layout<HEAD_DIM, TILE_M>;
 using dO_layout = tile_layout<HEAD_DIM_V, TILE_M>;
@@ -315,12 +319,15 @@ struct query_tile {
     unsigned Q_mbarrier, Q_parity, dO_mbarrier, dO_parity;
     int query0;
 
-    __device__ __forceinline__ void wait() const
+    __device__ __forceinline__ void wait_Q() const
     {
-        if (TMA) {
+        if (TMA)
             mbarrier_wait(Q_mbarrier, Q_parity);
+    }
+    __device__ __forceinline__ void wait_dO() const
+    {
+        if (TMA)
             mbarrier_wait(dO_mbarrier, dO_parity);
-        }
     }
 };
 
@@ -330,7 +337,9 @@ template <bool MASKED>
 __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile, unsigned S_own,
                                            int key, const fa_backward_params &params)
 {
-    tile.wait();
+    tile.wait_Q();
+    if (!WAITS_LATE)
+        tile.wait_dO();
 #pragma unroll
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
         float S[N_FRAGS][M_FRAGS][4];
@@ -363,6 +372,8 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
         });
         barrier_arrive<THREADS>(P_IS_THERE + m0 / SUB_M); /* this part of P^T is there */
         pack_operand(P, S);
+        if (WAITS_LATE && m0 == 0)
+            tile.wait_dO();
         multiply_columns<dO_layout, M_FRAGS / 2, dO_layout::PADDED>(
             own.sum, P,
             not_before(tile.dO_smem + rows_first<dO_layout>()) + m0 * dO_layout::ROW_BYTES);
@@ -373,7 +384,8 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
 __device__ __forceinline__ void add_keys(key_rows &own, const query_tile &tile, unsigned S_own,
                                          unsigned S_rows)
 {
-    tile.wait();
+    tile.wait_Q(); /* delta comes with it */
+    tile.wait_dO();
 #pragma unroll
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
         float dS[N_FRAGS][M_FRAGS][4];
@@ -427,9 +439,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const bool holds_K = warp < KEY_WARPS;
 
     /* ---- 1. Which keys, and which queries see them: head by head of those that share the KV head,
-     * of each the tiles [m_begin, m_end), all of that divided among `parts` blocks. Blocks that run
-     * together start with different queries, so that they add to different parts of dQ; but where
-     * they take turns, with the same, the last, so that none has to wait for long. */
+     * of each the tiles [m_begin, m_end), all of that divided among `parts` blocks. Where blocks
+     * take turns, from the last tile to the first: all that run together start with the same one,
+     * and none has to wait for long. */
     int block = read_block_index();
     if (DETERMINISTIC) {
         /* Blocks wait for those with a lower number: take it when starting to run. */
@@ -449,14 +461,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int tile_end = static_cast<fa_int64>(tiles) * (at.part + 1) / params.parts;
     int head = at.head_kv * params.heads_per_kv, m_block = 0;
     const int head_tiles = m_end - m_begin;
-    const int first = DETERMINISTIC
-                          ? m_end - 1
-                          : m_begin + (MASK_RIGHT ? 0 : 2 * at.n_block % max(head_tiles, 1));
+    const int first = DETERMINISTIC ? m_end - 1 : m_begin;
     if (tile_begin < tile_end) {
         head += tile_begin / head_tiles;
-        m_block = DETERMINISTIC ? first - tile_begin % head_tiles : first + tile_begin % head_tiles;
-        if (m_block >= m_end)
-            m_block -= head_tiles;
+        const int passed = tile_begin % head_tiles;
+        m_block = DETERMINISTIC ? first - passed : first + passed;
     }
 
     /* ---- 2. K to shared memory, K or V to registers, the first queries to shared memory. */
