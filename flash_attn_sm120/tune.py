@@ -183,7 +183,7 @@ class Call(NamedTuple):
     def plan(self, rows: Sequence[tuple[int, ...]]) -> Plan:
         """How the call is carried out where ``rows`` come before csrc/tiles.c."""
         _C.use_tiles(rows)
-        return explain(self.q, self.k, self.v, causal=self.causal)
+        return explain(self.q, self.k, self.v, causal=self.causal, num_splits=1)
 
     def takes(self, row: tuple[int, ...]) -> Plan | None:
         """The plan with ``row``; None where the row does not serve the call, or does not fit."""
@@ -203,7 +203,8 @@ class Contender(NamedTuple):
 
     def run(self) -> Any:
         _C.use_tiles(self.rows)
-        return flash_attn_func(self.call.q, self.call.k, self.call.v, causal=self.call.causal)[0]
+        call = self.call
+        return flash_attn_func(call.q, call.k, call.v, causal=call.causal, num_splits=1)[0]
 
 
 class Machine:

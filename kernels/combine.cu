@@ -16,6 +16,7 @@
 constexpr int THREADS = WARPS * 32;
 constexpr int LANES = HEAD_DIM_V / 4;  /* threads of a row, 16 bytes of each part for each */
 constexpr int SLOTS = THREADS / LANES; /* slices of rows in a block */
+constexpr int AHEAD = 4;
 
 /* m lies so far above the largest lse_i that the sum of 2^16 parts of the largest bf16 values is
  * still in the range of fp32. */
@@ -50,15 +51,23 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const unsigned row = blockIdx.x * block_rows + block_row;
     const bool exists = block_row < block_rows && row < params.rows;
 
-    /* ---- 2. The sum of a slice. */
+    /* ---- 2. The sum of a slice. The loads of AHEAD parts are on their way together; one that is
+     * not there has no weight, as a part without keys has none. */
     weighted sum;
-    if (exists) {
-#pragma unroll 4
-        for (int part = slice; part < params.parts; part += params.slices) {
+    for (int first = slice; exists && first < params.parts; first += AHEAD * params.slices) {
+        float lse[AHEAD];
+        float4 o[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            const int part = first + i * params.slices;
             const fa_int64 at = static_cast<fa_int64>(part) * params.rows + row;
             const float4 *out_row = reinterpret_cast<const float4 *>(params.out_parts) + at * LANES;
-            sum.add(params.lse_parts[at], 1.0f, out_row[lane], ABOVE_MAXIMUM);
+            lse[i] = part < params.parts ? params.lse_parts[at] : -INF;
+            o[i] = part < params.parts ? out_row[lane] : float4{};
         }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            sum.add(lse[i], 1.0f, o[i], ABOVE_MAXIMUM);
     }
 
     /* ---- 3. The sum of all slices, by the threads of the first. */

@@ -87,16 +87,16 @@ __device__ __forceinline__ void store_part(const fa_forward_params &params,
                                            const float (&l_rmem)[M_FRAGS][2],
                                            const float (&m_rmem)[M_FRAGS][2])
 {
-    const query_place to(params); /* computed again: see read_block_index() */
+    const query_place place(params); /* computed again: see read_block_index() */
     const fa_int64 pairs = params.batch * params.heads_q;
-    const fa_int64 first_row = (to.part * pairs + to.pair) * params.seqlen_q;
+    const fa_int64 first_row = (place.part * pairs + place.pair) * params.seqlen_q;
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const float l = quad_sum(l_rmem[m][half]);
             const float inverse = l == 0.0f ? 0.0f : 1.0f / l; /* 0: no keys */
-            const int row = to.lane_row + 16 * m + 8 * half;
+            const int row = place.lane_row + 16 * m + 8 * half;
             if (row >= params.seqlen_q)
                 continue;
             float *out_row = static_cast<float *>(params.out) + (first_row + row) * HEAD_DIM_V;

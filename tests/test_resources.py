@@ -45,6 +45,18 @@ def test_common_forward_variants(compute_capability):
         assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line
 
 
+def test_decoding_variants():
+    """The forward of parts needs no more than that of whole rows, and combine fits six times in an SM."""
+    plans = [p for p in variants.decoding_plans(120) if "-DDTYPE_BF16=1" in p.options]
+    for _, build, line in build_all(plans, "sm_120f"):
+        assert build.spill_bytes == 0, line
+    combines = dict.fromkeys(plan.combine for plan in plans)
+    for kernel in combines:
+        build = jit.build(*kernel, "sm_120f")
+        assert build.spill_bytes == 0 and build.registers * 256 * 6 <= REGISTERS_PER_SM, kernel
+        assert 6 * (build.shared_bytes + 1024) <= SM120_SMEM, kernel
+
+
 def crowded_calls(seqlen=256):
     """(q, k, v), options: the head dims and masks that come closest to spilling."""
     for dim, dim_v in ((104, 120), (104, 128), (112, 112), (120, 120), (120, 128), (128, 128)):

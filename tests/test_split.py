@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -36,6 +37,13 @@ def tile_of(q, k, v, **options):
     """(tile_m, tile_n) of a call; any, on the CPU."""
     plan = explain(q, k, v, **options)
     return plan.tile_m or 64, plan.tile_n or 64
+
+
+def reordered(device, seed):
+    """Another order of blocks, warps and copies, where that can be had."""
+    if device.tensor_class is not EmulatedTensor:
+        return nullcontext()
+    return emulator().settings(seed=seed, late_copies=seed % 2 == 1)
 
 
 # ---- right ---------------------------------------------------------------------------------------
@@ -167,7 +175,7 @@ def test_runs_are_equal_to_the_bit(device, dtype, make_qkv):
     for num_splits in (0, 5):
         expected = flash_attn_func(q, k, v, num_splits=num_splits, return_lse=True)
         for seed in range(3):
-            with emulator().settings(seed=seed, late_copies=seed % 2 == 1):
+            with reordered(device, seed):
                 again = flash_attn_func(q, k, v, num_splits=num_splits, return_lse=True)
             assert all(torch.equal(*pair) for pair in zip(again, expected, strict=True))
 
