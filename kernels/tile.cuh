@@ -83,10 +83,14 @@ template <int DIM> struct copy_place : tile_layout<DIM> {
         if (ROWS > TILE_N && row >= TILE_N)
             return; /* more threads than chunks */
 #pragma unroll
-        for (int r = 0; r < TILE_N; r += ROWS)
+        for (int r = 0; r < TILE_N; r += ROWS) {
+            /* Steps of 8 keys find the same permutation; a single warp may step by 4. */
+            const unsigned key =
+                (first ^ layout::offset(r, 0) % layout::ROW_BYTES) + r * layout::ROW_BYTES;
 #pragma unroll
             for (int c = 0; c < layout::PADDED; c += layout::COLS)
-                f(r, c, first + c / layout::COLS * layout::SEGMENT_BYTES + r * layout::ROW_BYTES);
+                f(r, c, key + c / layout::COLS * layout::SEGMENT_BYTES);
+        }
     }
 };
 
