@@ -1,5 +1,8 @@
 #include "launch.h"
 
+#include <float.h>
+#include <math.h>
+
 #include "state.h"
 
 #define LOG2_E 1.4426950408889634
@@ -41,6 +44,14 @@ static struct fa_strides outer_strides(const struct fa_tensor *tensor)
     return (struct fa_strides){tensor->stride[0], tensor->stride[1], tensor->stride[2]};
 }
 
+/* The factor of the scores. Not 0, whose product with the infinite score of a hidden key is NaN:
+ * the smallest number there is, whose product with any other score rounds away. */
+static float scale_log2(const struct fa_shape *shape)
+{
+    const float scale = (float)(shape->softmax_scale * LOG2_E);
+    return scale != 0 ? scale : FLT_TRUE_MIN;
+}
+
 static struct fa_forward_params forward_params(const struct fa_problem *problem,
                                                const struct fa_plan *plan)
 {
@@ -64,7 +75,8 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .group_heads = plan->group_heads,
         .window_left = shape->window_left,
         .window_right = shape->window_right,
-        .scale_log2 = (float)(shape->softmax_scale * LOG2_E),
+        .scale_log2 = scale_log2(shape),
+        .hidden_score = scale_log2(shape) > 0 ? -INFINITY : INFINITY,
     };
 }
 

@@ -77,10 +77,12 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
     float m_rmem[M_FRAGS][2]; /* p = 2^(s - m), for the rows g and g + 8 of each fragment */
     float l_rmem[M_FRAGS][2]; /* sum of this lane's p */
 
-    /* Only the first tiles and the masked ones are careful: they raise m to the maximum. The
-     * others take m as it is, because any m cancels in the end, as long as no number leaves the
-     * range of its type. Should one have, which the end shows, everything is computed once more
-     * with careful tiles alone. */
+    /* Only the first tiles of a row raise its m to the maximum. The others take m as it is, because
+     * any m cancels in the end, as long as no number leaves the range of its type. Should one have,
+     * which the end shows, the block computes once more, and the rows of the set `redo` raise m at
+     * every tile. The others come to what they were: what a row does, and so each bit of its
+     * result, depends on no other row of its block. */
+    unsigned redo = 0;
     for (bool again = false;; again = true) {
         /* ---- 1. Which queries. */
         const query_place at(params);
@@ -89,8 +91,9 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
 
         /* ---- 2. Which keys: any row sees those of the tiles [tile_begin, tile_end), every row
          * all those of [inner_begin, inner_end). From the last to the first: careful at the
-         * right edge and for one tile more, so that every row has an m; then fast; then careful
-         * at the left edge. The length can cut short the last tile alone, which comes first. */
+         * right edge and for one tile more, so that every row has an m, see rows_at_edge(); then
+         * fast; then careful at the left edge, where rows are masked alone. The length can cut
+         * short the last tile alone, which comes first. */
         const key_mask mask(params);
         const int tile_begin = mask.begin(at.block_row) / TILE_N;
         const int tile_end = max(tile_begin, ceil_div(mask.end(block_row1), TILE_N));
@@ -127,7 +130,8 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
 
 #pragma unroll 1
                 for (int n = 0; n < TILE_N; n += SUB_N) {
-                    const int key = (tile_end - 1 - i) * TILE_N + n, row = not_before(at.lane_row);
+                    const int tile_key = (tile_end - 1 - i) * TILE_N, key = tile_key + n;
+                    const int row = not_before(at.lane_row);
                     if (key + SUB_N <= mask.begin(at.warp_row) ||
                         key >= mask.end(at.warp_row + WARP_M - 1))
                         continue;
@@ -136,9 +140,10 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                     float S_rmem[M_FRAGS][S_FRAGS][4];
                     unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
                     scores(S_rmem, Q_rmem, K_sub_smem);
-                    mask_scores(S_rmem, mask, row, key + 2 * quad_lane(), params.scale_log2);
-                    raise_max(O_rmem, l_rmem, m_rmem, S_rmem);
-                    exponentials(P_rmem, l_rmem, S_rmem, m_rmem, 1.0f);
+                    mask_scores(S_rmem, mask, row, key + 2 * quad_lane(), params.hidden_score);
+                    const unsigned raised = rows_of_lane(redo) | rows_at_edge(mask, row, tile_key);
+                    raise_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2, raised);
+                    exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, raised);
                     if (nonfinite) {
                         add_values_seen(O_rmem, P_rmem, V_sub_smem, mask, row, key);
                         load_queries(Q_rmem, params); /* again: that took Q's registers */
@@ -167,7 +172,10 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
         }
         /* Barrier: all of the block start again or none, and not before all warps are done with
          * the ring. */
-        if (again || !__syncthreads_or(out_of_range(O_rmem, l_rmem)))
+        if (again)
+            break;
+        redo = out_of_range(O_rmem, l_rmem);
+        if (!__syncthreads_or(redo))
             break;
     }
 

@@ -34,12 +34,9 @@ struct key_mask {
     }
 };
 
-/* S = S * scale_log2, or -inf where the mask hides the key. `row` and `key` are those of
- * S_rmem[0][0][0]. The order matters: scaling an -inf by a scale of zero or less would not hide
- * anything. */
+/* S, but `hidden` where the mask hides the key. `row` and `key` are those of S_rmem[0][0][0]. */
 __device__ __forceinline__ void mask_scores(float (&S_rmem)[M_FRAGS][S_FRAGS][4],
-                                            const key_mask &mask, int row, int key,
-                                            float scale_log2)
+                                            const key_mask &mask, int row, int key, float hidden)
 {
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
@@ -51,16 +48,28 @@ __device__ __forceinline__ void mask_scores(float (&S_rmem)[M_FRAGS][S_FRAGS][4]
             for (int n = 0; n < S_FRAGS; n++)
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    float &s = S_rmem[m][n][2 * half + e];
                     const bool seen = 8 * n + e < end && (!MASK_LEFT || 8 * n + e >= begin);
-                    s = seen ? s * scale_log2 : -INF;
+                    if (!seen)
+                        S_rmem[m][n][2 * half + e] = hidden;
                 }
         }
 }
 
+/* The rows of this lane that raise m at the tile whose first key is `key`: at their right edge, and
+ * for one tile more. */
+__device__ __forceinline__ unsigned rows_at_edge(const key_mask &mask, int row, int key)
+{
+    unsigned rows = 0;
+#pragma unroll
+    for (int r = 0; r < 2 * M_FRAGS; r++)
+        rows |= (mask.end(row + 8 * r) < key + 2 * TILE_N) << r;
+    return rows;
+}
+
 /* add_values() where V holds inf or NaN: 0 * NaN is NaN, so a probability of zero does not hide
  * such a value. One key at a time: an mma on V with all other keys zeroed, added only to the
- * rows that see the key. `row` is that of O_rmem[0][0][0], `key` the first of the sub-tile. */
+ * rows that see the key. `row` is that of O_rmem[0][0][0], `key` the first of the sub-tile.
+ * The sums have another order then: the one case in which a row's last bits depend on its block. */
 __device__ __forceinline__ void add_values_seen(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
                                                 const unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4],
                                                 unsigned V_smem, const key_mask &mask, int row,

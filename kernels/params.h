@@ -36,10 +36,12 @@ struct fa_forward_params {
     int group_heads;  /* (batch, head) pairs that run together, see query_place in forward.cuh */
     int window_left;  /* keys a query sees before its diagonal; read only where MASK_LEFT */
     int window_right; /* and after it; read only where MASK_RIGHT, 0 for causal */
-    float scale_log2; /* softmax_scale * log2(e) */
+    float scale_log2; /* softmax_scale * log2(e), not 0 */
+    float
+        hidden_score; /* of a key that a query does not see: its product with scale_log2 is -inf */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 176, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 184, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -52,6 +54,6 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 448, "192 for the first 176, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 448, "192 for the first 184, then maps");
 
 #endif
