@@ -18,8 +18,9 @@ static PyObject *reasons_of(const struct fa_plan *plan)
 
 static PyObject *explain_cpu(void)
 {
-    return Py_BuildValue("{s:s,s:i,s:{s:s}}", "kernel", "cpu", "threads", fa_cpu_count(), "reasons",
-                         "kernel", "CPU tensors run the reference implementation in C");
+    return Py_BuildValue("{s:s,s:i,s:{s:s,s:s}}", "kernel", "cpu", "threads", fa_cpu_count(),
+                         "reasons", "kernel", "CPU tensors run the reference implementation in C",
+                         "pack_gqa", "of no concern: it never changes a result, and here no speed");
 }
 
 PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem, int arch)
@@ -31,13 +32,14 @@ PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem, i
         return NULL;
     char name[FA_VARIANT_NAME_SIZE];
     fa_variant_name(&plan.variant, name);
-    return Py_BuildValue(
-        "{s:s,s:s,s:N,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:N}", "kernel",
-        fa_variant_kernel(&plan.variant), "variant", name, "options",
-        fa_kernels_options(&plan.variant), "tile_m", plan.tile_m, "tile_n", plan.variant.tile_n,
-        "warps", plan.variant.warps, "stages", plan.variant.stages, "blocks", plan.blocks,
-        "group_heads", plan.group_heads, "smem_bytes", plan.smem_bytes, "smem_request",
-        plan.smem_request, "blocks_per_sm", plan.blocks_per_sm, "reasons", reasons_of(&plan));
+    return Py_BuildValue("{s:s,s:s,s:N,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:O,s:N}", "kernel",
+                         fa_variant_kernel(&plan.variant), "variant", name, "options",
+                         fa_kernels_options(&plan.variant), "tile_m", plan.tile_m, "tile_n",
+                         plan.variant.tile_n, "warps", plan.variant.warps, "stages",
+                         plan.variant.stages, "blocks", plan.blocks, "group_heads",
+                         plan.group_heads, "smem_bytes", plan.smem_bytes, "smem_request",
+                         plan.smem_request, "blocks_per_sm", plan.blocks_per_sm, "pack_gqa",
+                         plan.variant.pack_gqa ? Py_True : Py_False, "reasons", reasons_of(&plan));
 }
 
 PyObject *fa_explain_devices(struct fa_state *state)

@@ -56,6 +56,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
                                                const struct fa_plan *plan)
 {
     const struct fa_shape *shape = &problem->shape;
+    const int heads_per_kv = shape->heads_q / shape->heads_kv;
     return (struct fa_forward_params){
         .q = problem->q.data,
         .k = problem->k.data,
@@ -67,8 +68,9 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .v_stride = outer_strides(&problem->v),
         .out_stride = outer_strides(&problem->out),
         .batch = shape->batch,
-        .heads_q = shape->heads_q,
-        .heads_per_kv = shape->heads_q / shape->heads_kv,
+        .heads = plan->variant.pack_gqa ? shape->heads_kv : shape->heads_q,
+        .heads_per_kv = heads_per_kv,
+        .heads_per_kv_inverse = (unsigned)(((1LL << 32) + heads_per_kv - 1) / heads_per_kv),
         .seqlen_q = shape->seqlen_q,
         .seqlen_k = shape->seqlen_k,
         .m_blocks = plan->m_blocks,
@@ -119,6 +121,24 @@ static int make_params(struct fa_driver *driver, const struct fa_problem *proble
     return encode_tensor_map(driver, &problem->v, tile_n, &params->v_map);
 }
 
+/* Nothing that was asked for is dropped silently: one warning per process and reason. 0 or -1. */
+static int warn_of_dropped(struct fa_state *state, const struct fa_plan *plan)
+{
+    for (int i = 0; i < plan->reason_count; i++) {
+        const struct fa_reason *reason = &plan->reasons[i];
+        int seen = 0;
+        while (seen < state->warned_count && state->warned[seen] != reason->why)
+            seen++;
+        if (!reason->dropped || seen < state->warned_count || seen == FA_MAX_WARNINGS)
+            continue;
+        state->warned[state->warned_count++] = reason->why;
+        if (PyErr_WarnFormat(PyExc_UserWarning, 1, "%s was asked for and is dropped: %s",
+                             reason->choice, reason->why) < 0)
+            return -1;
+    }
+    return 0;
+}
+
 int fa_launch_forward(struct fa_state *state, const struct fa_problem *problem)
 {
     const int ordinal = problem->q.device_id;
@@ -130,6 +150,8 @@ int fa_launch_forward(struct fa_state *state, const struct fa_problem *problem)
         return -1;
     if (plan.blocks == 0)
         return 0;
+    if (warn_of_dropped(state, &plan) < 0)
+        return -1;
 
     bool pushed;
     if (fa_driver_enter(driver, &driver->devices[ordinal], &pushed) < 0)

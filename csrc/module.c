@@ -21,7 +21,7 @@ PyObject *fa_state_import(PyObject **slot, const char *name)
 
 /* The positional arguments that forward() and explain() share, in the order of struct fa_arguments;
  * one of their own follows. */
-#define SHARED_ARGUMENTS 8
+#define SHARED_ARGUMENTS 9
 
 /* Reads the shared arguments. 0, or -1 with the exception set; fa_problem_release in both cases. */
 static int read_call(PyObject *module, const char *function, PyObject *const *args,
@@ -33,8 +33,8 @@ static int read_call(PyObject *module, const char *function, PyObject *const *ar
                      SHARED_ARGUMENTS + 1, (int)count);
         return -1;
     }
-    const struct fa_arguments arguments = {args[0], args[1], args[2], args[3],
-                                           args[4], args[5], args[6], args[7]};
+    const struct fa_arguments arguments = {args[0], args[1], args[2], args[3], args[4],
+                                           args[5], args[6], args[7], args[8]};
     return fa_problem_read(PyModule_GetState(module), &arguments, problem);
 }
 
@@ -107,10 +107,11 @@ static PyObject *tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(un
 
 static PyMethodDef METHODS[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL,
-     "forward(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, return_lse) -> "
-     "(out, lse)"},
+     "forward(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, pack_gqa, "
+     "return_lse) -> (out, lse)"},
     {"explain", (PyCFunction)(void (*)(void))explain, METH_FASTCALL,
-     "explain(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, arch) -> dict"},
+     "explain(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, pack_gqa, "
+     "arch) -> dict"},
     {"devices", devices, METH_NOARGS, "devices() -> (driver version, [device, ...])"},
     {"use_tiles", use_tiles, METH_O, "use_tiles(rows) -> None"},
     {"tiles", tiles, METH_NOARGS, "tiles() -> [row, ...]"},

@@ -9,6 +9,9 @@
 
 #define FA_UNBOUNDED INT32_MAX /* a window side without an end */
 
+/* Whether the query heads of one KV head share the rows of a block: up to the plan, yes, no. */
+enum fa_pack_gqa { FA_PACK_AUTO, FA_PACK_ALWAYS, FA_PACK_NEVER };
+
 /* What the call computes, apart from where its data lies: all that a plan depends on. */
 struct fa_shape {
     enum fa_dtype dtype;
@@ -20,7 +23,8 @@ struct fa_shape {
     float softmax_scale;
     float softcap; /* 0: none */
     bool has_sink;
-    bool tma_strides; /* tensor maps can describe where K and V lie */
+    enum fa_pack_gqa pack_gqa; /* as the caller asked */
+    bool tma_strides;          /* tensor maps can describe where K and V lie */
 };
 
 struct fa_problem {
@@ -35,7 +39,7 @@ struct fa_problem {
 
 /* The arguments of flash_attn_func as Python gave them. */
 struct fa_arguments {
-    PyObject *q, *k, *v, *softmax_scale, *causal, *window_size, *softcap, *sink;
+    PyObject *q, *k, *v, *softmax_scale, *causal, *window_size, *softcap, *sink, *pack_gqa;
 };
 
 /* Reads and checks all arguments into a zeroed problem; out and lse are not allocated yet. 0, or -1

@@ -18,6 +18,7 @@ def forward(
     window_size: tuple[int | None, int | None],
     softcap: float,
     learnable_sink: Any | None,
+    pack_gqa: bool | None,
     return_lse: bool,
     /,
 ) -> tuple[Any, Any | None]: ...
@@ -30,6 +31,7 @@ def explain(
     window_size: tuple[int | None, int | None],
     softcap: float,
     learnable_sink: Any | None,
+    pack_gqa: bool | None,
     arch: int,
     /,
 ) -> dict[str, Any]: ...

@@ -59,7 +59,11 @@ def flash_attn_func(
         softcap: scores become ``softcap * tanh(score / softcap)``; 0 is none. CPU only so far.
         deterministic: accepted; the forward is always bitwise reproducible.
         return_lse: also return the log-sum-exp of the scores.
-        qv, gather_kv_indices, num_splits, pack_gqa, score_mod, score_mod_bwd, mask_mod,
+        pack_gqa: the query heads of one KV head share the blocks of query rows, which then are full
+            where queries are few, as in decoding; never changes a bit of the result. None: where
+            that takes fewer blocks. True asks for it, and warns once where it cannot be; False
+            forbids it.
+        qv, gather_kv_indices, num_splits, score_mod, score_mod_bwd, mask_mod,
             aux_tensors, aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd: as in
             FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
 
@@ -79,7 +83,6 @@ def flash_attn_func(
         qv is not None
         or gather_kv_indices is not None
         or num_splits != 1
-        or pack_gqa
         or score_mod is not None
         or score_mod_bwd is not None
         or mask_mod is not None
@@ -92,7 +95,6 @@ def flash_attn_func(
             qv=qv,
             gather_kv_indices=gather_kv_indices,
             num_splits=num_splits if num_splits != 1 else None,
-            pack_gqa=pack_gqa or None,
             score_mod=score_mod,
             score_mod_bwd=score_mod_bwd,
             mask_mod=mask_mod,
@@ -111,7 +113,16 @@ def flash_attn_func(
             "flash_attn_func has no backward yet: call it under torch.no_grad(), or detach q, k, v"
         )
     return _C.forward(
-        q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, return_lse
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        learnable_sink,
+        pack_gqa,
+        return_lse,
     )
 
 
@@ -137,6 +148,7 @@ class Plan:
     smem_bytes: int | None = None  # shared memory that a block uses
     smem_request: int | None = None  # and asks for: more where FA_SM120_LIMITS pads it
     blocks_per_sm: int | None = None
+    pack_gqa: bool | None = None  # the query heads of one KV head share blocks
     reasons: dict[str, str] = field(default_factory=dict)  # choice -> why
 
     def __str__(self) -> str:
@@ -155,12 +167,13 @@ def explain(
     window_size: Window = (None, None),
     learnable_sink: Tensor | None = None,
     softcap: float = 0.0,
+    pack_gqa: bool | None = None,
     arch: int | None = None,
 ) -> Plan:
     """The plan of ``flash_attn_func(q, k, v, ...)``, with the reason for every choice.
 
     Args:
-        q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap: as in
+        q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap, pack_gqa: as in
             :func:`flash_attn_func`.
         arch: plan for this compute capability (120, 90, ...) instead of the device of ``q``, which
             needs no GPU.
@@ -169,6 +182,6 @@ def explain(
         The exceptions of :func:`flash_attn_func`.
     """
     plan = _C.explain(
-        q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, arch or 0
+        q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, pack_gqa, arch or 0
     )
     return Plan(**plan)

@@ -10,7 +10,8 @@
  *   WARPS, WARP_M          queries: WARP_M (16 or 32) rows per warp, TILE_M = WARPS * WARP_M in all
  *   TILE_N, SUB_N          keys: TILE_N per stage of the ring, SUB_N at a time through registers
  *   STAGES                 of the ring
- *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows */
+ *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
+ *   PACK_GQA               1: the query heads of one KV head share the rows of a block */
 #include "params.h"
 
 #include "ptx.cuh"

@@ -18,12 +18,13 @@
 
 #include "mask.cuh"
 
-/* The queries of this thread. Blocks that run at the same time should share K and V in the L2:
+/* The rows of this thread. Blocks that run at the same time should share K and V in the L2:
  * so group_heads (batch, head) pairs go through all their query blocks together, heads fastest.
  * With a right diagonal the last queries see the most keys: these blocks start first, and the
  * short ones fill the gaps at the end. */
 struct query_place {
-    int pair, batch, head;             /* pair = batch * heads_q + head */
+    int pair, batch;                   /* pair = batch * heads + the block's head */
+    int head, head_kv;                 /* the query head of row 0 */
     int block_row, warp_row, lane_row; /* first rows; the lane has every eighth after it */
 
     __device__ __forceinline__ explicit query_place(const fa_forward_params &params)
@@ -33,11 +34,13 @@ struct query_place {
         const int group_blocks = params.group_heads * params.m_blocks;
         const int pair0 = block / group_blocks * params.group_heads;
         const int in_group = block % group_blocks;
-        const int pairs = min(params.group_heads, params.batch * params.heads_q - pair0);
+        const int pairs = min(params.group_heads, params.batch * params.heads - pair0);
         const int rank = in_group / pairs;
         pair = pair0 + in_group % pairs;
-        batch = pair / params.heads_q;
-        head = pair % params.heads_q;
+        batch = pair / params.heads;
+        head = pair % params.heads;
+        head_kv = PACK_GQA ? head : head / params.heads_per_kv;
+        head *= PACK_GQA ? params.heads_per_kv : 1;
         block_row = (MASK_RIGHT ? params.m_blocks - 1 - rank : rank) * TILE_M;
         /* The shuffle tells the compiler that the number is the same in all of the warp. */
         const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
@@ -59,10 +62,11 @@ __device__ __forceinline__ void load_queries(unsigned (&Q_rmem)[M_FRAGS][D_STEPS
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = at.lane_row + 16 * m + 8 * half;
-            const element *Q_row = Q_gmem + row * params.q_stride.seqlen + quad_lane() * 2;
+            const element *Q_row =
+                Q_gmem + row_offset(params, params.q_stride, row) + quad_lane() * 2;
 #pragma unroll
             for (int chunk = 0; chunk < 2 * D_STEPS; chunk++) {
-                const bool exists = chunk < HEAD_DIM / 8 && row < params.seqlen_q;
+                const bool exists = chunk < HEAD_DIM / 8 && row < row_count(params);
                 Q_rmem[m][chunk / 2][chunk % 2 * 2 + half] =
                     exists ? *reinterpret_cast<const unsigned *>(Q_row + chunk * 8) : 0;
             }
@@ -86,8 +90,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
     for (bool again = false;; again = true) {
         /* ---- 1. Which queries. */
         const query_place at(params);
-        const int head_kv = at.head / params.heads_per_kv;
-        const int block_row1 = min(at.block_row + TILE_M, params.seqlen_q) - 1; /* the last one */
+        const int block_row1 = min(at.block_row + TILE_M, row_count(params)) - 1; /* the last one */
 
         /* ---- 2. Which keys: any row sees those of the tiles [tile_begin, tile_end), every row
          * all those of [inner_begin, inner_end). From the last to the first: careful at the
@@ -104,7 +107,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
         int careful_end = again ? tiles : min(tile_end - inner_end + 1, tiles);
 
         /* ---- 3. Start the ring. A warp that only feeds it goes straight to the last barrier. */
-        ring.start({at.batch, head_kv, tile_end, tiles});
+        ring.start({at.batch, at.head_kv, tile_end, tiles});
         if (ring.is_producer()) {
             ring.feed();
             if (again || !__syncthreads_or(false))
@@ -194,7 +197,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
             l += __shfl_xor_sync(0xffffffff, l, 2);
             const float inverse = l == 0.0f ? 0.0f : 1.0f / l; /* 0: no keys */
             const int row = to.lane_row + 16 * m + 8 * half;
-            element *out_row = out_gmem + row * params.out_stride.seqlen;
+            element *out_row = out_gmem + row_offset(params, params.out_stride, row);
 #pragma unroll
             for (int n = 0; n < O_FRAGS; n += 4) {
                 unsigned word[4];
@@ -204,20 +207,23 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                     word[c] = pack(O[0] * inverse, O[1] * inverse);
                 }
                 const uint4 chunk = quad_transpose(word[0], word[1], word[2], word[3]);
-                if (row < params.seqlen_q && n + quad_lane() < O_FRAGS)
+                if (row < row_count(params) && n + quad_lane() < O_FRAGS)
                     *reinterpret_cast<uint4 *>(out_row + (n + quad_lane()) * 8) = chunk;
             }
         }
     if (params.lse && quad_lane() == 0) {
-        float *lse_gmem = params.lse + static_cast<fa_int64>(to.pair) * params.seqlen_q;
+        const fa_strides stride = {0, 1, params.seqlen_q};
+        const fa_int64 head = PACK_GQA ? fa_int64{to.pair} * params.heads_per_kv : to.pair;
+        float *lse_gmem = params.lse + head * stride.head;
 #pragma unroll
         for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int row = to.lane_row + 16 * m + 8 * half;
                 const float l = l_rmem[m][half];
-                if (row < params.seqlen_q)
-                    lse_gmem[row] = l == 0.0f ? -INF : (m_rmem[m][half] + log2_approx(l)) * LN2;
+                if (row < row_count(params))
+                    lse_gmem[row_offset(params, stride, row)] =
+                        l == 0.0f ? -INF : (m_rmem[m][half] + log2_approx(l)) * LN2;
             }
     }
 }

@@ -4,12 +4,33 @@
 
 #include "softmax.cuh"
 
+/* The rows of a head's tiles are its queries. With PACK_GQA they are those of all query heads of
+ * a KV head, heads fastest: row = query * heads_per_kv + head. Division by multiplication is exact
+ * while row * heads_per_kv < 2^32, which csrc/plan.c sees to. */
+__device__ __forceinline__ int row_count(const fa_forward_params &params)
+{
+    return PACK_GQA ? params.seqlen_q * params.heads_per_kv : params.seqlen_q;
+}
+__device__ __forceinline__ int query_of(const fa_forward_params &params, int row)
+{
+    return PACK_GQA ? __umulhi(row, params.heads_per_kv_inverse) : row;
+}
+/* How far a row lies from row 0 of its tensor. */
+__device__ __forceinline__ fa_int64 row_offset(const fa_forward_params &params,
+                                               const fa_strides &stride, int row)
+{
+    const int query = query_of(params, row);
+    const int head = row - query * params.heads_per_kv;
+    return query * stride.seqlen + (PACK_GQA ? head * stride.head : 0);
+}
+
 /* Query i sees key j if i + left <= j <= i + right and j < keys: diagonals aligned to the
  * bottom right. */
 struct key_mask {
+    const fa_forward_params &params;
     int left, right, keys;
 
-    __device__ __forceinline__ explicit key_mask(const fa_forward_params &params)
+    __device__ __forceinline__ explicit key_mask(const fa_forward_params &params) : params(params)
     {
         /* A window as long as the sequence is no window: the cut keeps the sums below from
          * overflowing. */
@@ -22,11 +43,11 @@ struct key_mask {
     /* The first key that row sees, and the one after the last, if these are keys at all. */
     __device__ __forceinline__ int begin(int row) const
     {
-        return MASK_LEFT ? max(row + left, 0) : 0;
+        return MASK_LEFT ? max(query_of(params, row) + left, 0) : 0;
     }
     __device__ __forceinline__ int end(int row) const
     {
-        return MASK_RIGHT ? max(min(row + right + 1, keys), 0) : keys;
+        return MASK_RIGHT ? max(min(query_of(params, row) + right + 1, keys), 0) : keys;
     }
     __device__ __forceinline__ bool sees(int row, int key) const
     {

@@ -30,15 +30,16 @@ struct fa_forward_params {
     void *out;     /* [batch, seqlen_q, heads_q, head_dim_v] */
     float *lse;    /* [batch, heads_q, seqlen_q], contiguous, natural log; NULL: not wanted */
     struct fa_strides q_stride, k_stride, v_stride, out_stride;
-    int batch, heads_q, heads_per_kv; /* heads_per_kv = heads_q / heads_kv */
+    int batch, heads; /* heads that blocks go over: heads_q, or heads_kv where PACK_GQA */
+    int heads_per_kv; /* heads_q / heads_kv */
     int seqlen_q, seqlen_k;
-    int m_blocks;     /* ceil(seqlen_q / TILE_M) */
+    int m_blocks;     /* ceil(rows / TILE_M), rows as row_count() in mask.cuh counts them */
     int group_heads;  /* (batch, head) pairs that run together, see query_place in forward.cuh */
     int window_left;  /* keys a query sees before its diagonal; read only where MASK_LEFT */
     int window_right; /* and after it; read only where MASK_RIGHT, 0 for causal */
-    float scale_log2; /* softmax_scale * log2(e), not 0 */
-    float
-        hidden_score; /* of a key that a query does not see: its product with scale_log2 is -inf */
+    unsigned heads_per_kv_inverse; /* ceil(2^32 / heads_per_kv); read only where PACK_GQA */
+    float scale_log2;              /* softmax_scale * log2(e), not 0 */
+    float hidden_score;            /* of a key that a query does not see: scaled, it is -inf */
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 184, "host and device disagree on the layout");

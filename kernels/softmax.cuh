@@ -17,7 +17,7 @@ constexpr float LN2 = 0.693147180559945f;
 constexpr float ABOVE_MAXIMUM = DTYPE_BF16 ? 16.0f : 0.0f;
 
 /* The m of a row that has not seen any key. Finite, so that nothing becomes NaN: a hidden key
- * (-inf) has p = 0, and a visible one, where m is not raised, a p of +inf, which is out of range. */
+ * (-inf) has p = 0, and a visible one, where m stays as it is, a p of +inf: out of range. */
 constexpr float NO_KEY_YET = -3.4028234e38f;
 
 /* A thread's sum of exponentials may reach this: bf16 and fp32 hold the numbers up to 2^128. */
@@ -72,7 +72,7 @@ __device__ __forceinline__ void exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS
         }
 }
 
-/* The rows of the warp with a sum or a value that is inf, NaN, or so large that it may have been. */
+/* The rows of the warp with a sum or a value that is inf, NaN, or large enough to have been. */
 __device__ __forceinline__ unsigned out_of_range(const float (&O_rmem)[M_FRAGS][O_FRAGS][4],
                                                  const float (&l_rmem)[M_FRAGS][2])
 {
@@ -97,8 +97,8 @@ __device__ __forceinline__ unsigned out_of_range(const float (&O_rmem)[M_FRAGS][
     return __shfl_sync(0xffffffff, rows, 0);
 }
 
-/* In the rows of the set, S = S * scale, and m = the maximum of what it was and S; O and l follow. S
- * is rounded here, and not within an FMA, so that p of the maximum is a power of two. */
+/* In the rows of the set, S = S * scale, and m = the maximum of what it was and S; O and l follow.
+ * S is rounded here, and not within an FMA, so that p of the maximum is a power of two. */
 __device__ __forceinline__ void raise_max(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
                                           float (&l_rmem)[M_FRAGS][2], float (&m_rmem)[M_FRAGS][2],
                                           float (&S_rmem)[M_FRAGS][S_FRAGS][4], float scale,

@@ -168,7 +168,7 @@ int cuLaunchKernelEx(const struct config *config, void *kernel, void **parameter
             depth ? (long)(stack[depth - 1] - contexts) : -1, depth, (long long)config->stream);
     fprintf(file, "\"grid\": %u, \"block\": %u, \"shared\": %u, ", config->grid[0],
             config->block[0], config->shared_bytes);
-    fprintf(file, "\"batch\": %d, \"heads_q\": %d, \"heads_per_kv\": %d, ", p->batch, p->heads_q,
+    fprintf(file, "\"batch\": %d, \"heads\": %d, \"heads_per_kv\": %d, ", p->batch, p->heads,
             p->heads_per_kv);
     fprintf(file, "\"seqlen_q\": %d, \"seqlen_k\": %d, ", p->seqlen_q, p->seqlen_k);
     fprintf(file, "\"m_blocks\": %d, \"group_heads\": %d, ", p->m_blocks, p->group_heads);

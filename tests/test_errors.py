@@ -94,6 +94,7 @@ BAD_SCALARS = {
     "window int": ({"window_size": 3}, TypeError, "window_size must be a tuple"),
     "window triple": ({"window_size": (1, 2, 3)}, TypeError, "window_size must be a tuple"),
     "window float": ({"window_size": (1.5, None)}, TypeError, "window_size must hold integers or None, got 1.5"),
+    "pack_gqa": ({"pack_gqa": 1}, TypeError, "pack_gqa must be True, False or None, got 1"),
     "sink rank": ({"learnable_sink": torch.zeros(1, 4)}, ValueError, "learnable_sink must have 1 dimension, got 2"),
     "sink size": ({"learnable_sink": torch.zeros(3)}, ValueError, "learnable_sink must have q's heads 4 .*, got 3"),
     "sink dtype": ({"learnable_sink": torch.zeros(4).int()}, TypeError, "learnable_sink must be float16"),
@@ -117,7 +118,6 @@ def test_bad_scalars(device, case):
         ("gather_kv_indices", torch.zeros(1)),
         ("num_splits", 2),
         ("num_splits", 0),
-        ("pack_gqa", True),
         ("score_mod", lambda *a: a[0]),
         ("score_mod_bwd", lambda *a: a[0]),
         ("mask_mod", lambda *a: True),
@@ -205,7 +205,7 @@ print(explain(q, q, q, arch=120).tile_m)
 def test_function_arguments_are_counted():
     from flash_attn_sm120 import _C
 
-    with pytest.raises(TypeError, match=r"forward\(\) takes 9 arguments, got 2"):
+    with pytest.raises(TypeError, match=r"forward\(\) takes 10 arguments, got 2"):
         _C.forward(1, 2)
-    with pytest.raises(TypeError, match=r"explain\(\) takes 9 arguments, got 0"):
+    with pytest.raises(TypeError, match=r"explain\(\) takes 10 arguments, got 0"):
         _C.explain()
