@@ -44,12 +44,19 @@ static struct fa_strides outer_strides(const struct fa_tensor *tensor)
     return (struct fa_strides){tensor->stride[0], tensor->stride[1], tensor->stride[2]};
 }
 
-/* The factor of the scores. Not 0, whose product with the infinite score of a hidden key is NaN:
- * the smallest number there is, whose product with any other score rounds away. */
-static float scale_log2(const struct fa_shape *shape)
+/* The numbers that take a score s to the exponent of 2. They keep away from the ends of fp32:
+ * 0 times the infinite score of a hidden key is NaN, the smallest number times any other score
+ * rounds away; and no score is near a cap of 2^100, which then changes none. */
+static void set_scales(const struct fa_shape *shape, struct fa_forward_params *params)
 {
-    const float scale = (float)(shape->softmax_scale * LOG2_E);
-    return scale != 0 ? scale : FLT_TRUE_MIN;
+    float factor = shape->softmax_scale;
+    if (shape->softcap != 0) {
+        factor = fminf(shape->softcap, 0x1p100f);
+        params->scale_in_cap = fmaxf(fminf(shape->softmax_scale / factor, FLT_MAX), -FLT_MAX);
+    }
+    const float scale_log2 = (float)(factor * LOG2_E);
+    params->scale_log2 = scale_log2 != 0 ? scale_log2 : FLT_TRUE_MIN;
+    params->hidden_score = params->scale_log2 > 0 ? -INFINITY : INFINITY;
 }
 
 static struct fa_forward_params forward_params(const struct fa_problem *problem,
@@ -77,8 +84,6 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .group_heads = plan->group_heads,
         .window_left = shape->window_left,
         .window_right = shape->window_right,
-        .scale_log2 = scale_log2(shape),
-        .hidden_score = scale_log2(shape) > 0 ? -INFINITY : INFINITY,
     };
 }
 
@@ -113,6 +118,7 @@ static int make_params(struct fa_driver *driver, const struct fa_problem *proble
                        const struct fa_plan *plan, struct fa_forward_tma_params *params)
 {
     params->forward = forward_params(problem, plan);
+    set_scales(&problem->shape, &params->forward);
     if (plan->variant.kernel != FA_KERNEL_FORWARD_TMA)
         return 0;
     const int tile_n = plan->variant.tile_n;

@@ -68,8 +68,6 @@ static int check_supported(const struct fa_shape *shape, const struct fa_device 
         return refuse(error, true,
                       "float32 is supported on the CPU alone; on CUDA q, k and v must be float16 "
                       "or bfloat16");
-    if (shape->softcap != 0)
-        return refuse(error, true, "softcap is not supported on CUDA yet");
     if (shape->has_sink)
         return refuse(error, true, "learnable_sink is not supported on CUDA yet");
     return 0;
@@ -234,6 +232,7 @@ static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile
         .producer = tile->producer,
         .mask_right = shape->window_right != FA_UNBOUNDED,
         .mask_left = shape->window_left != FA_UNBOUNDED,
+        .softcap = shape->softcap != 0,
         .pack_gqa = choose_packing(shape, plan->tile_m, plan),
     };
 }

@@ -11,13 +11,13 @@ const char *fa_variant_kernel(const struct fa_variant *variant)
 void fa_variant_name(const struct fa_variant *variant, char name[FA_VARIANT_NAME_SIZE])
 {
     static const char *const producers[] = {"_p0", "_p1", "_p2"};
-    snprintf(name, FA_VARIANT_NAME_SIZE, "%s_%s_d%d_dv%d_n%dx%d_w%dx%d_s%d%s%s%s%s",
+    snprintf(name, FA_VARIANT_NAME_SIZE, "%s_%s_d%d_dv%d_n%dx%d_w%dx%d_s%d%s%s%s%s%s",
              fa_variant_kernel(variant), variant->dtype_bf16 ? "bf16" : "fp16", variant->head_dim,
              variant->head_dim_v, variant->tile_n, variant->sub_n, variant->warps, variant->warp_m,
              variant->stages,
              variant->kernel == FA_KERNEL_FORWARD_TMA ? producers[variant->producer] : "",
              variant->mask_right ? "_right" : "", variant->mask_left ? "_left" : "",
-             variant->pack_gqa ? "_pack" : "");
+             variant->softcap ? "_cap" : "", variant->pack_gqa ? "_pack" : "");
 }
 
 void fa_variant_option(const struct fa_variant *variant, size_t i,

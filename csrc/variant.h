@@ -23,7 +23,8 @@ enum fa_producer { FA_PRODUCER_BARRIER, FA_PRODUCER_THREAD, FA_PRODUCER_WARP, FA
     X(producer, "PRODUCER")                                                                        \
     X(mask_right, "MASK_RIGHT")                                                                    \
     X(mask_left, "MASK_LEFT")                                                                      \
-    X(pack_gqa, "PACK_GQA")
+    X(pack_gqa, "PACK_GQA")                                                                        \
+    X(softcap, "SOFTCAP")
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */

@@ -56,7 +56,7 @@ def flash_attn_func(
             ``causal`` makes ``right`` 0.
         learnable_sink: ``(heads_q,)``: one more logit per head that takes part in the softmax and
             has no value (Xiao et al. 2023, https://arxiv.org/abs/2309.17453). CPU only so far.
-        softcap: scores become ``softcap * tanh(score / softcap)``; 0 is none. CPU only so far.
+        softcap: scores become ``softcap * tanh(score / softcap)``, before masks; 0 is none.
         deterministic: accepted; the forward is always bitwise reproducible.
         return_lse: also return the log-sum-exp of the scores.
         pack_gqa: the query heads of one KV head share the blocks of query rows, which then are full

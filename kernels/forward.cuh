@@ -143,6 +143,8 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                     float S_rmem[M_FRAGS][S_FRAGS][4];
                     unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
                     scores(S_rmem, Q_rmem, K_sub_smem);
+                    if (SOFTCAP)
+                        cap(S_rmem, params.scale_in_cap);
                     mask_scores(S_rmem, mask, row, key + 2 * quad_lane(), params.hidden_score);
                     const unsigned raised = rows_of_lane(redo) | rows_at_edge(mask, row, tile_key);
                     raise_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2, raised);
@@ -167,6 +169,8 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                     float S_rmem[M_FRAGS][S_FRAGS][4];
                     unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
                     scores(S_rmem, Q_rmem, ring.K_smem + n * K_layout::ROW_BYTES);
+                    if (SOFTCAP)
+                        cap(S_rmem, params.scale_in_cap);
                     exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2);
                     add_values(O_rmem, P_rmem, ring.V_smem + n * V_layout::ROW_BYTES);
                 }

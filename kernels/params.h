@@ -38,11 +38,12 @@ struct fa_forward_params {
     int window_left;  /* keys a query sees before its diagonal; read only where MASK_LEFT */
     int window_right; /* and after it; read only where MASK_RIGHT, 0 for causal */
     unsigned heads_per_kv_inverse; /* ceil(2^32 / heads_per_kv); read only where PACK_GQA */
-    float scale_log2;              /* softmax_scale * log2(e), not 0 */
-    float hidden_score;            /* of a key that a query does not see: scaled, it is -inf */
+    float scale_log2;   /* softmax_scale * log2(e), softcap * log2(e) where SOFTCAP; not 0 */
+    float hidden_score; /* of a key that a query does not see: scaled, it is -inf */
+    float scale_in_cap; /* softmax_scale / softcap; read only where SOFTCAP */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 184, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 192, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -55,6 +56,6 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 448, "192 for the first 184, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 448, "192, then maps");
 
 #endif

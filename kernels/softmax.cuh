@@ -48,6 +48,20 @@ __device__ __forceinline__ void clear(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
     }
 }
 
+/* S = tanh(S * scale): what is left of a capped score is a factor, which scale_log2 holds. tanhf()
+ * takes two steps of the special functions, where tanh.approx takes one: but that is off by 2^-11,
+ * and a cap of 50 makes 2% of p of it. */
+__device__ __forceinline__ void cap(float (&S_rmem)[M_FRAGS][S_FRAGS][4], float scale)
+{
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int n = 0; n < S_FRAGS; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                S_rmem[m][n][e] = tanhf(S_rmem[m][n][e] * scale);
+}
+
 /* P = 2^(S * scale - m), in the layout of the A operand of the next mma, and l += its row sums. The
  * rows of the set `scaled` are that already. */
 __device__ __forceinline__ void exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4],

@@ -74,7 +74,7 @@ CUDA = Device(
     "cuda",
     "cuda",
     (torch.bfloat16, torch.float16),
-    unsupported=("softcap", "learnable_sink"),
+    unsupported=("learnable_sink",),
     missing=why_no_cuda(),
 )
 EMULATOR = Device(

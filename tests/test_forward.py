@@ -204,6 +204,22 @@ def test_softcap(device, dtype, make_qkv, softcap, mask):
     )
 
 
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-30])
+def test_softcap_and_scale(device, dtype, make_qkv, scale):
+    q, k, v = make_qkv(1, 40, 70, 4, 2, dtype=dtype)
+    check(device, q, k, v, softcap=2.0, softmax_scale=scale, causal=True)
+
+
+def test_softcap_at_the_ends_of_fp32(device, dtype, make_qkv):
+    """A cap that no score is near changes none; one that all are beyond makes all but zeros equal."""
+    q, k, v = make_qkv(1, 40, 70, 4, 2, dtype=dtype)
+    for causal in (False, True):
+        out, lse = attend(device, q, k, v, softcap=3e38, causal=causal)
+        assert_close(out, lse, q, k, v, causal=causal)
+        out, lse = attend(device, torch.zeros_like(q), k, v, softcap=1e-44, causal=causal)
+        assert_close(out, lse, q, k, v, softmax_scale=0.0, causal=causal)
+
+
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @pytest.mark.parametrize("sink_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -15,7 +15,7 @@ from flash_attn_sm120 import explain, flash_attn_func
 RATIOS = [(4, 2), (6, 2), (4, 1), (14, 2), (8, 1), (13, 1)]
 MASKS = {
     "full": {},
-    "causal": {"causal": True},
+    "causal": {"causal": True, "softcap": 15.0},
     "window": {"window_size": (20, 3)},
     "below": {"window_size": (None, -10)},  # the rows at the top see no key
 }

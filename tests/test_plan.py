@@ -84,6 +84,19 @@ def test_masks_are_constants_of_the_variant():
         assert re.search(r"_s\d+(\w*)$", name)[1] == suffix
 
 
+def test_features_are_constants_of_the_variant():
+    q, k, v = shapes(seqlen_q=1, seqlen_k=512)
+    features = {
+        "_pack": {},
+        "_cap": {"pack_gqa": False, "softcap": 30.0},
+        "_cap_pack": {"softcap": 1},
+    }
+    for suffix, options in features.items():
+        plan = explain(q, k, v, **options, arch=120)
+        assert re.search(r"_s\d+(_p\d)?(\w*)$", plan.variant)[2] == suffix
+        assert f"-DSOFTCAP={int('_cap' in suffix)}" in plan.options
+
+
 def test_variant_names_are_unique_to_their_constants():
     seen = {}
     for head_dim, head_dim_v, causal in itertools.product(
