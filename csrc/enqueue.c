@@ -31,16 +31,19 @@ int fa_raise_plan_error(const struct fa_plan_error *error)
     return -1;
 }
 
-float fa_scale_log2(const struct fa_shape *shape)
+struct fa_scales fa_scales_of(const struct fa_shape *shape)
 {
     const double log2_e = 1.4426950408889634;
-    const float scale = (float)(shape->softmax_scale * log2_e);
-    return scale != 0 ? scale : FLT_TRUE_MIN;
-}
-
-float fa_hidden_score(const struct fa_shape *shape)
-{
-    return fa_scale_log2(shape) > 0 ? -INFINITY : INFINITY;
+    struct fa_scales scales = {0};
+    float factor = shape->softmax_scale;
+    if (shape->softcap != 0) {
+        factor = fminf(shape->softcap, 0x1p100f);
+        scales.scale_in_cap = fmaxf(fminf(shape->softmax_scale / factor, FLT_MAX), -FLT_MAX);
+    }
+    const float scale_log2 = (float)(factor * log2_e);
+    scales.scale_log2 = scale_log2 != 0 ? scale_log2 : FLT_TRUE_MIN;
+    scales.hidden_score = scales.scale_log2 > 0 ? -INFINITY : INFINITY;
+    return scales;
 }
 
 struct fa_strides fa_outer_strides(const struct fa_tensor *tensor)

@@ -15,11 +15,14 @@ int fa_planning_device(struct fa_state *state, int ordinal, int arch, struct fa_
 /* -1, with the exception that the error is. */
 int fa_raise_plan_error(const struct fa_plan_error *error);
 
-/* The factor of the scores, for powers of two: not 0, whose product with the infinite score of a
- * hidden key is NaN, but then the smallest number there is, whose product with any other score
- * rounds away. And that score: its product with the factor is -inf. */
-float fa_scale_log2(const struct fa_shape *shape);
-float fa_hidden_score(const struct fa_shape *shape);
+/* The numbers that take a score s to the exponent of 2, as kernels/params.h has them. They keep
+ * away from the ends of fp32: 0 times the infinite score of a hidden key is NaN, the smallest
+ * number times any other score rounds away; and no score is near a cap of 2^100, which then
+ * changes none. */
+struct fa_scales {
+    float scale_log2, hidden_score, scale_in_cap;
+};
+struct fa_scales fa_scales_of(const struct fa_shape *shape);
 
 struct fa_strides fa_outer_strides(const struct fa_tensor *tensor);
 

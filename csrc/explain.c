@@ -18,9 +18,10 @@ static PyObject *reasons_of(const struct fa_plan *plan)
 
 static PyObject *explain_cpu(void)
 {
-    return Py_BuildValue("{s:s,s:i,s:{s:s,s:s}}", "kernel", "cpu", "threads", fa_cpu_count(),
+    return Py_BuildValue("{s:s,s:i,s:{s:s,s:s,s:s}}", "kernel", "cpu", "threads", fa_cpu_count(),
                          "reasons", "kernel", "CPU tensors run the reference implementation in C",
-                         "num_splits", "the reference implementation splits no keys");
+                         "num_splits", "the reference implementation splits no keys", "pack_gqa",
+                         "of no concern: it never changes a result, and here no speed");
 }
 
 /* (kernel, variant, options): what the compiler makes a kernel of. */
@@ -37,7 +38,7 @@ static PyObject *explain_plan(const struct fa_plan *plan)
     const int64_t floats = split ? plan->combine.out_floats + plan->combine.lse_floats : 0;
     char name[FA_VARIANT_NAME_SIZE];
     fa_variant_name(&plan->variant, name);
-    return Py_BuildValue("{s:s,s:s,s:N,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:N,s:N}",
+    return Py_BuildValue("{s:s,s:s,s:N,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:N,s:O,s:N}",
                          "kernel", fa_variant_kernel(&plan->variant), "variant", name, "options",
                          fa_kernels_options(&plan->variant), "tile_m", plan->tile_m, "tile_n",
                          plan->variant.tile_n, "warps", plan->variant.warps, "stages",
@@ -45,8 +46,8 @@ static PyObject *explain_plan(const struct fa_plan *plan)
                          plan->group_heads, "smem_bytes", plan->smem_bytes, "smem_request",
                          plan->smem_request, "blocks_per_sm", plan->blocks_per_sm, "num_splits",
                          plan->parts, "workspace_bytes", (long long)floats * 4, "combine",
-                         split ? kernel_of(&plan->combine.variant) : Py_NewRef(Py_None), "reasons",
-                         reasons_of(plan));
+                         split ? kernel_of(&plan->combine.variant) : Py_NewRef(Py_None), "pack_gqa",
+                         plan->variant.pack_gqa ? Py_True : Py_False, "reasons", reasons_of(plan));
 }
 
 PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem, int arch)

@@ -20,6 +20,8 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
                                                const struct fa_plan *plan)
 {
     const struct fa_shape *shape = &problem->shape;
+    const struct fa_scales scales = fa_scales_of(shape);
+    const int heads_per_kv = shape->heads_q / shape->heads_kv;
     return (struct fa_forward_params){
         .q = problem->q.data,
         .k = problem->k.data,
@@ -32,8 +34,9 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .v_stride = fa_outer_strides(&problem->v),
         .out_stride = fa_outer_strides(&problem->out),
         .batch = shape->batch,
-        .heads_q = shape->heads_q,
-        .heads_per_kv = shape->heads_q / shape->heads_kv,
+        .heads = plan->variant.pack_gqa ? shape->heads_kv : shape->heads_q,
+        .heads_per_kv = heads_per_kv,
+        .heads_per_kv_inverse = (unsigned)(((1LL << 32) + heads_per_kv - 1) / heads_per_kv),
         .seqlen_q = shape->seqlen_q,
         .seqlen_k = shape->seqlen_k,
         .m_blocks = plan->m_blocks,
@@ -41,7 +44,9 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .group_heads = plan->group_heads,
         .window_left = shape->window_left,
         .window_right = shape->window_right,
-        .scale_log2 = fa_scale_log2(shape),
+        .scale_log2 = scales.scale_log2,
+        .hidden_score = scales.hidden_score,
+        .scale_in_cap = scales.scale_in_cap,
         .sink_dtype = (int)problem->sink.dtype,
     };
 }
@@ -116,6 +121,24 @@ static int launch_kernels(struct fa_driver *driver, const struct fa_problem *pro
                       &combining);
 }
 
+/* Nothing that was asked for is dropped silently: one warning per process and reason. 0 or -1. */
+static int warn_of_dropped(struct fa_state *state, const struct fa_plan *plan)
+{
+    for (int i = 0; i < plan->reason_count; i++) {
+        const struct fa_reason *reason = &plan->reasons[i];
+        int seen = 0;
+        while (seen < state->warned_count && state->warned[seen] != reason->why)
+            seen++;
+        if (!reason->dropped || seen < state->warned_count || seen == FA_MAX_WARNINGS)
+            continue;
+        state->warned[state->warned_count++] = reason->why;
+        if (PyErr_WarnFormat(PyExc_UserWarning, 1, "%s was asked for and is dropped: %s",
+                             reason->choice, reason->why) < 0)
+            return -1;
+    }
+    return 0;
+}
+
 int fa_launch_forward(struct fa_state *state, const struct fa_problem *problem)
 {
     const int ordinal = problem->q.device_id;
@@ -126,7 +149,8 @@ int fa_launch_forward(struct fa_state *state, const struct fa_problem *problem)
     void *stream;
     fa_plans_key(&problem->shape, ordinal, &state->tiles, &key);
     const bool is_kept = fa_plans_find(&state->plans, &key, &call);
-    if (!is_kept && fa_launch_plan(state, &problem->shape, ordinal, 0, &call.plan) < 0)
+    if (!is_kept && (fa_launch_plan(state, &problem->shape, ordinal, 0, &call.plan) < 0 ||
+                     warn_of_dropped(state, &call.plan) < 0))
         return -1;
     if (fa_tensor_stream(state, &problem->q, &stream) < 0)
         return -1;

@@ -24,6 +24,7 @@ static int make_params(const struct backward *call, struct fa_backward_params *p
     const struct fa_gradients *gradients = call->gradients;
     const struct fa_shape *shape = &problem->shape;
     const struct fa_backward_plan *plan = &call->plan;
+    const struct fa_scales scales = fa_scales_of(shape);
     *params = (struct fa_backward_params){
         .q = problem->q.data,
         .k = problem->k.data,
@@ -64,8 +65,9 @@ static int make_params(const struct backward *call, struct fa_backward_params *p
         .window_left = shape->window_left,
         .window_right = shape->window_right,
         .sink_dtype = (int)problem->sink.dtype,
-        .scale_log2 = fa_scale_log2(shape),
-        .hidden_score = fa_hidden_score(shape),
+        .scale_log2 = scales.scale_log2,
+        .hidden_score = scales.hidden_score,
+        .scale_in_cap = scales.scale_in_cap,
         .softmax_scale = shape->softmax_scale,
     };
     if (!plan->main.variant.tma)

@@ -31,7 +31,7 @@ static int check_count(const char *function, Py_ssize_t count, int expected)
 
 /* The positional arguments that forward() and explain() share, in the order of struct fa_arguments;
  * one of their own follows. */
-#define SHARED_ARGUMENTS 9
+#define SHARED_ARGUMENTS 10
 
 /* Reads the shared arguments. 0, or -1 with the exception set; fa_problem_release in both cases. */
 static int read_call(PyObject *module, const char *function, PyObject *const *args,
@@ -41,7 +41,7 @@ static int read_call(PyObject *module, const char *function, PyObject *const *ar
     if (check_count(function, count, SHARED_ARGUMENTS + 1) < 0)
         return -1;
     const struct fa_arguments arguments = {args[0], args[1], args[2], args[3], args[4],
-                                           args[5], args[6], args[7], args[8]};
+                                           args[5], args[6], args[7], args[8], args[9]};
     return fa_problem_read(PyModule_GetState(module), &arguments, problem);
 }
 
@@ -176,12 +176,13 @@ static PyObject *tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(un
 static PyMethodDef METHODS[] = {
     {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL,
      "forward(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, num_splits, "
-     "return_lse) -> (out, lse)"},
+     "pack_gqa, return_lse) -> (out, lse)"},
     {"backward", (PyCFunction)(void (*)(void))backward, METH_FASTCALL,
      "backward(dout, q, k, v, out, lse, dlse, softmax_scale, causal, window_size, softcap, "
      "learnable_sink, deterministic) -> (dq, dk, dv, dsink)"},
     {"explain", (PyCFunction)(void (*)(void))explain, METH_FASTCALL,
      "explain(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, num_splits, "
+     "pack_gqa, "
      "arch) -> dict"},
     {"devices", devices, METH_NOARGS, "devices() -> (driver version, [device, ...])"},
     {"use_tiles", use_tiles, METH_O, "use_tiles(rows) -> None"},

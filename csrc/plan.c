@@ -45,7 +45,14 @@ struct fa_device fa_device_of_arch(int arch)
 static void because(struct fa_plan *plan, const char *choice, const char *why)
 {
     if (plan->reason_count < FA_MAX_REASONS)
-        plan->reasons[plan->reason_count++] = (struct fa_reason){choice, why};
+        plan->reasons[plan->reason_count++] = (struct fa_reason){choice, why, false};
+}
+
+/* What the caller asked for, and cannot have. */
+static void drop(struct fa_plan *plan, const char *choice, const char *why)
+{
+    because(plan, choice, why);
+    plan->reasons[plan->reason_count - 1].dropped = true;
 }
 
 static int refuse(struct fa_plan_error *error, bool unsupported, const char *message)
@@ -63,8 +70,6 @@ int fa_plan_supports(const struct fa_shape *shape, const struct fa_device *devic
         return refuse(error, true,
                       "float32 is supported on the CPU alone; on CUDA q, k and v must be float16 "
                       "or bfloat16");
-    if (shape->softcap != 0)
-        return refuse(error, true, "softcap is not supported on CUDA yet");
     return 0;
 }
 
@@ -78,6 +83,8 @@ static int forward_smem(const struct fa_shape *shape, const struct fa_tile *tile
     const int stage = tile->tile_n * row * 2 + (tile->kernel == FA_KERNEL_FORWARD_TMA ? 2 * 8 : 0);
     return tile->stages * stage;
 }
+
+static int heads_per_kv(const struct fa_shape *shape) { return shape->heads_q / shape->heads_kv; }
 
 /* Query rows of all heads for each multiprocessor; expanded tensors can have more than 2^63. */
 static double rows_per_sm(const struct fa_shape *shape, const struct fa_device *device)
@@ -101,7 +108,7 @@ static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape,
 #define SAME(wanted, value)  ((wanted) == FA_ANY || (wanted) == (value))
     return (row->arch == FA_ANY || row->arch / 10 == device->arch / 10) &&
            WITHIN(row->head_dim, shape->head_dim) && WITHIN(row->head_dim_v, shape->head_dim_v) &&
-           WITHIN(row->heads_per_kv, shape->heads_q / shape->heads_kv) &&
+           WITHIN(row->heads_per_kv, heads_per_kv(shape)) &&
            WITHIN(row->seqlen_q, shape->seqlen_q) &&
            WITHIN(row->rows_per_sm, rows_per_sm(shape, device)) &&
            SAME(row->mask_right, fa_shape_has_right_mask(shape)) &&
@@ -174,9 +181,53 @@ static bool choose_tile(const struct fa_shape *shape, const struct fa_device *de
     return true;
 }
 
+/* Query rows for which blocks go over K and V once: of a head, or of all that share a KV head. */
+static int64_t rows(const struct fa_shape *shape, bool packed)
+{
+    return (int64_t)shape->seqlen_q * (packed ? heads_per_kv(shape) : 1);
+}
+
+/* Whether a call that may be packed gains from it: where it takes noticeably fewer blocks, because
+ * those of a single head are partly empty. Each goes over all of K and V, so its time hardly
+ * depends on how many of its rows there are. The rule and the 0.9 are those of FlashAttention-3
+ * (should_pack_gqa() in hopper/heuristics.h): packed rows lie further apart in memory. */
+static bool packing_pays(const struct fa_shape *shape, int tile_m)
+{
+    const int64_t packed = CEIL_DIV(rows(shape, true), tile_m);
+    const int64_t unpacked = CEIL_DIV(rows(shape, false), tile_m) * heads_per_kv(shape);
+    return 10 * packed < 9 * unpacked;
+}
+
+static bool choose_packing(const struct fa_shape *shape, int tile_m, struct fa_plan *plan)
+{
+    const int ratio = heads_per_kv(shape);
+    const char *why_not = NULL;
+    if (ratio == 1)
+        why_not = "not packed: each KV head has one query head";
+    else if (rows(shape, true) > INT32_MAX / ratio)
+        why_not = "not packed: seqlen_q times the square of the query heads per KV head is 2^31 "
+                  "or more, and rows are divided in 32 bits";
+    if (shape->pack_gqa == FA_PACK_ALWAYS && why_not)
+        drop(plan, "pack_gqa", why_not);
+    else if (shape->pack_gqa == FA_PACK_ALWAYS)
+        because(plan, "pack_gqa", "packed, as the call asks");
+    else if (shape->pack_gqa == FA_PACK_NEVER)
+        because(plan, "pack_gqa", "not packed, as the call asks");
+    else if (why_not)
+        because(plan, "pack_gqa", why_not);
+    else if (packing_pays(shape, tile_m))
+        because(plan, "pack_gqa", "packed: blocks of one query head would be partly empty");
+    else
+        because(plan, "pack_gqa", "not packed: blocks of one query head are full enough");
+    return !why_not && (shape->pack_gqa == FA_PACK_ALWAYS ||
+                        (shape->pack_gqa == FA_PACK_AUTO && packing_pays(shape, tile_m)));
+}
+
 static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile,
                         struct fa_plan *plan)
 {
+    plan->tile_m = tile->warps * tile->warp_m;
+    plan->threads = (tile->warps + (tile->producer == FA_PRODUCER_WARP)) * 32;
     plan->variant = (struct fa_variant){
         .kernel = tile->kernel,
         .dtype_bf16 = shape->dtype == FA_BFLOAT16,
@@ -190,14 +241,14 @@ static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile
         .producer = tile->producer,
         .mask_right = fa_shape_has_right_mask(shape),
         .mask_left = fa_shape_has_left_mask(shape),
+        .softcap = shape->softcap != 0,
+        .pack_gqa = choose_packing(shape, plan->tile_m, plan),
     };
-    plan->tile_m = tile->warps * tile->warp_m;
-    plan->threads = (tile->warps + (tile->producer == FA_PRODUCER_WARP)) * 32;
 }
 
 /* Blocks run group by group, so that the K and V that a group reads fill at most half of the L2.
  * All groups are equal: a smaller last one would leave multiprocessors idle at the end. */
-static int group_heads(const struct fa_shape *shape, const struct fa_device *device)
+static int group_heads(const struct fa_shape *shape, const struct fa_device *device, bool packed)
 {
     const int64_t kv_heads = (int64_t)shape->batch * shape->heads_kv;
     const int64_t kv_bytes = (int64_t)shape->seqlen_k * (shape->head_dim + shape->head_dim_v) * 2;
@@ -205,19 +256,20 @@ static int group_heads(const struct fa_shape *shape, const struct fa_device *dev
     int64_t in_group = MIN(kv_heads, fit);
     while (in_group > 1 && kv_heads % in_group != 0)
         in_group--;
-    return (int)(in_group * (shape->heads_q / shape->heads_kv));
+    return (int)(in_group * (packed ? 1 : heads_per_kv(shape)));
 }
 
 static int set_grid(const struct fa_shape *shape, const struct fa_device *device,
                     struct fa_plan *plan, struct fa_plan_error *error)
 {
-    const int64_t heads = (int64_t)shape->batch * shape->heads_q;
-    plan->m_blocks = CEIL_DIV(shape->seqlen_q, plan->tile_m);
+    const bool packed = plan->variant.pack_gqa;
+    const int64_t heads = (int64_t)shape->batch * (packed ? shape->heads_kv : shape->heads_q);
+    plan->m_blocks = (int)CEIL_DIV(rows(shape, packed), plan->tile_m);
     if (heads > INT32_MAX || heads * plan->m_blocks > INT32_MAX)
         return refuse(error, false,
                       "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
     plan->blocks = (int)(heads * plan->m_blocks);
-    plan->group_heads = group_heads(shape, device);
+    plan->group_heads = group_heads(shape, device, packed);
     because(plan, "group_heads",
             plan->group_heads == heads
                 ? "K and V of all heads fit in half of the L2"

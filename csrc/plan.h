@@ -22,6 +22,7 @@ struct fa_device {
 #define FA_MAX_REASONS 8
 struct fa_reason {
     const char *choice, *why; /* "kernel", "float16 and bfloat16 run on ..." */
+    bool dropped;             /* although the caller asked for it */
 };
 
 /* The second kernel of a split call, which puts the parts together. */
@@ -37,8 +38,8 @@ struct fa_combine_plan {
 struct fa_plan {
     struct fa_variant variant;
     int tile_m;
-    int m_blocks;      /* tiles of query rows per (batch, head) */
-    int group_heads;   /* (batch, head) pairs that run together, to share K and V in the L2 */
+    int m_blocks;      /* tiles of query rows per (batch, head), a KV head where they are packed */
+    int group_heads;   /* such pairs that run together, to share K and V in the L2 */
     int parts;         /* that the keys of a block are divided into, a thread block for each */
     int blocks;        /* the grid */
     int threads;       /* per block */

@@ -46,13 +46,14 @@ static void set_main(const struct fa_shape *shape, const struct fa_backward_opti
         .head_dim_v = shape->head_dim_v,
         .warp_n = tile->warp_n,
         .tile_m = tile->tile_m,
-        .sub_m = tile->sub_m,
+        .sub_m = shape->softcap != 0 ? 16 : tile->sub_m, /* a cap takes registers */
         .dq_dim_warps = dq_dim_warps(tile, shape->head_dim),
         .warps = tile->warps,
         .stages = tile->stages,
         .tma = device->has_tma && options->tma_strides,
         .mask_right = fa_shape_has_right_mask(shape),
         .mask_left = fa_shape_has_left_mask(shape),
+        .softcap = shape->softcap != 0,
         .deterministic = options->deterministic,
     };
     plan->main.threads = tile->warps * 32;
@@ -99,9 +100,9 @@ static double average_walk(const struct fa_shape *shape, const struct fa_backwar
 #define PART_BLOCK  1.7
 #define CONVERSION  1.0
 
-/* The time until the last of the blocks is done. Blocks of one size run in rounds; of a triangle the
- * long ones start first and short ones fill the gaps, so that it takes no less than the longest, nor
- * than the machine takes for all. */
+/* The time until the last of the blocks is done. Blocks of one size run in rounds; of a triangle
+ * the long ones start first and short ones fill the gaps, so that it takes no less than the
+ * longest, nor than the machine takes for all. */
 static double time_of(const struct fa_shape *shape, const struct fa_backward_plan *plan,
                       double blocks, double places, int parts)
 {

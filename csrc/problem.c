@@ -90,6 +90,16 @@ static int read_num_splits(PyObject *object, int *out)
     return 0;
 }
 
+static int read_pack_gqa(PyObject *object, enum fa_pack_gqa *out)
+{
+    if (object != Py_None && !PyBool_Check(object)) {
+        PyErr_Format(PyExc_TypeError, "pack_gqa must be True, False or None, got %R", object);
+        return -1;
+    }
+    *out = object == Py_None ? FA_PACK_AUTO : object == Py_True ? FA_PACK_ALWAYS : FA_PACK_NEVER;
+    return 0;
+}
+
 static int read_scalars(const struct fa_arguments *arguments, struct fa_shape *shape)
 {
     if (arguments->softmax_scale == Py_None)
@@ -103,7 +113,8 @@ static int read_scalars(const struct fa_arguments *arguments, struct fa_shape *s
                      arguments->softcap);
         return -1;
     }
-    if (arguments->num_splits && read_num_splits(arguments->num_splits, &shape->num_splits) < 0)
+    if ((arguments->num_splits && read_num_splits(arguments->num_splits, &shape->num_splits) < 0) ||
+        (arguments->pack_gqa && read_pack_gqa(arguments->pack_gqa, &shape->pack_gqa) < 0))
         return -1;
     return read_window(arguments->window_size, arguments->causal, shape);
 }

@@ -9,6 +9,9 @@
 
 #define FA_UNBOUNDED INT32_MAX /* a window side without an end */
 
+/* Whether the query heads of one KV head share the rows of a block: up to the plan, yes, no. */
+enum fa_pack_gqa { FA_PACK_AUTO, FA_PACK_ALWAYS, FA_PACK_NEVER };
+
 /* What the call computes, apart from where its data lies: all that a plan depends on. */
 struct fa_shape {
     enum fa_dtype dtype;
@@ -18,9 +21,10 @@ struct fa_shape {
     /* Query i sees the keys i + seqlen_k - seqlen_q + [-window_left, window_right]. */
     int window_left, window_right;
     float softmax_scale;
-    float softcap;    /* 0: none */
-    int num_splits;   /* parts of the keys: 0: as the plan chooses; else at most so many */
-    bool tma_strides; /* tensor maps can describe where K and V lie */
+    float softcap;             /* 0: none */
+    int num_splits;            /* parts of the keys: 0: as the plan chooses; else at most so many */
+    enum fa_pack_gqa pack_gqa; /* as the caller asked */
+    bool tma_strides;          /* tensor maps can describe where K and V lie */
 };
 
 struct fa_problem {
@@ -43,9 +47,10 @@ struct fa_gradients {
     struct fa_tensor dsink;      /* [heads_q] fp32; object NULL where there is no sink */
 };
 
-/* The arguments of flash_attn_func as Python gave them; num_splits NULL: 0. */
+/* The arguments of flash_attn_func as Python gave them; the last two NULL: as the plan chooses. */
 struct fa_arguments {
-    PyObject *q, *k, *v, *softmax_scale, *causal, *window_size, *softcap, *sink, *num_splits;
+    PyObject *q, *k, *v, *softmax_scale, *causal, *window_size, *softcap, *sink, *num_splits,
+        *pack_gqa;
 };
 
 /* And those that the backward has besides. */

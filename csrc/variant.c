@@ -40,17 +40,19 @@ void fa_variant_name(const struct fa_variant *variant, char name[FA_VARIANT_NAME
         snprintf(name, FA_VARIANT_NAME_SIZE, "%s_m%d", head, variant->tile_m);
         break;
     case FA_KERNEL_BACKWARD:
-        snprintf(name, FA_VARIANT_NAME_SIZE, "%s_d%d_dv%d_m%dx%d_w%dx%d_s%d%s%s%s", head,
+        snprintf(name, FA_VARIANT_NAME_SIZE, "%s_d%d_dv%d_m%dx%d_w%dx%d_s%d%s%s%s%s", head,
                  variant->head_dim, variant->head_dim_v, variant->tile_m, variant->sub_m,
                  variant->warps, variant->warp_n, variant->stages, variant->tma ? "_tma" : "",
-                 mask_name(variant), variant->deterministic ? "_deterministic" : "");
+                 mask_name(variant), variant->softcap ? "_cap" : "",
+                 variant->deterministic ? "_deterministic" : "");
         break;
     default:
-        snprintf(name, FA_VARIANT_NAME_SIZE, "%s_d%d_dv%d_n%dx%d_w%dx%d_s%d%s%s%s", head,
+        snprintf(name, FA_VARIANT_NAME_SIZE, "%s_d%d_dv%d_n%dx%d_w%dx%d_s%d%s%s%s%s%s", head,
                  variant->head_dim, variant->head_dim_v, variant->tile_n, variant->sub_n,
                  variant->warps, variant->warp_m, variant->stages,
                  variant->kernel == FA_KERNEL_FORWARD_TMA ? producers[variant->producer] : "",
-                 mask_name(variant), variant->split ? "_split" : "");
+                 mask_name(variant), variant->softcap ? "_cap" : "",
+                 variant->pack_gqa ? "_pack" : "", variant->split ? "_split" : "");
     }
 }
 

@@ -48,6 +48,8 @@ enum fa_producer { FA_PRODUCER_BARRIER, FA_PRODUCER_THREAD, FA_PRODUCER_WARP, FA
     X(tma, "TMA", FA_BACKWARDS)                                                                    \
     X(mask_right, "MASK_RIGHT", FA_FORWARDS | FA_BACKWARDS)                                        \
     X(mask_left, "MASK_LEFT", FA_FORWARDS | FA_BACKWARDS)                                          \
+    X(softcap, "SOFTCAP", FA_FORWARDS | FA_BACKWARDS)                                              \
+    X(pack_gqa, "PACK_GQA", FA_FORWARDS)                                                           \
     X(split, "SPLIT", FA_FORWARDS)                                                                 \
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS)
 

@@ -19,6 +19,7 @@ def forward(
     softcap: float,
     learnable_sink: Any | None,
     num_splits: int,
+    pack_gqa: bool | None,
     return_lse: bool,
     /,
 ) -> tuple[Any, Any | None]: ...
@@ -48,6 +49,7 @@ def explain(
     softcap: float,
     learnable_sink: Any | None,
     num_splits: int,
+    pack_gqa: bool | None,
     arch: int,
     /,
 ) -> dict[str, Any]: ...

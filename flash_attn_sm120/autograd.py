@@ -22,6 +22,7 @@ class Choices(NamedTuple):
     """How they are to compute it, which changes results by rounding alone."""
 
     num_splits: int  # the forward
+    pack_gqa: bool | None
     deterministic: bool  # the backward
 
 
@@ -76,7 +77,7 @@ class _Attention(torch.autograd.Function):
         choices: Choices,
         return_lse: bool,
     ) -> Any:
-        out, lse = _C.forward(q, k, v, *options, sink, choices.num_splits, True)
+        out, lse = _C.forward(q, k, v, *options, sink, choices.num_splits, choices.pack_gqa, True)
         ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.set_materialize_grads(False)
         ctx.options, ctx.deterministic = options, choices.deterministic

@@ -57,16 +57,20 @@ def flash_attn_func(
         learnable_sink: ``(heads_q,)``: one more logit per head that takes part in the softmax and
             has no value (Xiao et al. 2023, https://arxiv.org/abs/2309.17453). float32, float16 or
             bfloat16; -inf is none.
-        softcap: scores become ``softcap * tanh(score / softcap)``; 0 is none. CPU only so far.
+        softcap: scores become ``softcap * tanh(score / softcap)``, before masks; 0 is none.
         num_splits: into how many parts the keys are divided, for calls with too few queries to fill
             a GPU: decoding, above all. Parts are computed beside each other and put together by a
             second kernel, from a workspace that is the call's own. 0: as many as pay, which
             :func:`explain` tells; 1: never split; more: as many, but no more than there are tiles
             of keys. Results of different numbers differ by rounding; those of 0 may then depend on
             batch size and GPU, too. FlashAttention-4's default is 1. The CPU splits nothing.
+        pack_gqa: the query heads of one KV head share the blocks of query rows, which then are full
+            where queries are few, as in decoding; never changes a bit of the result. None: where
+            that takes fewer blocks. True asks for it, and warns once where it cannot be; False
+            forbids it.
         deterministic: the backward is bitwise reproducible too, as the forward always is.
         return_lse: also return the log-sum-exp of the scores, through which gradients flow, too.
-        qv, gather_kv_indices, pack_gqa, score_mod, score_mod_bwd, mask_mod,
+        qv, gather_kv_indices, score_mod, score_mod_bwd, mask_mod,
             aux_tensors, aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd: as in
             FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
 
@@ -90,7 +94,6 @@ def flash_attn_func(
     if (
         qv is not None
         or gather_kv_indices is not None
-        or pack_gqa
         or score_mod is not None
         or score_mod_bwd is not None
         or mask_mod is not None
@@ -102,7 +105,6 @@ def flash_attn_func(
         _reject_unsupported(
             qv=qv,
             gather_kv_indices=gather_kv_indices,
-            pack_gqa=pack_gqa or None,
             score_mod=score_mod,
             score_mod_bwd=score_mod_bwd,
             mask_mod=mask_mod,
@@ -120,10 +122,20 @@ def flash_attn_func(
         or getattr(learnable_sink, "requires_grad", None) is True
     ):
         options = autograd.Options(softmax_scale, causal, window_size, softcap)
-        choices = autograd.Choices(num_splits, deterministic)
+        choices = autograd.Choices(num_splits, pack_gqa, deterministic)
         return autograd.attend(q, k, v, learnable_sink, options, choices, return_lse)
     return _C.forward(
-        q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, num_splits, return_lse
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        learnable_sink,
+        num_splits,
+        pack_gqa,
+        return_lse,
     )
 
 
@@ -160,6 +172,7 @@ class Plan:
     num_splits: int | None = None  # parts of the keys, a block for each
     workspace_bytes: int | None = None  # for the parts
     combine: Kernel | None = None  # puts them together
+    pack_gqa: bool | None = None  # the query heads of one KV head share blocks
     reasons: dict[str, str] = field(default_factory=dict)  # choice -> why
 
     @property
@@ -189,13 +202,14 @@ def explain(
     learnable_sink: Tensor | None = None,
     softcap: float = 0.0,
     num_splits: int = 0,
+    pack_gqa: bool | None = None,
     arch: int | None = None,
 ) -> Plan:
     """The plan of ``flash_attn_func(q, k, v, ...)``, with the reason for every choice.
 
     Args:
-        q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap, num_splits: as in
-            :func:`flash_attn_func`.
+        q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap, num_splits, pack_gqa:
+            as in :func:`flash_attn_func`.
         arch: plan for this compute capability (120, 90, ...) instead of the device of ``q``, which
             needs no GPU.
 
@@ -203,7 +217,17 @@ def explain(
         The exceptions of :func:`flash_attn_func`.
     """
     plan = _C.explain(
-        q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, num_splits, arch or 0
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        learnable_sink,
+        num_splits,
+        pack_gqa,
+        arch or 0,
     )
     combine = plan.pop("combine", None)
     return Plan(**plan, combine=combine and Kernel(*combine))

@@ -1,30 +1,34 @@
 /* Attention backward: dK and dV of one block of keys of one KV head, and its share of dQ.
  *
- * Keys are stationary: a block holds its K and V, and the queries (Q, dO, their lse and delta) stream
- * through shared memory. With s = scale * q.k, p = e^(s - lse), dp = dO.v, ds = p * (dp - delta):
+ * Keys are stationary: a block holds its K and V, and the queries (Q, dO, their lse and delta)
+ * stream through shared memory. With s = scale * q.k, p = e^(s - lse), dp = dO.v, ds = p * (dp -
+ * delta):
  *
  *     dV += P^T dO        dK += scale * dS^T Q        dQ += scale * dS K
  *
- * Two groups of warps share the keys, WARP_N to a warp. Those of the one hold K in registers, compute
- * P^T and with it dV; those of the other hold V, compute dP^T, take P^T from the first, and with dS^T
- * compute dK. In this orientation the results of the first product are, as they are, an operand of
- * the second. Only dQ sums over the keys of all warps: dS^T goes through shared memory, in place of
- * P^T; every warp takes a part of the [TILE_M, HEAD_DIM] product, and adds it to the sum in memory
- * that all blocks of keys share, see dq_sum in params.h.
+ * Two groups of warps share the keys, WARP_N to a warp. Those of the one hold K in registers,
+ * compute P^T and with it dV; those of the other hold V, compute dP^T, take P^T from the first, and
+ * with dS^T compute dK. In this orientation the results of the first product are, as they are, an
+ * operand of the second. Only dQ sums over the keys of all warps: dS^T goes through shared memory,
+ * in place of P^T; every warp takes a part of the [TILE_M, HEAD_DIM] product, and adds it to the
+ * sum in memory that all blocks of keys share, see dq_sum in params.h.
  *
  * One source, compiled once per set of constants:
  *   DTYPE_BF16             1: bf16, 0: fp16
  *   HEAD_DIM, HEAD_DIM_V   of Q and K, of V and O: multiples of 8 up to 256
- *   WARPS, WARP_N          keys: WARP_N (a multiple of 16) per warp of a group, WARPS in both groups
+ *   WARPS, WARP_N          keys: WARP_N (a multiple of 16) per warp of a group, WARPS in both
+ *          groups
  *   TILE_M, SUB_M          queries: TILE_M at a time in shared memory, SUB_M through registers
  *   DQ_DIM_WARPS           warps of a group that share rows of dQ, each with a part of the dims
  *   STAGES                 1 or 2: of Q in shared memory
  *   TMA                    1: the TMA brings Q and dO, 0: cp.async does
  *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
+ *   SOFTCAP                1: scores are capped by a tanh
  *   DETERMINISTIC          1: blocks add to dQ in the order of their keys */
 #include "params.h"
 
 #include "backward.cuh"
+#include "softcap.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int KEY_WARPS = WARPS / 2;       /* of a group */
@@ -143,7 +147,8 @@ __device__ __forceinline__ void fill(float (&C)[FRAGS_M][FRAGS_N][4], float valu
                 C[m][n][e] = value;
 }
 
-/* Which queries see a key: those of [begin(key), end(key)), diagonals aligned to the bottom right. */
+/* Which queries see a key: those of [begin(key), end(key)), diagonals aligned to the bottom
+ * right. */
 struct query_mask {
     int left, right, queries;
 
@@ -170,8 +175,8 @@ struct query_mask {
     }
 };
 
-/* S before the product is added: 0, or what hides a key from a query, see hidden_score in params.h.
- * `key` and `query` are those of S[0][0][0]. */
+/* Puts hidden_score of params.h where a query does not see a key. `key` and `query` are those of
+ * S[0][0][0]. */
 __device__ __forceinline__ void hide(float (&S)[N_FRAGS][M_FRAGS][4],
                                      const fa_backward_params &params, int key, int query)
 {
@@ -188,8 +193,8 @@ __device__ __forceinline__ void hide(float (&S)[N_FRAGS][M_FRAGS][4],
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     const int column = 8 * m + e;
-                    const bool seen = column >= begin && (!MASK_LEFT || column < end);
-                    S[n][m][2 * half + e] = seen ? 0.0f : params.hidden_score;
+                    if (column < begin || (MASK_LEFT && column >= end))
+                        S[n][m][2 * half + e] = params.hidden_score;
                 }
         }
 }
@@ -208,7 +213,8 @@ __device__ __forceinline__ void pack_operand(unsigned (&A)[N_FRAGS][M_FRAGS / 2]
 }
 
 /* Calls f(address, n, m, half) for each word of this lane's part of P^T or dS^T in shared memory:
- * columns 2t and 2t + 1 of row g + 8 * half of fragment [n][m]. `smem` is the place of the first. */
+ * columns 2t and 2t + 1 of row g + 8 * half of fragment [n][m]. `smem` is the place of the
+ * first. */
 template <class F> __device__ __forceinline__ void each_word(unsigned smem, F f)
 {
 #pragma unroll
@@ -277,8 +283,8 @@ struct key_rows {
     float sum[N_FRAGS][MAX_FRAGS][4];
 };
 
-/* Adds COUNT fragments to a row of them in memory, see params.h, from the number frag0 on. What pads
- * the head dim is left out. */
+/* Adds COUNT fragments to a row of them in memory, see params.h, from the number frag0 on. What
+ * pads the head dim is left out. */
 template <int COUNT, int MAX_COUNT>
 __device__ __forceinline__ void add_to_sums(float *sums, const float (&C)[MAX_COUNT][4], int frag0,
                                             int frags)
@@ -344,31 +350,39 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
         float S[N_FRAGS][M_FRAGS][4];
         unsigned P[N_FRAGS][M_FRAGS / 2][4];
-        if (MASKED)
+        fill(S, 0.0f);
+        if (MASKED && !SOFTCAP)
             hide(S, params, key, tile.query0 + m0 + 2 * quad_lane());
-        else
-            fill(S, 0.0f);
         multiply_rows<Q_layout, D_STEPS, M_FRAGS>(
             S, own.operand,
             not_before(tile.Q_smem + columns_first<Q_layout>()) + m0 * Q_layout::ROW_BYTES);
+        if (SOFTCAP)
+            cap(S, params.scale_in_cap);
+        if (MASKED && SOFTCAP)
+            hide(S, params, key, tile.query0 + m0 + 2 * quad_lane());
+        float handed_over[N_FRAGS][M_FRAGS][4]; /* P^T, times the slope of the cap */
 #pragma unroll
         for (int m = 0; m < M_FRAGS; m++) {
             const float2 lse = ld_shared_2(tile.stats + (m0 + 8 * m + 2 * quad_lane()) * 4);
 #pragma unroll
             for (int n = 0; n < N_FRAGS; n++)
 #pragma unroll
-                for (int e = 0; e < 4; e++)
-                    S[n][m][e] =
-                        exp2_approx(S[n][m][e] * params.scale_log2 - (e % 2 ? lse.y : lse.x));
+                for (int e = 0; e < 4; e++) {
+                    const float t = S[n][m][e];
+                    const float p = exp2_approx(t * params.scale_log2 - (e % 2 ? lse.y : lse.x));
+                    S[n][m][e] = p;
+                    handed_over[n][m][e] = SOFTCAP ? p * (1.0f - fminf(t * t, 1.0f)) : p;
+                }
         }
-        /* Until nobody reads dS^T of the tile before any more: of its lower queries this group does,
-         * of the upper ones the other. */
+        /* Until nobody reads dS^T of the tile before any more: of its lower queries this group
+         * does, of the upper ones the other. */
         if (m0 == 0)
             barrier_sync<GROUP_THREADS>(DQ_IS_DONE);
         if (m0 == HALF_M)
             barrier_sync<THREADS>(UPPER_IS_FREE);
         each_word(S_layout::moved(S_own, 0, m0 / 8), [&](unsigned smem, int n, int m, int half) {
-            st_shared(smem, pack_fp16(S[n][m][2 * half], S[n][m][2 * half + 1]));
+            const float *p = handed_over[n][m] + 2 * half;
+            st_shared(smem, pack_fp16(p[0], p[1]));
         });
         barrier_arrive<THREADS>(P_IS_THERE + m0 / SUB_M); /* this part of P^T is there */
         pack_operand(P, S);

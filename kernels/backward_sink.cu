@@ -1,5 +1,6 @@
-/* dsink of one head: -sum over batch and queries of p * delta, where p = e^(sink - lse) is the share
- * of the sink, whose value is nothing. In an order of its own, whatever the grid of other kernels.
+/* dsink of one head: -sum over batch and queries of p * delta, where p = e^(sink - lse) is the
+ * share of the sink, whose value is nothing. In an order of its own, whatever the grid of other
+ * kernels.
  *
  * Constants as in backward.cu: DTYPE_BF16, TILE_M. */
 #include "params.h"

@@ -11,7 +11,9 @@
  *   TILE_N, SUB_N          keys: TILE_N per stage of the ring, SUB_N at a time through registers
  *   STAGES                 of the ring
  *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
- *   SPLIT                  1: a block goes through a part of its keys; combine.cu follows */
+ *   SPLIT                  1: a block goes through a part of its keys; combine.cu follows
+ *   PACK_GQA               1: the query heads of one KV head share the rows of a block
+ *   SOFTCAP                1: scores are capped by a tanh */
 #include "params.h"
 
 #include "ptx.cuh"

@@ -18,13 +18,14 @@
 
 #include "mask.cuh"
 
-/* The queries of this thread, and which part of their keys. Blocks that run at the same time should
+/* The rows of this thread, and which part of their keys. Blocks that run at the same time should
  * share K and V in the L2: so group_heads (batch, head) pairs go through all their query blocks
  * together, heads fastest. With a right diagonal the last queries see the most keys: these blocks
  * start first, and the short ones fill the gaps at the end. The parts of a block, which are equally
  * long, start together. */
 struct query_place {
-    int pair, batch, head;             /* pair = batch * heads_q + head */
+    int pair, batch;                   /* pair = batch * heads + the block's head */
+    int head, head_kv;                 /* the query head of row 0 */
     int block_row, warp_row, lane_row; /* first rows; the lane has every eighth after it */
     int part;
 
@@ -36,12 +37,14 @@ struct query_place {
         const int group_blocks = params.group_heads * params.m_blocks * parts;
         const int pair0 = block / group_blocks * params.group_heads;
         const int in_group = block % group_blocks;
-        const int pairs = min(params.group_heads, params.batch * params.heads_q - pair0);
+        const int pairs = min(params.group_heads, params.batch * params.heads - pair0);
         const int rank = in_group / pairs / parts;
         part = in_group / pairs % parts;
         pair = pair0 + in_group % pairs;
-        batch = pair / params.heads_q;
-        head = pair % params.heads_q;
+        batch = pair / params.heads;
+        head = pair % params.heads;
+        head_kv = PACK_GQA ? head : head / params.heads_per_kv;
+        head *= PACK_GQA ? params.heads_per_kv : 1;
         block_row = (MASK_RIGHT ? params.m_blocks - 1 - rank : rank) * TILE_M;
         /* The shuffle tells the compiler that the number is the same in all of the warp. */
         const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
@@ -63,14 +66,23 @@ __device__ __forceinline__ void load_queries(unsigned (&Q_rmem)[M_FRAGS][D_STEPS
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = at.lane_row + 16 * m + 8 * half;
-            const element *Q_row = Q_gmem + row * params.q_stride.seqlen + quad_lane() * 2;
+            const element *Q_row =
+                Q_gmem + row_offset(params, params.q_stride, row) + quad_lane() * 2;
 #pragma unroll
             for (int chunk = 0; chunk < 2 * D_STEPS; chunk++) {
-                const bool exists = chunk < HEAD_DIM / 8 && row < params.seqlen_q;
+                const bool exists = chunk < HEAD_DIM / 8 && row < row_count(params);
                 Q_rmem[m][chunk / 2][chunk % 2 * 2 + half] =
                     exists ? *reinterpret_cast<const unsigned *>(Q_row + chunk * 8) : 0;
             }
         }
+}
+
+/* The sink of the head of a packed row; of rows beyond the last, of some head. */
+__device__ __forceinline__ float sink_of_row(const fa_forward_params &params,
+                                             const query_place &place, int row)
+{
+    const int head = row - query_of(params, row) * params.heads_per_kv;
+    return load_sink(params.sink, params.sink_dtype, place.head + head);
 }
 
 /* Makes [begin, end) one of its parts, which differ by one tile at most. */
@@ -88,8 +100,7 @@ __device__ __forceinline__ void store_part(const fa_forward_params &params,
                                            const float (&m_rmem)[M_FRAGS][2])
 {
     const query_place place(params); /* computed again: see read_block_index() */
-    const fa_int64 pairs = params.batch * params.heads_q;
-    const fa_int64 first_row = (place.part * pairs + place.pair) * params.seqlen_q;
+    const fa_int64 part_rows = fa_int64{params.batch} * params.heads * row_count(params);
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
@@ -97,9 +108,10 @@ __device__ __forceinline__ void store_part(const fa_forward_params &params,
             const float l = quad_sum(l_rmem[m][half]);
             const float inverse = l == 0.0f ? 0.0f : 1.0f / l; /* 0: no keys */
             const int row = place.lane_row + 16 * m + 8 * half;
-            if (row >= params.seqlen_q)
+            if (row >= row_count(params))
                 continue;
-            float *out_row = static_cast<float *>(params.out) + (first_row + row) * HEAD_DIM_V;
+            const fa_int64 at = place.part * part_rows + lse_offset(params, place.pair, row);
+            float *out_row = static_cast<float *>(params.out) + at * HEAD_DIM_V;
 #pragma unroll
             for (int n = 0; n < O_FRAGS; n++) {
                 const float *O = O_rmem[m][n] + 2 * half;
@@ -107,7 +119,7 @@ __device__ __forceinline__ void store_part(const fa_forward_params &params,
                     make_float2(O[0] * inverse, O[1] * inverse);
             }
             if (quad_lane() == 0)
-                params.lse[first_row + row] = l == 0.0f ? -INF : m_rmem[m][half] + log2_approx(l);
+                params.lse[at] = l == 0.0f ? -INF : m_rmem[m][half] + log2_approx(l);
         }
 }
 
@@ -119,20 +131,22 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
     float m_rmem[M_FRAGS][2]; /* p = 2^(s - m), for the rows g and g + 8 of each fragment */
     float l_rmem[M_FRAGS][2]; /* sum of this lane's p */
 
-    /* Only the first tiles and the masked ones are careful: they raise m to the maximum. The
-     * others take m as it is, because any m cancels in the end, as long as no number leaves the
-     * range of its type. Should one have, which the end shows, everything is computed once more
-     * with careful tiles alone. */
+    /* Only the first tiles of a row raise its m to the maximum. The others take m as it is, because
+     * any m cancels in the end, as long as no number leaves the range of its type. Should one have,
+     * which the end shows, the block computes once more, and the rows of the set `redo` raise m at
+     * every tile. The others come to what they were: what a row does, and so each bit of its
+     * result, depends on no other row of its block. */
+    unsigned redo = 0;
     for (bool again = false;; again = true) {
         /* ---- 1. Which queries. */
         const query_place at(params);
-        const int head_kv = at.head / params.heads_per_kv;
-        const int block_row1 = min(at.block_row + TILE_M, params.seqlen_q) - 1; /* the last one */
+        const int block_row1 = min(at.block_row + TILE_M, row_count(params)) - 1; /* the last one */
 
         /* ---- 2. Which keys: any row sees those of the tiles [tile_begin, tile_end), every row
          * all those of [inner_begin, inner_end). From the last to the first: careful at the
-         * right edge and for one tile more, so that every row has an m; then fast; then careful
-         * at the left edge. The length can cut short the last tile alone, which comes first. */
+         * right edge and for one tile more, so that every row has an m, see rows_at_edge(); then
+         * fast; then careful at the left edge, where rows are masked alone. The length can cut
+         * short the last tile alone, which comes first. */
         const key_mask mask(params);
         int tile_begin = mask.begin(at.block_row) / TILE_N;
         int tile_end = max(tile_begin, ceil_div(mask.end(block_row1), TILE_N));
@@ -148,7 +162,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
         int careful_end = again ? tiles : min(tile_end - inner_end + 1, tiles);
 
         /* ---- 3. Start the ring. A warp that only feeds it goes straight to the last barrier. */
-        ring.start({at.batch, head_kv, tile_end, tiles});
+        ring.start({at.batch, at.head_kv, tile_end, tiles});
         if (ring.is_producer()) {
             ring.feed();
             if (again || !__syncthreads_or(false))
@@ -174,7 +188,8 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
 
 #pragma unroll 1
                 for (int n = 0; n < TILE_N; n += SUB_N) {
-                    const int key = (tile_end - 1 - i) * TILE_N + n, row = not_before(at.lane_row);
+                    const int tile_key = (tile_end - 1 - i) * TILE_N, key = tile_key + n;
+                    const int row = not_before(at.lane_row);
                     if (key + SUB_N <= mask.begin(at.warp_row) ||
                         key >= mask.end(at.warp_row + WARP_M - 1))
                         continue;
@@ -183,9 +198,13 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                     float S_rmem[M_FRAGS][S_FRAGS][4];
                     unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
                     scores(S_rmem, Q_rmem, K_sub_smem);
-                    mask_scores(S_rmem, mask, row, key + 2 * quad_lane(), params.scale_log2);
-                    raise_max(O_rmem, l_rmem, m_rmem, S_rmem);
-                    exponentials(P_rmem, l_rmem, S_rmem, m_rmem, 1.0f);
+                    if (SOFTCAP)
+                        cap(S_rmem, params.scale_in_cap);
+                    mask_scores(S_rmem, mask, row, key + 2 * quad_lane(), params.hidden_score);
+                    const unsigned raised =
+                        rows_of_lane(redo) | rows_at_edge(mask, row, tile_key, tile_end * TILE_N);
+                    raise_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2, raised);
+                    exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, raised);
                     if (nonfinite) {
                         add_values_seen(O_rmem, P_rmem, V_sub_smem, mask, row, key);
                         load_queries(Q_rmem, params); /* again: that took Q's registers */
@@ -206,6 +225,8 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                     float S_rmem[M_FRAGS][S_FRAGS][4];
                     unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
                     scores(S_rmem, Q_rmem, ring.K_smem + n * K_layout::ROW_BYTES);
+                    if (SOFTCAP)
+                        cap(S_rmem, params.scale_in_cap);
                     exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2);
                     add_values(O_rmem, P_rmem, ring.V_smem + n * V_layout::ROW_BYTES);
                 }
@@ -214,7 +235,10 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
         }
         /* Barrier: all of the block start again or none, and not before all warps are done with
          * the ring. */
-        if (again || !__syncthreads_or(out_of_range(O_rmem, l_rmem)))
+        if (again)
+            break;
+        redo = out_of_range(O_rmem, l_rmem);
+        if (!__syncthreads_or(redo))
             break;
     }
 
@@ -227,17 +251,18 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
     const query_place to(params); /* computed again: see read_block_index() */
     element *out_gmem = static_cast<element *>(params.out) + to.batch * params.out_stride.batch +
                         to.head * params.out_stride.head;
-    const float sink = load_sink(params.sink, params.sink_dtype, to.head);
+    const float sink0 = load_sink(params.sink, params.sink_dtype, to.head);
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
+            const int row = to.lane_row + 16 * m + 8 * half;
+            const float sink = PACK_GQA ? sink_of_row(params, to, row) : sink0;
             float &l = l_rmem[m][half];
             l = quad_sum(l);
             const float rescale = add_sink(l, m_rmem[m][half], sink);
             const float inverse = l == 0.0f ? 0.0f : rescale * (1.0f / l); /* 0: no keys */
-            const int row = to.lane_row + 16 * m + 8 * half;
-            element *out_row = out_gmem + row * params.out_stride.seqlen;
+            element *out_row = out_gmem + row_offset(params, params.out_stride, row);
 #pragma unroll
             for (int n = 0; n < O_FRAGS; n += 4) {
                 unsigned word[4];
@@ -247,20 +272,22 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                     word[c] = pack(O[0] * inverse, O[1] * inverse);
                 }
                 const uint4 chunk = quad_transpose(word[0], word[1], word[2], word[3]);
-                if (row < params.seqlen_q && n + quad_lane() < O_FRAGS)
+                if (row < row_count(params) && n + quad_lane() < O_FRAGS)
                     *reinterpret_cast<uint4 *>(out_row + (n + quad_lane()) * 8) = chunk;
             }
         }
     if (params.lse && quad_lane() == 0) {
-        float *lse_gmem = params.lse + static_cast<fa_int64>(to.pair) * params.seqlen_q;
 #pragma unroll
         for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int row = to.lane_row + 16 * m + 8 * half;
                 const float l = l_rmem[m][half];
-                if (row < params.seqlen_q)
-                    lse_gmem[row] = l == 0.0f ? sink : (m_rmem[m][half] + log2_approx(l)) * LN2;
+                if (row >= row_count(params))
+                    continue;
+                const float sink = PACK_GQA ? sink_of_row(params, to, row) : sink0;
+                params.lse[lse_offset(params, to.pair, row)] =
+                    l == 0.0f ? sink : (m_rmem[m][half] + log2_approx(l)) * LN2;
             }
     }
 }

@@ -60,10 +60,14 @@ template <class layout, int THREADS> struct copy_place {
         if (STEP > layout::ROWS && row >= layout::ROWS)
             return; /* more threads than chunks */
 #pragma unroll
-        for (int r = 0; r < layout::ROWS; r += STEP)
+        for (int r = 0; r < layout::ROWS; r += STEP) {
+            /* Steps of 8 rows find the same permutation; a single warp may step by 4. */
+            const unsigned row_r =
+                (first ^ layout::offset(r, 0) % layout::ROW_BYTES) + r * layout::ROW_BYTES;
 #pragma unroll
             for (int c = 0; c < layout::PADDED; c += layout::COLS)
-                f(r, c, first + c / layout::COLS * layout::SEGMENT_BYTES + r * layout::ROW_BYTES);
+                f(r, c, row_r + c / layout::COLS * layout::SEGMENT_BYTES);
+        }
     }
 
     /* Where this thread starts to copy from: its first chunk of the tile whose first row is `row0`,

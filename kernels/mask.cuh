@@ -4,12 +4,40 @@
 
 #include "softmax.cuh"
 
+/* The rows of a head's tiles are its queries. With PACK_GQA they are those of all query heads of
+ * a KV head, heads fastest: row = query * heads_per_kv + head. Division by multiplication is exact
+ * while row * heads_per_kv < 2^32, which csrc/plan.c sees to. */
+__device__ __forceinline__ int row_count(const fa_forward_params &params)
+{
+    return PACK_GQA ? params.seqlen_q * params.heads_per_kv : params.seqlen_q;
+}
+__device__ __forceinline__ int query_of(const fa_forward_params &params, int row)
+{
+    return PACK_GQA ? __umulhi(row, params.heads_per_kv_inverse) : row;
+}
+/* How far a row lies from row 0 of its tensor. */
+__device__ __forceinline__ fa_int64 row_offset(const fa_forward_params &params,
+                                               const fa_strides &stride, int row)
+{
+    const int query = query_of(params, row);
+    const int head = row - query * params.heads_per_kv;
+    return query * stride.seqlen + (PACK_GQA ? head * stride.head : 0);
+}
+
+/* The same in lse, [batch, heads_q, seqlen_q], from its beginning; `pair` is that of the block. */
+__device__ __forceinline__ fa_int64 lse_offset(const fa_forward_params &params, int pair, int row)
+{
+    const fa_int64 head = PACK_GQA ? fa_int64{pair} * params.heads_per_kv : pair;
+    return head * params.seqlen_q + row_offset(params, {0, 1, params.seqlen_q}, row);
+}
+
 /* Query i sees key j if i + left <= j <= i + right and j < keys: diagonals aligned to the
  * bottom right. */
 struct key_mask {
+    const fa_forward_params &params;
     int left, right, keys;
 
-    __device__ __forceinline__ explicit key_mask(const fa_forward_params &params)
+    __device__ __forceinline__ explicit key_mask(const fa_forward_params &params) : params(params)
     {
         /* A window as long as the sequence is no window: the cut keeps the sums below from
          * overflowing. */
@@ -22,11 +50,11 @@ struct key_mask {
     /* The first key that row sees, and the one after the last, if these are keys at all. */
     __device__ __forceinline__ int begin(int row) const
     {
-        return MASK_LEFT ? max(row + left, 0) : 0;
+        return MASK_LEFT ? max(query_of(params, row) + left, 0) : 0;
     }
     __device__ __forceinline__ int end(int row) const
     {
-        return MASK_RIGHT ? max(min(row + right + 1, keys), 0) : keys;
+        return MASK_RIGHT ? max(min(query_of(params, row) + right + 1, keys), 0) : keys;
     }
     __device__ __forceinline__ bool sees(int row, int key) const
     {
@@ -34,12 +62,9 @@ struct key_mask {
     }
 };
 
-/* S = S * scale_log2, or -inf where the mask hides the key. `row` and `key` are those of
- * S_rmem[0][0][0]. The order matters: scaling an -inf by a scale of zero or less would not hide
- * anything. */
+/* S, but `hidden` where the mask hides the key. `row` and `key` are those of S_rmem[0][0][0]. */
 __device__ __forceinline__ void mask_scores(float (&S_rmem)[M_FRAGS][S_FRAGS][4],
-                                            const key_mask &mask, int row, int key,
-                                            float scale_log2)
+                                            const key_mask &mask, int row, int key, float hidden)
 {
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
@@ -51,16 +76,30 @@ __device__ __forceinline__ void mask_scores(float (&S_rmem)[M_FRAGS][S_FRAGS][4]
             for (int n = 0; n < S_FRAGS; n++)
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
-                    float &s = S_rmem[m][n][2 * half + e];
                     const bool seen = 8 * n + e < end && (!MASK_LEFT || 8 * n + e >= begin);
-                    s = seen ? s * scale_log2 : -INF;
+                    if (!seen)
+                        S_rmem[m][n][2 * half + e] = hidden;
                 }
         }
 }
 
+/* The rows of this lane that raise m at the tile whose first key is `key`: at their right edge, or
+ * where SPLIT at that of their part, before the key `part_end`; and for one tile more. */
+__device__ __forceinline__ unsigned rows_at_edge(const key_mask &mask, int row, int key,
+                                                 int part_end)
+{
+    unsigned rows = 0;
+#pragma unroll
+    for (int r = 0; r < 2 * M_FRAGS; r++)
+        rows |= ((SPLIT && part_end < key + 2 * TILE_N) || mask.end(row + 8 * r) < key + 2 * TILE_N)
+                << r;
+    return rows;
+}
+
 /* add_values() where V holds inf or NaN: 0 * NaN is NaN, so a probability of zero does not hide
  * such a value. One key at a time: an mma on V with all other keys zeroed, added only to the
- * rows that see the key. `row` is that of O_rmem[0][0][0], `key` the first of the sub-tile. */
+ * rows that see the key. `row` is that of O_rmem[0][0][0], `key` the first of the sub-tile.
+ * The sums have another order then: the one case in which a row's last bits depend on its block. */
 __device__ __forceinline__ void add_values_seen(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
                                                 const unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4],
                                                 unsigned V_smem, const key_mask &mask, int row,

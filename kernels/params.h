@@ -34,18 +34,22 @@ struct fa_forward_params {
                     * SPLIT: lse_parts below */
     const void *sink; /* [heads_q], contiguous, natural log; NULL: none; not read where SPLIT */
     struct fa_strides q_stride, k_stride, v_stride, out_stride;
-    int batch, heads_q, heads_per_kv; /* heads_per_kv = heads_q / heads_kv */
+    int batch, heads; /* heads that blocks go over: heads_q, or heads_kv where PACK_GQA */
+    int heads_per_kv; /* heads_q / heads_kv */
     int seqlen_q, seqlen_k;
-    int m_blocks;     /* ceil(seqlen_q / TILE_M) */
-    int parts;        /* of the keys of a block of queries, a thread block each; 1 if not SPLIT */
+    int m_blocks;     /* ceil(rows / TILE_M), rows as row_count() in mask.cuh counts them */
     int group_heads;  /* (batch, head) pairs that run together, see query_place in forward.cuh */
     int window_left;  /* keys a query sees before its diagonal; read only where MASK_LEFT */
     int window_right; /* and after it; read only where MASK_RIGHT, 0 for causal */
-    float scale_log2; /* softmax_scale * log2(e) */
-    int sink_dtype;   /* enum fa_dtype */
+    unsigned heads_per_kv_inverse; /* ceil(2^32 / heads_per_kv); read only where PACK_GQA */
+    float scale_log2;   /* softmax_scale * log2(e), softcap * log2(e) where SOFTCAP; not 0 */
+    float hidden_score; /* of a key that a query does not see: scaled, it is -inf */
+    float scale_in_cap; /* softmax_scale / softcap; read only where SOFTCAP */
+    int parts;          /* of the keys of a block of queries, a thread block each; 1 if not SPLIT */
+    int sink_dtype;     /* enum fa_dtype */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 192, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 208, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -58,7 +62,7 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 448, "192, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 512, "256 for the first 208, then maps");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
  * seqlen_q of them, in the order of lse. */
@@ -80,7 +84,8 @@ FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 88, "host and device disagr
 /* The single argument of kernels/backward.cu and of those before it.
  *
  * A sum is what blocks add to, in the order of their registers: [batch, heads, rows / 16,
- * head_dim / 8, 32 lanes, 4], the C fragments of ptx.cuh, with rows up to the end of the last tile. */
+ * head_dim / 8, 32 lanes, 4], the C fragments of ptx.cuh, with rows up to the end of the last
+ * tile. */
 struct fa_backward_params {
     const void *q;           /* [batch, seqlen_q, heads_q, head_dim] */
     const void *k;           /* [batch, seqlen_k, heads_kv, head_dim] */
@@ -106,10 +111,8 @@ struct fa_backward_params {
     int parts;              /* blocks that share a tile of keys */
     int window_left;        /* as in fa_forward_params */
     int window_right;
-    int sink_dtype;   /* enum fa_dtype */
-    float scale_log2; /* softmax_scale * log2(e), not 0 */
-    float
-        hidden_score; /* of a key that a query does not see: its product with scale_log2 is -inf */
+    int sink_dtype;                               /* enum fa_dtype */
+    float scale_log2, hidden_score, scale_in_cap; /* as in fa_forward_params */
     float softmax_scale;
     struct fa_tensor_map q_map, dout_map; /* [batch, heads_q, seqlen_q, head_dim or head_dim_v] */
 };

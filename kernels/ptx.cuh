@@ -37,6 +37,20 @@ __device__ __forceinline__ int not_before(int x)
     return x;
 }
 
+/* What lies in global memory, said to the compiler where it cannot tell. */
+__device__ __forceinline__ float ld_global(const float *gmem)
+{
+    float x;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(gmem));
+    return x;
+}
+__device__ __forceinline__ unsigned short ld_global(const unsigned short *gmem)
+{
+    unsigned short x;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(x) : "l"(gmem));
+    return x;
+}
+
 /* Shared memory is addressed with 32 bits: one register, and constant offsets cost nothing. */
 __device__ __forceinline__ unsigned smem_address(const void *pointer)
 {

@@ -15,8 +15,8 @@ __device__ __forceinline__ float load_sink(const void *sinks, int dtype, int hea
     if (!sinks)
         return -INF;
     if (dtype == FA_FLOAT32)
-        return static_cast<const float *>(sinks)[head];
-    const unsigned short half = static_cast<const unsigned short *>(sinks)[head];
+        return ld_global(static_cast<const float *>(sinks) + head);
+    const unsigned short half = ld_global(static_cast<const unsigned short *>(sinks) + head);
     return dtype == FA_BFLOAT16 ? __int_as_float(half << 16) : from_fp16(half);
 }
 

@@ -9,17 +9,25 @@
 
 #include "sink.cuh"
 #include "tile.cuh"
+#include "softcap.cuh"
 
 /* m lies so far above the maximum that the sum of 2^16 of the largest bf16 values is still in the
  * range of fp32. bf16 has exponents to spare for p; those of fp16 are few, and its values small. */
 constexpr float ABOVE_MAXIMUM = DTYPE_BF16 ? 16.0f : 0.0f;
 
 /* The m of a row that has not seen any key. Finite, so that nothing becomes NaN: a hidden key
- * (-inf) has p = 0, and a visible one, in a fast tile, a p of +inf, which is out of range. */
+ * (-inf) has p = 0, and a visible one, where m stays as it is, a p of +inf: out of range. */
 constexpr float NO_KEY_YET = -3.4028234e38f;
 
 /* A thread's sum of exponentials may reach this: bf16 and fp32 hold the numbers up to 2^128. */
 constexpr float SUM_LIMIT = 1.1529215e18f; /* 2^60 */
+
+/* Sets of rows: of a lane, whose row of fragment m and half h is bit 2 * m + h, and of a warp, four
+ * bits for each quad, whose lanes share their rows. */
+__device__ __forceinline__ unsigned rows_of_lane(unsigned rows_of_warp)
+{
+    return rows_of_warp >> read_thread_index() % 32 / 4 * 4;
+}
 
 __device__ __forceinline__ void clear(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
                                       float (&l_rmem)[M_FRAGS][2], float (&m_rmem)[M_FRAGS][2])
@@ -39,42 +47,53 @@ __device__ __forceinline__ void clear(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
     }
 }
 
-/* P = 2^(S * scale - m), in the layout of the A operand of the next mma, and l += its row sums. */
+/* P = 2^(S * scale - m), in the layout of the A operand of the next mma, and l += its row sums. The
+ * rows of the set `scaled` are that already. */
 __device__ __forceinline__ void exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4],
                                              float (&l_rmem)[M_FRAGS][2],
                                              const float (&S_rmem)[M_FRAGS][S_FRAGS][4],
-                                             const float (&m_rmem)[M_FRAGS][2], float scale)
+                                             const float (&m_rmem)[M_FRAGS][2], float scale,
+                                             unsigned scaled = 0)
 {
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) /* row g, then row g + 8 */
+        for (int half = 0; half < 2; half++) { /* row g, then row g + 8 */
+            const float row_scale = scaled >> 2 * m + half & 1 ? 1.0f : scale;
 #pragma unroll
             for (int n = 0; n < S_FRAGS; n++) {
-                const float p0 = exp2_approx(S_rmem[m][n][2 * half] * scale - m_rmem[m][half]);
-                const float p1 = exp2_approx(S_rmem[m][n][2 * half + 1] * scale - m_rmem[m][half]);
+                const float p0 = exp2_approx(S_rmem[m][n][2 * half] * row_scale - m_rmem[m][half]);
+                const float p1 =
+                    exp2_approx(S_rmem[m][n][2 * half + 1] * row_scale - m_rmem[m][half]);
                 l_rmem[m][half] += p0 + p1;
                 P_rmem[m][n / 2][n % 2 * 2 + half] = pack(p0, p1);
             }
+        }
 }
 
-/* Whether a sum or a value is inf, NaN, or so large that it may have been. */
-__device__ __forceinline__ bool out_of_range(const float (&O_rmem)[M_FRAGS][O_FRAGS][4],
-                                             const float (&l_rmem)[M_FRAGS][2])
+/* The rows of the warp with a sum or a value that is inf, NaN, or large enough to have been. */
+__device__ __forceinline__ unsigned out_of_range(const float (&O_rmem)[M_FRAGS][O_FRAGS][4],
+                                                 const float (&l_rmem)[M_FRAGS][2])
 {
-    bool out = false;
+    unsigned rows = 0;
 #pragma unroll
-    for (int m = 0; m < M_FRAGS; m++) {
+    for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
-        for (int half = 0; half < 2; half++)
-            out |= !(l_rmem[m][half] < SUM_LIMIT);
+        for (int half = 0; half < 2; half++) {
+            bool out = !(l_rmem[m][half] < SUM_LIMIT);
 #pragma unroll
-        for (int n = 0; n < O_FRAGS; n++)
+            for (int n = 0; n < O_FRAGS; n++)
 #pragma unroll
-            for (int e = 0; e < 4; e++)
-                out |= !(fabsf(O_rmem[m][n][e]) < INF);
-    }
-    return out;
+                for (int e = 0; e < 2; e++)
+                    out |= !(fabsf(O_rmem[m][n][2 * half + e]) < INF);
+            rows |= out << 2 * m + half;
+        }
+    rows <<= read_thread_index() % 32 / 4 * 4;
+#pragma unroll
+    for (int lane = 1; lane < 32; lane *= 2)
+        rows |= __shfl_xor_sync(0xffffffff, rows, lane);
+    /* As in query_place: what is the same in all of the warp takes no register of the loops. */
+    return __shfl_sync(0xffffffff, rows, 0);
 }
 
 /* l += the sink's p. A sink far above m would be out of range: m rises to it, and what was computed
@@ -90,24 +109,32 @@ __device__ __forceinline__ float add_sink(float &l, float &m, float sink)
     return rescale;
 }
 
-/* m = the maximum of what it was and S, which is scaled already; O and l follow. */
+/* In the rows of the set, S = S * scale, and m = the maximum of what it was and S; O and l follow.
+ * S is rounded here, and not within an FMA, so that p of the maximum is a power of two. */
 __device__ __forceinline__ void raise_max(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
                                           float (&l_rmem)[M_FRAGS][2], float (&m_rmem)[M_FRAGS][2],
-                                          const float (&S_rmem)[M_FRAGS][S_FRAGS][4])
+                                          float (&S_rmem)[M_FRAGS][S_FRAGS][4], float scale,
+                                          unsigned rows)
 {
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
+            const bool raises = rows >> 2 * m + half & 1;
             float row_max = m_rmem[m][half];
 #pragma unroll
             for (int n = 0; n < S_FRAGS; n++)
 #pragma unroll
-                for (int e = 0; e < 2; e++)
-                    row_max = fmaxf(row_max, S_rmem[m][n][2 * half + e] + ABOVE_MAXIMUM);
+                for (int e = 0; e < 2; e++) {
+                    float &s = S_rmem[m][n][2 * half + e];
+                    s *= raises ? scale : 1.0f;
+                    row_max = fmaxf(row_max, s + ABOVE_MAXIMUM);
+                }
             /* The four lanes of a quad share the row. */
             row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 1));
             row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 2));
+            if (!raises)
+                row_max = m_rmem[m][half];
 
             const float rescale = exp2_approx(m_rmem[m][half] - row_max);
             m_rmem[m][half] = row_max;

@@ -16,9 +16,10 @@ constexpr int S_FRAGS = SUB_N / 8;      /* 8-key columns of a sub-tile of scores
 constexpr int O_FRAGS = HEAD_DIM_V / 8; /* 8-dim columns of the output */
 constexpr int D_STEPS = (HEAD_DIM + 15) / 16;
 
-/* Unrolled sub-tiles overlap, which takes registers; wide rows leave none to spare. */
+/* Unrolled sub-tiles overlap, which takes registers; wide rows leave none to spare, nor does the
+ * tanh of a cap. */
 constexpr bool WIDE = WARP_M == 32 && (HEAD_DIM > 96 || HEAD_DIM_V > 96);
-constexpr int SUB_UNROLL = WIDE ? 1 : TILE_N / SUB_N;
+constexpr int SUB_UNROLL = WIDE || SOFTCAP ? 1 : TILE_N / SUB_N;
 
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM_V % 8 == 0, "a row is whole 16-byte chunks");
 static_assert(TILE_N % SUB_N == 0 && SUB_N % 16 == 0, "sub-tiles are whole mma steps");

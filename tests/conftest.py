@@ -25,7 +25,6 @@ class Device:
     name: str
     torch_device: str  # where its tensors live
     dtypes: tuple[torch.dtype, ...]
-    unsupported: tuple[str, ...] = ()  # arguments that raise NotImplementedError
     missing: str = ""  # why it cannot be used on this machine
     tensor_class: type[torch.Tensor] = torch.Tensor
     tiles: tuple[tuple[int, ...], ...] = ()  # rows that come before those of csrc/tiles.c
@@ -74,14 +73,12 @@ CUDA = Device(
     "cuda",
     "cuda",
     (torch.bfloat16, torch.float16),
-    unsupported=("softcap",),
     missing=why_no_cuda(),
 )
 EMULATOR = Device(
     "emulator",
     "cpu",
     CUDA.dtypes,
-    unsupported=CUDA.unsupported,
     missing=why_no_emulator(),
     tensor_class=EmulatedTensor,
 )
@@ -102,11 +99,6 @@ def params_of(*devices):
         )
         for device in devices
     ]
-
-
-def require_backward(device):
-    if "backward" in device.unsupported:
-        pytest.skip(f"{device.name} has no backward yet")
 
 
 @pytest.fixture(params=params_of(*DEVICES))

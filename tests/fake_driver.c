@@ -171,7 +171,7 @@ static void print_combine(FILE *file, const struct fa_combine_params *p)
 
 static void print_forward(FILE *file, const struct fa_forward_params *p)
 {
-    fprintf(file, "\"batch\": %d, \"heads_q\": %d, \"heads_per_kv\": %d, ", p->batch, p->heads_q,
+    fprintf(file, "\"batch\": %d, \"heads\": %d, \"heads_per_kv\": %d, ", p->batch, p->heads,
             p->heads_per_kv);
     fprintf(file, "\"seqlen_q\": %d, \"seqlen_k\": %d, ", p->seqlen_q, p->seqlen_k);
     fprintf(file, "\"m_blocks\": %d, \"group_heads\": %d, ", p->m_blocks, p->group_heads);

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, CUDA, params_of, require_backward
+from conftest import CPU, CUDA, params_of
 from reference import assert_close_to, gradient_reference
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -21,7 +21,6 @@ from flash_attn_sm120 import _C, autograd, flash_attn_func
 @pytest.fixture(params=params_of(CPU, CUDA))
 def device(request):
     """Those whose tensors stay what they are in autograd's hands; test_backward.py has the others."""
-    require_backward(request.param)
     return request.param
 
 
@@ -44,9 +43,7 @@ def leaves(device, dtype):
 
 
 def sinks(device, dtype=torch.float32):
-    """One per head, where the device has them."""
-    if "learnable_sink" in device.unsupported:
-        return None
+    """One per head."""
     return torch.randn(4).to(device.torch_device, dtype).requires_grad_()
 
 

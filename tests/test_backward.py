@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from conftest import CPU, CUDA, EMULATOR, params_of, require_backward
+from conftest import CPU, CUDA, EMULATOR, params_of
 from reference import (
     assert_gradients_close,
     attention_reference,
@@ -28,7 +28,6 @@ HEAD_DIMS += [(192, 128), (128, 64), (64, 128), (8, 256), (256, 8)]
 
 @pytest.fixture(params=params_of(CPU, EMULATOR, CUDA))
 def device(request):
-    require_backward(request.param)
     return request.param
 
 
@@ -61,12 +60,9 @@ def gradients_of(
     learnable_sink=None,
     deterministic=False,
 ):
-    """dq, dk, dv (and dsink) by forward and backward; a skip where the device lacks an argument."""
-    for argument, value in (("softcap", softcap), ("learnable_sink", learnable_sink)):
-        if argument in device.unsupported and (torch.is_tensor(value) or value):
-            pytest.skip(f"{device.name} has no {argument} yet")
+    """dq, dk, dv (and dsink) by forward and backward."""
     options = (softmax_scale, causal, window_size, softcap, learnable_sink)
-    out, lse = _C.forward(q, k, v, *options, 0, True)
+    out, lse = _C.forward(q, k, v, *options, 0, None, True)
     *gradients, dsink = _C.backward(dout, q, k, v, out, lse, dlse, *options, deterministic)
     assert (dsink is None) == (learnable_sink is None)
     assert all(x.is_contiguous() for x in gradients)

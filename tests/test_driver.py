@@ -96,15 +96,19 @@ def test_launch_parameters(run):
 from flash_attn_sm120 import explain
 q, k = cuda(2, 130, 6, 64), cuda(2, 200, 2, 64)
 print(explain(q, k, k).tile_m, explain(q, k, k).smem_request)
-call(return_lse=True)
-call(causal=True, softmax_scale=0.5)
+call(return_lse=True, pack_gqa=False)
+call(causal=True, softmax_scale=0.5, pack_gqa=False)
+call(pack_gqa=True)
 """
-    (line,), (dense, causal) = run(code)
+    (line,), (dense, causal, packed) = run(code)
     tile_m, smem_request = map(int, line.split())
     assert dense["m_blocks"] == math.ceil(130 / tile_m)
     assert dense["grid"] == dense["m_blocks"] * 2 * 6
     assert dense["shared"] == smem_request
-    assert (dense["batch"], dense["heads_q"], dense["heads_per_kv"]) == (2, 6, 3)
+    assert (dense["batch"], dense["heads"], dense["heads_per_kv"]) == (2, 6, 3)
+    assert (packed["batch"], packed["heads"], packed["heads_per_kv"]) == (2, 2, 3)
+    assert packed["m_blocks"] == math.ceil(130 * 3 / tile_m)
+    assert packed["grid"] == packed["m_blocks"] * 2 * 2
     assert (dense["seqlen_q"], dense["seqlen_k"]) == (130, 200)
     assert dense["q_stride"] == [130 * 6 * 64, 6 * 64, 64]
     assert dense["scale_log2"] == pytest.approx(math.log2(math.e) / 8, rel=1e-6)

@@ -19,13 +19,6 @@ HEAD_DIMS += [(64, 128), (128, 64), (192, 128), (8, 256), (256, 8), (72, 40)]
 
 
 def attend(device, q, k, v, **kwargs):
-    """flash_attn_func; where the device cannot do that yet, a test that it says so and a skip."""
-    for argument in device.unsupported:
-        value = kwargs.get(argument)
-        if torch.is_tensor(value) or value:
-            with pytest.raises(NotImplementedError, match=argument):
-                flash_attn_func(q, k, v, **kwargs)
-            pytest.skip(f"{device.name} refuses {argument}, as it should for now")
     return flash_attn_func(q, k, v, return_lse=True, **kwargs)
 
 
@@ -202,6 +195,22 @@ def test_softcap(device, dtype, make_qkv, softcap, mask):
     check(
         device, *make_qkv(2, 70, 70, 4, 2, 64, 72, dtype=dtype, mean=0.5), softcap=softcap, **mask
     )
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 1e-30])
+def test_softcap_and_scale(device, dtype, make_qkv, scale):
+    q, k, v = make_qkv(1, 40, 70, 4, 2, dtype=dtype)
+    check(device, q, k, v, softcap=2.0, softmax_scale=scale, causal=True)
+
+
+def test_softcap_at_the_ends_of_fp32(device, dtype, make_qkv):
+    """A cap that no score is near changes none; one that all are beyond makes all but zeros equal."""
+    q, k, v = make_qkv(1, 40, 70, 4, 2, dtype=dtype)
+    for causal in (False, True):
+        out, lse = attend(device, q, k, v, softcap=3e38, causal=causal)
+        assert_close(out, lse, q, k, v, causal=causal)
+        out, lse = attend(device, torch.zeros_like(q), k, v, softcap=1e-44, causal=causal)
+        assert_close(out, lse, q, k, v, softmax_scale=0.0, causal=causal)
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)

@@ -72,6 +72,11 @@ def test_heads(device, make_qkv, heads):
     check(*make_qkv(3, 47, 83, *heads), causal=True)
 
 
+@pytest.mark.parametrize("mask", [MASKS["full"], MASKS["window"]], ids=["full", "window"])
+def test_softcap(device, dtype, make_qkv, mask):
+    check(*make_qkv(2, 47, 83, 4, 2, dtype=dtype, mean=0.5), softcap=20.0, **mask)
+
+
 @pytest.mark.parametrize("layout", ["heads_first", "sequence_first", "in_nan", "last_dim_strided"])
 @pytest.mark.parametrize("head_dims", [(64, 64), (72, 40)], ids=str)
 def test_layouts(device, make_qkv, layout, head_dims):

@@ -203,7 +203,7 @@ second = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(second)
 assert second is not flash_attn_sm120._C
 q = torch.randn(1, 4, 1, 8)
-arguments = (q, q, q, None, False, (None, None), 0.0, None, 0, False)
+arguments = (q, q, q, None, False, (None, None), 0.0, None, 0, None, False)
 print(torch.equal(second.forward(*arguments)[0], flash_attn_sm120._C.forward(*arguments)[0]))
 del second
 """

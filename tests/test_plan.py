@@ -48,8 +48,10 @@ def test_smem_is_the_ring_of_stages():
 
 @pytest.mark.parametrize("seqlen_q", [1, 63, 64, 65, 127, 128, 129, 16384])
 def test_grid_covers_the_queries(seqlen_q):
-    plan = explain(*shapes(seqlen_q=seqlen_q, seqlen_k=64, heads=(8, 2), batch=3), arch=120)
-    assert plan.blocks == -(-seqlen_q // plan.tile_m) * 8 * 3
+    for pack_gqa, heads, rows in ((False, 8, seqlen_q), (True, 2, 4 * seqlen_q)):
+        call = shapes(seqlen_q=seqlen_q, seqlen_k=64, heads=(8, 2), batch=3)
+        plan = explain(*call, pack_gqa=pack_gqa, arch=120)
+        assert plan.blocks == -(-rows // plan.tile_m) * heads * 3
 
 
 @pytest.mark.parametrize("batch, seqlen_q", [(0, 64), (2, 0)])
@@ -83,6 +85,19 @@ def test_masks_are_constants_of_the_variant():
     }
     for suffix, name in names.items():
         assert re.search(r"_s\d+(\w*)$", name)[1] == suffix
+
+
+def test_features_are_constants_of_the_variant():
+    q, k, v = shapes(seqlen_q=1, seqlen_k=512)
+    features = {
+        "_pack": {},
+        "_cap": {"pack_gqa": False, "softcap": 30.0},
+        "_cap_pack": {"softcap": 1},
+    }
+    for suffix, options in features.items():
+        plan = explain(q, k, v, **options, arch=120)
+        assert re.search(r"_s\d+(_p\d)?(\w*)$", plan.variant)[2] == suffix
+        assert f"-DSOFTCAP={int('_cap' in suffix)}" in plan.options
 
 
 def test_variant_names_are_unique_to_their_constants():
@@ -210,11 +225,13 @@ def test_heads_share_the_l2_in_groups():
     assert long.group_heads == 4 * 4, "two equal groups, not 6 and 2"
     huge = explain(*shapes(seqlen_q=1 << 20, heads=(32, 8)), arch=90)
     assert huge.group_heads == 4, "never less than the heads that share one KV head"
+    packed = explain(*shapes(seqlen_q=8192, heads=(32, 8)), pack_gqa=True, arch=90)
+    assert packed.group_heads == 4, "the same groups, counted in KV heads"
 
 
 def test_every_choice_has_a_reason():
     plan = explain(*shapes(), arch=120)
-    assert {"kernel", "tile", "group_heads"} <= set(plan.reasons)
+    assert {"kernel", "tile", "pack_gqa", "group_heads"} <= set(plan.reasons)
     assert all(plan.reasons.values())
     assert plan.variant in str(plan) and plan.reasons["tile"] in str(plan)
 

@@ -240,7 +240,7 @@ def test_the_backward_leaks_no_references(like):
     """Nor does it where it has to copy, or fails at any of its arguments."""
     q, k, v = (like(array(i)) for i in range(3))
     sink = like(np.ones(q.shape[2], np.float32))
-    out, lse = _C.forward(q, k, v, None, True, (None, None), 0.0, sink, 0, True)
+    out, lse = _C.forward(q, k, v, None, True, (None, None), 0.0, sink, 0, None, True)
     dlse = like(np.ones((*lse.shape[:2], 2 * lse.shape[2]), np.float32))[..., ::2]
     arguments = [out, q, k, v, out, lse, dlse]
 
