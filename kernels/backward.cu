@@ -1,8 +1,8 @@
 /* Attention backward: dK and dV of one block of keys of one KV head, and its share of dQ.
  *
  * Keys are stationary: a block holds its K and V, and the queries (Q, dO, their lse and delta)
- * stream through shared memory. With s = scale * q.k, p = e^(s - lse), dp = dO.v, ds = p * (dp -
- * delta):
+ * stream through shared memory. With s = scale * q.k, p = e^(s - lse), dp = dO.v and
+ * ds = p * (dp - delta):
  *
  *     dV += P^T dO        dK += scale * dS^T Q        dQ += scale * dS K
  *
@@ -16,8 +16,7 @@
  * One source, compiled once per set of constants:
  *   DTYPE_BF16             1: bf16, 0: fp16
  *   HEAD_DIM, HEAD_DIM_V   of Q and K, of V and O: multiples of 8 up to 256
- *   WARPS, WARP_N          keys: WARP_N (a multiple of 16) per warp of a group, WARPS in both
- *          groups
+ *   WARPS, WARP_N          keys: WARP_N (a multiple of 16) per warp; WARPS in both groups
  *   TILE_M, SUB_M          queries: TILE_M at a time in shared memory, SUB_M through registers
  *   DQ_DIM_WARPS           warps of a group that share rows of dQ, each with a part of the dims
  *   STAGES                 1 or 2: of Q in shared memory

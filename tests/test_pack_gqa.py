@@ -107,10 +107,11 @@ def test_decoding_is_packed(arch, ratio):
     """All query heads of a KV head are rows of one block."""
     packed = plan(heads=(8 * ratio, 8), arch=arch)
     assert packed.pack_gqa and packed.blocks == 8 * packed.num_splits
-        assert packed.group_heads == 8
+    assert packed.group_heads == 8
     assert "PACK_GQA=1" in str(packed.options)
     unpacked = plan(heads=(8 * ratio, 8), arch=arch, pack_gqa=False)
-    assert unpacked.blocks == 8 * ratio and "as the call asks" in unpacked.reasons["pack_gqa"]
+    assert unpacked.blocks == 8 * ratio * unpacked.num_splits
+    assert "as the call asks" in unpacked.reasons["pack_gqa"]
 
 
 def test_packed_where_it_takes_noticeably_fewer_blocks():
