@@ -196,7 +196,7 @@ for seqlen, heads in shapes * 2 + random.sample(shapes, len(shapes)):
 """
     lines, launches = run(code)
     expected = [tuple(map(int, line.split())) for line in lines for _ in range(2)]
-    assert [(x["seqlen_q"], x["heads_q"], x["grid"]) for x in launches] == expected
+    assert [(x["seqlen_q"], x["heads"], x["grid"]) for x in launches] == expected
     assert len(set(expected)) == 160
 
 
@@ -266,7 +266,7 @@ def test_a_split_call_is_two_launches(run):
     _, (first, second, *others) = run(code)
     assert (first["device"], first["stream"]) == (second["device"], second["stream"]) == (1, 7)
     assert first["parts"] == second["parts"] == 3
-    assert first["grid"] == 3 * first["m_blocks"] * 2 * 6
+    assert first["grid"] == 3 * first["m_blocks"] * 2 * first["heads"]
     assert second["rows"] == 2 * 6 * 130 and second["shared"] == 0
     assert first["out"] == second["out_parts"]
     assert second["lse_parts"] - second["out_parts"] == 3 * second["rows"] * 64 * 4

@@ -95,7 +95,7 @@ def test_features_are_constants_of_the_variant():
         "_cap_pack": {"softcap": 1},
     }
     for suffix, options in features.items():
-        plan = explain(q, k, v, **options, arch=120)
+        plan = explain(q, k, v, **options, num_splits=1, arch=120)
         assert re.search(r"_s\d+(_p\d)?(\w*)$", plan.variant)[2] == suffix
         assert f"-DSOFTCAP={int('_cap' in suffix)}" in plan.options
 
@@ -121,7 +121,7 @@ def test_tiles_by_rows_per_sm():
 def plan_of_rows(arch, sms, head_dim, rows_per_sm, **options):
     """The plan of a call of so many query rows per multiprocessor, whose strides a tensor map has."""
     q = torch.empty(1, rows_per_sm * sms // 2, 2, head_dim, dtype=torch.bfloat16)
-    return explain(q, q, q, arch=arch, **options)
+    return explain(q, q, q, arch=arch, num_splits=1, **options)
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
