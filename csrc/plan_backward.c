@@ -115,15 +115,18 @@ static double time_of(const struct fa_shape *shape, const struct fa_backward_pla
 }
 
 /* Thread blocks that share a tile of keys: more than one where few keys, or few heads, leave
- * multiprocessors idle. */
+ * multiprocessors idle. Where blocks take turns each has whole heads: else what one begins with,
+ * another block of keys, whose turn comes before, might end with. */
 static int choose_parts(const struct fa_shape *shape, const struct fa_backward_plan *plan,
                         double blocks, int places)
 {
     enum { MAX_PARTS = 64 };
     int best = 1;
+    const int heads_per_kv = shape->heads_q / shape->heads_kv;
     for (int parts = 2; parts <= MIN(MAX_PARTS, (int)longest_walk(shape, plan)); parts++)
-        if (time_of(shape, plan, blocks, places, parts) <
-            time_of(shape, plan, blocks, places, best))
+        if ((!plan->main.variant.deterministic || heads_per_kv % parts == 0) &&
+            time_of(shape, plan, blocks, places, parts) <
+                time_of(shape, plan, blocks, places, best))
             best = parts;
     return best;
 }

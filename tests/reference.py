@@ -90,20 +90,28 @@ def gradient_reference(q, k, v, dout, dlse=None, *, learnable_sink=None, upcast=
     return torch.autograd.grad(results, inputs, gradients)
 
 
-def rounding_of_dsink(q, k, v, dout, *, learnable_sink, **kwargs):
-    """What dsink may be off by because out is rounded to its type, three standard deviations.
+def rounding_of_out(q, k, v, dout, *, learnable_sink=None, **kwargs):
+    """What gradients may be off by because out is rounded to its type: three standard deviations.
 
-    dsink = -sum_i exp(sink - lse_i) (dout_i . out_i - dlse_i) is a sum over all rows, and there are
-    so few of them that plain PyTorch is sometimes right by luck.
+    delta_i = dout_i . out_i enters dq_i = scale sum_j p_ij (dp_ij - delta_i) k_j, and
+    dsink = -sum_i exp(sink - lse_i) delta_i. Where a tensor has few rows plain PyTorch, which rounds
+    otherwise, is sometimes right by luck. Those of dk are sums over many rows, which are not.
     """
     half_ulp = torch.finfo(q.dtype).eps / 2
-    q, k, v, dout, sink = (
-        x.as_subclass(torch.Tensor).double() for x in (q, k, v, dout, learnable_sink)
-    )
-    out, lse = attention_reference(q, k, v, learnable_sink=sink, **kwargs)
-    weights = torch.exp(sink[:, None] - lse).nan_to_num(0).transpose(1, 2)  # [B, Sq, H]
-    deviations = weights * half_ulp * (dout * out).norm(dim=-1)
-    return 3 * max_finite(deviations.square().sum(dim=(0, 1)).sqrt())
+    scale = kwargs.get("softmax_scale")
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else abs(scale)
+    q, k, v, dout = (x.as_subclass(torch.Tensor).double() for x in (q, k, v, dout))
+    sink = learnable_sink
+    if sink is not None:
+        sink = kwargs["learnable_sink"] = sink.as_subclass(torch.Tensor).double()
+    out, lse = attention_reference(q, k, v, **kwargs)
+    delta = half_ulp * (dout * out).norm(dim=-1)  # [B, Sq, H]
+    mean_k, _ = attention_reference(q, k, k, **kwargs)
+    deviations = {"dq": 3 * scale * max_finite(delta[..., None] * mean_k.abs())}
+    if sink is not None:
+        weights = torch.exp(sink[:, None] - lse).nan_to_num(0).transpose(1, 2)
+        deviations["dsink"] = 3 * max_finite((weights * delta).square().sum(dim=(0, 1)).sqrt())
+    return deviations
 
 
 def visible_keys(diagonal, seqlen_k, left, right):
@@ -182,7 +190,8 @@ def assert_gradients_close(gradients, q, k, v, dout, dlse=None, **kwargs):
     inputs = {"dq": q, "dk": k, "dv": v}
     if kwargs.get("learnable_sink") is not None:
         inputs["dsink"] = kwargs["learnable_sink"]
-        floors["dsink"] += rounding_of_dsink(q, k, v, dout, **kwargs)
+    for name, deviation in rounding_of_out(q, k, v, dout, **kwargs).items():
+        floors[name] += deviation
     assert len(gradients) == len(ref) == len(inputs)
     for (name, x), gradient, *expected in zip(inputs.items(), gradients, ref, pt, strict=True):
         case = describe(q, k, v, kwargs | ({} if dlse is None else {"dlse": dlse}))
