@@ -10,6 +10,7 @@ num_splits=1: what splitting gains.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 from pathlib import Path
 
@@ -66,7 +67,9 @@ def measure(args: argparse.Namespace, records: harness.Records) -> list[tuple[ob
     for name, batch, seqlen in tqdm(grid, unit="cell", disable=None):
         preset = harness.PRESETS[name]
         problem = make_problem(preset, batch, (args.queries, seqlen), torch.bfloat16, args.device)
-        entrants, absent = harness.admit(contestants(problem), problem)
+        check = functools.partial(harness.check_forward, problem)
+        out = problem.q.new_empty(problem.out_shape)
+        entrants, absent = harness.admit(contestants(problem), check, [out])
         timings = harness.time_interleaved(
             entrants, args.device, args.rounds, graph=args.device == "cuda"
         )
