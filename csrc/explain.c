@@ -60,6 +60,45 @@ PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem, i
     return explain_plan(&plan);
 }
 
+/* [(kernel, variant, options), ...] of the steps that are needed. */
+static PyObject *kernels_of(const struct fa_backward_plan *plan)
+{
+    const struct fa_step *const steps[] = {&plan->delta, &plan->main, &plan->dq,
+                                           &plan->dk,    &plan->dv,   &plan->dsink};
+    PyObject *kernels = PyList_New(0);
+    for (size_t i = 0; kernels && i < sizeof steps / sizeof *steps; i++) {
+        if (steps[i]->blocks == 0)
+            continue;
+        PyObject *kernel = kernel_of(&steps[i]->variant);
+        if (!kernel || PyList_Append(kernels, kernel) < 0)
+            Py_CLEAR(kernels);
+        Py_XDECREF(kernel);
+    }
+    return kernels;
+}
+
+PyObject *fa_explain_backward(struct fa_state *state, const struct fa_problem *problem,
+                              bool deterministic, int arch)
+{
+    const struct fa_tensor *q = &problem->q;
+    if ((!arch && q->device_type == FA_CPU) || fa_shape_is_empty(&problem->shape))
+        return Py_BuildValue("{s:[]}", "kernels");
+    const struct fa_backward_options options = {
+        .deterministic = deterministic,
+        .tma_strides = fa_tensor_has_tma_strides(q),
+        .has_sink = problem->sink.object,
+    };
+    struct fa_backward_plan plan;
+    if (fa_launch_plan_backward(state, &problem->shape, &options, q->device_id, arch, &plan) < 0)
+        return NULL;
+    const struct fa_variant *main = &plan.main.variant;
+    return Py_BuildValue("{s:N,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:O}", "kernels", kernels_of(&plan),
+                         "tile_m", main->tile_m, "tile_n", plan.tile_n, "warps", main->warps,
+                         "blocks", plan.main.blocks, "parts", plan.parts, "smem_bytes",
+                         plan.smem_bytes, "smem_request", plan.main.smem_request, "workspace_bytes",
+                         (long long)plan.workspace * 4, "tma", main->tma ? Py_True : Py_False);
+}
+
 PyObject *fa_explain_devices(struct fa_state *state)
 {
     struct fa_driver *driver = &state->driver;

@@ -12,6 +12,10 @@ struct fa_state;
  * card. */
 PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem, int arch);
 
+/* The same of the backward of `problem`, whose dout is taken to lie like a new tensor. */
+PyObject *fa_explain_backward(struct fa_state *state, const struct fa_problem *problem,
+                              bool deterministic, int arch);
+
 /* (driver version, [{name, arch, sms, smem_per_block, smem_per_sm, l2_bytes}, ...]). */
 PyObject *fa_explain_devices(struct fa_state *state);
 

@@ -3,6 +3,7 @@
 #define FA_LAUNCH_H
 
 #include "plan.h"
+#include "plan_backward.h"
 #include "problem.h"
 
 struct fa_state;
@@ -19,5 +20,10 @@ int fa_launch_backward(struct fa_state *state, const struct fa_problem *problem,
  * where that is not 0. 0, or -1 with the exception set. */
 int fa_launch_plan(struct fa_state *state, const struct fa_shape *shape, int ordinal, int arch,
                    struct fa_plan *plan);
+
+/* And that of the backward. */
+int fa_launch_plan_backward(struct fa_state *state, const struct fa_shape *shape,
+                            const struct fa_backward_options *options, int ordinal, int arch,
+                            struct fa_backward_plan *plan);
 
 #endif

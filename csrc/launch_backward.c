@@ -147,21 +147,15 @@ static int launch_kernels(const struct backward *call)
     return launch_all(call, launches, (int)(sizeof launches / sizeof *launches));
 }
 
-static int plan(struct backward *call)
+int fa_launch_plan_backward(struct fa_state *state, const struct fa_shape *shape,
+                            const struct fa_backward_options *options, int ordinal, int arch,
+                            struct fa_backward_plan *plan)
 {
-    const struct fa_backward_options options = {
-        .deterministic = call->gradients->deterministic,
-        .tma_strides = fa_tensor_has_tma_strides(&call->problem->q) &&
-                       fa_tensor_has_tma_strides(&call->gradients->dout),
-        .has_sink = call->problem->sink.object,
-    };
-    struct fa_state *state = call->state;
     struct fa_device device;
     struct fa_plan_error error;
-    if (fa_planning_device(state, call->problem->q.device_id, 0, &device) < 0)
+    if (fa_planning_device(state, ordinal, arch, &device) < 0)
         return -1;
-    if (fa_plan_backward(&call->problem->shape, &options, &device, state->settings.limits_arch,
-                         &call->plan, &error) < 0)
+    if (fa_plan_backward(shape, options, &device, state->settings.limits_arch, plan, &error) < 0)
         return fa_raise_plan_error(&error);
     return 0;
 }
@@ -171,8 +165,16 @@ int fa_launch_backward(struct fa_state *state, const struct fa_problem *problem,
 {
     struct backward call = {.state = state, .problem = problem, .gradients = gradients};
     struct fa_driver *driver = &state->driver;
+    const struct fa_backward_options options = {
+        .deterministic = gradients->deterministic,
+        .tma_strides =
+            fa_tensor_has_tma_strides(&problem->q) && fa_tensor_has_tma_strides(&gradients->dout),
+        .has_sink = problem->sink.object,
+    };
     void *stream;
-    if (plan(&call) < 0 || fa_tensor_stream(state, &problem->q, &stream) < 0 ||
+    if (fa_launch_plan_backward(state, &problem->shape, &options, problem->q.device_id, 0,
+                                &call.plan) < 0 ||
+        fa_tensor_stream(state, &problem->q, &stream) < 0 ||
         fa_tensor_workspace(state, &problem->q, call.plan.workspace, &call.workspace) < 0)
         return -1;
     call.stream = stream;

@@ -149,6 +149,29 @@ done:
     return result;
 }
 
+static PyObject *explain_backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
+{
+    struct fa_state *state = PyModule_GetState(module);
+    struct fa_problem problem = {0};
+    PyObject *result = NULL;
+    if (check_count("explain_backward", count, 10) < 0)
+        return NULL;
+    const struct fa_arguments arguments = {.q = args[0],
+                                           .k = args[1],
+                                           .v = args[2],
+                                           .softmax_scale = args[3],
+                                           .causal = args[4],
+                                           .window_size = args[5],
+                                           .softcap = args[6],
+                                           .sink = args[7]};
+    const int deterministic = PyObject_IsTrue(args[8]);
+    const long arch = deterministic < 0 ? -1 : PyLong_AsLong(args[9]);
+    if (!PyErr_Occurred() && fa_problem_read(state, &arguments, &problem) == 0)
+        result = fa_explain_backward(state, &problem, deterministic, (int)arch);
+    fa_problem_release(&problem);
+    return result;
+}
+
 static PyObject *devices(PyObject *module, PyObject *Py_UNUSED(unused))
 {
     struct fa_state *state = PyModule_GetState(module);
@@ -184,6 +207,9 @@ static PyMethodDef METHODS[] = {
      "explain(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, num_splits, "
      "pack_gqa, "
      "arch) -> dict"},
+    {"explain_backward", (PyCFunction)(void (*)(void))explain_backward, METH_FASTCALL,
+     "explain_backward(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, "
+     "deterministic, arch) -> dict"},
     {"devices", devices, METH_NOARGS, "devices() -> (driver version, [device, ...])"},
     {"use_tiles", use_tiles, METH_O, "use_tiles(rows) -> None"},
     {"tiles", tiles, METH_NOARGS, "tiles() -> [row, ...]"},

@@ -53,6 +53,19 @@ def explain(
     arch: int,
     /,
 ) -> dict[str, Any]: ...
+def explain_backward(
+    q: Any,
+    k: Any,
+    v: Any,
+    softmax_scale: float | None,
+    causal: bool,
+    window_size: tuple[int | None, int | None],
+    softcap: float,
+    learnable_sink: Any | None,
+    deterministic: bool,
+    arch: int,
+    /,
+) -> dict[str, Any]: ...
 def devices() -> tuple[int, list[Device]]: ...
 def use_tiles(rows: Sequence[tuple[int, ...]], /) -> None: ...
 def tiles() -> list[tuple[int, ...]]: ...

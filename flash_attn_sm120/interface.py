@@ -81,7 +81,7 @@ def flash_attn_func(
         numpy arrays give numpy arrays; producers other than torch and numpy give torch tensors.
 
     Gradients of torch tensors reach ``q``, ``k``, ``v`` and ``learnable_sink``; the backward keeps
-    those, ``out`` and the log-sum-exp, and has no derivative of its own. CPU only so far. Under
+    those, ``out`` and the log-sum-exp, and has no derivative of its own. Under
     ``torch.autocast``, ``q``, ``k`` and ``v`` are cast to its dtype, as for
     ``torch.nn.functional.scaled_dot_product_attention``.
 
@@ -231,3 +231,57 @@ def explain(
     )
     combine = plan.pop("combine", None)
     return Plan(**plan, combine=combine and Kernel(*combine))
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """How the gradients of a call are computed. Counts, and bytes; None on the CPU."""
+
+    kernels: tuple[Kernel, ...]  # all that it launches, in order; none on the CPU
+    tile_m: int | None = None  # queries at a time
+    tile_n: int | None = None  # keys per block
+    warps: int | None = None
+    blocks: int | None = None  # the grid of the main kernel
+    parts: int | None = None  # blocks that share a tile of keys
+    smem_bytes: int | None = None  # shared memory that a block uses
+    smem_request: int | None = None  # and asks for: more where FA_SM120_LIMITS pads it
+    workspace_bytes: int | None = None
+    tma: bool | None = None  # the TMA brings queries; else cp.async
+
+
+def explain_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (None, None),
+    learnable_sink: Tensor | None = None,
+    softcap: float = 0.0,
+    deterministic: bool = False,
+    arch: int | None = None,
+) -> BackwardPlan:
+    """The plan of the backward of ``flash_attn_func(q, k, v, ...)``, of a dense gradient.
+
+    Args:
+        q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap, deterministic: as in
+            :func:`flash_attn_func`.
+        arch: as in :func:`explain`.
+
+    Raises:
+        The exceptions of :func:`flash_attn_func`.
+    """
+    plan = _C.explain_backward(
+        q,
+        k,
+        v,
+        softmax_scale,
+        causal,
+        window_size,
+        softcap,
+        learnable_sink,
+        deterministic,
+        arch or 0,
+    )
+    kernels = tuple(Kernel(*kernel) for kernel in plan.pop("kernels"))
+    return BackwardPlan(kernels, **plan)

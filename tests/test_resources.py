@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiles import PRODUCERS, tile_row, use_tiles
 
-from flash_attn_sm120 import explain, jit, variants
+from flash_attn_sm120 import explain, explain_backward, jit, variants
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
@@ -127,3 +127,24 @@ def test_tma_forward_with_a_producer_warp(compute_capability, warps, head_dim):
     ]
     for _, build, line in build_all(plans, jit.architecture(compute_capability)):
         assert build.spill_bytes <= 64, line
+
+
+@pytest.mark.parametrize("compute_capability", [120, 90])
+def test_backward_variants(compute_capability):
+    """Within 99 KB and the registers of a multiprocessor; some ten words are spilled at D 128."""
+    arch = jit.architecture(compute_capability)
+    plans = []
+    for head_dim, head_dim_v in variants.COMMON_HEAD_DIMS:
+        q, v = (torch.empty(1, 4096, 8, d, dtype=torch.bfloat16) for d in (head_dim, head_dim_v))
+        for options in ({}, {"causal": True, "deterministic": True}):
+            plans.append(explain_backward(q, q, v, **options, arch=compute_capability))
+
+    def built(plan):
+        return plan, jit.build(*plan.kernels[1], arch)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for plan, build in pool.map(built, plans):
+            name = plan.kernels[1].variant
+            assert build.spill_bytes <= 128, (name, build.spill_bytes)
+            assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, name
+            assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, name
