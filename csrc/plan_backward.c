@@ -100,8 +100,8 @@ static double average_walk(const struct fa_shape *shape, const struct fa_backwar
 #define PART_BLOCK  1.7
 #define CONVERSION  1.0
 
-/* More parts have to be faster than that: they take memory, and this is an estimate. */
-#define PAYS 0.95
+/* From so many rounds on, no multiprocessor is idle for long. */
+#define MANY_ROUNDS 4
 
 /* The time until the last of the blocks is done. Blocks of one size run in rounds; of a triangle
  * the long ones start first and short ones fill the gaps, so that it takes no less than the
@@ -126,10 +126,12 @@ static int choose_parts(const struct fa_shape *shape, const struct fa_backward_p
     enum { MAX_PARTS = 64 };
     int best = 1;
     const int heads_per_kv = shape->heads_q / shape->heads_kv;
+    if (blocks >= MANY_ROUNDS * (double)places)
+        return best;
     for (int parts = 2; parts <= MIN(MAX_PARTS, (int)longest_walk(shape, plan)); parts++)
         if ((!plan->main.variant.deterministic || heads_per_kv % parts == 0) &&
             time_of(shape, plan, blocks, places, parts) <
-                PAYS * time_of(shape, plan, blocks, places, best))
+                time_of(shape, plan, blocks, places, best))
             best = parts;
     return best;
 }
