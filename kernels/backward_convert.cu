@@ -22,23 +22,18 @@ extern "C" __global__ void __launch_bounds__(WARPS_PER_BLOCK * 32)
     element *tensor = static_cast<element *>(params.tensor) +
                       pair / params.heads * params.stride.batch +
                       pair % params.heads * params.stride.head;
+    float C[FRAGS][4];
 #pragma unroll
-    for (int n = 0; n < FRAGS; n += 4) {
-        float4 x[4];
+    for (int n = 0; n < FRAGS; n++) {
+        const float4 x = sum[n * 32];
+        C[n][0] = x.x;
+        C[n][1] = x.y;
+        C[n][2] = x.z;
+        C[n][3] = x.w;
+    }
 #pragma unroll
-        for (int c = 0; c < 4; c++)
-            x[c] = sum[min(n + c, FRAGS - 1) * 32];
-        const uint4 upper = quad_transpose(
-            pack(x[0].x * scale, x[0].y * scale), pack(x[1].x * scale, x[1].y * scale),
-            pack(x[2].x * scale, x[2].y * scale), pack(x[3].x * scale, x[3].y * scale));
-        const uint4 lower = quad_transpose(
-            pack(x[0].z * scale, x[0].w * scale), pack(x[1].z * scale, x[1].w * scale),
-            pack(x[2].z * scale, x[2].w * scale), pack(x[3].z * scale, x[3].w * scale));
-        const int chunk = n + quad_lane();
-        if (chunk < FRAGS && row0 < params.seqlen)
-            *reinterpret_cast<uint4 *>(tensor + row0 * params.stride.seqlen + chunk * 8) = upper;
-        if (chunk < FRAGS && row0 + 8 < params.seqlen)
-            *reinterpret_cast<uint4 *>(tensor + (row0 + 8) * params.stride.seqlen + chunk * 8) =
-                lower;
+    for (int half = 0; half < 2; half++) {
+        const int row = row0 + 8 * half;
+        store_row<FRAGS>(tensor + row * params.stride.seqlen, C, half, scale, row < params.seqlen);
     }
 }

@@ -245,9 +245,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
     if (SPLIT)
         return store_part(params, O_rmem, l_rmem, m_rmem);
 
-    /* ---- 7. O / l and lse out. The lanes of a quad hold 4 bytes each of every 16-byte chunk
-     * of their row: transposed, each lane holds every fourth chunk whole, and a row is written
-     * 64 contiguous bytes at a time. */
+    /* ---- 7. O / l and lse out. */
     const query_place to(params); /* computed again: see read_block_index() */
     element *out_gmem = static_cast<element *>(params.out) + to.batch * params.out_stride.batch +
                         to.head * params.out_stride.head;
@@ -262,19 +260,8 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
             l = quad_sum(l);
             const float rescale = add_sink(l, m_rmem[m][half], sink);
             const float inverse = l == 0.0f ? 0.0f : rescale * (1.0f / l); /* 0: no keys */
-            element *out_row = out_gmem + row_offset(params, params.out_stride, row);
-#pragma unroll
-            for (int n = 0; n < O_FRAGS; n += 4) {
-                unsigned word[4];
-#pragma unroll
-                for (int c = 0; c < 4; c++) {
-                    const float *O = O_rmem[m][min(n + c, O_FRAGS - 1)] + 2 * half;
-                    word[c] = pack(O[0] * inverse, O[1] * inverse);
-                }
-                const uint4 chunk = quad_transpose(word[0], word[1], word[2], word[3]);
-                if (row < row_count(params) && n + quad_lane() < O_FRAGS)
-                    *reinterpret_cast<uint4 *>(out_row + (n + quad_lane()) * 8) = chunk;
-            }
+            store_row<O_FRAGS>(out_gmem + row_offset(params, params.out_stride, row), O_rmem[m],
+                               half, inverse, row < row_count(params));
         }
     if (params.lse && quad_lane() == 0) {
 #pragma unroll

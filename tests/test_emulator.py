@@ -264,8 +264,8 @@ BROKEN = {
     ),
     "one row of the output too many": Broken(
         "forward.cuh",
-        "if (row < row_count(params) && n + quad_lane() < O_FRAGS)",
-        "if (row <= row_count(params) && n + quad_lane() < O_FRAGS)",
+        "half, inverse, row < row_count(params));",
+        "half, inverse, row <= row_count(params));",
         "no writable tensor",
     ),
     "one row of the lse too many": Broken(
@@ -282,9 +282,9 @@ BROKEN = {
         "may only read",
     ),
     "a misaligned store": Broken(
-        "forward.cuh",
-        "out_row + (n + quad_lane()) * 8)",
-        "out_row + (n + quad_lane()) * 8 + 4)",
+        "layout.cuh",
+        "row + (n + quad_lane()) * 8)",
+        "row + (n + quad_lane()) * 8 + 4)",
         "no multiple of 16",
     ),
     "a sum that is never cleared": Broken(
