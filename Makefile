@@ -38,6 +38,7 @@ $(VENV)/.ready: pyproject.toml
 
 bench: build
 	FA_SM120_LIMITS=120 $(RUN) benchmarks/forward.py
+	FA_SM120_LIMITS=120 $(RUN) benchmarks/backward.py --graph
 	$(RUN) benchmarks/overhead.py
 
 warmup: build
