@@ -97,7 +97,7 @@ __device__ __forceinline__ void take_part(int &begin, int &end, int part, int pa
 __device__ __forceinline__ void store_part(const fa_forward_params &params,
                                            const float (&O_rmem)[M_FRAGS][O_FRAGS][4],
                                            const float (&l_rmem)[M_FRAGS][2],
-                                           const float (&m_rmem)[M_FRAGS][2])
+                                           const float (&m_rmem)[M_FRAGS][2], unsigned left_out)
 {
     const query_place place(params); /* computed again: see read_block_index() */
     const fa_int64 part_rows = fa_int64{params.batch} * params.heads * row_count(params);
@@ -108,7 +108,7 @@ __device__ __forceinline__ void store_part(const fa_forward_params &params,
             const float l = quad_sum(l_rmem[m][half]);
             const float inverse = l == 0.0f ? 0.0f : 1.0f / l; /* 0: no keys */
             const int row = place.lane_row + 16 * m + 8 * half;
-            if (row >= row_count(params))
+            if (row >= row_count(params) || left_out >> 2 * m + half & 1)
                 continue;
             const fa_int64 at = place.part * part_rows + lse_offset(params, place.pair, row);
             float *out_row = static_cast<float *>(params.out) + at * HEAD_DIM_V;
@@ -123,6 +123,36 @@ __device__ __forceinline__ void store_part(const fa_forward_params &params,
         }
 }
 
+/* O / l and lse of the rows of this lane that are not in the set `left_out`. */
+__device__ __forceinline__ void store_rows(const fa_forward_params &params,
+                                           const float (&O_rmem)[M_FRAGS][O_FRAGS][4],
+                                           float (&l_rmem)[M_FRAGS][2], float (&m_rmem)[M_FRAGS][2],
+                                           unsigned left_out)
+{
+    const query_place to(params); /* computed again: see read_block_index() */
+    element *out_gmem = static_cast<element *>(params.out) + to.batch * params.out_stride.batch +
+                        to.head * params.out_stride.head;
+    float *lse_gmem = quad_lane() == 0 ? params.lse : nullptr;
+    const float sink0 = load_sink(params.sink, params.sink_dtype, to.head);
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = to.lane_row + 16 * m + 8 * half;
+            const bool stores = row < row_count(params) && !(left_out >> 2 * m + half & 1);
+            const float sink = PACK_GQA ? sink_of_row(params, to, row) : sink0;
+            float &l = l_rmem[m][half];
+            l = quad_sum(l);
+            const float rescale = add_sink(l, m_rmem[m][half], sink);
+            const float inverse = l == 0.0f ? 0.0f : rescale * (1.0f / l); /* 0: no keys */
+            store_row<O_FRAGS>(out_gmem + row_offset(params, params.out_stride, row), O_rmem[m],
+                               half, inverse, stores);
+            if (lse_gmem && stores)
+                lse_gmem[lse_offset(params, to.pair, row)] =
+                    l == 0.0f ? sink : (m_rmem[m][half] + log2_approx(l)) * LN2;
+        }
+}
+
 template <class tile_ring>
 __device__ __forceinline__ void attend(const fa_forward_params &params, tile_ring &ring)
 {
@@ -133,8 +163,8 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
 
     /* Only the first tiles of a row raise its m to the maximum. The others take m as it is, because
      * any m cancels in the end, as long as no number leaves the range of its type. Should one have,
-     * which the end shows, the block computes once more, and the rows of the set `redo` raise m at
-     * every tile. The others come to what they were: what a row does, and so each bit of its
+     * which the end shows, the block computes once more, raises m at every tile, and stores the
+     * rows of the set `redo`, which were not stored before: what a row does, and so each bit of its
      * result, depends on no other row of its block. */
     unsigned redo = 0;
     for (bool again = false;; again = true) {
@@ -202,7 +232,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                         cap(S_rmem, params.scale_in_cap);
                     mask_scores(S_rmem, mask, row, key + 2 * quad_lane(), params.hidden_score);
                     const unsigned raised =
-                        rows_of_lane(redo) | rows_at_edge(mask, row, tile_key, tile_end * TILE_N);
+                        again ? ~0u : rows_at_edge(mask, row, tile_key, tile_end * TILE_N);
                     raise_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2, raised);
                     exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, raised);
                     if (nonfinite) {
@@ -233,49 +263,18 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                 ring.advance();
             }
         }
+        /* ---- 7. O / l and lse out. */
+        const unsigned left_out = again ? ~redo : out_of_range(O_rmem, l_rmem);
+        if (SPLIT)
+            store_part(params, O_rmem, l_rmem, m_rmem, rows_of_lane(left_out));
+        else
+            store_rows(params, O_rmem, l_rmem, m_rmem, rows_of_lane(left_out));
+        redo = left_out;
+
         /* Barrier: all of the block start again or none, and not before all warps are done with
          * the ring. */
-        if (again)
-            break;
-        redo = out_of_range(O_rmem, l_rmem);
-        if (!__syncthreads_or(redo))
-            break;
-    }
-
-    if (SPLIT)
-        return store_part(params, O_rmem, l_rmem, m_rmem);
-
-    /* ---- 7. O / l and lse out. */
-    const query_place to(params); /* computed again: see read_block_index() */
-    element *out_gmem = static_cast<element *>(params.out) + to.batch * params.out_stride.batch +
-                        to.head * params.out_stride.head;
-    const float sink0 = load_sink(params.sink, params.sink_dtype, to.head);
-#pragma unroll
-    for (int m = 0; m < M_FRAGS; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row = to.lane_row + 16 * m + 8 * half;
-            const float sink = PACK_GQA ? sink_of_row(params, to, row) : sink0;
-            float &l = l_rmem[m][half];
-            l = quad_sum(l);
-            const float rescale = add_sink(l, m_rmem[m][half], sink);
-            const float inverse = l == 0.0f ? 0.0f : rescale * (1.0f / l); /* 0: no keys */
-            store_row<O_FRAGS>(out_gmem + row_offset(params, params.out_stride, row), O_rmem[m],
-                               half, inverse, row < row_count(params));
-        }
-    if (params.lse && quad_lane() == 0) {
-#pragma unroll
-        for (int m = 0; m < M_FRAGS; m++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int row = to.lane_row + 16 * m + 8 * half;
-                const float l = l_rmem[m][half];
-                if (row >= row_count(params))
-                    continue;
-                const float sink = PACK_GQA ? sink_of_row(params, to, row) : sink0;
-                params.lse[lse_offset(params, to.pair, row)] =
-                    l == 0.0f ? sink : (m_rmem[m][half] + log2_approx(l)) * LN2;
-            }
+        if (again || !__syncthreads_or(redo))
+            return;
     }
 }
 

@@ -71,7 +71,8 @@ __device__ __forceinline__ void exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS
         }
 }
 
-/* The rows of the warp with a sum or a value that is inf, NaN, or large enough to have been. */
+/* The rows of this lane, or of all of its warp, with a sum or a value that is inf, NaN, or large
+ * enough to have been. */
 __device__ __forceinline__ unsigned out_of_range(const float (&O_rmem)[M_FRAGS][O_FRAGS][4],
                                                  const float (&l_rmem)[M_FRAGS][2])
 {
@@ -89,11 +90,10 @@ __device__ __forceinline__ unsigned out_of_range(const float (&O_rmem)[M_FRAGS][
             rows |= out << 2 * m + half;
         }
     rows <<= read_thread_index() % 32 / 4 * 4;
-#pragma unroll
-    for (int lane = 1; lane < 32; lane *= 2)
-        rows |= __shfl_xor_sync(0xffffffff, rows, lane);
-    /* As in query_place: what is the same in all of the warp takes no register of the loops. */
-    return __shfl_sync(0xffffffff, rows, 0);
+    if (HEAD_DIM_V > 128) /* as in query_place: what all of the warp have takes no register */
+        return __reduce_or_sync(0xffffffff, rows);
+    rows |= __shfl_xor_sync(0xffffffff, rows, 1);
+    return rows | __shfl_xor_sync(0xffffffff, rows, 2);
 }
 
 /* l += the sink's p. A sink far above m would be out of range: m rises to it, and what was computed

@@ -40,7 +40,7 @@ def test_common_forward_variants(compute_capability):
     assert len(plans) >= 2 * 2 * len(variants.COMMON_HEAD_DIMS)
     for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
         head_dims = [int(n) for n in re.findall(r"_dv?(\d+)", plan.variant)]
-        assert build.spill_bytes <= (0 if max(head_dims) <= 128 else 80), line
+        assert build.spill_bytes <= (0 if max(head_dims) <= 128 else 96), line
         assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, line
         assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line
 
@@ -111,7 +111,7 @@ def test_tma_forward_variants(compute_capability, producer):
         calls += [((q, q, v), {"causal": causal}) for causal in (False, True)]
     plans = [tma_plan(*call, compute_capability, producer=producer) for call in calls]
     for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
-        assert build.spill_bytes <= (16 if "_d256" in plan.variant else 0), line
+        assert build.spill_bytes <= (48 if "_d256" in plan.variant else 0), line
         assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, line
         assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line
 
