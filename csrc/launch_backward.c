@@ -81,7 +81,7 @@ static int make_params(const struct backward *call, struct fa_backward_params *p
 
 static struct fa_convert_params convert_params(const struct backward *call, int64_t sum,
                                                const struct fa_tensor *tensor, int rows,
-                                               float scale)
+                                               float scale, int sums)
 {
     return (struct fa_convert_params){
         .sum = at(call, sum),
@@ -92,6 +92,7 @@ static struct fa_convert_params convert_params(const struct backward *call, int6
         .heads = (int)tensor->shape[2],
         .row_frags = rows / 16,
         .scale = scale,
+        .sums = sums,
     };
 }
 
@@ -134,10 +135,11 @@ static int launch_kernels(const struct backward *call)
     const int keys = plan->n_blocks * plan->tile_n;
     const float scale = call->problem->shape.softmax_scale;
     struct fa_backward_params params;
-    struct fa_convert_params dq =
-        convert_params(call, plan->dq_sum, &gradients->dq, queries, scale);
-    struct fa_convert_params dk = convert_params(call, plan->dk_sum, &gradients->dk, keys, scale);
-    struct fa_convert_params dv = convert_params(call, plan->dv_sum, &gradients->dv, keys, 1);
+    struct fa_convert_params dq = convert_params(call, plan->dq_sum, &gradients->dq, queries, scale,
+                                                 plan->main.variant.dq_sums);
+    struct fa_convert_params dk =
+        convert_params(call, plan->dk_sum, &gradients->dk, keys, scale, 1);
+    struct fa_convert_params dv = convert_params(call, plan->dv_sum, &gradients->dv, keys, 1, 1);
     if (make_params(call, &params) < 0)
         return -1;
     struct launch launches[] = {

@@ -35,6 +35,16 @@ static int dq_dim_warps(const struct fa_backward_tile *tile, int head_dim)
     return best;
 }
 
+/* Up to so many (batch, head) pairs, many blocks take turns at each: with two sums of dQ neighbours
+ * run side by side. With more pairs the second sum costs more than the turns do. The machine has no
+ * say in it, nor in the size of the workspace. */
+#define FEW_HEADS 16
+
+static int dq_sums(const struct fa_shape *shape, bool deterministic)
+{
+    return deterministic && (int64_t)shape->batch * shape->heads_q <= FEW_HEADS ? 2 : 1;
+}
+
 static void set_main(const struct fa_shape *shape, const struct fa_backward_options *options,
                      const struct fa_device *device, struct fa_backward_plan *plan)
 {
@@ -55,6 +65,7 @@ static void set_main(const struct fa_shape *shape, const struct fa_backward_opti
         .mask_left = fa_shape_has_left_mask(shape),
         .softcap = shape->softcap != 0,
         .deterministic = options->deterministic,
+        .dq_sums = dq_sums(shape, options->deterministic),
     };
     plan->main.threads = tile->warps * 32;
     plan->tile_n = tile->warps / 2 * tile->warp_n;
@@ -103,6 +114,16 @@ static double average_walk(const struct fa_shape *shape, const struct fa_backwar
 /* From so many rounds on, no multiprocessor is idle for long. */
 #define MANY_ROUNDS 4
 
+/* The most that one of so many blocks has, which share a tile of keys: see choose_parts(). */
+static double longest_part(const struct fa_shape *shape, const struct fa_backward_plan *plan,
+                           int parts)
+{
+    const int heads_per_kv = shape->heads_q / shape->heads_kv;
+    const double walk = longest_walk(shape, plan);
+    return plan->main.variant.deterministic ? walk / heads_per_kv * CEIL_DIV(heads_per_kv, parts)
+                                            : walk / parts;
+}
+
 /* The time until the last of the blocks is done. Blocks of one size run in rounds; of a triangle
  * the long ones start first and short ones fill the gaps, so that it takes no less than the
  * longest, nor than the machine takes for all. */
@@ -110,7 +131,7 @@ static double time_of(const struct fa_shape *shape, const struct fa_backward_pla
                       double blocks, double places, int parts)
 {
     const double own = parts > 1 ? PART_BLOCK : WHOLE_BLOCK;
-    const double longest = longest_walk(shape, plan) / parts + own;
+    const double longest = longest_part(shape, plan, parts) + own;
     const double average = average_walk(shape, plan) / parts + own;
     const double rounds = blocks * parts / places;
     const double time = is_triangle(plan) ? MAX(longest, rounds * average) : ceil(rounds) * longest;
@@ -129,7 +150,7 @@ static int choose_parts(const struct fa_shape *shape, const struct fa_backward_p
     if (blocks >= MANY_ROUNDS * (double)places)
         return best;
     for (int parts = 2; parts <= MIN(MAX_PARTS, (int)longest_walk(shape, plan)); parts++)
-        if ((!plan->main.variant.deterministic || heads_per_kv % parts == 0) &&
+        if ((!plan->main.variant.deterministic || parts <= heads_per_kv) &&
             time_of(shape, plan, blocks, places, parts) <
                 time_of(shape, plan, blocks, places, best))
             best = parts;
@@ -198,10 +219,10 @@ static void set_workspace(const struct fa_shape *shape, struct fa_backward_plan 
     const bool is_split = plan->parts > 1;
     int64_t end = 2 * queries; /* behind the lse and delta of each */
 #define TAKE(field, size) (plan->field = end, end += CEIL_DIV(size, 4) * 4)
-    TAKE(dq_sum, queries * shape->head_dim);
+    TAKE(dq_sum, main->dq_sums * queries * shape->head_dim);
     TAKE(dk_sum, is_split ? keys * shape->head_dim : 0);
     TAKE(dv_sum, is_split ? keys * shape->head_dim_v : 0);
-    TAKE(turns, main->deterministic ? query_tiles : 0);
+    TAKE(turns, main->deterministic ? main->dq_sums * query_tiles : 0);
     TAKE(dk_turns, main->deterministic && is_split ? key_tiles : 0);
     TAKE(tickets, main->deterministic ? 1 : 0);
 #undef TAKE

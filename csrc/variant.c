@@ -18,6 +18,13 @@ static const char *mask_name(const struct fa_variant *variant)
                                : (variant->mask_left ? "_left" : "");
 }
 
+static const char *order_name(const struct fa_variant *variant)
+{
+    return variant->dq_sums > 1     ? "_deterministic_2"
+           : variant->deterministic ? "_deterministic"
+                                    : "";
+}
+
 void fa_variant_name(const struct fa_variant *variant, char name[FA_VARIANT_NAME_SIZE])
 {
     static const char *const producers[] = {"_p0", "_p1", "_p2"};
@@ -43,8 +50,7 @@ void fa_variant_name(const struct fa_variant *variant, char name[FA_VARIANT_NAME
         snprintf(name, FA_VARIANT_NAME_SIZE, "%s_d%d_dv%d_m%dx%d_w%dx%d_s%d%s%s%s%s", head,
                  variant->head_dim, variant->head_dim_v, variant->tile_m, variant->sub_m,
                  variant->warps, variant->warp_n, variant->stages, variant->tma ? "_tma" : "",
-                 mask_name(variant), variant->softcap ? "_cap" : "",
-                 variant->deterministic ? "_deterministic" : "");
+                 mask_name(variant), variant->softcap ? "_cap" : "", order_name(variant));
         break;
     default:
         snprintf(name, FA_VARIANT_NAME_SIZE, "%s_d%d_dv%d_n%dx%d_w%dx%d_s%d%s%s%s%s%s", head,

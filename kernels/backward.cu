@@ -23,7 +23,9 @@
  *   TMA                    1: the TMA brings Q and dO, 0: cp.async does
  *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
  *   SOFTCAP                1: scores are capped by a tanh
- *   DETERMINISTIC          1: blocks add to dQ in the order of their keys */
+ *   DETERMINISTIC          1: blocks add to dQ in the order of their keys
+ *   DQ_SUMS                of each tile of dQ: block n of keys adds to number n % DQ_SUMS, so that
+ *                          where blocks take turns, neighbours do not wait for each other */
 #include "params.h"
 
 #include "backward.cuh"
@@ -451,10 +453,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
     const bool holds_K = warp < KEY_WARPS;
 
-    /* ---- 1. Which keys, and which queries see them: head by head of those that share the KV head,
-     * of each the tiles [m_begin, m_end), all of that divided among `parts` blocks. Where blocks
-     * take turns, from the last tile to the first: all that run together start with the same one,
-     * and none has to wait for long. */
+    /* ---- 1. Which keys, and which queries see them: of each head that shares the KV head the tiles
+     * [m_begin, m_end), all of that divided among `parts` blocks. Heads come one after the other.
+     * Where blocks take turns, a block has whole heads, and these take turns, too, tile by tile, from
+     * the last to the first: so all that run together start with the same tile and go on at the
+     * same pace, and none has to wait for long. */
     int block = read_block_index();
     if (DETERMINISTIC) {
         /* Blocks wait for those with a lower number: take it when starting to run. */
@@ -469,27 +472,37 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int key0 = at.n_block * TILE_N, key1 = key0 + TILE_N;
     const int m_begin = mask.begin(key0) / TILE_M;
     const int m_end = max(ceil_div(mask.end(key1 - 1), TILE_M), m_begin);
-    const int tiles = (m_end - m_begin) * params.heads_per_kv;
-    const int tile_begin = static_cast<fa_int64>(tiles) * at.part / params.parts;
-    const int tile_end = static_cast<fa_int64>(tiles) * (at.part + 1) / params.parts;
-    int head = at.head_kv * params.heads_per_kv, m_block = 0;
-    const int head_tiles = m_end - m_begin;
-    const int first = DETERMINISTIC ? m_end - 1 : m_begin;
-    if (tile_begin < tile_end) {
-        head += tile_begin / head_tiles;
-        const int passed = tile_begin % head_tiles;
-        m_block = DETERMINISTIC ? first - passed : first + passed;
+    int head_begin = at.head_kv * params.heads_per_kv, head_end = head_begin + params.heads_per_kv;
+    if (DETERMINISTIC) {
+        head_end = head_begin + params.heads_per_kv * (at.part + 1) / params.parts;
+        head_begin += params.heads_per_kv * at.part / params.parts;
     }
+    const int head_tiles = m_end - m_begin, tiles = head_tiles * (head_end - head_begin);
+    int tile_begin = 0, tile_end = tiles, head = head_begin, m_block = m_end - 1;
+    if (!DETERMINISTIC) {
+        tile_begin = static_cast<fa_int64>(tiles) * at.part / params.parts;
+        tile_end = static_cast<fa_int64>(tiles) * (at.part + 1) / params.parts;
+        head += tile_begin / max(head_tiles, 1);
+        m_block = m_begin + tile_begin % max(head_tiles, 1);
+    }
+    const auto go_on = [&](int &head, int &m_block) {
+        if (DETERMINISTIC) {
+            head = head + 1 == head_end ? head_begin : head + 1;
+            m_block -= head == head_begin;
+        } else {
+            m_block = m_block + 1 == m_end ? m_begin : m_block + 1;
+            head += m_block == m_begin;
+        }
+    };
 
     /* ---- 2. K to shared memory, K or V to registers, the first queries to shared memory. */
-    const auto tile_of = [&](int head, int m_block) {
-        return (static_cast<fa_int64>(at.batch) * params.heads_q + head) * params.m_blocks +
-               m_block;
+    const auto tile_of = [&](int batch, int head, int m_block) {
+        return (static_cast<fa_int64>(batch) * params.heads_q + head) * params.m_blocks + m_block;
     };
     const auto load_Q = [&](int stage, int head, int m_block) {
         const unsigned Q_smem = smem + Q_AT + stage * Q_layout::BYTES;
         const unsigned stats_smem = smem + STATS_AT + stage * STATS_BYTES;
-        const float *stats = params.stats + tile_of(head, m_block) * 2 * TILE_M;
+        const float *stats = params.stats + tile_of(at.batch, head, m_block) * 2 * TILE_M;
         if (TMA) {
             if (thread == THREADS - 1) {
                 const unsigned mbarrier = smem + MBARRIERS_AT + stage * 16;
@@ -563,9 +576,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     for (int i = tile_begin; i < tile_end; i++) {
         const unsigned count = i - tile_begin, stage = count % STAGES;
         const bool last = i + 1 == tile_end;
-        const int next_m_block = DETERMINISTIC ? (m_block == m_begin ? m_end : m_block) - 1
-                                               : (m_block + 1 == m_end ? m_begin : m_block + 1);
-        const int next_head = head + (next_m_block == first);
+        int next_head = head, next_m_block = m_block;
+        go_on(next_head, next_m_block);
         const int query0 = m_block * TILE_M;
         const query_tile tile = {smem + Q_AT + stage * Q_layout::BYTES,
                                  smem + DO_AT,
@@ -610,12 +622,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
          * their keys. Neither end of a turn is waited for: the turn before has mostly ended when it
          * is looked at, here; and that this one has ended is told a tile later, by a thread that by
          * its last barriers knows that all have added, when nothing is on its way any more. */
-        const fa_int64 q_tile = tile_of(head, m_block);
+        const int dq_batch = at.n_block % DQ_SUMS * params.batch + at.batch;
+        const fa_int64 dq_tile = tile_of(dq_batch, head, m_block);
         int ended = 0;
         if (DETERMINISTIC) {
             if (turn && thread == 0)
                 end_turn(turn);
-            turn = params.turns + q_tile;
+            turn = params.turns + dq_tile;
             ended = turns_ended(turn);
         }
         const int group_warp = warp % KEY_WARPS;
@@ -639,9 +652,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_arrive<THREADS>(UPPER_IS_FREE);
 
         if (DETERMINISTIC)
-            while (ended != at.n_block - mask.first_n_block(query0))
+            while (ended != (at.n_block - mask.first_n_block(query0)) / DQ_SUMS)
                 ended = turns_ended(turn);
-        float *sums = params.dq_sum + q_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
+        float *sums = params.dq_sum + dq_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
 #pragma unroll
         for (int m = 0; m < DQ_ROW_FRAGS; m++)
             add_to_sums<DQ_DIM_FRAGS>(sums + m * (16 * HEAD_DIM), dQ[m], dim_frag, HEAD_DIM / 8);

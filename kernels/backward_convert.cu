@@ -1,4 +1,4 @@
-/* A sum of fragments, see params.h, to rows of a tensor. A warp takes 16 rows.
+/* Sums of fragments, see params.h, to rows of a tensor. A warp takes 16 rows.
  *
  * Constants: DTYPE_BF16, HEAD_DIM (of the tensor). */
 #include "params.h"
@@ -12,25 +12,28 @@ extern "C" __global__ void __launch_bounds__(WARPS_PER_BLOCK * 32)
     backward_convert(const __grid_constant__ struct fa_convert_params params)
 {
     const fa_int64 warp = static_cast<fa_int64>(blockIdx.x) * WARPS_PER_BLOCK + threadIdx.x / 32;
+    const fa_int64 pairs = static_cast<fa_int64>(params.batch) * params.heads;
     const fa_int64 pair = warp / params.row_frags;
     const int row0 = warp % params.row_frags * 16 + threadIdx.x % 32 / 4;
-    if (pair >= static_cast<fa_int64>(params.batch) * params.heads)
+    if (pair >= pairs)
         return; /* all of the warp */
     const float4 *sum =
         reinterpret_cast<const float4 *>(params.sum) + warp * (FRAGS * 32) + threadIdx.x % 32;
+    const fa_int64 next_sum = pairs * params.row_frags * (FRAGS * 32);
     const float scale = params.scale / P_SCALE;
     element *tensor = static_cast<element *>(params.tensor) +
                       pair / params.heads * params.stride.batch +
                       pair % params.heads * params.stride.head;
-    float C[FRAGS][4];
+    float C[FRAGS][4] = {};
+    for (int i = 0; i < params.sums; i++)
 #pragma unroll
-    for (int n = 0; n < FRAGS; n++) {
-        const float4 x = sum[n * 32];
-        C[n][0] = x.x;
-        C[n][1] = x.y;
-        C[n][2] = x.z;
-        C[n][3] = x.w;
-    }
+        for (int n = 0; n < FRAGS; n++) {
+            const float4 x = sum[i * next_sum + n * 32];
+            C[n][0] += x.x;
+            C[n][1] += x.y;
+            C[n][2] += x.z;
+            C[n][3] += x.w;
+        }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = row0 + 8 * half;

@@ -98,8 +98,9 @@ struct fa_backward_params {
     float *dsink;            /* [heads_q] */
     float *stats;            /* [batch, heads_q, m_blocks, 2, TILE_M]: lse * log2(e) - P_SHIFT, and
                               * delta */
-    float *dq_sum, *dk_sum, *dv_sum; /* the last two where parts > 1 */
-    int *turns;    /* [batch, heads_q, m_blocks]: how often a tile of dQ has been added to */
+    float *dq_sum;           /* DQ_SUMS of them, one after the other */
+    float *dk_sum, *dv_sum;  /* where parts > 1 */
+    int *turns; /* [DQ_SUMS, batch, heads_q, m_blocks]: how often a tile of dQ has been added to */
     int *dk_turns; /* [batch, heads_kv, n_blocks]: and of dK and dV, where parts > 1 */
     int *tickets;  /* how many blocks have started */
     void *zeros;   /* what has to be zero before: 16-byte units, zero_chunks of them */
@@ -119,14 +120,15 @@ struct fa_backward_params {
 
 FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 704, "388, padding, then maps");
 
-/* The single argument of kernels/backward_convert.cu: a sum to a tensor. */
+/* The single argument of kernels/backward_convert.cu: a sum, or several added up, to a tensor. */
 struct fa_convert_params {
     const float *sum;
     void *tensor; /* [batch, seqlen, heads, head_dim] */
     struct fa_strides stride;
     int batch, heads, seqlen;
-    int row_frags; /* of a head of the sum */
+    int row_frags; /* of a head of a sum */
     float scale;
+    int sums;
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_convert_params) == 64, "host and device disagree on the layout");
