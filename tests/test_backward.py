@@ -424,6 +424,34 @@ def test_deterministic_runs_are_equal_to_the_bit(device, make_qkv, mask):
         assert_all_equal(first, gradients_of(device, *inputs, deterministic=True, **mask))
 
 
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_deterministic_runs_are_equal_beside_other_work(cuda, mask):
+    """Blocks that wait for their turn share the GPU with products, and with blocks of another backward."""
+
+    def inputs():
+        shapes = (2, 1500, 6, 64), (2, 1700, 2, 64), (2, 1700, 2, 64)
+        q, k, v = (CUDA.place(torch.randn(shape).bfloat16()) for shape in shapes)
+        return q, k, v, dout_for(CUDA, q, v), dlse_for(CUDA, q)
+
+    ours, theirs = inputs(), inputs()
+    options = {"deterministic": True, **mask}
+    expected = gradients_of(CUDA, *ours, **options) + gradients_of(CUDA, *theirs, **options)
+    matrix, product = CUDA.place(torch.randn(2, 4096, 4096).bfloat16())
+    multiplying, other = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(50):
+        with torch.cuda.stream(multiplying):
+            for _ in range(3):
+                torch.mm(matrix, matrix, out=product)
+        with torch.cuda.stream(other):
+            beside = gradients_of(CUDA, *theirs, **options)
+        results.append(gradients_of(CUDA, *ours, **options) + beside)
+    torch.cuda.synchronize()
+    for gradients in results:
+        assert_all_equal(gradients, expected)
+
+
 def test_runs_differ_by_rounding_at_most(device, dtype, make_qkv):
     """Without deterministic=True sums may be added up in any order, and that is all."""
     q, k, v = make_qkv(2, 200, 200, 4, 2, dtype=dtype)
