@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import warnings
 from subprocess import CompletedProcess
 
 _processes = multiprocessing.get_context("forkserver")
@@ -14,7 +13,6 @@ def _run(code, environment, outputs):
     os.environ.update(environment)
     for fd, path in zip((1, 2), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), fd)
-    warnings.resetwarnings()
     exec(compile(code, "<test>", "exec"), {"__name__": "__main__"})
 
 
