@@ -5,6 +5,7 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
+import builds
 import pytest
 import torch
 from tiles import PRODUCERS, tile_row, use_tiles
@@ -21,7 +22,7 @@ def build_all(plans, arch):
     """[(plan, what ptxas says, a line for the report), ...]"""
 
     def built(plan):
-        build = jit.build(plan.kernel, plan.variant, plan.options, arch)
+        build = builds.build(plan.kernel, plan.variant, plan.options, arch)
         line = (
             f"{plan.variant:56} {build.registers:4} registers {build.spill_bytes:5} B spilled "
             f"{plan.smem_bytes:6} B shared {build.seconds:5.2f} s"
@@ -58,7 +59,7 @@ def test_decoding_variants():
         assert build.spill_bytes == 0, line
     combines = dict.fromkeys(plan.combine for plan in plans)
     for kernel in combines:
-        build = jit.build(*kernel, "sm_120f")
+        build = builds.build(*kernel, "sm_120f")
         assert build.spill_bytes == 0 and build.registers * 256 * 6 <= REGISTERS_PER_SM, kernel
         assert 6 * (build.shared_bytes + 1024) <= SM120_SMEM, kernel
 
@@ -156,7 +157,7 @@ def test_backward_variants(compute_capability=120):
             plans.append(explain_backward(q, q, v, **options, arch=compute_capability))
 
     def built(plan):
-        return plan, jit.build(*plan.kernels[1], arch)
+        return plan, builds.build(*plan.kernels[1], arch)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for plan, build in pool.map(built, plans):
