@@ -24,10 +24,15 @@ class Device:
 
     name: str
     torch_device: str  # where its tensors live
-    dtypes: tuple[torch.dtype, ...]
+    dtypes: tuple[torch.dtype, ...]  # of the tests of every type
     missing: str = ""  # why it cannot be used on this machine
     tensor_class: type[torch.Tensor] = torch.Tensor
     tiles: tuple[tuple[int, ...], ...] = ()  # rows that come before those of csrc/tiles.c
+
+    def takes(self, turn):
+        """Whether to run a case. On the emulator, for which a kernel takes long to compile, those with
+        small tiles take the even turns, those with large ones the odd: pairs of features have to do."""
+        return self.tensor_class is not EmulatedTensor or turn % 2 == bool(self.tiles)
 
     def place(self, tensor):
         """`tensor` where calls expect it; the same memory, if that is there already."""
@@ -60,6 +65,16 @@ def why_no_emulator():
     return ""
 
 
+# Files of tests that take longest.
+LONGEST = ("test_sanitizers.py", "test_resources.py", "test_package.py")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Processes that share the tests start with the longest: short ones fill up the end evenly."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def driver_is_settled():
     """The C code reads its environment once; a process that a test starts has a driver of its own."""
@@ -78,15 +93,19 @@ CUDA = Device(
 EMULATOR = Device(
     "emulator",
     "cpu",
-    CUDA.dtypes,
+    (torch.bfloat16,),
     missing=why_no_emulator(),
     tensor_class=EmulatedTensor,
 )
 
 
-DEVICES = [CPU]
-for chosen in (EMULATOR, CUDA):
-    DEVICES += [chosen, replace(chosen, name=f"{chosen.name}-large", tiles=LARGE_TILES)]
+def with_large_tiles(device, **changes):
+    return replace(device, name=f"{device.name}-large", tiles=LARGE_TILES, **changes)
+
+
+# On the emulator the one size of tiles goes with the one type: of four pairs two have to do.
+DEVICES = [CPU, EMULATOR, with_large_tiles(EMULATOR, dtypes=(torch.float16,))]
+DEVICES += [CUDA, with_large_tiles(CUDA)]
 
 
 def params_of(*devices):

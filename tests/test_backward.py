@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import CPU, CUDA, EMULATOR, params_of
+from masks import HIDING_WINDOWS, MASKS, WINDOWED_SEQLENS, WINDOWS, bad_keys
 from reference import (
     assert_gradients_close,
     attention_reference,
@@ -36,13 +37,6 @@ def outputs_full_of_nan(monkeypatch):
     """Memory that nobody wrote shows, whatever the allocator returns."""
     empty = producers.empty
     monkeypatch.setattr(producers, "empty", lambda *args: empty(*args).fill_(torch.nan))
-
-
-@pytest.fixture
-def dtype(device, dtype):
-    if device == EMULATOR and dtype != torch.bfloat16:
-        pytest.skip("test_float16 has to do: another kernel to compile for each")
-    return dtype
 
 
 def gradients_of(
@@ -209,31 +203,10 @@ def test_no_pairs(device, dtype, make_qkv, sizes, sink):
 
 # ---- masks ---------------------------------------------------------------------------------------
 
-WINDOWS = [
-    (0, 0),
-    (5, 0),
-    (None, 3),
-    (3, None),
-    (15, 16),  # both sides at edges of tiles, where no pair may count twice
-    (16, 16),
-    (31, 32),
-    (64, 63),
-    (1000, 1000),
-    (None, -1),  # from here on the diagonal is outside
-    (-1, None),
-    (-2, 20),
-    (20, -2),
-    (-40, None),
-    (None, -40),
-    (-3, 2),  # nothing is visible
-    (-1000, 2000),
-    (-(2**31) + 1, None),
-]
-
 
 @pytest.mark.parametrize("window_size", WINDOWS, ids=str)
 def test_windows(device, dtype, make_qkv, window_size):
-    for seqlens in ((65, 65), (33, 150), (150, 33)):
+    for seqlens in WINDOWED_SEQLENS:
         q, k, v = make_qkv(1, *seqlens, 2, 1, 40, dtype=dtype)
         check(device, q, k, v, window_size=window_size)
 
@@ -266,13 +239,6 @@ def test_what_no_query_sees_has_no_gradient(device, dtype, make_qkv):
 
 
 # ---- softcap, sink, lse --------------------------------------------------------------------------
-
-MASKS = {
-    "full": {},
-    "causal": {"causal": True},
-    "window": {"window_size": (20, 3)},
-    "below": {"window_size": (None, -10)},  # the rows at the top see no key
-}
 
 
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
@@ -354,9 +320,7 @@ def test_zeros(device, make_qkv, zero):
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids=str)
-@pytest.mark.parametrize(
-    "window_size", [(None, 0), (10, None), (10, 0), (-5, 20), (None, -5)], ids=str
-)
+@pytest.mark.parametrize("window_size", HIDING_WINDOWS, ids=str)
 def test_what_is_masked_stays_out(device, dtype, make_qkv, window_size, poison):
     """The first 30 and last 20 keys are NaN or inf: nobody whom they do not meet must notice."""
     if device != CPU:
@@ -365,10 +329,7 @@ def test_what_is_masked_stays_out(device, dtype, make_qkv, window_size, poison):
         )
     q, k, v = make_qkv(1, 150, 150, 2, 1, 64, 40, dtype=dtype)
     dout = dout_for(device, q, v)
-    bad = torch.zeros(150, dtype=torch.bool)
-    bad[:30] = window_size[0] is not None
-    bad[-20:] = window_size[1] is not None
-    visible = visible_keys(torch.arange(150), 150, *window_size)
+    bad, visible = bad_keys(window_size)
     seeing_bad = (visible & bad).any(dim=1)
     clean = gradients_of(device, q, k, v, dout, window_size=window_size)
     for x in (k, v):
@@ -471,6 +432,34 @@ def test_blocks_that_take_turns_have_unequal_numbers_of_heads(device, make_qkv):
     assert device != EMULATOR or parts == 4
     first = check(device, q, k, v, dout, deterministic=True)
     assert_all_equal(gradients_of(device, q, k, v, dout, deterministic=True), first)
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+def test_deterministic_runs_are_equal_beside_other_work(cuda, mask):
+    """Blocks that wait for their turn share the GPU with products, and with blocks of another backward."""
+
+    def inputs():
+        shapes = (2, 1500, 6, 64), (2, 1700, 2, 64), (2, 1700, 2, 64)
+        q, k, v = (CUDA.place(torch.randn(shape).bfloat16()) for shape in shapes)
+        return q, k, v, dout_for(CUDA, q, v), dlse_for(CUDA, q)
+
+    ours, theirs = inputs(), inputs()
+    options = {"deterministic": True, **mask}
+    expected = gradients_of(CUDA, *ours, **options) + gradients_of(CUDA, *theirs, **options)
+    matrix, product = CUDA.place(torch.randn(2, 4096, 4096).bfloat16())
+    multiplying, other = torch.cuda.Stream(), torch.cuda.Stream()
+    torch.cuda.synchronize()
+    results = []
+    for _ in range(50):
+        with torch.cuda.stream(multiplying):
+            for _ in range(3):
+                torch.mm(matrix, matrix, out=product)
+        with torch.cuda.stream(other):
+            beside = gradients_of(CUDA, *theirs, **options)
+        results.append(gradients_of(CUDA, *ours, **options) + beside)
+    torch.cuda.synchronize()
+    for gradients in results:
+        assert_all_equal(gradients, expected)
 
 
 def test_runs_differ_by_rounding_at_most(device, dtype, make_qkv):

@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import run_python
 
 TESTS = Path(__file__).parent
 
@@ -71,19 +70,12 @@ def run(fake_driver, tmp_path):
     def run(code, **environment):
         """The lines that ``code`` printed and the launches that it made."""
         launches.unlink(missing_ok=True)
-        done = subprocess.run(
-            [sys.executable, "-c", PREAMBLE + code],
-            env={
-                **os.environ,
-                "FA_SM120_DRIVER": str(fake_driver),
-                "FAKE_LAUNCHES": str(launches),
-                "FA_SM120_CACHE_DIR": str(tmp_path / "cache"),
-                **environment,
-            },
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
+        settings = {
+            "FA_SM120_DRIVER": str(fake_driver),
+            "FAKE_LAUNCHES": str(launches),
+            "FA_SM120_CACHE_DIR": str(tmp_path / "cache"),
+        }
+        done = run_python(PREAMBLE + code, tmp_path, **settings | environment)
         assert done.returncode == 0, done.stderr
         made = launches.read_text().splitlines() if launches.exists() else []
         return done.stdout.splitlines(), [json.loads(line) for line in made]

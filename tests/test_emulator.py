@@ -3,6 +3,8 @@
 import functools
 import importlib.machinery
 import importlib.util
+import itertools
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,12 @@ from flash_attn_sm120 import _C, explain, flash_attn_func, jit, variants
 
 pytestmark = pytest.mark.skipif(bool(EMULATOR.missing), reason=EMULATOR.missing)
 
-COMMON_PLANS = list(variants.common_plans(120)) if not EMULATOR.missing else []
+# In fp16 those of two head dims: its constants have nothing to do with tiles.
+COMMON_PLANS = [
+    plan
+    for plan in (variants.common_plans(120) if not EMULATOR.missing else ())
+    if re.search("_bf16_|_d64_dv64|_d128_dv128", plan.variant)
+]
 
 SCHEDULES = [(seed, late) for seed in range(20) for late in (False, True)]
 
@@ -118,11 +125,17 @@ def test_every_schedule_of_the_tma_gives_the_bits_of_the_other(case, producer, s
 ODD_HEAD_DIMS = [(8, 8), (16, 24), (24, 8), (40, 72), (104, 120), (136, 16), (200, 248)]
 
 
-@pytest.mark.parametrize("head_dims", [*variants.COMMON_HEAD_DIMS, *ODD_HEAD_DIMS], ids=str)
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    "head_dims, causal",
+    [(dims, True) for dims in (*variants.COMMON_HEAD_DIMS, *ODD_HEAD_DIMS)] + [((64, 64), False)],
+    ids=str,
+)
 @pytest.mark.parametrize("rows", [(), LARGE_TILES], ids=["chosen", "large"])
 def test_no_bank_conflicts(head_dims, causal, rows):
-    """Copies of tiles, ldmatrix and loads take the fewest passes through shared memory that there are."""
+    """Copies of tiles, ldmatrix and loads take the fewest passes through shared memory that there are.
+
+    Causal calls have tiles with a mask, which take loads too, and tiles without one.
+    """
     q, k, v = make_qkv(1, 130, 300, 1, 1, *head_dims, torch.bfloat16)
     with use_tiles(*rows):
         flash_attn_func(q, k, v, causal=causal)
@@ -132,10 +145,13 @@ def test_no_bank_conflicts(head_dims, causal, rows):
         assert counters.wavefronts[kind] == counters.wavefronts_ideal[kind], kind
 
 
-@pytest.mark.parametrize("head_dims", [*variants.COMMON_HEAD_DIMS, *ODD_HEAD_DIMS], ids=str)
-@pytest.mark.parametrize("producer", PRODUCERS)
+@pytest.mark.parametrize(
+    "head_dims, producer",
+    [*zip((*variants.COMMON_HEAD_DIMS, *ODD_HEAD_DIMS), itertools.cycle(PRODUCERS))],
+    ids=str,
+)
 def test_no_bank_conflicts_where_the_tma_writes(head_dims, producer):
-    """And one instruction copies a segment: a row of it is 128 bytes at best."""
+    """And one instruction copies a segment, a row of which is 128 bytes at best, whoever issues it."""
     q, k, v = make_qkv(1, 130, 300, 1, 1, *head_dims, torch.bfloat16)
     with use_tiles(tma_row_of(producer, q, k, v, causal=True)):
         plan = explain(q, k, v, causal=True)

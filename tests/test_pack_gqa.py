@@ -1,11 +1,10 @@
 """pack_gqa: the query heads of one KV head share the rows of a block, and nothing else changes."""
 
 import itertools
-import subprocess
-import sys
 
 import pytest
 import torch
+from children import run_python
 from reference import assert_close
 from test_plan import shapes
 from tiles import KERNELS, tile_row, use_tiles
@@ -155,9 +154,10 @@ def test_cpu_calls_do_not_care(make_qkv):
 
 
 DROPPED = """
-import sys, warnings; sys.path[:0] = {path!r}
+import warnings
 import conftest, torch
 from flash_attn_sm120 import explain, flash_attn_func
+warnings.simplefilter({action!r}, UserWarning)
 q = conftest.{device}.place(torch.randn(1, 4, 2, 8).half())
 explain(q, q, q, pack_gqa=True)
 flash_attn_func(q, q, q)
@@ -171,14 +171,11 @@ for _ in range(2):
 
 
 @pytest.mark.parametrize("action", ["always", "error"])
-def test_a_dropped_request_is_warned_of_once(device, action):
+def test_a_dropped_request_is_warned_of_once(device, action, tmp_path):
     """In a process of its own, by the first call that launches."""
     if device.name not in ("emulator", "cuda"):
         pytest.skip("one device is enough, and the CPU drops nothing")
-    code = DROPPED.format(path=sys.path, device=device.name.upper())
-    done = subprocess.run(
-        [sys.executable, "-W", f"{action}::UserWarning", "-c", code], capture_output=True, text=True
-    )
+    done = run_python(DROPPED.format(action=action, device=device.name.upper()), tmp_path)
     said = "pack_gqa was asked for and is dropped: not packed: each KV head has one query head"
     if action == "error":
         assert done.stdout.splitlines() == [f"raised {said}", "done"], done.stderr

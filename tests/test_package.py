@@ -153,10 +153,19 @@ def test_sdist_builds_the_same_wheel(checkout, wheel, tmp_path):
     assert set(zipfile.ZipFile(again).namelist()) == set(zipfile.ZipFile(wheel).namelist())
 
 
-def test_wheel_ships_cubins_where_asked(checkout, tmp_path):
-    """FA_SM120_PREBUILD: kernels that need neither NVRTC nor a cache."""
+def test_wheel_ships_cubins_where_asked(checkout, tmp_path, monkeypatch):
+    """FA_SM120_PREBUILD: kernels that need neither NVRTC nor a cache; here those of one head dim."""
     pytest.importorskip("cuda.bindings.nvrtc")
-    prebuilt = build_wheel(checkout, tmp_path, FA_SM120_PREBUILD="sm_120f")
+    source = tmp_path / "source"
+    shutil.copytree(checkout, source)
+    text = (source / "flash_attn_sm120" / "variants.py").read_text()
+    text, changed = re.subn(r"(?m)^COMMON_HEAD_DIMS = .*", "COMMON_HEAD_DIMS = ((64, 64),)", text)
+    assert changed == 1
+    (source / "flash_attn_sm120" / "variants.py").write_text(text)
+    monkeypatch.setattr(variants, "COMMON_HEAD_DIMS", ((64, 64),))
+    count = len(variants.common_kernels(120))
+    assert count >= 8
+    prebuilt = build_wheel(source, tmp_path, FA_SM120_PREBUILD="sm_120f")
     with zipfile.ZipFile(prebuilt) as archive:
         archive.extractall(tmp_path / "site")
     code = """
@@ -174,7 +183,7 @@ print({jit.compile(*kernel, 120, 12080)[:4] for kernel in kernels}, len(kernels)
         PYTHONPATH=str(tmp_path / "site"),
         FA_SM120_CACHE_DIR=str(tmp_path / "none"),
     )
-    assert out.strip() == rf"{{b'\x7fELF'}} {len(variants.common_kernels(120))}"
+    assert out.strip() == rf"{{b'\x7fELF'}} {count}"
     assert not (tmp_path / "none").exists()
 
 

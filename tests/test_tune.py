@@ -4,12 +4,11 @@ import errno
 import itertools
 import json
 import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
+from children import run_python
 from conftest import CUDA, EMULATOR
 
 from flash_attn_sm120 import _C, cache, explain, jit, tiles, tune, variants
@@ -460,16 +459,16 @@ def test_a_cache_directory_that_cannot_be_read_has_no_table(tmp_path, monkeypatc
     assert not tiles.in_use()
 
 
-def python(code, **environment):
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr
-    return done
+@pytest.fixture
+def python(tmp_path):
+    """python(code, **environment) -> what came of it, in a process of its own."""
+
+    def run(code, **environment):
+        done = run_python(code, tmp_path, **environment)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return run
 
 
 PLAN = """
@@ -480,7 +479,7 @@ print(explain(q, q, q, causal=True, arch=120).stages)
 """
 
 
-def test_import_loads_the_table_of_the_cache_directory(tmp_path):
+def test_import_loads_the_table_of_the_cache_directory(python, tmp_path):
     file = tmp_path / "tune" / "tiles.json"
     tiles.write(file, tables(entry())["tables"][0])
     code = "import os; del os.environ['FA_SM120_TILES']" + PLAN
@@ -580,7 +579,7 @@ def test_head_dims_are_checked(capsys):
     assert "multiples of 8" in capsys.readouterr().err
 
 
-def test_without_a_gpu(tmp_path):
+def test_without_a_gpu(python, tmp_path):
     code = "from flash_attn_sm120.__main__ import main; import sys; print(main(['tune']))"
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
