@@ -85,6 +85,11 @@ def info() -> int:
             smem, parts = (plan.smem_bytes or 0) >> 10, plan.num_splits or 1
             split = f", keys in {parts} parts" if parts > 1 else ""
             print(f"  {plan.variant:52} tile {plan.tile_m} x {plan.tile_n}, {smem} KB{split}")
+        print("gradients of common calls:")
+        for backward in variants.backward_plans(arch):
+            smem, main = (backward.smem_bytes or 0) >> 10, backward.main
+            name = main.variant if main else ""
+            print(f"  {name:52} tile {backward.tile_m} x {backward.tile_n}, {smem} KB")
     return 0
 
 

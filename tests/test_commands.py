@@ -28,7 +28,9 @@ def test_info():
         and "compiler: " in done.stdout
         and "kernel cache: " in done.stdout
     )
-    assert re.search(r"forward\w*_bf16_d128_dv128\S+ +tile \d+ x \d+, \d+ KB", done.stdout)
+    for direction in ("forward", "backward"):
+        line = rf"{direction}\w*_bf16_d128_dv128\S+ +tile \d+ x \d+, \d+ KB"
+        assert re.search(line, done.stdout)
 
 
 def test_info_shows_the_environment():
@@ -68,8 +70,10 @@ def test_warmup_fills_the_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("FA_SM120_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(variants, "COMMON_HEAD_DIMS", ((64, 64),))
     seen = []
-    count = variants.warmup(120, lambda plans: (seen.append(p.variant) or p for p in plans))
-    assert count == len(set(seen)) == len(variants.common_kernels(120)) >= 8
+    count = variants.warmup(120, lambda kernels: (seen.append(k) or k for k in kernels))
+    assert count == len(set(seen)) == len(variants.common_kernels(120)) >= 20
+    steps = {"backward_delta", "backward", "backward_convert", "backward_sink"}
+    assert {"forward_tma", "combine", *steps} <= {kernel.kernel for kernel in seen}
     cubins = sorted(
         path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix == ".cubin"
     )
