@@ -48,6 +48,9 @@ def test_check_passes():
     done = run("check")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("all passed")
+    for name, rows in (("out", 3), ("dq", 1), ("dk", 1), ("dv", 1)):
+        found = re.findall(rf"^{name} bfloat16 head_dim 128 seqlen \d+ causal", done.stdout, re.M)
+        assert len(found) == rows
 
 
 def test_check_fails_where_attention_is_wrong():
@@ -57,10 +60,27 @@ import sys
 import flash_attn_sm120.__main__ as cli
 right = cli.flash_attn_func
 cli.flash_attn_func = lambda *a, **k: (right(*a, **k)[0] / 2, None)
+cli.CHECK_HEAD_DIMS = (64,)
 sys.exit(cli.main(["check"]))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 1 and "FAILED" in done.stdout
+
+
+def test_check_fails_where_gradients_alone_are_wrong(monkeypatch, capsys):
+    from flash_attn_sm120 import __main__ as cli
+
+    right = cli.flash_attn_func
+
+    def with_doubled_gradients(*tensors, **options):
+        out, lse = right(*tensors, **options)
+        return out + (out - out.detach()), lse
+
+    call = ("cpu", torch.float32, 64, 65, True)
+    assert cli._check_gradients(*call)
+    monkeypatch.setattr(cli, "flash_attn_func", with_doubled_gradients)
+    assert cli._check_forward(*call) and not cli._check_gradients(*call)
+    assert capsys.readouterr().out.count("FAILED") == 3
 
 
 def test_warmup_fills_the_cache(tmp_path, monkeypatch):
