@@ -89,9 +89,10 @@ def test_warmup_fills_the_cache(tmp_path, monkeypatch):
 
     monkeypatch.setenv("FA_SM120_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(variants, "COMMON_HEAD_DIMS", ((64, 64),))
+    monkeypatch.setattr(variants, "DTYPES", (torch.bfloat16,))
     seen = []
     count = variants.warmup(120, lambda kernels: (seen.append(k) or k for k in kernels))
-    assert count == len(set(seen)) == len(variants.common_kernels(120)) >= 20
+    assert count == len(set(seen)) == len(variants.common_kernels(120)) >= 10
     steps = {"backward_delta", "backward", "backward_convert", "backward_sink"}
     assert {"forward_tma", "combine", *steps} <= {kernel.kernel for kernel in seen}
     cubins = sorted(
