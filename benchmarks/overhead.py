@@ -2,8 +2,9 @@
 
     python benchmarks/overhead.py --output overhead.jsonl
 
-Host microseconds per call, seconds of a variant's first call (compiled; from the disk cache), and
-the import time of the package beyond torch's. What needs a GPU is left out without one, and said.
+Host microseconds per call, of forward and backward, seconds of a variant's first call (compiled;
+from the disk cache), and the import time of the package beyond torch's. What needs a GPU is left
+out without one, and said.
 """
 
 from __future__ import annotations
@@ -19,19 +20,22 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import harness
 import torch
 import torch.nn.functional as F
-from harness import OURS, Contestant
+from backward import by_autograd, by_operator
+from grid import FLASH
+from harness import OURS, Contestant, Problem
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flash_attn_sm120
 
 # The GPU finishes a call of this shape about as fast as the host enqueues it, and a launch queue
-# holds some 1000 kernels: CALLS of them never make the host wait. On a CPU the call *is* the work,
-# so the work is made as small as it gets.
+# holds some 1000 kernels: CALLS of them, three to a backward, never make the host wait. On a CPU
+# the call *is* the work, so the work is made as small as it gets.
 SHAPE = {"cuda": (1, 128, 4, 64), "cpu": (1, 1, 1, 8)}
 CALLS = 200
 
@@ -63,7 +67,7 @@ print(json.dumps([time.perf_counter() - begin]))
 # ------------------------------------------------------------------------------------- per call
 
 
-def contestants(device: str) -> list[Contestant]:
+def forwards(device: str) -> list[Contestant]:
     """Calls on one tiny problem. torch.empty_like is the yardstick: the least that an op costs."""
     q = torch.randn(SHAPE[device], dtype=torch.bfloat16, device=device)
     qt = q.transpose(1, 2)
@@ -84,6 +88,21 @@ def contestants(device: str) -> list[Contestant]:
     return calls
 
 
+def backwards(device: str) -> list[Contestant]:
+    """The gradients of such a call: by autograd, and by the operator alone that it calls."""
+    q = torch.randn(SHAPE[device], dtype=torch.bfloat16, device=device)
+    problem, dout = Problem(q, q, q, causal=False), torch.randn_like(q)
+    by = {"operator": by_operator(problem, dout), "autograd": by_autograd(problem, dout)}
+    if device == "cpu":  # there flash has no operator of its own
+        by["operator"] = [c for c in by["operator"] if c.name == OURS]
+    return [
+        replace(contestant, name=f"backward by {how}, {contestant.name}")
+        for how, contestants in by.items()
+        for contestant in contestants
+        if contestant.name in (OURS, FLASH)
+    ]
+
+
 def host_us(call: Callable[[], object], device: str) -> float:
     """Microseconds to enqueue one call, averaged over CALLS between two synchronisations."""
     harness.synchronize(device)
@@ -95,11 +114,9 @@ def host_us(call: Callable[[], object], device: str) -> float:
     return elapsed / CALLS * 1e6
 
 
-@torch.no_grad()
-def per_call(device: str, repeats: int) -> dict[str, list[float]]:
+def per_call(entrants: list[Contestant], device: str, repeats: int) -> dict[str, list[float]]:
     """Samples of each contestant, taken in turn; the first of each warms up and is dropped."""
     samples: dict[str, list[float]] = {}
-    entrants = contestants(device)
     gc.disable()  # a collection would be charged to whoever is being timed
     for _ in range(repeats + 1):
         for contestant in entrants:
@@ -184,12 +201,17 @@ def main() -> None:
     records = harness.Records(args.output, "overhead", args.device)
     print(harness.headline(records.header))
     print(
-        f"Calls without autograd on {SHAPE[args.device]}; low, high: quartiles, or the extremes "
-        "of fewer than 4 samples\n"
+        f"Calls on {SHAPE[args.device]}, those of the forward without autograd; low, high: "
+        "quartiles, or the extremes of fewer than 4 samples\n"
     )
-    report(records, "us per call", per_call(args.device, args.repeats))
+    with torch.no_grad():
+        samples = per_call(forwards(args.device), args.device, args.repeats)
+    samples |= per_call(backwards(args.device), args.device, args.repeats)
+    report(records, "us per call", samples)
     seconds = {"import beyond torch's": import_seconds(2 * args.processes)}
-    left_out = ["enqueueing on a GPU, the aten flash op, first calls: no CUDA device in this run"]
+    left_out = [
+        "enqueueing on a GPU, the operators of flash, first calls: no CUDA device in this run"
+    ]
     if args.device == "cuda":
         measured, left_out = first_calls(args.processes)
         seconds |= measured

@@ -1,26 +1,36 @@
-"""What would bound the kernels on sm_120? Counts the instructions of their main loop in SASS.
+"""What would bound the kernels on sm_120? Counts the instructions of their main loops in SASS.
 
-    python benchmarks/sass_report.py               # the common kernels
+    python benchmarks/sass_report.py               # the common kernels, forward and backward
     python benchmarks/sass_report.py 128 192,128   # these head dims (or head_dim,head_dim_v)
 
 Static figures: nothing here has run on the card. Each kernel is compiled for the architecture,
 disassembled by nvdisasm (`pip install nvidia-cuda-nvdisasm`), and the main loop's instructions are
-priced by the table below. What waits, latencies and bank conflicts, is left out: the figures say
-which pipe a kernel cannot be faster than, not how fast it is.
+priced by the table below. What waits is left out, latencies, barriers and bank conflicts, and what
+works beside the SM's pipes: the TMA's writes to shared memory, and what the L2 takes to add to sums
+in memory. So the figures say which pipe a kernel cannot be faster than, not how fast it is.
 
 How the main loop is found. A loop is a branch back to an instruction that dominates it (the
 detours of divergent warps branch back, too, but not to such a one), its body the instructions that
 lead to that branch. A *tile loop* holds tensor instructions and waits for its tile, at a
-barrier or an mbarrier, and holds no other such loop. The kernels have two: careful tiles, with a
+barrier or an mbarrier, and holds no other such loop. The forward has two: careful tiles, with a
 mask and a maximum, and fast ones. A loop inside that holds tensor instructions runs once per
 sub-tile (TILE_N / SUB_N times), any other (polling an mbarrier) counts once; branches that skip
 code, such as the copies of tiles beyond the end, are not taken. The main loop is the tile loop that
 issues the fewest instructions for each tensor instruction.
 
-The unit is one tile of one warp: cycles of the warp's SM sub-partition, all warps of a
-sub-partition needing the same. The bound is the slowest pipe or the issue slots (one instruction
-per cycle, as on all GPUs since 7.0); the tensor share is the tensor pipe's part of the bound,
-tensor / max(pipes, issue slots): 100% where the tensor pipe itself is the bound.
+The backward has one tile loop, in whose body paths lie side by side: of the warps that hold K,
+with a mask and without, and of those that hold V; then all compute a part of dQ. A *path* is all
+that leads to, or follows, the tensor instructions that only it has, before the next tile.
+Exponentials tell which group of warps a path is of; of each group the one counts that issues the
+fewest instructions for each tensor instruction, which is that of tiles without a mask. What one
+thread does for all, asking the TMA for the next tile, counts in both.
+
+The unit of the forward is one tile of keys of one warp, that of the backward one tile of queries of
+two warps, one of each group, which share a sub-partition. Cycles are those of the SM sub-partition
+of these warps, all warps (or pairs) of a sub-partition needing the same. The bound is the slowest
+pipe or the issue slots (one instruction per cycle, as on all GPUs since 7.0); the tensor share is
+the tensor pipe's part of the bound, tensor / max(pipes, issue slots): 100% where the tensor pipe
+itself is the bound.
 """
 
 from __future__ import annotations
@@ -43,7 +53,7 @@ from pathlib import Path
 import harness
 
 from flash_attn_sm120 import jit, variants
-from flash_attn_sm120.interface import Plan
+from flash_attn_sm120.interface import BackwardPlan, Kernel, Plan
 
 # ----------------------------------------------------------------------------------------- rates
 
@@ -73,6 +83,10 @@ RATES = (
     (r"(LDGSTS|LDS|STS|LDG|STG)\b.*\.128", "shared", 16),
     (r"(LDGSTS|LDS|STS|LDG|STG)\b.*\.64", "shared", 8),
     (r"(LDSM|STSM|LDGSTS|LDS|STS|LDG|STG)\b.*", "shared", 4),
+    # Reductions in memory leave by the same way as stores [assumed].
+    (r"(RED|REDG)\b.*\.F32x4\b.*", "shared", 16),
+    (r"(RED|REDG)\b.*\.F32x2\b.*", "shared", 8),
+    (r"(RED|REDG)\b.*", "shared", 4),
     (r"(LDL|STL)\b.*", "spills", 4),  # through the same memory; on their own, to be seen
     (r"(SHFL|MOVM)\b.*", "shared", 4),  # 32 lanes / clock / SM, as on 8.x and 9.0 [assumed]
     # 16 lanes / clock / SM: measured on 10.0 [published], on 12.x [assumed]
@@ -89,7 +103,8 @@ RATES = (
     (r"(U(?!TMA|BLK)[A-Z0-9]+|LDCU|R2UR|S2UR)\b.*", "uniform", 2),
     (r"(BRA|BSSY|BSYNC|WARPSYNC|EXIT|CALL|RET)\b.*", "control", 0),
     (r"(BAR|DEPBAR|LDGDEPBAR|SYNCS|NANOSLEEP|YIELD|ELECT)\b.*", "control", 0),
-    (r"(UTMALDG|UTMASTG|UBLKCP)\b.*", "control", 0),  # one warp asks, the TMA works
+    # One warp asks, and the TMA works: an issue slot is all that is known to be taken [assumed].
+    (r"(UTMALDG|UTMASTG|UBLKCP)\b.*", "control", 0),
     (r"NOP", "nop", 0),  # between HMMAs where nothing else is ready; and predicated off for good
     (r"[A-Z]MMA\b.*", "unknown", 0),  # a tensor instruction without a rate: an error, see price()
     (r".*", "other", 0),  # listed by name
@@ -229,8 +244,8 @@ def reached(start: int, edges: list[list[int]], without: int | None = None) -> s
     return seen
 
 
-def find_loops(code: list[Instruction]) -> list[Loop]:
-    """The natural loops, by where they begin. Blocks laid out beyond a loop's end are left out."""
+def neighbours(code: list[Instruction]) -> tuple[list[list[int]], list[list[int]]]:
+    """Of each instruction those that may run after it, and those that may before it."""
     after: list[list[int]] = [[] for _ in code]
     before: list[list[int]] = [[] for _ in code]
     for i, instruction in enumerate(code):
@@ -238,6 +253,12 @@ def find_loops(code: list[Instruction]) -> list[Loop]:
         for j in {*following, *([] if instruction.target is None else [instruction.target])}:
             after[i].append(j)
             before[j].append(i)
+    return after, before
+
+
+def find_loops(code: list[Instruction]) -> list[Loop]:
+    """The natural loops, by where they begin. Blocks laid out beyond a loop's end are left out."""
+    after, before = neighbours(code)
     ends: dict[int, list[int]] = {}  # by head: the branches back to it that it dominates
     for end in reached(0, after):
         head = code[end].target
@@ -250,52 +271,112 @@ def find_loops(code: list[Instruction]) -> list[Loop]:
     return loops
 
 
-def find_main_loop(code: list[Instruction], sub_tiles: int) -> list[tuple[Instruction, int]]:
-    """The instructions of the main loop, and how often each runs per tile.
+Runs = list[tuple[Instruction, int]]  # instructions, and how often each runs per tile
+
+
+def effort(runs: Runs) -> float:
+    """Instructions issued for each tensor instruction."""
+    return sum(n for _, n in runs) / sum(n for instruction, n in runs if instruction.is_tensor)
+
+
+def find_tile_loops(code: list[Instruction]) -> tuple[list[Loop], list[Loop]]:
+    """The tile loops, and all loops that multiply.
 
     Raises:
         ValueError: no loop waits for tiles and multiplies them.
     """
-    loops = find_loops(code)
-    multiplying = [loop for loop in loops if any(code[i].is_tensor for i in loop.body)]
+    multiplying = [loop for loop in find_loops(code) if any(code[i].is_tensor for i in loop.body)]
     tiles = [loop for loop in multiplying if any(code[i].waits_for_tile for i in loop.body)]
     innermost = [loop for loop in tiles if not any(loop.holds(other) for other in tiles)]
     if not innermost:
         raise ValueError("no loop waits for tiles and multiplies them")
+    return innermost, multiplying
 
-    def runs(loop: Loop) -> list[tuple[Instruction, int]]:
+
+def find_main_loop(code: list[Instruction], sub_tiles: int) -> Runs:
+    """The main loop of the forward.
+
+    Raises:
+        ValueError: no loop waits for tiles and multiplies them.
+    """
+    tiles, multiplying = find_tile_loops(code)
+
+    def runs(loop: Loop) -> Runs:
         inner = set().union(*(other.body for other in multiplying if loop.holds(other)))
         return [(code[i], sub_tiles if i in inner else 1) for i in loop.body]
 
-    def effort(tile: list[tuple[Instruction, int]]) -> float:
-        return sum(n for _, n in tile) / sum(n for instruction, n in tile if instruction.is_tensor)
+    return min(map(runs, tiles), key=effort)
 
-    return min(map(runs, innermost), key=effort)
+
+def find_paths(code: list[Instruction], loop: Loop) -> list[list[int]]:
+    """The paths through a loop's body that multiply differently: indices of instructions.
+
+    Two instructions are on one path where one leads to the other before the loop starts again. Of
+    a tensor instruction that several paths share, that makes all of these; so the smallest such
+    sets are the paths.
+    """
+    body, head = set(loop.body), loop.body[0]
+    after, before = neighbours(code)
+    onward = [[j for j in following if j in body and j != head] for following in after]
+    backward = [[j for j in leading if j in body] for leading in before]
+    backward[head] = []
+    sets = {frozenset(reached(i, onward) | reached(i, backward)) for i in body if code[i].is_tensor}
+    return [sorted(path) for path in sets if not any(other < path for other in sets)]
+
+
+def find_pair_loop(code: list[Instruction]) -> Runs:
+    """The main loop of the backward: the paths of two warps, one of each group.
+
+    Raises:
+        ValueError: no loop waits for tiles and multiplies them, for both groups.
+    """
+    paths = [
+        [(code[i], 1) for i in path]
+        for loop in find_tile_loops(code)[0]
+        for path in find_paths(code, loop)
+    ]
+    groups: dict[bool, list[Runs]] = {}
+    for path in paths:
+        has_exponentials = any(instruction.opcode == "MUFU.EX2" for instruction, _ in path)
+        groups.setdefault(has_exponentials, []).append(path)
+    if len(groups) != 2:
+        raise ValueError("no loop has paths of both groups of warps")
+    return [run for group in groups.values() for run in min(group, key=effort)]
 
 
 # ---------------------------------------------------------------------------------------- figures
 
 
-def constants(plan: Plan) -> dict[str, int]:
-    """The compile-time constants of a plan: TILE_N and so on."""
-    pairs = (option.removeprefix("-D").split("=") for option in plan.options)
+def constants(kernel: Kernel) -> dict[str, int]:
+    """The compile-time constants of a kernel: TILE_N and so on."""
+    pairs = (option.removeprefix("-D").split("=") for option in kernel.options)
     return {name: int(value) for name, value in pairs}
 
 
-def products(plan: Plan) -> int:
+def forward_products(c: dict[str, int]) -> int:
     """How many m16n8k16 a tile takes of a warp: Q K^T, then P V."""
-    c = constants(plan)
     scores = c["TILE_N"] // 8 * -(-c["HEAD_DIM"] // 16)
     values = c["HEAD_DIM_V"] // 8 * (c["TILE_N"] // 16)
     return c["WARP_M"] // 16 * (scores + values)
 
 
+def backward_products(c: dict[str, int]) -> int:
+    """And of two warps, one of each group: K Q^T and P^T dO; V dO^T and dS^T Q; both of dS K."""
+    steps = -(-c["HEAD_DIM"] // 16) - (-c["HEAD_DIM_V"] // 16)
+    own = c["WARP_N"] // 16 * (c["TILE_M"] // 8) * steps
+    rows, group = c["TILE_M"] // 16, c["WARPS"] // 2
+    dims = 2 * c["DQ_DIM_WARPS"] * -(-c["HEAD_DIM"] // (16 * c["DQ_DIM_WARPS"]))
+    of_queries = rows * dims * (c["WARP_N"] * group // 16) // c["WARPS"]
+    return 2 * (own + of_queries)
+
+
 @dataclass(frozen=True)
 class Figures:
-    """The main loop of one kernel, per tile and warp, and what the kernel takes of an SM."""
+    """The main loop of one kernel, per tile, and what the kernel takes of an SM."""
 
     variant: str
     arch: str
+    warps: int  # of which the loop is: one, or the two of a pair
     instructions: dict[str, int]  # opcode -> how often it is issued
     products: int  # tensor instructions that the tile takes by its shape
     registers: int
@@ -338,26 +419,29 @@ class Figures:
         return cycles["tensor"] / max(cycles.values())
 
 
-def analyse(plan: Plan, arch: str) -> Figures:
+def analyse(plan: Plan | BackwardPlan, arch: str) -> Figures:
     """Compiles a plan's kernel for `arch`, say "sm_120f", and counts its main loop.
 
     Raises:
         RuntimeError: NVRTC or nvdisasm is missing or fails.
         ValueError: the kernel has no main loop.
     """
-    build = jit.build(plan.kernel, str(plan.variant), plan.options, arch)
-    c = constants(plan)
-    loop = find_main_loop(parse(disassemble(build.cubin)), c["TILE_N"] // c["SUB_N"])
+    is_backward = isinstance(plan, BackwardPlan)
+    kernel = plan.main if is_backward else plan.kernels[0]
+    build = jit.build(*kernel, arch)
+    code, c = parse(disassemble(build.cubin)), constants(kernel)
+    loop = find_pair_loop(code) if is_backward else find_main_loop(code, c["TILE_N"] // c["SUB_N"])
     instructions: Counter[str] = Counter()
     for instruction, runs in loop:
         instructions[instruction.opcode] += runs
     per_warp = -(-build.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
     assert plan.blocks_per_sm and plan.warps and plan.smem_bytes is not None
     return Figures(
-        variant=str(plan.variant),
+        variant=kernel.variant,
         arch=arch,
+        warps=2 if is_backward else 1,
         instructions=dict(instructions.most_common()),
-        products=products(plan),
+        products=backward_products(c) if is_backward else forward_products(c),
         registers=build.registers,
         spill_bytes=build.spill_bytes,
         smem_bytes=plan.smem_bytes + build.shared_bytes,
@@ -366,7 +450,7 @@ def analyse(plan: Plan, arch: str) -> Figures:
     )
 
 
-def analyse_all(plans: list[Plan], arch: str) -> list[Figures]:
+def analyse_all(plans: list[Plan | BackwardPlan], arch: str) -> list[Figures]:
     """analyse() of each plan, over all cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(analyse, plans, [arch] * len(plans)))
@@ -399,22 +483,35 @@ def each_chip(values: Iterable[str]) -> str:
     return each[0] if len(set(each)) == 1 else " / ".join(each)
 
 
+UNITS = {1: "forward, per tile of keys and warp", 2: "backward, per tile of queries and two warps"}
+
+
 def report(figures: list[Figures]) -> None:
-    """Prints the tables."""
+    """Prints the tables, of each direction its own."""
+    has_rates = figures[0].arch.startswith("sm_12")
+    for warps, unit in UNITS.items():
+        if of_unit := [f for f in figures if f.warps == warps]:
+            report_counts(unit, of_unit)
+            if has_rates:
+                report_cycles(unit, of_unit)
+    if not has_rates:
+        print(f"\nNo cycles: the rates are those of 12.x, not of {figures[0].arch}.")
+
+
+def report_counts(unit: str, figures: list[Figures]) -> None:
     resources = ("registers", "spilled B", "shared B", "blocks/SM")
-    print("\nInstructions of the main loop per tile and warp, by pipe:\n")
+    print(f"\nInstructions of the main loop by pipe, {unit}:\n")
     print(harness.markdown(("kernel", *PIPES, "all", "products", *resources), count_rows(figures)))
     print("\nproducts: the tensor instructions that the tile takes by its shape.")
     others: Counter[str] = Counter()
     for f in figures:
         others.update(f.others())
     print("other, all kernels:", ", ".join(f"{o} {n}" for o, n in others.most_common()) or "none")
-    if not figures[0].arch.startswith("sm_12"):
-        print(f"\nNo cycles: the rates are those of 12.x, not of {figures[0].arch}.")
-        return
+
+
+def report_cycles(unit: str, figures: list[Figures]) -> None:
     pipes = ["issue", *(p for p in PIPES if any(p in f.cycles(CHIPS[0]) for f in figures))]
-    print("\nCycles of an SM sub-partition per tile and warp; where they differ,", end=" ")
-    print(" / ".join(CHIPS), end=":\n\n")
+    print(f"\nCycles of an SM sub-partition, {unit}; where they differ, {' / '.join(CHIPS)}:\n")
     head = ("kernel", *pipes, "bound", "tensor share", "next, of the bound")
     print(harness.markdown(head, cycle_rows(figures, pipes)))
 
@@ -456,8 +553,12 @@ def main() -> None:
     args = parse_args()
     compute_capability = int(re.sub(r"\D", "", args.arch))
     dims = args.head_dims or variants.COMMON_HEAD_DIMS
+    plans = [
+        *variants.common_plans(compute_capability, dims),
+        *variants.backward_plans(compute_capability, dims),
+    ]
     try:
-        figures = analyse_all(list(variants.common_plans(compute_capability, dims)), args.arch)
+        figures = analyse_all(plans, args.arch)
     except (RuntimeError, ValueError) as error:
         sys.exit(str(error))
     print(f"Static figures for {args.arch}: nothing here has run on the card.")

@@ -145,15 +145,18 @@ static int choose_parts(const struct fa_shape *shape, const struct fa_backward_p
                         double blocks, int places)
 {
     enum { MAX_PARTS = 64 };
-    int best = 1;
-    const int heads_per_kv = shape->heads_q / shape->heads_kv;
     if (blocks >= MANY_ROUNDS * (double)places)
-        return best;
-    for (int parts = 2; parts <= MIN(MAX_PARTS, (int)longest_walk(shape, plan)); parts++)
-        if ((!plan->main.variant.deterministic || parts <= heads_per_kv) &&
-            time_of(shape, plan, blocks, places, parts) <
-                time_of(shape, plan, blocks, places, best))
-            best = parts;
+        return 1;
+    int most = (int)MIN(MAX_PARTS, longest_walk(shape, plan));
+    if (plan->main.variant.deterministic)
+        most = MIN(most, shape->heads_q / shape->heads_kv);
+    int best = 1;
+    double best_time = time_of(shape, plan, blocks, places, 1);
+    for (int parts = 2; parts <= most; parts++) {
+        const double time = time_of(shape, plan, blocks, places, parts);
+        if (time < best_time)
+            best = parts, best_time = time;
+    }
     return best;
 }
 
@@ -168,8 +171,8 @@ static int set_grid(const struct fa_shape *shape, const struct fa_device *device
     plan->smem_bytes = backward_smem(shape, plan);
     main->smem_request =
         fa_plan_smem(device, limits_arch, plan->smem_bytes, main->threads, &by_smem);
-    plan->parts =
-        choose_parts(shape, plan, blocks, MAX(1, device->sms) * MAX(1, MIN(by_smem, by_registers)));
+    plan->blocks_per_sm = MAX(1, MIN(by_smem, by_registers));
+    plan->parts = choose_parts(shape, plan, blocks, MAX(1, device->sms) * plan->blocks_per_sm);
     const double query_tiles = (double)shape->batch * shape->heads_q * plan->m_blocks;
     if (blocks * plan->parts > INT32_MAX || query_tiles > INT32_MAX) {
         *error = (struct fa_plan_error){

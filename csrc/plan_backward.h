@@ -18,6 +18,7 @@ struct fa_backward_plan {
     int m_blocks, n_blocks; /* tiles of queries of a head, and of keys */
     int parts;              /* thread blocks that share a tile of keys */
     int smem_bytes;         /* that a block of `main` uses */
+    int blocks_per_sm;      /* of `main`, whatever registers it takes */
     /* Where things start in the workspace, in units of four bytes; from dq_sum on they have to be
      * zero before `main` runs. */
     int64_t dq_sum, dk_sum, dv_sum, turns, dk_turns, tickets;

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 from tqdm import tqdm
 
 from flash_attn_sm120 import _C, __version__, cache, explain, flash_attn_func, jit, variants
@@ -41,26 +40,30 @@ def _compiler() -> str:
         return str(error)
 
 
-def _qkv(
-    device: str, dtype: torch.dtype, seqlen: int, heads: tuple[int, int], head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random q, k, v with a mean that is not zero, (1, seqlen, heads, head_dim)."""
+def _normal(
+    device: str, dtype: torch.dtype, seqlen: int, heads: tuple[int, ...], head_dim: int
+) -> list[torch.Tensor]:
+    """Random tensors with a mean that is not zero, (1, seqlen, h, head_dim) for each h of heads."""
     generator = torch.Generator(device).manual_seed(0)
-    return tuple(  # type: ignore[return-value]
+    return [
         torch.randn(1, seqlen, h, head_dim, generator=generator, device=device).add_(0.5).to(dtype)
-        for h in (heads[0], heads[1], heads[1])
-    )
+        for h in heads
+    ]
 
 
-def _sdpa(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool, dtype: torch.dtype
-) -> torch.Tensor:
-    """torch's attention in our layout, computed in ``dtype``, for seqlen_q == seqlen_k."""
-    q, k, v = (x.transpose(1, 2).to(dtype) for x in (q, k, v))
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        return scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True).transpose(
-            1, 2
-        )
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) -> torch.Tensor:
+    """Plain PyTorch, every step in the dtype of the inputs, for seqlen_q == seqlen_k."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (x.repeat_interleave(group, dim=2).transpose(1, 2) for x in (k, v))
+    scores = (q.transpose(1, 2) * q.shape[3] ** -0.5) @ k.transpose(2, 3)
+    if causal:
+        visible = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2)
+
+
+def _doubles(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    return [x.detach().double() for x in tensors]
 
 
 def info() -> int:
@@ -85,6 +88,11 @@ def info() -> int:
             smem, parts = (plan.smem_bytes or 0) >> 10, plan.num_splits or 1
             split = f", keys in {parts} parts" if parts > 1 else ""
             print(f"  {plan.variant:52} tile {plan.tile_m} x {plan.tile_n}, {smem} KB{split}")
+        print("gradients of common calls:")
+        for backward in variants.backward_plans(arch):
+            smem, main = (backward.smem_bytes or 0) >> 10, backward.main
+            name = main.variant if main else ""
+            print(f"  {name:52} tile {backward.tile_m} x {backward.tile_n}, {smem} KB")
     return 0
 
 
@@ -93,15 +101,15 @@ def demo() -> int:
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
     seqlen, dtype = (4096, torch.bfloat16) if on_gpu else (512, torch.float32)
-    q, k, v = _qkv(device, dtype, seqlen, (32, 8), 128)
+    q, k, v = _normal(device, dtype, seqlen, (32, 8, 8), 128)
     print("causal attention, 32 query heads over 8 KV heads, head_dim 128,")
     print(f"seqlen {seqlen}, {dtype} on {device}\n")
     print(explain(q, k, v, causal=True), end="\n\n")
     out, _ = flash_attn_func(q, k, v, causal=True)
-    reference = _sdpa(q, k, v, True, torch.float32)
+    reference = _attention(q.float(), k.float(), v.float(), causal=True)
     print(f"largest error against fp32: {(out - reference).abs().max().item():.2e}")
     if dtype != torch.float32:
-        torch_error = (_sdpa(q, k, v, True, dtype) - reference).abs().max().item()
+        torch_error = (_attention(q, k, v, causal=True) - reference).abs().max().item()
         print(f"plain PyTorch in {dtype}:   {torch_error:.2e}")
     seconds = _seconds_per_call(lambda: flash_attn_func(q, k, v, causal=True), on_gpu)
     flops = 4 * 32 * seqlen * seqlen * 128 / 2
@@ -122,6 +130,9 @@ def _seconds_per_call(call: Callable[[], object], on_gpu: bool) -> float:
     return (time.perf_counter() - start) / calls
 
 
+CHECK_HEAD_DIMS = (64, 96, 128, 256)
+
+
 def check() -> int:
     """A self-test against torch, to paste into a report. 0 where all is right."""
     info()
@@ -130,25 +141,61 @@ def check() -> int:
     failures = 0
     print(f"\n{'check':44} {'error':>9} {'allowed':>9}")
     for dtype in dtypes:
-        for head_dim in (64, 96, 128, 256):
-            for seqlen in (1, 127, 512):
-                for causal in (False, True):
-                    failures += not _check_one(device, dtype, head_dim, seqlen, causal)
+        for head_dim in CHECK_HEAD_DIMS:
+            for causal in (False, True):
+                for seqlen in (1, 127, 512):
+                    failures += not _check_forward(device, dtype, head_dim, seqlen, causal)
+                failures += not _check_gradients(device, dtype, head_dim, 129, causal)
     print(f"\n{failures} failed" if failures else "\nall passed")
     return 1 if failures else 0
 
 
-def _check_one(device: str, dtype: torch.dtype, head_dim: int, seqlen: int, causal: bool) -> bool:
-    """Whether one call keeps to the tolerance rule: twice plain PyTorch's error, plus rounding."""
-    q, k, v = _qkv(device, dtype, seqlen, (8, 2), head_dim)
-    reference = _sdpa(q, k, v, causal, torch.float64)
-    plain = _sdpa(q, k, v, causal, dtype)
+def _check_forward(
+    device: str, dtype: torch.dtype, head_dim: int, seqlen: int, causal: bool
+) -> bool:
+    """Whether out keeps to the tolerance rule."""
+    q, k, v = _normal(device, dtype, seqlen, (8, 2, 2), head_dim)
+    reference = _attention(*_doubles(q, k, v), causal=causal)
+    plain = _attention(q, k, v, causal=causal)
     out, _ = flash_attn_func(q, k, v, causal=causal)
-    error = (out - reference).abs().max().item()
-    rounding = (reference.float() + 0.3 - 0.3 - reference).abs().max().item()
+    return _is_close(_case("out", q, causal), out, reference, plain)
+
+
+def _check_gradients(
+    device: str, dtype: torch.dtype, head_dim: int, seqlen: int, causal: bool
+) -> bool:
+    """Whether dq, dk and dv do, by autograd."""
+    *inputs, dout = _normal(device, dtype, seqlen, (8, 2, 2, 8), head_dim)
+
+    def gradients(attend: Callable[..., Any], tensors: list[torch.Tensor]) -> Any:
+        leaves = [x.requires_grad_() for x in tensors]
+        out = attend(*leaves)
+        return torch.autograd.grad(out, leaves, dout.to(out.dtype))
+
+    plainly = partial(_attention, causal=causal)
+    ours = gradients(lambda q, k, v: flash_attn_func(q, k, v, causal=causal)[0], inputs)
+    reference, plain = gradients(plainly, _doubles(*inputs)), gradients(plainly, inputs)
+    passed = [
+        _is_close(_case(name, inputs[0], causal), *each)
+        for name, *each in zip(("dq", "dk", "dv"), ours, reference, plain, strict=True)
+    ]
+    return all(passed)
+
+
+def _case(name: str, q: torch.Tensor, causal: bool) -> str:
+    _, seqlen, _, head_dim = q.shape
+    causal_or_not = " causal" if causal else ""
+    return f"{name} {str(q.dtype)[6:]} head_dim {head_dim} seqlen {seqlen}{causal_or_not}"
+
+
+def _is_close(
+    name: str, result: torch.Tensor, reference: torch.Tensor, plain: torch.Tensor
+) -> bool:
+    """The tolerance rule, and a row of the table: twice plain PyTorch's error, plus rounding."""
+    error = (result - reference).abs().max().item()
+    rounding = (reference.float() + 0.3 - 0.3 - reference.float()).abs().max().item()
     allowed = 2 * (plain - reference).abs().max().item() + 2 * rounding
     passed = bool(error <= allowed)  # NaN is not
-    name = f"{str(dtype)[6:]} head_dim {head_dim} seqlen {seqlen}{' causal' if causal else ''}"
     print(f"{name:44} {error:9.2e} {allowed:9.2e} {'' if passed else 'FAILED'}")
     return passed
 

@@ -245,8 +245,14 @@ class BackwardPlan:
     parts: int | None = None  # blocks that share a tile of keys
     smem_bytes: int | None = None  # shared memory that a block uses
     smem_request: int | None = None  # and asks for: more where FA_SM120_LIMITS pads it
+    blocks_per_sm: int | None = None
     workspace_bytes: int | None = None
     tma: bool | None = None  # the TMA brings queries; else cp.async
+
+    @property
+    def main(self) -> Kernel | None:
+        """The kernel that multiplies matrices; None where nothing is launched."""
+        return next((kernel for kernel in self.kernels if kernel.kernel == "backward"), None)
 
 
 def explain_backward(

@@ -8,17 +8,17 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from flash_attn_sm120 import _C, jit, tiles
-from flash_attn_sm120.interface import Kernel, Plan, explain
+from flash_attn_sm120.interface import BackwardPlan, Kernel, Plan, explain, explain_backward
 
 DTYPES = (torch.bfloat16, torch.float16)
 
 # (head_dim, head_dim_v) of Llama, Qwen, Mistral, Gemma, Phi and DeepSeek (MLA).
 COMMON_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+HEADS = 8
 
 
 def common_plans(arch: int, head_dims: Iterable[tuple[int, int]] | None = None) -> Iterator[Plan]:
@@ -30,7 +30,8 @@ def common_plans(arch: int, head_dims: Iterable[tuple[int, int]] | None = None) 
     for dtype, dims, seqlen, causal in itertools.product(
         DTYPES, head_dims or COMMON_HEAD_DIMS, (16384, 2048, 512), (False, True)
     ):
-        plan = _plan(arch, dtype, dims, seqlen, seqlen, causal=causal, num_splits=1)
+        qkv = _qkv(dtype, dims, seqlen, seqlen)
+        plan = explain(*qkv, causal=causal, num_splits=1, arch=arch)
         if plan.variant not in seen:
             seen.add(plan.variant)
             yield plan
@@ -39,33 +40,49 @@ def common_plans(arch: int, head_dims: Iterable[tuple[int, int]] | None = None) 
 def decoding_plans(arch: int) -> Iterator[Plan]:
     """The plans of common calls of one query, whose keys are split; needs no GPU."""
     for dtype, dims in itertools.product(DTYPES, COMMON_HEAD_DIMS):
-        yield _plan(arch, dtype, dims, 1, 8192)
+        yield explain(*_qkv(dtype, dims, 1, 8192), arch=arch)
 
 
-def _plan(
-    arch: int,
-    dtype: torch.dtype,
-    dims: tuple[int, int],
-    seqlen_q: int,
-    seqlen_k: int,
-    **options: Any,
-) -> Plan:
-    # Nobody touches this memory: explain() looks at shapes and strides alone.
-    q = torch.empty(1, seqlen_q, 8, dims[0], dtype=dtype)
-    k, v = (torch.empty(1, seqlen_k, 8, dim, dtype=dtype) for dim in dims)
-    return explain(q, k, v, arch=arch, **options)
+def backward_plans(
+    arch: int, head_dims: Iterable[tuple[int, int]] | None = None
+) -> Iterator[BackwardPlan]:
+    """The plans of the gradients of common calls; needs no GPU.
+
+    Of calls that need every step: those of few keys, which blocks share, and of a sink. Not of
+    ``deterministic=True``: few ask for it, and it would double the kernels.
+    """
+    sink = torch.empty(HEADS)
+    for dtype, dims, causal in itertools.product(
+        DTYPES, head_dims or COMMON_HEAD_DIMS, (False, True)
+    ):
+        qkv = _qkv(dtype, dims, 512, 512)
+        yield explain_backward(*qkv, causal=causal, learnable_sink=sink, arch=arch)
+
+
+def _qkv(
+    dtype: torch.dtype, dims: tuple[int, int], seqlen_q: int, seqlen_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # Nobody touches this memory: plans look at shapes and strides alone.
+    q = torch.empty(1, seqlen_q, HEADS, dims[0], dtype=dtype)
+    k, v = (torch.empty(1, seqlen_k, HEADS, dim, dtype=dtype) for dim in dims)
+    return q, k, v
 
 
 def common_kernels(arch: int) -> list[Kernel]:
-    """What the common calls launch on compute capability ``arch``, each kernel once."""
-    plans = itertools.chain(common_plans(arch), decoding_plans(arch))
+    """What the common calls launch on compute capability ``arch``, each kernel once.
+
+    Those of the forward come first, so that a warm-up that is interrupted serves inference.
+    """
+    plans: Iterable[Plan | BackwardPlan] = itertools.chain(
+        common_plans(arch), decoding_plans(arch), backward_plans(arch)
+    )
     return list(dict.fromkeys(kernel for plan in plans for kernel in plan.kernels))
 
 
 def warmup(
     arch: int | None = None, progress: Callable[[Iterable[Kernel]], Iterable[Kernel]] = iter
 ) -> int:
-    """Compiles the common kernels into the disk cache, over all cores.
+    """Compiles the common kernels of both directions into the disk cache, over all cores.
 
     Args:
         arch: compute capability; default that of the first CUDA device.

@@ -30,7 +30,9 @@ def test_info():
         and "compiler: " in done.stdout
         and "kernel cache: " in done.stdout
     )
-    assert re.search(r"forward\w*_bf16_d128_dv128\S+ +tile \d+ x \d+, \d+ KB", done.stdout)
+    for direction in ("forward", "backward"):
+        line = rf"{direction}\w*_bf16_d128_dv128\S+ +tile \d+ x \d+, \d+ KB"
+        assert re.search(line, done.stdout)
 
 
 def test_info_shows_the_environment():
@@ -48,19 +50,36 @@ def test_check_passes():
     done = run("check")
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("all passed")
+    for name, rows in (("out", 3), ("dq", 1), ("dk", 1), ("dv", 1)):
+        found = re.findall(rf"^{name} bfloat16 head_dim 128 seqlen \d+ causal", done.stdout, re.M)
+        assert len(found) == rows
 
 
 def test_check_fails_where_attention_is_wrong(monkeypatch, capsys):
     """The self-test must be able to fail: here attention returns half of what it should."""
-    right, check_one = cli.flash_attn_func, cli._check_one
+    right = cli.flash_attn_func
     monkeypatch.setattr(
         cli, "flash_attn_func", lambda *args, **kwargs: (right(*args, **kwargs)[0] / 2, None)
     )
-    monkeypatch.setattr(cli, "_check_one", lambda *call: call[3] > 1 or check_one(*call))
+    monkeypatch.setattr(cli, "CHECK_HEAD_DIMS", (64,))
     assert cli.main(["check"]) == 1
     said = capsys.readouterr().out
-    calls = said.count(" seqlen 1 ")
-    assert calls >= 16 and said.count("FAILED") == calls and f"{calls} failed" in said
+    assert said.count(" seqlen ") >= 24 and "failed" in said.splitlines()[-1]
+    assert said.count("FAILED") >= said.count(" seqlen ") * 3 / 4
+
+
+def test_check_fails_where_gradients_alone_are_wrong(monkeypatch, capsys):
+    right = cli.flash_attn_func
+
+    def with_doubled_gradients(*tensors, **options):
+        out, lse = right(*tensors, **options)
+        return out + (out - out.detach()), lse
+
+    call = ("cpu", torch.float32, 64, 65, True)
+    assert cli._check_gradients(*call)
+    monkeypatch.setattr(cli, "flash_attn_func", with_doubled_gradients)
+    assert cli._check_forward(*call) and not cli._check_gradients(*call)
+    assert capsys.readouterr().out.count("FAILED") == 3
 
 
 def test_warmup_fills_the_cache(tmp_path, monkeypatch):
@@ -69,9 +88,12 @@ def test_warmup_fills_the_cache(tmp_path, monkeypatch):
 
     monkeypatch.setenv("FA_SM120_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(variants, "COMMON_HEAD_DIMS", ((64, 64),))
+    monkeypatch.setattr(variants, "DTYPES", (torch.bfloat16,))
     seen = []
-    count = variants.warmup(120, lambda plans: (seen.append(p.variant) or p for p in plans))
-    assert count == len(set(seen)) == len(variants.common_kernels(120)) >= 8
+    count = variants.warmup(120, lambda kernels: (seen.append(k) or k for k in kernels))
+    assert count == len(set(seen)) == len(variants.common_kernels(120)) >= 10
+    steps = {"backward_delta", "backward", "backward_convert", "backward_sink"}
+    assert {"forward_tma", "combine", *steps} <= {kernel.kernel for kernel in seen}
     cubins = sorted(
         path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix == ".cubin"
     )

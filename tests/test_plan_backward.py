@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from flash_attn_sm120 import explain_backward
+from flash_attn_sm120 import explain_backward, variants
 
 SM120_SMEM = 99 * 1024
 HEAD_DIMS = range(8, 257, 8)
@@ -38,6 +38,21 @@ def test_steps():
     assert names(plan(learnable_sink=torch.zeros(32)))[-1] == "backward_sink"
 
 
+def test_common_plans_have_every_step():
+    """What is compiled ahead is all that later calls of these head dims launch."""
+    for arch in (80, 90, 120, 121):
+        ahead = {kernel for p in variants.backward_plans(arch) for kernel in p.kernels}
+        for head_dims, seqlen in itertools.product(variants.COMMON_HEAD_DIMS, (1, 300, 16384)):
+            for causal in (False, True):
+                later = plan(seqlen, (28, 4), head_dims, arch=arch, causal=causal and seqlen > 1)
+                assert later.main in later.kernels and set(later.kernels) <= ahead
+
+
+def test_blocks_of_many_registers_have_a_multiprocessor_each():
+    for head_dims in variants.COMMON_HEAD_DIMS:
+        assert plan(head_dims=head_dims).blocks_per_sm == 1
+
+
 def test_the_tma_needs_a_device_that_has_it_and_its_strides():
     assert plan().tma and plan(arch=90).tma and not plan(arch=80).tma
     q, k = (torch.empty(1, 256, heads, 128, dtype=torch.bfloat16) for heads in (32, 8))
@@ -50,7 +65,7 @@ def test_turns_are_taken_by_whole_heads(heads):
     for seqlen, causal in itertools.product((128, 512, 1024, 4096), (False, True)):
         planned = plan(seqlen, heads, causal=causal, deterministic=True)
         assert planned.parts <= heads[0] // heads[1]
-        assert "-DDETERMINISTIC=1" in planned.kernels[1].options
+        assert "-DDETERMINISTIC=1" in planned.main.options
 
 
 def test_the_workspace_depends_on_no_multiprocessors():
@@ -67,17 +82,18 @@ def test_few_heads_have_two_sums_of_dq():
     """Blocks of the same head would wait for each other."""
     for heads, sums in ((32, 1), (16, 2), (4, 2)):
         planned = plan(4096, (heads, heads), deterministic=True)
-        assert f"-DDQ_SUMS={sums}" in planned.kernels[1].options
+        assert f"-DDQ_SUMS={sums}" in planned.main.options
         queries = heads * 4096
         turns = 4 * (sums * queries // 64 + 4)
         assert planned.workspace_bytes == 4 * queries * (sums * 128 + 2) + turns
-        assert "-DDQ_SUMS=1" in plan(4096, (heads, heads)).kernels[1].options
+        assert "-DDQ_SUMS=1" in plan(4096, (heads, heads)).main.options
 
 
 def test_nothing_is_launched_for_nothing():
     assert plan(0).kernels == ()
     q = torch.empty(1, 16, 2, 64)
     assert explain_backward(q, q, q).kernels == ()  # the CPU
+    assert explain_backward(q, q, q).main is None
 
 
 def test_what_cannot_be_is_refused():

@@ -157,11 +157,11 @@ def test_backward_variants(compute_capability=120):
             plans.append(explain_backward(q, q, v, **options, arch=compute_capability))
 
     def built(plan):
-        return plan, builds.build(*plan.kernels[1], arch)
+        return plan, builds.build(*plan.main, arch)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for plan, build in pool.map(built, plans):
-            name = plan.kernels[1].variant
+            name = plan.main.variant
             assert build.spill_bytes <= 128, (name, build.spill_bytes)
             assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, name
             assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, name

@@ -174,6 +174,67 @@ def test_no_main_loop():
         sass_report.find_main_loop(sass_report.parse(listing("FADD R0, R0, R1\nEXIT")), 1)
 
 
+# Two groups of warps in one loop: those with exponentials have a way with a mask and one without,
+# laid out around the other group's; then a part that all share, and what one thread does for all.
+PAIR = listing("""
+    .L_tile:
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R3], R4
+    BRA.U UP0, `(.L_other_group)
+    BRA.U UP1, `(.L_plain)
+    HMMA.16816.F32.BF16 R4, R16, R80, RZ
+    ISETP.GE.AND P0, PT, R4, R5, PT
+    MUFU.EX2 R4, R4
+    BRA `(.L_met)
+    .L_other_group:
+    LDSM.16.M88.4 R80, [R3]
+    @!P1 BRA `(.L_poll)
+    .L_landed:
+    HMMA.16816.F32.BF16 R8, R16, R80, RZ
+    BRA `(.L_met)
+    .L_plain:
+    HMMA.16816.F32.BF16 R12, R16, R80, RZ
+    MUFU.EX2 R4, R4
+    .L_met:
+    @P2 BRA `(.L_asked)
+    UTMALDG.4D [UR4], [UR6]
+    .L_asked:
+    HMMA.16816.F32.BF16 R16, R16, R80, RZ
+    REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU desc[UR4][R2.64], R16
+    @P3 BRA `(.L_tile)
+    EXIT
+    .L_poll:
+    SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R3], R4
+    @!P1 BRA `(.L_poll)
+    BRA `(.L_landed)
+""")
+
+
+def test_paths():
+    code = sass_report.parse(PAIR)
+    (loop,), _ = sass_report.find_tile_loops(code)
+    begin, end = ["SYNCS", "BRA"], ["BRA", "UTMALDG", "HMMA", "REDG", "BRA"]
+    found = [
+        [code[i].opcode.split(".")[0] for i in path] for path in sass_report.find_paths(code, loop)
+    ]
+    assert sorted(found) == sorted(
+        [
+            [*begin, "BRA", "HMMA", "ISETP", "MUFU", "BRA", *end],
+            [*begin, "LDSM", "BRA", "HMMA", "BRA", *end],
+            [*begin, "BRA", "HMMA", "MUFU", *end],
+        ]
+    )
+
+
+def test_main_loop_of_two_groups_of_warps():
+    """The path without a mask, and that of the other group: what they share counts for each."""
+    runs = sass_report.find_pair_loop(sass_report.parse(PAIR))
+    names = [instruction.opcode.split(".")[0] for instruction, times in runs if times == 1]
+    counts = {name: names.count(name) for name in ("HMMA", "MUFU", "LDSM", "ISETP", "REDG")}
+    assert counts == {"HMMA": 4, "MUFU": 1, "LDSM": 1, "ISETP": 0, "REDG": 2}
+    with pytest.raises(ValueError, match="both groups"):
+        sass_report.find_pair_loop(sass_report.parse(KERNEL.replace("MUFU.EX2", "MUFU.RCP")))
+
+
 @pytest.mark.parametrize(
     "opcode, pipe, geforce, pro",
     [
@@ -187,6 +248,8 @@ def test_no_main_loop():
         ("LDS", "shared", 4, 4),
         ("LDS.128", "shared", 16, 16),
         ("LDGSTS.E.BYPASS.128", "shared", 16, 16),
+        ("REDG.E.ADD.F32x4.FTZ.RN.STRONG.GPU", "shared", 16, 16),
+        ("REDG.E.ADD.F32.FTZ.RN.STRONG.GPU", "shared", 4, 4),
         ("STL.64", "spills", 4, 4),
         ("MUFU.EX2", "mufu", 8, 8),
         ("FFMA", "fma", 1, 1),
@@ -196,6 +259,7 @@ def test_no_main_loop():
         ("ULEA", "uniform", 2, 2),
         ("LDGDEPBAR", "control", 0, 0),
         ("UTMALDG.4D", "control", 0, 0),
+        ("UBLKCP.S.G", "control", 0, 0),
         ("B2R.RESULT", "other", 0, 0),
         ("NOP", "nop", 0, 0),
     ],
@@ -221,27 +285,41 @@ def test_missing_nvdisasm_says_what_to_install(monkeypatch):
 
 @pytest.fixture(scope="module")
 def figures():
-    """Of the common kernels in bf16: those in fp16 differ in the names of the types alone."""
+    """Of the common kernels in bf16: those in fp16 differ in the names of the types alone. Of the
+    backward one for each of its tiles, with a mask: it has the tiles without one, too."""
     pytest.importorskip("cuda.bindings.nvrtc")
     try:
         sass_report.find_nvdisasm()
     except RuntimeError as error:
         pytest.skip(str(error))
-    plans = [p for p in variants.common_plans(120) if "_bf16_" in p.variant]
-    assert len(plans) >= 2 * len(variants.COMMON_HEAD_DIMS)
+    forward = [p for p in variants.common_plans(120) if "_bf16_" in p.variant]
+    plans = variants.backward_plans(120, ((64, 64), (128, 128), (192, 128), (256, 256)))
+    backward = [p for p in plans if re.search("_bf16_.*_right", p.main.variant)]
+    assert len(forward) >= 2 * len(variants.COMMON_HEAD_DIMS) and len(backward) == 4
     with pytest.MonkeyPatch.context() as patch:
         # test_resources.py has made them, too.
         patch.setattr(sass_report.jit, "build", builds.build)
-        found = sass_report.analyse_all(plans, "sm_120f")
+        found = sass_report.analyse_all([*forward, *backward], "sm_120f")
     sass_report.report(found)
     return found
+
+
+@pytest.fixture(scope="module")
+def backward_figures(figures):
+    return [f for f in figures if f.warps == 2]
 
 
 def test_main_loops_are_whole(figures):
     """Each has the products of its tile, by the tile's shape: no other loop was taken for it."""
     for f in figures:
         assert f.counts()["tensor"] == f.products, f.variant
-        assert f.counts()["spills"] == 0, f.variant  # registers that spill do so elsewhere
+        assert f.counts()["mufu"] > 0, f.variant
+
+
+def test_main_loops_spill_nothing_much(figures):
+    """Registers that spill do so elsewhere; the backward's loops may have a few, of hundreds."""
+    for f in figures:
+        assert f.counts()["spills"] <= (f.issued // 100 if f.warps == 2 else 0), f.variant
 
 
 def test_every_instruction_has_a_pipe(figures):
@@ -256,6 +334,17 @@ def test_tensor_pipe_is_the_bound(figures):
         assert f.tensor_share("GeForce") >= 0.9, (f.variant, f.cycles("GeForce"))
 
 
+@pytest.mark.parametrize("chip", sass_report.CHIPS)
+def test_backward_leaves_other_pipes_room(backward_figures, chip):
+    """The tensor pipe is the bound. Next is shared memory, where tensor instructions are fastest
+    with 38% of its cycles at D 128, 42% at D 64 and 61% at D 256."""
+    for f in backward_figures:
+        assert f.bound(chip) == "tensor" and f.blocks_per_sm == 1, f.variant
+        tensor, runner_up, *_ = f.cycles(chip).values()
+        head_dim = int(re.search(r"_d(\d+)", f.variant)[1])
+        assert runner_up / tensor <= (0.5 if head_dim <= 128 else 0.65), f.cycles(chip)
+
+
 def test_json_lines(figures, tmp_path):
     path = tmp_path / "sass.jsonl"
     records = sass_report.harness.Records(path, "sass_report", "cpu")
@@ -264,6 +353,7 @@ def test_json_lines(figures, tmp_path):
     header, cells = sass_report.harness.read_records(path)
     assert header["benchmark"] == "sass_report" and len(cells) == len(figures)
     for cell, f in zip(cells, figures, strict=True):
-        assert re.match(r"forward\w*_bf16_d\d+", cell["variant"]) and not cell["measured"]
+        direction = ("forward", "backward")[cell["warps"] - 1]
+        assert re.match(rf"{direction}\w*_bf16_d\d+", cell["variant"]) and not cell["measured"]
         assert set(cell["chips"]) == set(sass_report.CHIPS)
         assert cell["chips"]["PRO"]["cycles"]["tensor"] == 16 * f.products
