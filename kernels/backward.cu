@@ -453,11 +453,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
     const bool holds_K = warp < KEY_WARPS;
 
-    /* ---- 1. Which keys, and which queries see them: of each head that shares the KV head the tiles
-     * [m_begin, m_end), all of that divided among `parts` blocks. Heads come one after the other.
-     * Where blocks take turns, a block has whole heads, and these take turns, too, tile by tile, from
-     * the last to the first: so all that run together start with the same tile and go on at the
-     * same pace, and none has to wait for long. */
+    /* ---- 1. Which keys, and which queries see them: of each head that shares the KV head the
+     * tiles [m_begin, m_end), all of that divided among `parts` blocks. Heads come one after the
+     * other. Where blocks take turns, a block has whole heads, and these alternate tile by tile,
+     * from the last to the first: so all that run together start with the same tile and go on at
+     * the same pace, and none has to wait for long. */
     int block = read_block_index();
     if (DETERMINISTIC) {
         /* Blocks wait for those with a lower number: take it when starting to run. */
