@@ -45,8 +45,8 @@ constexpr int MAX_STEPS = D_STEPS > DV_STEPS ? D_STEPS : DV_STEPS;
 constexpr int HALF_FRAGS = TILE_M / 32; /* 16-row fragments */
 constexpr int DQ_ROW_WARPS = KEY_WARPS / DQ_DIM_WARPS;
 
-/* Whether the group that holds K waits for dO when it needs it, where registers allow the loop that
- * this is, or before. */
+/* Whether the group that holds K waits for dO where it first needs it, or, where registers are few,
+ * at the start of a tile. */
 constexpr bool WAITS_LATE = HEAD_DIM <= 96 && HEAD_DIM_V <= 96;
 
 using K_layout = tile_layout<HEAD_DIM, TILE_N, 16 * DQ_DIM_WARPS>;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void multiply_columns(float (&C)[FRAGS_M][MAX_FRAGS][
 }
 
 template <int FRAGS_M, int FRAGS_N>
-__device__ __forceinline__ void fill(float (&C)[FRAGS_M][FRAGS_N][4], float value)
+__device__ __forceinline__ void clear(float (&C)[FRAGS_M][FRAGS_N][4])
 {
 #pragma unroll
     for (int m = 0; m < FRAGS_M; m++)
@@ -145,7 +145,7 @@ __device__ __forceinline__ void fill(float (&C)[FRAGS_M][FRAGS_N][4], float valu
         for (int n = 0; n < FRAGS_N; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++)
-                C[m][n][e] = value;
+                C[m][n][e] = 0.0f;
 }
 
 /* Which queries see a key: those of [begin(key), end(key)), diagonals aligned to the bottom
@@ -351,7 +351,7 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
         float S[N_FRAGS][M_FRAGS][4];
         unsigned P[N_FRAGS][M_FRAGS / 2][4];
-        fill(S, 0.0f);
+        clear(S);
         if (MASKED && !SOFTCAP)
             hide(S, params, key, tile.query0 + m0 + 2 * quad_lane());
         multiply_rows<Q_layout, D_STEPS, M_FRAGS>(
@@ -556,7 +556,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     const int own_row = warp % KEY_WARPS * WARP_N, own_key = key0 + own_row;
     key_rows own;
-    fill(own.sum, 0.0f);
+    clear(own.sum);
     if (holds_K)
         load_operand<HEAD_DIM>(own.operand, params.k, params.k_stride, at, own_key,
                                params.seqlen_k);
@@ -635,7 +635,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int row_frag = (holds_K ? 0 : HALF_FRAGS) + group_warp / DQ_DIM_WARPS * DQ_ROW_FRAGS;
         const int dim_frag = group_warp % DQ_DIM_WARPS * DQ_DIM_FRAGS;
         float dQ[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4];
-        fill(dQ, 0.0f);
+        clear(dQ);
         const unsigned dS_columns = not_before(smem + S_AT + columns_first<S_layout>());
         const unsigned K_rows = not_before(smem + K_AT + rows_first<K_layout>());
 #pragma unroll
