@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -87,37 +88,40 @@ class _Attention(torch.autograd.Function):
     def backward(  # type: ignore[no-untyped-def]
         ctx, dout: torch.Tensor | None, dlse: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, sink, out, lse = ctx.saved_tensors
-        gradients = _Gradients.apply(  # type: ignore[no-untyped-call]
-            dout, dlse, q, k, v, sink, out, lse, ctx.options, ctx.deterministic
+        # Recorded only where somebody would differentiate again: recording takes time.
+        gradients_of: Callable[..., Any] = (
+            _Gradients.apply if torch.is_grad_enabled() else _gradients
         )
+        gradients = gradients_of(dout, dlse, *ctx.saved_tensors, ctx.options, ctx.deterministic)
         wanted = zip(gradients, ctx.needs_input_grad[:4], strict=True)
         return (*(gradient if needed else None for gradient, needed in wanted), None, None, None)
+
+
+def _gradients(
+    dout: torch.Tensor | None,
+    dlse: torch.Tensor | None,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sink: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    options: Options,
+    deterministic: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """Those of q, k, v and the sink."""
+    if dout is None:  # only lse has been used
+        dout = torch.zeros_like(out)
+    dq, dk, dv, dsink = _C.backward(dout, q, k, v, out, lse, dlse, *options, sink, deterministic)
+    return dq, dk, dv, None if sink is None else dsink.to(sink.dtype)
 
 
 class _Gradients(torch.autograd.Function):
     """A function of its own, to say that it has no derivative instead of passing for a constant."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx,
-        dout: torch.Tensor | None,
-        dlse: torch.Tensor | None,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sink: torch.Tensor | None,
-        out: torch.Tensor,
-        lse: torch.Tensor,
-        options: Options,
-        deterministic: bool,
-    ) -> tuple[torch.Tensor | None, ...]:
-        if dout is None:  # only lse has been used
-            dout = torch.zeros_like(out)
-        dq, dk, dv, dsink = _C.backward(
-            dout, q, k, v, out, lse, dlse, *options, sink, deterministic
-        )
-        return dq, dk, dv, None if sink is None else dsink.to(sink.dtype)
+    def forward(ctx, *arguments: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        return _gradients(*arguments)
 
     @staticmethod
     def backward(ctx, *_: Any) -> Any:  # type: ignore[no-untyped-def]
