@@ -3,7 +3,6 @@
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
-from itertools import product
 
 import builds
 import pytest
@@ -64,18 +63,12 @@ def test_decoding_variants():
         assert 6 * (build.shared_bytes + 1024) <= SM120_SMEM, kernel
 
 
-# Of each two calls that differ in their head dims or in their mask, one for 8.0 and one for 9.0.
-TURNS = {120: (0, 1), 90: (0,), 80: (1,)}
-
-
-def crowded_calls(compute_capability, seqlen=256):
+def crowded_calls(seqlen=256):
     """(q, k, v), options: the head dims and masks that come closest to spilling."""
-    head_dims = ((104, 120), (104, 128), (112, 112), (120, 120), (120, 128), (128, 128))
-    windows = ((None, None), (None, 0), (50, 0), (50, None))
-    for (i, (dim, dim_v)), (j, window_size) in product(enumerate(head_dims), enumerate(windows)):
-        if (i + j) % 2 in TURNS[compute_capability]:
-            q = torch.empty(1, seqlen, 1, dim, dtype=torch.bfloat16)
-            v = torch.empty(1, seqlen, 1, dim_v, dtype=torch.bfloat16)
+    for dim, dim_v in ((104, 120), (104, 128), (112, 112), (120, 120), (120, 128), (128, 128)):
+        q = torch.empty(1, seqlen, 1, dim, dtype=torch.bfloat16)
+        v = torch.empty(1, seqlen, 1, dim_v, dtype=torch.bfloat16)
+        for window_size in ((None, None), (None, 0), (50, 0), (50, None)):
             yield (q, q, v), {"window_size": window_size}
 
 
@@ -83,7 +76,7 @@ def crowded_calls(compute_capability, seqlen=256):
 def test_crowded_forward_variants(compute_capability):
     """Of calls of few, of some and of many query rows per multiprocessor; elsewhere of many."""
     sizes = (256, 16384, 65536) if compute_capability == 120 else (65536,)
-    calls = [call for seqlen in sizes for call in crowded_calls(compute_capability, seqlen)]
+    calls = [call for seqlen in sizes for call in crowded_calls(seqlen)]
     plans = [explain(*x, **options, arch=compute_capability) for x, options in calls]
     each_once = {plan.variant: plan for plan in plans}.values()
     for _, build, line in build_all(each_once, jit.architecture(compute_capability)):
@@ -118,14 +111,10 @@ def tma_plan(x, options, compute_capability, **tile):
 @pytest.mark.parametrize("producer", [p for p in PRODUCERS if p != "warp"])
 def test_tma_forward_variants(compute_capability, producer):
     """As above, of the kernel that the TMA feeds: the same tiles, and next to no spills."""
-    calls = [*crowded_calls(compute_capability)] if producer == "thread" else []
-    for i, head_dims in enumerate(variants.COMMON_HEAD_DIMS, PRODUCERS.index(producer)):
-        q, v = (torch.empty(1, 256, 1, d).bfloat16() for d in head_dims)
-        calls += [
-            ((q, q, v), {"causal": causal})
-            for causal in (False, True)
-            if (i + causal) % 2 in TURNS[compute_capability]
-        ]
+    calls = [*crowded_calls()] if producer == "thread" else []
+    for head_dim, head_dim_v in variants.COMMON_HEAD_DIMS:
+        q, v = (torch.empty(1, 256, 1, d).bfloat16() for d in (head_dim, head_dim_v))
+        calls += [((q, q, v), {"causal": causal}) for causal in (False, True)]
     plans = [tma_plan(*call, compute_capability, producer=producer) for call in calls]
     for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
         assert build.spill_bytes <= (48 if "_d256" in plan.variant else 0), line
