@@ -136,8 +136,9 @@ def test_tma_forward_with_a_producer_warp(compute_capability, warps, head_dim):
         assert build.spill_bytes <= (96 if (warps, head_dim) == (8, 128) else 0), line
 
 
-def test_backward_variants(compute_capability=120):
-    """Within 99 KB and the registers of a multiprocessor; some ten words are spilled at D 128."""
+@pytest.mark.parametrize("compute_capability", [120, 90])
+def test_backward_variants(compute_capability):
+    """Within 99 KB and the registers of a multiprocessor; up to D 80 no spills, at D 128 some ten words."""
     arch = jit.architecture(compute_capability)
     plans = []
     for head_dim, head_dim_v in variants.COMMON_HEAD_DIMS:
@@ -151,6 +152,8 @@ def test_backward_variants(compute_capability=120):
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for plan, build in pool.map(built, plans):
             name = plan.main.variant
-            assert build.spill_bytes <= 128, (name, build.spill_bytes)
+            head_dims = [int(n) for n in re.findall(r"_dv?(\d+)", name)]
+            allowed = 0 if max(head_dims) <= 80 else 128
+            assert build.spill_bytes <= allowed, (name, build.spill_bytes)
             assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, name
             assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, name
