@@ -27,29 +27,6 @@ NAMES = (OURS, UNSPLIT, forward.FLASH, forward.CUDNN)
 PRESETS = ("llama3-8b", "qwen2.5-7b")
 
 
-def make_problem(
-    preset: harness.Preset, batch: int, seqlens: tuple[int, int], dtype: torch.dtype, device: str
-) -> Problem:
-    """Random inputs of seqlens (queries, keys)."""
-    generator = torch.Generator(device).manual_seed(seqlens[1] + batch)
-    sizes = ((seqlens[0], preset.heads_q), *[(seqlens[1], preset.heads_kv)] * 2)
-    return Problem(
-        *(
-            torch.randn(
-                batch,
-                seqlen,
-                heads,
-                preset.head_dim,
-                dtype=dtype,
-                device=device,
-                generator=generator,
-            )
-            for seqlen, heads in sizes
-        ),
-        causal=False,  # the last query sees every key
-    )
-
-
 def contestants(problem: Problem) -> list[Contestant]:
     """Those of forward.py, and ours unsplit."""
 
@@ -66,7 +43,10 @@ def measure(args: argparse.Namespace, records: harness.Records) -> list[tuple[ob
     grid = list(itertools.product(args.presets, args.batches, args.seqlens))
     for name, batch, seqlen in tqdm(grid, unit="cell", disable=None):
         preset = harness.PRESETS[name]
-        problem = make_problem(preset, batch, (args.queries, seqlen), torch.bfloat16, args.device)
+        # Not causal: the last query sees every key.
+        problem = harness.make_problem(
+            preset, seqlen, False, batch, torch.bfloat16, args.device, args.queries
+        )
         check = functools.partial(harness.check_forward, problem)
         out = problem.q.new_empty(problem.out_shape)
         entrants, absent = harness.admit(contestants(problem), check, [out])

@@ -89,18 +89,26 @@ class Problem:
 
 
 def make_problem(
-    preset: Preset, seqlen: int, causal: bool, batch: int, dtype: torch.dtype, device: str
+    preset: Preset,
+    seqlen: int,
+    causal: bool,
+    batch: int,
+    dtype: torch.dtype,
+    device: str,
+    queries: int | None = None,
 ) -> Problem:
-    """Random inputs: zeros would draw less power and run faster than real data."""
+    """Random inputs: zeros would draw less power and run faster than real data.
+
+    As many queries as keys, `seqlen`, if not told otherwise.
+    """
     generator = torch.Generator(device).manual_seed(seqlen + causal)
 
-    def randn(heads: int) -> torch.Tensor:
-        shape = (batch, seqlen, heads, preset.head_dim)
+    def randn(length: int, heads: int) -> torch.Tensor:
+        shape = (batch, length, heads, preset.head_dim)
         return torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
-    return Problem(
-        randn(preset.heads_q), randn(preset.heads_kv), randn(preset.heads_kv), bool(causal)
-    )
+    q = randn(seqlen if queries is None else queries, preset.heads_q)
+    return Problem(q, randn(seqlen, preset.heads_kv), randn(seqlen, preset.heads_kv), bool(causal))
 
 
 def forward_flops(problem: Problem) -> float:

@@ -21,7 +21,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
 {
     const struct fa_shape *shape = &problem->shape;
     const struct fa_scales scales = fa_scales_of(shape);
-    const int heads_per_kv = shape->heads_q / shape->heads_kv;
+    const int heads_per_kv = fa_heads_per_kv(shape);
     return (struct fa_forward_params){
         .q = problem->q.data,
         .k = problem->k.data,

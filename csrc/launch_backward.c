@@ -56,7 +56,7 @@ static int make_params(const struct backward *call, struct fa_backward_params *p
         .batch = shape->batch,
         .heads_q = shape->heads_q,
         .heads_kv = shape->heads_kv,
-        .heads_per_kv = shape->heads_q / shape->heads_kv,
+        .heads_per_kv = fa_heads_per_kv(shape),
         .seqlen_q = shape->seqlen_q,
         .seqlen_k = shape->seqlen_k,
         .m_blocks = plan->m_blocks,

@@ -29,8 +29,21 @@ static int check_count(const char *function, Py_ssize_t count, int expected)
     return -1;
 }
 
-/* The positional arguments that forward() and explain() share, in the order of struct fa_arguments;
- * one of their own follows. */
+/* What every method of a call is given: q, k and v from `tensors` on, and from `options` on how to
+ * compute with them. */
+static struct fa_arguments arguments_of(PyObject *const *tensors, PyObject *const *options)
+{
+    return (struct fa_arguments){.q = tensors[0],
+                                 .k = tensors[1],
+                                 .v = tensors[2],
+                                 .softmax_scale = options[0],
+                                 .causal = options[1],
+                                 .window_size = options[2],
+                                 .softcap = options[3],
+                                 .sink = options[4]};
+}
+
+/* The positional arguments that forward() and explain() share; one of their own follows. */
 #define SHARED_ARGUMENTS 10
 
 /* Reads the shared arguments. 0, or -1 with the exception set; fa_problem_release in both cases. */
@@ -40,8 +53,9 @@ static int read_call(PyObject *module, const char *function, PyObject *const *ar
     memset(problem, 0, sizeof *problem);
     if (check_count(function, count, SHARED_ARGUMENTS + 1) < 0)
         return -1;
-    const struct fa_arguments arguments = {args[0], args[1], args[2], args[3], args[4],
-                                           args[5], args[6], args[7], args[8], args[9]};
+    struct fa_arguments arguments = arguments_of(args, args + 3);
+    arguments.num_splits = args[8];
+    arguments.pack_gqa = args[9];
     return fa_problem_read(PyModule_GetState(module), &arguments, problem);
 }
 
@@ -85,14 +99,7 @@ static int read_backward(struct fa_state *state, PyObject *const *args, Py_ssize
     memset(gradients, 0, sizeof *gradients);
     if (check_count("backward", count, BACKWARD_ARGUMENTS) < 0)
         return -1;
-    const struct fa_arguments arguments = {.q = args[1],
-                                           .k = args[2],
-                                           .v = args[3],
-                                           .softmax_scale = args[7],
-                                           .causal = args[8],
-                                           .window_size = args[9],
-                                           .softcap = args[10],
-                                           .sink = args[11]};
+    const struct fa_arguments arguments = arguments_of(args + 1, args + 7);
     const struct fa_gradient_arguments others = {.dout = args[0],
                                                  .out = args[4],
                                                  .lse = args[5],
@@ -156,14 +163,7 @@ static PyObject *explain_backward(PyObject *module, PyObject *const *args, Py_ss
     PyObject *result = NULL;
     if (check_count("explain_backward", count, 10) < 0)
         return NULL;
-    const struct fa_arguments arguments = {.q = args[0],
-                                           .k = args[1],
-                                           .v = args[2],
-                                           .softmax_scale = args[3],
-                                           .causal = args[4],
-                                           .window_size = args[5],
-                                           .softcap = args[6],
-                                           .sink = args[7]};
+    const struct fa_arguments arguments = arguments_of(args, args + 3);
     const int deterministic = PyObject_IsTrue(args[8]);
     const long arch = deterministic < 0 ? -1 : PyLong_AsLong(args[9]);
     if (!PyErr_Occurred() && fa_problem_read(state, &arguments, &problem) == 0)

@@ -3,14 +3,11 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "arithmetic.h"
 #include "split.h"
 
 /* CUDA reserves 1 KB of a multiprocessor's shared memory for each block that is resident. */
 #define SMEM_RESERVED_PER_BLOCK 1024
-
-#define MIN(a, b)      ((a) < (b) ? (a) : (b))
-#define MAX(a, b)      ((a) > (b) ? (a) : (b))
-#define CEIL_DIV(a, b) (((a) + (b) - 1) / (b))
 
 /* ---- devices --------------------------------------------------------------------------------- */
 
@@ -84,8 +81,6 @@ static int forward_smem(const struct fa_shape *shape, const struct fa_tile *tile
     return tile->stages * stage;
 }
 
-static int heads_per_kv(const struct fa_shape *shape) { return shape->heads_q / shape->heads_kv; }
-
 /* Query rows of all heads for each multiprocessor; expanded tensors can have more than 2^63. */
 static double rows_per_sm(const struct fa_shape *shape, const struct fa_device *device)
 {
@@ -108,7 +103,7 @@ static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape,
 #define SAME(wanted, value)  ((wanted) == FA_ANY || (wanted) == (value))
     return (row->arch == FA_ANY || row->arch / 10 == device->arch / 10) &&
            WITHIN(row->head_dim, shape->head_dim) && WITHIN(row->head_dim_v, shape->head_dim_v) &&
-           WITHIN(row->heads_per_kv, heads_per_kv(shape)) &&
+           WITHIN(row->heads_per_kv, fa_heads_per_kv(shape)) &&
            WITHIN(row->seqlen_q, shape->seqlen_q) &&
            WITHIN(row->rows_per_sm, rows_per_sm(shape, device)) &&
            SAME(row->mask_right, fa_shape_has_right_mask(shape)) &&
@@ -184,7 +179,7 @@ static bool choose_tile(const struct fa_shape *shape, const struct fa_device *de
 /* Query rows for which blocks go over K and V once: of a head, or of all that share a KV head. */
 static int64_t rows(const struct fa_shape *shape, bool packed)
 {
-    return (int64_t)shape->seqlen_q * (packed ? heads_per_kv(shape) : 1);
+    return (int64_t)shape->seqlen_q * (packed ? fa_heads_per_kv(shape) : 1);
 }
 
 /* Whether a call that may be packed gains from it: where it takes noticeably fewer blocks, because
@@ -194,14 +189,15 @@ static int64_t rows(const struct fa_shape *shape, bool packed)
 static bool packing_pays(const struct fa_shape *shape, int tile_m)
 {
     const int64_t packed = CEIL_DIV(rows(shape, true), tile_m);
-    const int64_t unpacked = CEIL_DIV(rows(shape, false), tile_m) * heads_per_kv(shape);
+    const int64_t unpacked = CEIL_DIV(rows(shape, false), tile_m) * fa_heads_per_kv(shape);
     return 10 * packed < 9 * unpacked;
 }
 
 static bool choose_packing(const struct fa_shape *shape, int tile_m, struct fa_plan *plan)
 {
-    const int ratio = heads_per_kv(shape);
+    const int ratio = fa_heads_per_kv(shape);
     const char *why_not = NULL;
+    bool packed = false;
     if (ratio == 1)
         why_not = "not packed: each KV head has one query head";
     else if (rows(shape, true) > INT32_MAX / ratio)
@@ -210,17 +206,16 @@ static bool choose_packing(const struct fa_shape *shape, int tile_m, struct fa_p
     if (shape->pack_gqa == FA_PACK_ALWAYS && why_not)
         drop(plan, "pack_gqa", why_not);
     else if (shape->pack_gqa == FA_PACK_ALWAYS)
-        because(plan, "pack_gqa", "packed, as the call asks");
+        packed = true, because(plan, "pack_gqa", "packed, as the call asks");
     else if (shape->pack_gqa == FA_PACK_NEVER)
         because(plan, "pack_gqa", "not packed, as the call asks");
     else if (why_not)
         because(plan, "pack_gqa", why_not);
-    else if (packing_pays(shape, tile_m))
+    else if ((packed = packing_pays(shape, tile_m)))
         because(plan, "pack_gqa", "packed: blocks of one query head would be partly empty");
     else
         because(plan, "pack_gqa", "not packed: blocks of one query head are full enough");
-    return !why_not && (shape->pack_gqa == FA_PACK_ALWAYS ||
-                        (shape->pack_gqa == FA_PACK_AUTO && packing_pays(shape, tile_m)));
+    return packed;
 }
 
 static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile,
@@ -256,7 +251,7 @@ static int group_heads(const struct fa_shape *shape, const struct fa_device *dev
     int64_t in_group = MIN(kv_heads, fit);
     while (in_group > 1 && kv_heads % in_group != 0)
         in_group--;
-    return (int)(in_group * (packed ? 1 : heads_per_kv(shape)));
+    return (int)(in_group * (packed ? 1 : fa_heads_per_kv(shape)));
 }
 
 static int set_grid(const struct fa_shape *shape, const struct fa_device *device,

@@ -3,9 +3,7 @@
 #include <math.h>
 #include <stdint.h>
 
-#define MIN(a, b)      ((a) < (b) ? (a) : (b))
-#define MAX(a, b)      ((a) > (b) ? (a) : (b))
-#define CEIL_DIV(a, b) (((a) + (b) - 1) / (b))
+#include "arithmetic.h"
 
 /* ---- the tile -------------------------------------------------------------------------------- */
 
@@ -93,7 +91,7 @@ static double longest_walk(const struct fa_shape *shape, const struct fa_backwar
 {
     const double window = (double)shape->window_left + shape->window_right + plan->tile_n;
     const double tiles = window / plan->main.variant.tile_m + 1;
-    return MAX(0, MIN(tiles, plan->m_blocks)) * (shape->heads_q / shape->heads_kv);
+    return MAX(0, MIN(tiles, plan->m_blocks)) * fa_heads_per_kv(shape);
 }
 static bool is_triangle(const struct fa_backward_plan *plan)
 {
@@ -118,7 +116,7 @@ static double average_walk(const struct fa_shape *shape, const struct fa_backwar
 static double longest_part(const struct fa_shape *shape, const struct fa_backward_plan *plan,
                            int parts)
 {
-    const int heads_per_kv = shape->heads_q / shape->heads_kv;
+    const int heads_per_kv = fa_heads_per_kv(shape);
     const double walk = longest_walk(shape, plan);
     return plan->main.variant.deterministic ? walk / heads_per_kv * CEIL_DIV(heads_per_kv, parts)
                                             : walk / parts;
@@ -149,7 +147,7 @@ static int choose_parts(const struct fa_shape *shape, const struct fa_backward_p
         return 1;
     int most = (int)MIN(MAX_PARTS, longest_walk(shape, plan));
     if (plan->main.variant.deterministic)
-        most = MIN(most, shape->heads_q / shape->heads_kv);
+        most = MIN(most, fa_heads_per_kv(shape));
     int best = 1;
     double best_time = time_of(shape, plan, blocks, places, 1);
     for (int parts = 2; parts <= most; parts++) {

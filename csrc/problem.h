@@ -82,6 +82,12 @@ int fa_gradients_allocate(struct fa_state *state, const struct fa_problem *probl
 
 void fa_gradients_release(struct fa_gradients *gradients);
 
+/* Query heads that share a KV head, of a shape that is not empty. */
+static inline int fa_heads_per_kv(const struct fa_shape *shape)
+{
+    return shape->heads_q / shape->heads_kv;
+}
+
 /* Whether no query meets any key, because there are none. */
 bool fa_shape_is_empty(const struct fa_shape *shape);
 

@@ -2,9 +2,7 @@
 
 #include <stdint.h>
 
-#define MIN(a, b)      ((a) < (b) ? (a) : (b))
-#define MAX(a, b)      ((a) > (b) ? (a) : (b))
-#define CEIL_DIV(a, b) (((a) + (b) - 1) / (b))
+#include "arithmetic.h"
 
 /* What the choice rests on. The unit of time is that of one key, in a block that has a
  * multiprocessor for itself. */

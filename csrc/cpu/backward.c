@@ -163,7 +163,7 @@ static void compute_dq(struct task *task, int64_t index)
     const struct fa_shape *shape = &task->problem->shape;
     struct range rows;
     const int64_t head = locate(task, index, shape->heads_q, all_rows(task), &rows);
-    task->head_kv = head / (shape->heads_q / shape->heads_kv);
+    task->head_kv = head / fa_heads_per_kv(shape);
     load_queries(task, head, rows);
     clear(task, task->sums);
     struct range visible = visible_to_any(shape, rows), tile = tile_from(visible, 0, TILE);
@@ -180,7 +180,7 @@ static void compute_dk_dv(struct task *task, int64_t index)
 {
     const struct fa_shape *shape = &task->problem->shape;
     const int64_t dv = TILE * task->width; /* dK is followed by dV */
-    const int heads_per_kv = shape->heads_q / shape->heads_kv;
+    const int heads_per_kv = fa_heads_per_kv(shape);
     struct range keys;
     task->head_kv = locate(task, index, shape->heads_kv, all_keys(task), &keys);
     load_keys(task, keys);

@@ -176,7 +176,7 @@ static struct block locate(const struct fa_problem *problem, int64_t index)
         .width = fa_width(shape->head_dim),
         .width_v = fa_width(shape->head_dim_v),
     };
-    block.head_kv = block.head / (shape->heads_q / shape->heads_kv);
+    block.head_kv = block.head / fa_heads_per_kv(shape);
     block.rows =
         tile_from((struct range){0, shape->seqlen_q}, index % row_blocks(shape) * ROWS, ROWS);
     block.keys = visible_to_any(shape, block.rows);
