@@ -48,6 +48,18 @@ def contestants(problem: Problem) -> list[Contestant]:
     ]
 
 
+def beside_d128(measured: list[dict[str, dict]]) -> str:
+    """Our TFLOPS over those of head_dim 128 in the same call: what another head dim costs."""
+    tflops = {grid.label(cell): cell[OURS]["tflops"] for cell in measured if "ms" in cell[OURS]}
+
+    def row(label: tuple[str, int, int]) -> list[object] | None:
+        yardstick = tflops.get(("d128", *label[1:]))
+        return [*label, f"{tflops[label] / yardstick:.3f}"] if yardstick else None
+
+    rows = [found for label in tflops if (found := row(label))]
+    return harness.markdown(("preset", "S", "causal", "ours/ours at d128"), rows) if rows else ""
+
+
 @torch.no_grad()
 def main() -> None:
     args = grid.parse(grid.make_parser(__doc__, "shapes"))
@@ -64,6 +76,8 @@ def main() -> None:
         for name, reason in absent.items():
             records.add(**cell, contestant=name, absent=reason)
     grid.report("Forward", args, records, NAMES)
+    if beside := beside_d128(grid.by_cell(records.cells)):
+        print("", beside, sep="\n")
 
 
 if __name__ == "__main__":

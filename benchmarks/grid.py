@@ -31,14 +31,18 @@ class Grid:
 
 
 MODELS = ("llama3-8b", "mistral-7b", "qwen2.5-7b", "llama2-7b", "mixtral-8x7b")
+SHAPES = (*MODELS, "hd64", "hd64-gqa")
+HEAD_DIMS = ("d64", "d80", "d96", "d128", "d192", "d256", "d64-128", "d128-64", "d192-128")
 GRIDS = {
     # Every shape once, from short to long.
-    "shapes": Grid(tuple(harness.PRESETS), (512, 1024, 2048, 4096, 8192, 16384), True),
+    "shapes": Grid(SHAPES, (512, 1024, 2048, 4096, 8192, 16384), True),
     # The 40 cells on which FlashAttention-2 was compared with FlashAttention-4 on an RTX 5090
     # (thad0ctor/flash-attention, pull request 1): a shape counts as often as a model has it.
     "fa2": Grid(MODELS, (1024, 2048, 4096, 8192), False),
     # The same, and head_dim 64.
-    "training": Grid((*MODELS, "hd64", "hd64-gqa"), (1024, 2048, 4096, 8192), False),
+    "training": Grid(SHAPES, (1024, 2048, 4096, 8192), False),
+    # Each head dim beside 128, in calls long enough that nothing but the kernel's loop counts.
+    "head-dims": Grid(HEAD_DIMS, (8192,), False),
 }
 
 
@@ -106,6 +110,7 @@ def cells(args: argparse.Namespace) -> Iterator[tuple[Problem, dict]]:
                     "heads_q": preset.heads_q,
                     "heads_kv": preset.heads_kv,
                     "head_dim": preset.head_dim,
+                    "head_dim_v": preset.head_dim_v or preset.head_dim,
                     "batch": args.batch,
                     "seqlen": seqlen,
                     "causal": bool(causal),

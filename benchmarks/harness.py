@@ -52,6 +52,7 @@ class Preset:
     heads_q: int
     heads_kv: int
     head_dim: int
+    head_dim_v: int | None = None  # None: head_dim
 
 
 PRESETS = {
@@ -62,6 +63,16 @@ PRESETS = {
     "mixtral-8x7b": Preset(32, 8, 128),
     "hd64": Preset(16, 16, 64),
     "hd64-gqa": Preset(16, 4, 64),
+    # No model in particular: what one head dim costs beside another.
+    "d64": Preset(16, 4, 64),
+    "d80": Preset(16, 4, 80),
+    "d96": Preset(16, 4, 96),
+    "d128": Preset(16, 4, 128),
+    "d192": Preset(16, 4, 192),
+    "d256": Preset(16, 4, 256),
+    "d64-128": Preset(16, 4, 64, 128),
+    "d128-64": Preset(16, 4, 128, 64),
+    "d192-128": Preset(16, 4, 192, 128),
 }
 
 
@@ -103,12 +114,14 @@ def make_problem(
     """
     generator = torch.Generator(device).manual_seed(seqlen + causal)
 
-    def randn(length: int, heads: int) -> torch.Tensor:
-        shape = (batch, length, heads, preset.head_dim)
+    def randn(length: int, heads: int, head_dim: int) -> torch.Tensor:
+        shape = (batch, length, heads, head_dim)
         return torch.randn(shape, dtype=dtype, device=device, generator=generator)
 
-    q = randn(seqlen if queries is None else queries, preset.heads_q)
-    return Problem(q, randn(seqlen, preset.heads_kv), randn(seqlen, preset.heads_kv), bool(causal))
+    q = randn(seqlen if queries is None else queries, preset.heads_q, preset.head_dim)
+    k = randn(seqlen, preset.heads_kv, preset.head_dim)
+    v = randn(seqlen, preset.heads_kv, preset.head_dim_v or preset.head_dim)
+    return Problem(q, k, v, bool(causal))
 
 
 def forward_flops(problem: Problem) -> float:
