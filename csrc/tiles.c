@@ -44,8 +44,8 @@ const struct fa_tile_row FA_TILES[] = {
     SMALL( 80,  64, ANY,       64, 64, 4, 16, 3, TMA_WARP),
     SM120( 80, 256,            64, 64, 4, 16, 2, TMA_WARP), /* SPLIT */
     SM120( 80, ANY,            64, 64, 8, 16, 2, TMA_WARP), /* WIDE */
-    SMALL( 80, 128,   0,       64, 32, 8, 16, 2, TMA_WARP),
-    SMALL( 80, 128,   1,       64, 64, 4, 16, 3, TMA_WARP),
+    SMALL( 80, 128,   0,       64, 64, 8, 16, 3, TMA_WARP),
+    SMALL( 80, 128,   1,       64, 64, 4, 16, 4, TMA_WARP),
     SMALL( 80, 256,   1,       64, 64, 8, 16, 3, TMA_WARP),
     LARGE( 80,  80, ANY,   0,  64, 32, 8, 32, 3, TMA_BARRIER),
 
@@ -65,7 +65,8 @@ const struct fa_tile_row FA_TILES[] = {
     SMALL(128, 128,   0,       64, 64, 8, 16, 3, TMA_THREAD),
     SHORT(128, 512, 128, 1,    32, 32, 4, 16, 3, CP_ASYNC),
     SMALL(128, 128,   1,       64, 64, 4, 16, 2, TMA_WARP),
-    SMALL(128, 256,   1,       32, 32, 4, 16, 3, CP_ASYNC),
+    SHORT(128, 1024, 256, 1,   32, 32, 4, 16, 3, CP_ASYNC),
+    SMALL(128, 256,   1,       64, 32, 8, 16, 2, TMA_WARP),
     LARGE(128, 128, ANY,   1,  64, 32, 8, 16, 3, CP_ASYNC),
     LARGE( 96, 128, ANY, ANY,  32, 16, 4, 32, 3, CP_ASYNC),
     LARGE(104, 128, ANY, ANY,  64, 32, 8, 16, 3, CP_ASYNC),
@@ -78,8 +79,8 @@ const struct fa_tile_row FA_TILES[] = {
     LARGE(192, 192, ANY,   0,  64, 32, 8, 16, 2, TMA_THREAD),
     LARGE(192, 192, ANY, ANY,  32, 32, 4, 16, 2, CP_ASYNC),
 
-    SMALL(256,  64, ANY,       32, 32, 4, 16, 2, TMA_WARP),
-    SMALL(256, 128,   1,       32, 32, 4, 16, 2, TMA_WARP),
+    SMALL(256,  64, ANY,       32, 32, 4, 16, 3, TMA_WARP),
+    SMALL(256, 128,   1,       32, 32, 4, 16, 3, TMA_WARP),
     LARGE(256, 256, ANY, ANY,  32, 32, 8, 16, 3, CP_ASYNC),
 };
 /* clang-format on */

@@ -140,14 +140,20 @@ QUICK_CANDIDATES = {
 }
 
 
-# How K and V come to shared memory: by cp.async, or by the TMA with each of its producers.
-FEEDS = ({"kernel": 0, "producer": 0}, *({"kernel": 1, "producer": i} for i in range(3)))
+# How K and V come to shared memory, by the names that csrc/tiles.c has for it.
+CP_ASYNC = {"kernel": 0, "producer": 0}
+FEEDS = {
+    "CP_ASYNC": CP_ASYNC,
+    "TMA_BARRIER": {"kernel": 1, "producer": 0},
+    "TMA_THREAD": {"kernel": 1, "producer": 1},
+    "TMA_WARP": {"kernel": 1, "producer": 2},
+}
 
 
 def candidates(cell: Cell, fallback: Row, arch: int, choices: dict[str, Any]) -> Iterator[Row]:
     """Rows for a cell that may be worth compiling; whether they fit the device is not asked yet."""
     for values in itertools.product(*choices.values()):
-        row = fallback | cell.key(arch) | FEEDS[0] | dict(zip(choices, values, strict=True))
+        row = fallback | cell.key(arch) | CP_ASYNC | dict(zip(choices, values, strict=True))
         if _promising(row, cell):
             yield row
 
@@ -471,7 +477,7 @@ class Contest:
         self, entrants: Sequence[Entrant], progress: Callable[[str], None]
     ) -> list[Entrant]:
         """The same tiles with the other feeds, as far as the GPU has them: compiled and right."""
-        rows = (entrant.row | feed for entrant in entrants for feed in FEEDS[1:])
+        rows = (entrant.row | feed for entrant in entrants for feed in FEEDS.values())
         twins = {_name(twin): twin for row in rows if (twin := self._entrant(row))}
         known = {_name(entrant) for entrant in entrants}  # what a row without a TMA comes down to
         self.entrants = [twin for name, twin in twins.items() if name not in known]
@@ -628,17 +634,20 @@ def tune(machine: Machine, wanted: Sequence[Cell], choices: dict[str, Any], wher
 
 def _summary(cell: Cell, record: dict[str, Any]) -> str:
     if record["winner"]:
-        changed = {
-            k: v
-            for k, v in record["winner"].items()
-            if k in CANDIDATES and v != record["fallback"][k]
-        }
+        winner, fallback = (_tile(record[which]) for which in ("winner", "fallback"))
+        changed = {name: winner[name] for name in winner if winner[name] != fallback[name]}
         return f"{cell}: {record['gain']:.3f}x with {_spelled(changed)}"
     verdicts = {result["verdict"] for result in record["results"]} or {"no other tile fits"}
     return f"{cell}: as it is ({', '.join(sorted(verdicts))})"
 
 
-def _spelled(fields: Row) -> str:
+def _tile(row: Row) -> dict[str, Any]:
+    """What a row says of the tile, in words."""
+    feeds = [name for name, feed in FEEDS.items() if feed.items() <= row.items()]
+    return {**{name: row[name] for name in CANDIDATES}, "feed": feeds[0]}
+
+
+def _spelled(fields: dict[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in fields.items())
 
 

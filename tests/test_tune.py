@@ -183,6 +183,12 @@ def test_the_tma_competes_with_the_best_tiles(fake, tmp_path):
     assert [(row["kernel"], row["producer"], row["stages"]) for row in found] == [(1, 2, 2)] * 2
 
 
+def test_a_tile_that_differs_by_its_feed_alone_is_told_by_it(fake, tmp_path, capsys):
+    only = {"tile_n": (64,), "sub_n": (64,), "stages": (3,)}
+    run(fake({"s3_p1": 1.3}), tmp_path, choices=only)
+    assert capsys.readouterr().out.count("1.300x with feed TMA_THREAD\n") == 2
+
+
 # ---- resuming ------------------------------------------------------------------------------------
 
 
