@@ -1,5 +1,6 @@
 # One target for each thing a developer does. `make test` and `make demo` set up all that they need.
-#   VENV=      uses the interpreter in place, which then must hold torch, numpy, pytest, setuptools, cuda-core
+#   VENV=      uses the interpreter in place, which then must hold torch, numpy, pytest, hypothesis,
+#              setuptools, tqdm, cuda-core
 #   PYTHON=... the interpreter to start from
 
 VENV ?= .venv

@@ -12,7 +12,7 @@ os.environ["FA_SM120_TILES"] = ""  # not what was tuned on the developer's machi
 
 from tiles import LARGE_TILES, use_tiles
 
-from flash_attn_sm120 import explain, jit
+from flash_attn_sm120 import explain, jit, producers
 
 # Tensors here are small: threads that wait for each other would only slow torch down.
 torch.set_num_threads(1)
@@ -63,6 +63,12 @@ def why_no_emulator():
     except RuntimeError as error:
         return str(error)
     return ""
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--examples", type=int, help="random calls of test_together.py, others in every run"
+    )
 
 
 # Files of tests that take longest.
@@ -144,6 +150,13 @@ def dtype(request, device):
 def seed(request):
     """Every test draws numbers of its own, the same in every run and in every order of tests."""
     torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def outputs_full_of_nan(monkeypatch):
+    """Memory that nobody wrote shows, whatever the allocator returns."""
+    empty = producers.empty
+    monkeypatch.setattr(producers, "empty", lambda *args: empty(*args).fill_(torch.nan))
 
 
 # ---- inputs --------------------------------------------------------------------------------------
