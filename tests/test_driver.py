@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from children import run_python
 
+from flash_attn_sm120 import jit
+
 TESTS = Path(__file__).parent
 
 # numpy arrays that say they are on a GPU, and calls over them.
@@ -303,6 +305,8 @@ def test_driver_too_old(run):
 
 
 def test_driver_older_than_the_compiler(run):
+    if jit.nvrtc_version() < (13, 0):
+        pytest.skip("every driver for CUDA 12 loads what an NVRTC of CUDA 12 makes")
     lines, _ = run("error_of(call)\n", FAKE_VERSION="12040")
     assert lines[0].startswith("RuntimeError") and "12" in lines[0] and "NVRTC" in lines[0]
 

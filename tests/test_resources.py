@@ -14,6 +14,7 @@ from flash_attn_sm120 import BackwardPlan, explain, explain_backward, jit, varia
 pytest.importorskip("cuda.bindings.nvrtc")
 
 SM120_SMEM = 99 * 1024
+SPILLED_BEYOND_128 = {120: 8, 90: 88, 80: 0}  # at head_dim 256, outside the loops: see test_sass.py
 REGISTERS_PER_SM = 64 * 1024
 
 
@@ -47,7 +48,8 @@ def test_common_forward_variants(compute_capability):
     assert len(plans) >= 2 * (len(variants.COMMON_HEAD_DIMS) + 2)
     for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
         head_dims = [int(n) for n in re.findall(r"_dv?(\d+)", plan.variant)]
-        assert build.spill_bytes <= (0 if max(head_dims) <= 128 else 96), line
+        allowed = 0 if max(head_dims) <= 128 else SPILLED_BEYOND_128[compute_capability]
+        assert build.spill_bytes <= allowed, line
         assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, line
         assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line
 

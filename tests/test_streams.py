@@ -8,8 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from tiles import KERNELS, tile_row, use_tiles
 
-from flash_attn_sm120 import flash_attn_func
+from flash_attn_sm120 import explain, flash_attn_func
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
@@ -122,7 +123,10 @@ def test_a_thread_that_never_used_cuda():
     assert torch.equal(out, expected)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@two_gpus
 def test_tensors_decide_the_device():
     first, second = qkv(device="cuda:0"), qkv(device="cuda:1")
     with torch.cuda.device(0):
@@ -137,6 +141,28 @@ def test_tensors_decide_the_device():
         futures = [pool.submit(flash_attn_func, *x) for x in (first, second) for _ in range(20)]
         outs = [future.result()[0] for future in futures]
     assert all(torch.equal(x.to("cuda:0"), moved) for x in outs[20:])
+
+
+@two_gpus
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_second_gpu_computes_the_same(kernel):
+    """By cp.async and by the TMA, split or not, and gradients, from autograd's threads too."""
+
+    def results(device):
+        torch.manual_seed(0)
+        inputs = qkv(seqlen=300, device=device)
+        plan = explain(*inputs, causal=True, num_splits=3)
+        with use_tiles(tile_row(plan, kernel=kernel, producer="thread")):
+            parts, _ = flash_attn_func(*inputs, causal=True, num_splits=3)
+            leaves = [x.requires_grad_() for x in inputs]
+            out, _ = flash_attn_func(*leaves, causal=True, deterministic=True)
+        out.backward(torch.ones_like(out))
+        return [x.cpu() for x in (parts, out, *(leaf.grad for leaf in leaves))]
+
+    with torch.cuda.device(0):
+        first, second = results("cuda:0"), results("cuda:1")
+        assert torch.cuda.current_device() == 0
+    assert all(map(torch.equal, first, second))
 
 
 def test_fork_after_cuda_is_explained():
