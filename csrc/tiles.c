@@ -64,7 +64,7 @@ const struct fa_tile_row FA_TILES[] = {
     SM120(128, ANY,            64, 32, 8, 16, 2, TMA_THREAD), /* WIDE: 9 warps would spill */
     SMALL(128, 128,   0,       64, 64, 8, 16, 3, TMA_THREAD),
     SHORT(128, 512, 128, 1,    32, 32, 4, 16, 3, CP_ASYNC),
-    SMALL(128, 128,   1,       64, 64, 4, 16, 2, TMA_WARP),
+    SMALL(128, 128,   1,       64, 32, 4, 16, 3, TMA_WARP),
     SHORT(128, 1024, 256, 1,   32, 32, 4, 16, 3, CP_ASYNC),
     SMALL(128, 256,   1,       64, 32, 8, 16, 2, TMA_WARP),
     LARGE(128, 128, ANY,   1,  64, 32, 8, 16, 3, CP_ASYNC),
@@ -74,8 +74,8 @@ const struct fa_tile_row FA_TILES[] = {
     LARGE(120, 128, ANY, ANY,  64, 32, 8, 16, 3, CP_ASYNC),
     LARGE(128, 128, ANY, ANY,  32, 16, 4, 32, 3, CP_ASYNC),
 
-    SMALL(192,  64, ANY,       64, 64, 4, 16, 2, TMA_WARP),
-    SMALL(192, 128,   1,       64, 64, 4, 16, 2, TMA_WARP),
+    SMALL(192,  64,   0,       64, 64, 4, 16, 2, TMA_WARP),
+    SMALL(192, 128,   1,       64, 32, 4, 16, 2, TMA_WARP),
     LARGE(192, 192, ANY,   0,  64, 32, 8, 16, 2, TMA_THREAD),
     LARGE(192, 192, ANY, ANY,  32, 32, 4, 16, 2, CP_ASYNC),
 
