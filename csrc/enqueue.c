@@ -3,6 +3,7 @@
 #include <float.h>
 #include <math.h>
 
+#include "arithmetic.h"
 #include "state.h"
 
 int fa_planning_device(struct fa_state *state, int ordinal, int arch, struct fa_device *device)
@@ -49,6 +50,15 @@ struct fa_scales fa_scales_of(const struct fa_shape *shape)
 struct fa_strides fa_outer_strides(const struct fa_tensor *tensor)
 {
     return (struct fa_strides){tensor->stride[0], tensor->stride[1], tensor->stride[2]};
+}
+
+struct fa_divisor fa_divisor_of(int number)
+{
+    int shift = 0;
+    while (INT64_C(1) << shift < number)
+        shift++;
+    const int64_t multiplier = CEIL_DIV(INT64_C(1) << (31 + shift), MAX(number, 1));
+    return (struct fa_divisor){number, (unsigned)multiplier, shift};
 }
 
 int fa_encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,

@@ -26,6 +26,9 @@ struct fa_scales fa_scales_of(const struct fa_shape *shape);
 
 struct fa_strides fa_outer_strides(const struct fa_tensor *tensor);
 
+/* `number`, which is not negative, for kernels to divide by; where it is 0 nobody does. */
+struct fa_divisor fa_divisor_of(int number);
+
 /* A tensor [batch, seqlen, heads, head_dim] in boxes of `rows` of the sequence and as many dims as
  * tile_layout in kernels/layout.cuh puts in a row of a segment. 0 or -1. */
 int fa_encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,

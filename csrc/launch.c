@@ -21,7 +21,6 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
 {
     const struct fa_shape *shape = &problem->shape;
     const struct fa_scales scales = fa_scales_of(shape);
-    const int heads_per_kv = fa_heads_per_kv(shape);
     return (struct fa_forward_params){
         .q = problem->q.data,
         .k = problem->k.data,
@@ -34,20 +33,19 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .v_stride = fa_outer_strides(&problem->v),
         .out_stride = fa_outer_strides(&problem->out),
         .batch = shape->batch,
-        .heads = plan->variant.pack_gqa ? shape->heads_kv : shape->heads_q,
-        .heads_per_kv = heads_per_kv,
-        .heads_per_kv_inverse = (unsigned)(((1LL << 32) + heads_per_kv - 1) / heads_per_kv),
         .seqlen_q = shape->seqlen_q,
         .seqlen_k = shape->seqlen_k,
-        .m_blocks = plan->m_blocks,
-        .parts = plan->parts,
-        .group_heads = plan->group_heads,
         .window_left = shape->window_left,
         .window_right = shape->window_right,
         .scale_log2 = scales.scale_log2,
         .hidden_score = scales.hidden_score,
         .scale_in_cap = scales.scale_in_cap,
         .sink_dtype = (int)problem->sink.dtype,
+        .heads = fa_divisor_of(plan->variant.pack_gqa ? shape->heads_kv : shape->heads_q),
+        .heads_per_kv = fa_divisor_of(fa_heads_per_kv(shape)),
+        .m_blocks = fa_divisor_of(plan->m_blocks),
+        .group_heads = fa_divisor_of(plan->group_heads),
+        .parts = fa_divisor_of(plan->parts),
     };
 }
 
@@ -80,12 +78,12 @@ static struct fa_combine_params combine_params(const struct fa_problem *problem,
         .lse = problem->lse.object ? problem->lse.data : NULL,
         .sink = problem->sink.object ? problem->sink.data : NULL,
         .out_stride = fa_outer_strides(&problem->out),
-        .rows = (unsigned)(shape->batch * shape->heads_q * shape->seqlen_q),
-        .heads_q = (unsigned)shape->heads_q,
-        .seqlen_q = (unsigned)shape->seqlen_q,
+        .rows = shape->batch * shape->heads_q * shape->seqlen_q,
         .parts = plan->parts,
-        .slices = plan->combine.slices,
         .sink_dtype = (int)problem->sink.dtype,
+        .heads_q = fa_divisor_of(shape->heads_q),
+        .seqlen_q = fa_divisor_of(shape->seqlen_q),
+        .slices = fa_divisor_of(plan->combine.slices),
     };
 }
 

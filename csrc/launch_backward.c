@@ -1,3 +1,4 @@
+#include "arithmetic.h"
 #include "enqueue.h"
 #include "launch.h"
 #include "plan_backward.h"
@@ -25,6 +26,7 @@ static int make_params(const struct backward *call, struct fa_backward_params *p
     const struct fa_shape *shape = &problem->shape;
     const struct fa_backward_plan *plan = &call->plan;
     const struct fa_scales scales = fa_scales_of(shape);
+    const int64_t zero_chunks = (plan->workspace - plan->dq_sum) / 4;
     *params = (struct fa_backward_params){
         .q = problem->q.data,
         .k = problem->k.data,
@@ -45,7 +47,7 @@ static int make_params(const struct backward *call, struct fa_backward_params *p
         .dk_turns = (int *)at(call, plan->dk_turns),
         .tickets = (int *)at(call, plan->tickets),
         .zeros = at(call, plan->dq_sum),
-        .zero_chunks = (plan->workspace - plan->dq_sum) / 4,
+        .zero_chunks = zero_chunks,
         .q_stride = fa_outer_strides(&problem->q),
         .k_stride = fa_outer_strides(&problem->k),
         .v_stride = fa_outer_strides(&problem->v),
@@ -69,6 +71,7 @@ static int make_params(const struct backward *call, struct fa_backward_params *p
         .hidden_score = scales.hidden_score,
         .scale_in_cap = scales.scale_in_cap,
         .softmax_scale = shape->softmax_scale,
+        .zero_share = CEIL_DIV(zero_chunks, MAX(plan->delta.blocks, 1)),
     };
     if (!plan->main.variant.tma)
         return 0;
@@ -89,10 +92,10 @@ static struct fa_convert_params convert_params(const struct backward *call, int6
         .stride = fa_outer_strides(tensor),
         .batch = (int)tensor->shape[0],
         .seqlen = (int)tensor->shape[1],
-        .heads = (int)tensor->shape[2],
-        .row_frags = rows / 16,
-        .scale = scale,
         .sums = sums,
+        .scale = scale,
+        .heads = fa_divisor_of((int)tensor->shape[2]),
+        .row_frags = fa_divisor_of(rows / 16),
     };
 }
 

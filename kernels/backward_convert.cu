@@ -4,6 +4,7 @@
 #include "params.h"
 
 #include "backward.cuh"
+#include "division.cuh"
 
 constexpr int WARPS_PER_BLOCK = 4;
 constexpr int FRAGS = HEAD_DIM / 8;
@@ -11,19 +12,20 @@ constexpr int FRAGS = HEAD_DIM / 8;
 extern "C" __global__ void __launch_bounds__(WARPS_PER_BLOCK * 32)
     backward_convert(const __grid_constant__ struct fa_convert_params params)
 {
-    const fa_int64 warp = static_cast<fa_int64>(blockIdx.x) * WARPS_PER_BLOCK + threadIdx.x / 32;
-    const fa_int64 pairs = static_cast<fa_int64>(params.batch) * params.heads;
-    const fa_int64 pair = warp / params.row_frags;
-    const int row0 = warp % params.row_frags * 16 + threadIdx.x % 32 / 4;
+    /* In 32 bits: a sum for 2^31 warps would be 1 TB or more. */
+    const int warp = blockIdx.x * WARPS_PER_BLOCK + threadIdx.x / 32;
+    const int pairs = params.batch * params.heads.number;
+    const auto [pair, row_frag] = divide(warp, params.row_frags);
+    const auto [batch, head] = divide(pair, params.heads);
+    const int row0 = row_frag * 16 + threadIdx.x % 32 / 4;
     if (pair >= pairs)
         return; /* all of the warp */
-    const float4 *sum =
-        reinterpret_cast<const float4 *>(params.sum) + warp * (FRAGS * 32) + threadIdx.x % 32;
-    const fa_int64 next_sum = pairs * params.row_frags * (FRAGS * 32);
+    const float4 *sum = reinterpret_cast<const float4 *>(params.sum) +
+                        fa_int64{warp} * (FRAGS * 32) + threadIdx.x % 32;
+    const fa_int64 next_sum = fa_int64{pairs} * params.row_frags.number * (FRAGS * 32);
     const float scale = params.scale / P_SCALE;
-    element *tensor = static_cast<element *>(params.tensor) +
-                      pair / params.heads * params.stride.batch +
-                      pair % params.heads * params.stride.head;
+    element *tensor = static_cast<element *>(params.tensor) + batch * params.stride.batch +
+                      head * params.stride.head;
     float C[FRAGS][4] = {};
     for (int i = 0; i < params.sums; i++)
 #pragma unroll

@@ -68,9 +68,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     }
 
-    const fa_int64 tiles = gridDim.x;
-    const fa_int64 end = params.zero_chunks * (tile + 1) / tiles;
+    const fa_int64 begin = tile * params.zero_share;
+    const fa_int64 end = min(begin + params.zero_share, params.zero_chunks);
     uint4 *zeros = static_cast<uint4 *>(params.zeros);
-    for (fa_int64 i = params.zero_chunks * tile / tiles + threadIdx.x; i < end; i += THREADS)
+    for (fa_int64 i = begin + threadIdx.x; i < end; i += THREADS)
         zeros[i] = make_uint4(0, 0, 0, 0);
 }

@@ -11,6 +11,7 @@
  *   WARPS        of a block */
 #include "params.h"
 
+#include "division.cuh"
 #include "sink.cuh"
 
 constexpr int THREADS = WARPS * 32;
@@ -46,20 +47,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 {
     /* ---- 1. Which dims of which row, and which slice of its parts. */
     const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES;
-    const int block_rows = SLOTS / params.slices;
-    const int slice = slot % params.slices, block_row = slot / params.slices;
-    const unsigned row = blockIdx.x * block_rows + block_row;
+    const int block_rows = divide(SLOTS, params.slices).quotient;
+    const auto [block_row, slice] = divide(slot, params.slices);
+    const int row = blockIdx.x * block_rows + block_row;
     const bool exists = block_row < block_rows && row < params.rows;
 
     /* ---- 2. The sum of a slice. The loads of AHEAD parts are on their way together; one that is
      * not there has no weight, as a part without keys has none. */
     weighted sum;
-    for (int first = slice; exists && first < params.parts; first += AHEAD * params.slices) {
+    for (int first = slice; exists && first < params.parts; first += AHEAD * params.slices.number) {
         float lse[AHEAD];
         float4 o[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            const int part = first + i * params.slices;
+            const int part = first + i * params.slices.number;
             const fa_int64 at = static_cast<fa_int64>(part) * params.rows + row;
             const float4 *out_row = reinterpret_cast<const float4 *>(params.out_parts) + at * LANES;
             lse[i] = part < params.parts ? params.lse_parts[at] : -INF;
@@ -79,20 +80,20 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     __syncthreads(); /* every slice is there */
     if (!exists || slice > 0)
         return;
-    for (int i = 1; i < params.slices; i++) {
+    for (int i = 1; i < params.slices.number; i++) {
         const int from = threadIdx.x + i * LANES;
         sum.add(m_smem[from], l_smem[from], o_smem[from], 0.0f);
     }
 
     /* ---- 4. The sink, and out. */
-    const unsigned pair = row / params.seqlen_q;
-    const fa_int64 batch = pair / params.heads_q, head = pair % params.heads_q;
+    const auto [pair, query] = divide(row, params.seqlen_q);
+    const auto [batch, head] = divide(pair, params.heads_q);
     const float sink = load_sink(params.sink, params.sink_dtype, head);
     if (params.sink && sum.l != 0.0f)
         sum.add(sink * LOG2_E, 1.0f, {}, ABOVE_MAXIMUM);
     unsigned short *out_row = static_cast<unsigned short *>(params.out) +
                               batch * params.out_stride.batch + head * params.out_stride.head +
-                              row % params.seqlen_q * params.out_stride.seqlen;
+                              query * params.out_stride.seqlen;
     const float inverse = sum.l == 0.0f ? 0.0f : 1.0f / sum.l; /* 0: no keys */
     reinterpret_cast<uint2 *>(out_row)[lane] = make_uint2(
         pack(sum.o.x * inverse, sum.o.y * inverse), pack(sum.o.z * inverse, sum.o.w * inverse));

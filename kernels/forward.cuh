@@ -32,20 +32,22 @@ struct query_place {
     __device__ __forceinline__ explicit query_place(const fa_forward_params &params)
     {
         const unsigned thread = read_thread_index();
-        const int block = read_block_index();
-        const int parts = SPLIT ? params.parts : 1;
-        const int group_blocks = params.group_heads * params.m_blocks * parts;
-        const int pair0 = block / group_blocks * params.group_heads;
-        const int in_group = block % group_blocks;
-        const int pairs = min(params.group_heads, params.batch * params.heads - pair0);
-        const int rank = in_group / pairs / parts;
-        part = in_group / pairs % parts;
-        pair = pair0 + in_group % pairs;
-        batch = pair / params.heads;
-        head = pair % params.heads;
-        head_kv = PACK_GQA ? head : head / params.heads_per_kv;
-        head *= PACK_GQA ? params.heads_per_kv : 1;
-        block_row = (MASK_RIGHT ? params.m_blocks - 1 - rank : rank) * TILE_M;
+        divided block = divide(read_block_index(), params.group_heads);
+        const int in_group = block.rest;
+        part = 0;
+        if (SPLIT) {
+            block = divide(block.quotient, params.parts);
+            part = block.rest;
+        }
+        block = divide(block.quotient, params.m_blocks);
+        const int group = block.quotient, rank = block.rest;
+        pair = group * params.group_heads.number + in_group;
+        const divided by_heads = divide(pair, params.heads);
+        batch = by_heads.quotient;
+        head = by_heads.rest;
+        head_kv = PACK_GQA ? head : divide(head, params.heads_per_kv).quotient;
+        head *= PACK_GQA ? params.heads_per_kv.number : 1;
+        block_row = (MASK_RIGHT ? params.m_blocks.number - 1 - rank : rank) * TILE_M;
         /* The shuffle tells the compiler that the number is the same in all of the warp. */
         const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
         warp_row = block_row + warp * WARP_M;
@@ -81,16 +83,8 @@ __device__ __forceinline__ void load_queries(unsigned (&Q_rmem)[M_FRAGS][D_STEPS
 __device__ __forceinline__ float sink_of_row(const fa_forward_params &params,
                                              const query_place &place, int row)
 {
-    const int head = row - query_of(params, row) * params.heads_per_kv;
+    const int head = row - query_of(params, row) * params.heads_per_kv.number;
     return load_sink(params.sink, params.sink_dtype, place.head + head);
-}
-
-/* Makes [begin, end) one of its parts, which differ by one tile at most. */
-__device__ __forceinline__ void take_part(int &begin, int &end, int part, int parts)
-{
-    const int share = (end - begin) / parts, rest = (end - begin) % parts;
-    begin += part * share + min(part, rest);
-    end = begin + share + (part < rest);
 }
 
 /* O / l and lse of one part for combine.cu. The lanes of a quad write 32 contiguous bytes. */
@@ -100,7 +94,7 @@ __device__ __forceinline__ void store_part(const fa_forward_params &params,
                                            const float (&m_rmem)[M_FRAGS][2], unsigned left_out)
 {
     const query_place place(params); /* computed again: see read_block_index() */
-    const fa_int64 part_rows = fa_int64{params.batch} * params.heads * row_count(params);
+    const fa_int64 part_rows = fa_int64{params.batch} * params.heads.number * row_count(params);
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll

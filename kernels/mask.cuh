@@ -2,32 +2,32 @@
 #ifndef FA_MASK_CUH
 #define FA_MASK_CUH
 
+#include "division.cuh"
 #include "softmax.cuh"
 
 /* The rows of a head's tiles are its queries. With PACK_GQA they are those of all query heads of
- * a KV head, heads fastest: row = query * heads_per_kv + head. Division by multiplication is exact
- * while row * heads_per_kv < 2^32, which csrc/plan.c sees to. */
+ * a KV head, heads fastest: row = query * heads_per_kv + head. */
 __device__ __forceinline__ int row_count(const fa_forward_params &params)
 {
-    return PACK_GQA ? params.seqlen_q * params.heads_per_kv : params.seqlen_q;
+    return PACK_GQA ? params.seqlen_q * params.heads_per_kv.number : params.seqlen_q;
 }
 __device__ __forceinline__ int query_of(const fa_forward_params &params, int row)
 {
-    return PACK_GQA ? __umulhi(row, params.heads_per_kv_inverse) : row;
+    return PACK_GQA ? divide(row, params.heads_per_kv).quotient : row;
 }
 /* How far a row lies from row 0 of its tensor. */
 __device__ __forceinline__ fa_int64 row_offset(const fa_forward_params &params,
                                                const fa_strides &stride, int row)
 {
     const int query = query_of(params, row);
-    const int head = row - query * params.heads_per_kv;
+    const int head = row - query * params.heads_per_kv.number;
     return query * stride.seqlen + (PACK_GQA ? head * stride.head : 0);
 }
 
 /* The same in lse, [batch, heads_q, seqlen_q], from its beginning; `pair` is that of the block. */
 __device__ __forceinline__ fa_int64 lse_offset(const fa_forward_params &params, int pair, int row)
 {
-    const fa_int64 head = PACK_GQA ? fa_int64{pair} * params.heads_per_kv : pair;
+    const fa_int64 head = PACK_GQA ? fa_int64{pair} * params.heads_per_kv.number : pair;
     return head * params.seqlen_q + row_offset(params, {0, 1, params.seqlen_q}, row);
 }
 

@@ -24,6 +24,18 @@ struct fa_strides {
     fa_int64 batch, seqlen, head;
 };
 
+/* A number that kernels divide by without dividing: for 0 <= n < 2^31
+ *
+ *     n / number = floor(n * multiplier / 2^(31 + shift))
+ *
+ * with the least shift for which number <= 2^shift, and multiplier = ceil(2^(31 + shift) / number)
+ * < 2^32: Granlund and Montgomery, "Division by Invariant Integers using Multiplication", 1994. */
+struct fa_divisor {
+    int number;
+    unsigned multiplier;
+    int shift;
+};
+
 /* The single argument of kernels/forward.cu. */
 struct fa_forward_params {
     const void *q; /* [batch, seqlen_q, heads_q, head_dim] */
@@ -34,22 +46,23 @@ struct fa_forward_params {
                     * SPLIT: lse_parts below */
     const void *sink; /* [heads_q], contiguous, natural log; NULL: none; not read where SPLIT */
     struct fa_strides q_stride, k_stride, v_stride, out_stride;
-    int batch, heads; /* heads that blocks go over: heads_q, or heads_kv where PACK_GQA */
-    int heads_per_kv; /* heads_q / heads_kv */
-    int seqlen_q, seqlen_k;
-    int m_blocks;     /* ceil(rows / TILE_M), rows as row_count() in mask.cuh counts them */
-    int group_heads;  /* (batch, head) pairs that run together, see query_place in forward.cuh */
-    int window_left;  /* keys a query sees before its diagonal; read only where MASK_LEFT */
-    int window_right; /* and after it; read only where MASK_RIGHT, 0 for causal */
-    unsigned heads_per_kv_inverse; /* ceil(2^32 / heads_per_kv); read only where PACK_GQA */
-    float scale_log2;   /* softmax_scale * log2(e), softcap * log2(e) where SOFTCAP; not 0 */
-    float hidden_score; /* of a key that a query does not see: scaled, it is -inf */
-    float scale_in_cap; /* softmax_scale / softcap; read only where SOFTCAP */
-    int parts;          /* of the keys of a block of queries, a thread block each; 1 if not SPLIT */
-    int sink_dtype;     /* enum fa_dtype */
+    int batch, seqlen_q, seqlen_k;
+    int window_left;         /* keys a query sees before its diagonal; read only where MASK_LEFT */
+    int window_right;        /* and after it; read only where MASK_RIGHT, 0 for causal */
+    float scale_log2;        /* softmax_scale * log2(e), softcap * log2(e) where SOFTCAP; not 0 */
+    float hidden_score;      /* of a key that a query does not see: scaled, it is -inf */
+    float scale_in_cap;      /* softmax_scale / softcap; read only where SOFTCAP */
+    int sink_dtype;          /* enum fa_dtype */
+    struct fa_divisor heads; /* that blocks go over: heads_q, or heads_kv where PACK_GQA */
+    struct fa_divisor heads_per_kv; /* heads_q / heads_kv */
+    struct fa_divisor m_blocks; /* ceil(rows / TILE_M), rows as row_count() in mask.cuh counts */
+    struct fa_divisor
+        group_heads; /* (batch, head) pairs that run together; of all pairs a divisor */
+    struct fa_divisor
+        parts; /* of the keys of a block of queries, a thread block each; 1 if not SPLIT */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 208, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 240, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -62,7 +75,7 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 512, "256 for the first 208, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 512, "256 for the first 240, then maps");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
  * seqlen_q of them, in the order of lse. */
@@ -73,13 +86,13 @@ struct fa_combine_params {
     float *lse;             /* [rows], natural log; NULL: not wanted */
     const void *sink;       /* [heads_q], contiguous, natural log; NULL: none */
     struct fa_strides out_stride;
-    unsigned rows, heads_q, seqlen_q;
-    int parts;
-    int slices;     /* of the parts of a row: each is summed up by threads of its own */
+    int rows, parts;
     int sink_dtype; /* enum fa_dtype */
+    struct fa_divisor heads_q, seqlen_q;
+    struct fa_divisor slices; /* of the parts of a row: each is summed up by threads of its own */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 88, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 112, "host and device disagree on the layout");
 
 /* The single argument of kernels/backward.cu and of those before it.
  *
@@ -115,22 +128,23 @@ struct fa_backward_params {
     int sink_dtype;                               /* enum fa_dtype */
     float scale_log2, hidden_score, scale_in_cap; /* as in fa_forward_params */
     float softmax_scale;
+    fa_int64 zero_share;                  /* of zero_chunks, for one block of backward_delta.cu */
     struct fa_tensor_map q_map, dout_map; /* [batch, heads_q, seqlen_q, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 704, "388, padding, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 704, "400, padding, then maps");
 
 /* The single argument of kernels/backward_convert.cu: a sum, or several added up, to a tensor. */
 struct fa_convert_params {
     const float *sum;
     void *tensor; /* [batch, seqlen, heads, head_dim] */
     struct fa_strides stride;
-    int batch, heads, seqlen;
-    int row_frags; /* of a head of a sum */
+    int batch, seqlen, sums;
     float scale;
-    int sums;
+    struct fa_divisor heads;
+    struct fa_divisor row_frags; /* of a head of a sum */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_convert_params) == 64, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_convert_params) == 80, "host and device disagree on the layout");
 
 #endif

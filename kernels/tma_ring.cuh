@@ -83,6 +83,7 @@ struct tma_ring : ring_place {
         walk = next;
         if (is_loader()) {
             unsigned to = stage;
+#pragma unroll 1
             for (int i = 0; i < min(STAGES, walk.tiles); i++) {
                 load(to, i);
                 to = to == RING_BYTES - STAGE_BYTES ? 0 : to + STAGE_BYTES;
@@ -125,6 +126,7 @@ struct tma_ring : ring_place {
     __device__ __forceinline__ void feed()
     {
         const bool loads = is_loader();
+#pragma unroll 1
         for (int i = 0; i < walk.tiles; i++, next_stage())
             if (loads)
                 load_after(i);

@@ -161,21 +161,31 @@ struct config {
 
 static void print_combine(FILE *file, const struct fa_combine_params *p)
 {
-    fprintf(file, "\"rows\": %u, \"parts\": %d, \"slices\": %d, \"lse\": %s, ", p->rows, p->parts,
-            p->slices, p->lse ? "true" : "false");
+    fprintf(file, "\"rows\": %d, \"parts\": %d, \"slices\": %d, \"lse\": %s, ", p->rows, p->parts,
+            p->slices.number, p->lse ? "true" : "false");
     fprintf(file, "\"out_parts\": %lld, \"lse_parts\": %lld, ", (long long)p->out_parts,
             (long long)p->lse_parts);
     fprintf(file, "\"out_stride\": [%lld, %lld, %lld]}\n", (long long)p->out_stride.batch,
             (long long)p->out_stride.seqlen, (long long)p->out_stride.head);
 }
 
+static void print_divisors(FILE *file, const struct fa_divisor *by, int count)
+{
+    for (int i = 0; i < count; i++)
+        fprintf(file, "%s[%d, %u, %d]", i ? ", " : "\"divisors\": [", by[i].number,
+                by[i].multiplier, by[i].shift);
+    fprintf(file, "], ");
+}
+
 static void print_forward(FILE *file, const struct fa_forward_params *p)
 {
-    fprintf(file, "\"batch\": %d, \"heads\": %d, \"heads_per_kv\": %d, ", p->batch, p->heads,
-            p->heads_per_kv);
+    fprintf(file, "\"batch\": %d, \"heads\": %d, \"heads_per_kv\": %d, ", p->batch, p->heads.number,
+            p->heads_per_kv.number);
     fprintf(file, "\"seqlen_q\": %d, \"seqlen_k\": %d, ", p->seqlen_q, p->seqlen_k);
-    fprintf(file, "\"m_blocks\": %d, \"group_heads\": %d, ", p->m_blocks, p->group_heads);
-    fprintf(file, "\"parts\": %d, \"out\": %lld, ", p->parts, (long long)p->out);
+    fprintf(file, "\"m_blocks\": %d, \"group_heads\": %d, ", p->m_blocks.number,
+            p->group_heads.number);
+    fprintf(file, "\"parts\": %d, \"out\": %lld, ", p->parts.number, (long long)p->out);
+    print_divisors(file, &p->heads, 5);
     fprintf(file, "\"window_left\": %d, \"window_right\": %d, ", p->window_left, p->window_right);
     fprintf(file, "\"scale_log2\": %.9g, \"lse\": %s, ", p->scale_log2, p->lse ? "true" : "false");
     fprintf(file, "\"q_stride\": [%lld, %lld, %lld]}\n", (long long)p->q_stride.batch,

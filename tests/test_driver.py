@@ -112,6 +112,26 @@ call(pack_gqa=True)
     assert (causal["window_left"], causal["window_right"]) == (2**31 - 1, 0)
 
 
+def test_numbers_that_kernels_divide_by(run):
+    """n / number = (n * multiplier) >> (31 + shift) for all n below 2^31, see params.h."""
+    numbers = [1, 2, 3, 5, 7, 12, 64, 71, 4097, 2**20 - 1, 2**20, 2**20 + 1, 2**27 - 1]
+    code = f"""
+for heads in {numbers}:
+    q = cuda(1, 1, heads, 8)
+    flash_attn_func(q, q, q, num_splits=1)
+"""
+    _, launches = run(code)
+    divisors = {tuple(divisor) for launch in launches for divisor in launch["divisors"]}
+    assert {number for number, *_ in divisors} >= set(numbers)
+    for number, multiplier, shift in divisors:
+        assert 0 < multiplier < 2**32
+        last = (2**31 - 1) // number
+        for quotient in {0, 1, 2, 1000, last // 2, last - 1, last}:
+            for n in range(quotient * number - 2, quotient * number + 3):
+                if 0 <= n < 2**31:
+                    assert n * multiplier >> (31 + shift) == n // number
+
+
 def test_context_and_stream_are_those_of_the_tensors(run):
     """The context of the tensors' device is current for the launch alone."""
     _, launches = run("call()\ncall(device_id=1)\ncall()\n")

@@ -1,0 +1,25 @@
+/* Division by numbers that the host knows, struct fa_divisor of params.h: a multiplication and a
+ * shift, where the GPU's own takes some 25 instructions, one waiting for the other. */
+#ifndef FA_DIVISION_CUH
+#define FA_DIVISION_CUH
+
+struct divided {
+    int quotient, rest;
+};
+
+/* n, which is not negative, by a number. */
+__device__ __forceinline__ divided divide(int n, const fa_divisor &by)
+{
+    const int quotient = __umulhi(2u * n, by.multiplier) >> by.shift;
+    return {quotient, n - quotient * by.number};
+}
+
+/* Makes [begin, end) one of its parts, which differ by one at most. */
+__device__ __forceinline__ void take_part(int &begin, int &end, int part, const fa_divisor &parts)
+{
+    const divided share = divide(end - begin, parts);
+    begin += part * share.quotient + min(part, share.rest);
+    end = begin + share.quotient + (part < share.rest);
+}
+
+#endif
