@@ -16,16 +16,11 @@ extern "C" __global__ void __launch_bounds__(WARPS_PER_BLOCK * 32)
     const int warp = blockIdx.x * WARPS_PER_BLOCK + threadIdx.x / 32;
     const int pairs = params.batch * params.heads.number;
     const auto [pair, row_frag] = divide(warp, params.row_frags);
-    const auto [batch, head] = divide(pair, params.heads);
-    const int row0 = row_frag * 16 + threadIdx.x % 32 / 4;
     if (pair >= pairs)
         return; /* all of the warp */
     const float4 *sum = reinterpret_cast<const float4 *>(params.sum) +
                         fa_int64{warp} * (FRAGS * 32) + threadIdx.x % 32;
     const fa_int64 next_sum = fa_int64{pairs} * params.row_frags.number * (FRAGS * 32);
-    const float scale = params.scale / P_SCALE;
-    element *tensor = static_cast<element *>(params.tensor) + batch * params.stride.batch +
-                      head * params.stride.head;
     float C[FRAGS][4] = {};
     for (int i = 0; i < params.sums; i++)
 #pragma unroll
@@ -36,6 +31,12 @@ extern "C" __global__ void __launch_bounds__(WARPS_PER_BLOCK * 32)
             C[n][2] += x.z;
             C[n][3] += x.w;
         }
+
+    const auto [batch, head] = divide(pair, params.heads);
+    element *tensor = static_cast<element *>(params.tensor) + batch * params.stride.batch +
+                      head * params.stride.head;
+    const int row0 = row_frag * 16 + threadIdx.x % 32 / 4;
+    const float scale = params.scale / P_SCALE;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = row0 + 8 * half;
