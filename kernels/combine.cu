@@ -49,7 +49,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES;
     const int block_rows = divide(SLOTS, params.slices).quotient;
     const auto [block_row, slice] = divide(slot, params.slices);
-    const int row = blockIdx.x * block_rows + block_row;
+    const unsigned row = blockIdx.x * block_rows + block_row;
     const bool exists = block_row < block_rows && row < params.rows;
 
     /* ---- 2. The sum of a slice. The loads of AHEAD parts are on their way together; one that is

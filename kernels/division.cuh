@@ -14,12 +14,4 @@ __device__ __forceinline__ divided divide(int n, const fa_divisor &by)
     return {quotient, n - quotient * by.number};
 }
 
-/* Makes [begin, end) one of its parts, which differ by one at most. */
-__device__ __forceinline__ void take_part(int &begin, int &end, int part, const fa_divisor &parts)
-{
-    const divided share = divide(end - begin, parts);
-    begin += part * share.quotient + min(part, share.rest);
-    end = begin + share.quotient + (part < share.rest);
-}
-
 #endif

@@ -32,16 +32,13 @@ struct query_place {
     __device__ __forceinline__ explicit query_place(const fa_forward_params &params)
     {
         const unsigned thread = read_thread_index();
-        divided block = divide(read_block_index(), params.group_heads);
-        const int in_group = block.rest;
-        part = 0;
-        if (SPLIT) {
-            block = divide(block.quotient, params.parts);
-            part = block.rest;
-        }
-        block = divide(block.quotient, params.m_blocks);
-        const int group = block.quotient, rank = block.rest;
-        pair = group * params.group_heads.number + in_group;
+        const divided by_pairs = divide(read_block_index(), params.group_heads);
+        const divided by_parts =
+            SPLIT ? divide(by_pairs.quotient, params.parts) : divided{by_pairs.quotient, 0};
+        const divided by_ranks = divide(by_parts.quotient, params.m_blocks);
+        const int group = by_ranks.quotient, rank = by_ranks.rest;
+        pair = group * params.group_heads.number + by_pairs.rest;
+        part = by_parts.rest;
         const divided by_heads = divide(pair, params.heads);
         batch = by_heads.quotient;
         head = by_heads.rest;
@@ -85,6 +82,14 @@ __device__ __forceinline__ float sink_of_row(const fa_forward_params &params,
 {
     const int head = row - query_of(params, row) * params.heads_per_kv.number;
     return load_sink(params.sink, params.sink_dtype, place.head + head);
+}
+
+/* Makes [begin, end) one of its parts, which differ by one tile at most. */
+__device__ __forceinline__ void take_part(int &begin, int &end, int part, const fa_divisor &parts)
+{
+    const divided share = divide(end - begin, parts);
+    begin += part * share.quotient + min(part, share.rest);
+    end = begin + share.quotient + (part < share.rest);
 }
 
 /* O / l and lse of one part for combine.cu. The lanes of a quad write 32 contiguous bytes. */

@@ -47,19 +47,17 @@ struct fa_forward_params {
     const void *sink; /* [heads_q], contiguous, natural log; NULL: none; not read where SPLIT */
     struct fa_strides q_stride, k_stride, v_stride, out_stride;
     int batch, seqlen_q, seqlen_k;
-    int window_left;         /* keys a query sees before its diagonal; read only where MASK_LEFT */
-    int window_right;        /* and after it; read only where MASK_RIGHT, 0 for causal */
-    float scale_log2;        /* softmax_scale * log2(e), softcap * log2(e) where SOFTCAP; not 0 */
-    float hidden_score;      /* of a key that a query does not see: scaled, it is -inf */
-    float scale_in_cap;      /* softmax_scale / softcap; read only where SOFTCAP */
-    int sink_dtype;          /* enum fa_dtype */
-    struct fa_divisor heads; /* that blocks go over: heads_q, or heads_kv where PACK_GQA */
-    struct fa_divisor heads_per_kv; /* heads_q / heads_kv */
-    struct fa_divisor m_blocks; /* ceil(rows / TILE_M), rows as row_count() in mask.cuh counts */
-    struct fa_divisor
-        group_heads; /* (batch, head) pairs that run together; of all pairs a divisor */
-    struct fa_divisor
-        parts; /* of the keys of a block of queries, a thread block each; 1 if not SPLIT */
+    int window_left;    /* keys a query sees before its diagonal; read only where MASK_LEFT */
+    int window_right;   /* and after it; read only where MASK_RIGHT, 0 for causal */
+    float scale_log2;   /* softmax_scale * log2(e), softcap * log2(e) where SOFTCAP; not 0 */
+    float hidden_score; /* of a key that a query does not see: scaled, it is -inf */
+    float scale_in_cap; /* softmax_scale / softcap; read only where SOFTCAP */
+    int sink_dtype;     /* enum fa_dtype */
+    /* Of these, `heads` is what blocks go over: heads_q, or heads_kv where PACK_GQA; m_blocks
+     * ceil(rows / TILE_M), with row_count() in mask.cuh; group_heads, a divisor of batch * heads,
+     * how many (batch, head) pairs run together; parts how many blocks share the keys of a block
+     * of queries, 1 if not SPLIT. */
+    struct fa_divisor heads, heads_per_kv, m_blocks, group_heads, parts;
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 240, "host and device disagree on the layout");
@@ -86,7 +84,8 @@ struct fa_combine_params {
     float *lse;             /* [rows], natural log; NULL: not wanted */
     const void *sink;       /* [heads_q], contiguous, natural log; NULL: none */
     struct fa_strides out_stride;
-    int rows, parts;
+    unsigned rows;
+    int parts;
     int sink_dtype; /* enum fa_dtype */
     struct fa_divisor heads_q, seqlen_q;
     struct fa_divisor slices; /* of the parts of a row: each is summed up by threads of its own */

@@ -161,7 +161,7 @@ struct config {
 
 static void print_combine(FILE *file, const struct fa_combine_params *p)
 {
-    fprintf(file, "\"rows\": %d, \"parts\": %d, \"slices\": %d, \"lse\": %s, ", p->rows, p->parts,
+    fprintf(file, "\"rows\": %u, \"parts\": %d, \"slices\": %d, \"lse\": %s, ", p->rows, p->parts,
             p->slices.number, p->lse ? "true" : "false");
     fprintf(file, "\"out_parts\": %lld, \"lse_parts\": %lld, ", (long long)p->out_parts,
             (long long)p->lse_parts);
