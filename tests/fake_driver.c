@@ -169,11 +169,14 @@ static void print_combine(FILE *file, const struct fa_combine_params *p)
             (long long)p->out_stride.seqlen, (long long)p->out_stride.head);
 }
 
-static void print_divisors(FILE *file, const struct fa_divisor *by, int count)
+static void print_divisors(FILE *file, const struct fa_forward_params *p)
 {
-    for (int i = 0; i < count; i++)
-        fprintf(file, "%s[%d, %u, %d]", i ? ", " : "\"divisors\": [", by[i].number,
-                by[i].multiplier, by[i].shift);
+    const struct fa_divisor all[] = {p->heads, p->heads_per_kv, p->m_blocks, p->group_heads,
+                                     p->parts};
+    fprintf(file, "\"divisors\": [");
+    for (int i = 0; i < 5; i++)
+        fprintf(file, "%s[%d, %u, %d]", i ? ", " : "", all[i].number, all[i].multiplier,
+                all[i].shift);
     fprintf(file, "], ");
 }
 
@@ -185,7 +188,7 @@ static void print_forward(FILE *file, const struct fa_forward_params *p)
     fprintf(file, "\"m_blocks\": %d, \"group_heads\": %d, ", p->m_blocks.number,
             p->group_heads.number);
     fprintf(file, "\"parts\": %d, \"out\": %lld, ", p->parts.number, (long long)p->out);
-    print_divisors(file, &p->heads, 5);
+    print_divisors(file, p);
     fprintf(file, "\"window_left\": %d, \"window_right\": %d, ", p->window_left, p->window_right);
     fprintf(file, "\"scale_log2\": %.9g, \"lse\": %s, ", p->scale_log2, p->lse ? "true" : "false");
     fprintf(file, "\"q_stride\": [%lld, %lld, %lld]}\n", (long long)p->q_stride.batch,
