@@ -357,8 +357,8 @@ BROKEN = {
     ),
     "a part without its last tile": Broken(
         "forward.cuh",
-        "end = begin + share + (part < rest);",
-        "end = begin + share;",
+        "end = begin + share.quotient + (part < share.rest);",
+        "end = begin + share.quotient;",
         "",
         num_splits=3,
     ),
