@@ -19,7 +19,7 @@ static float *at(const struct backward *call, int64_t offset)
     return (float *)call->workspace.data + offset;
 }
 
-static int make_params(const struct backward *call, struct fa_backward_params *params)
+static struct fa_backward_params backward_params(const struct backward *call)
 {
     const struct fa_problem *problem = call->problem;
     const struct fa_gradients *gradients = call->gradients;
@@ -27,7 +27,7 @@ static int make_params(const struct backward *call, struct fa_backward_params *p
     const struct fa_backward_plan *plan = &call->plan;
     const struct fa_scales scales = fa_scales_of(shape);
     const int64_t zero_chunks = (plan->workspace - plan->dq_sum) / 4;
-    *params = (struct fa_backward_params){
+    return (struct fa_backward_params){
         .q = problem->q.data,
         .k = problem->k.data,
         .v = problem->v.data,
@@ -73,13 +73,19 @@ static int make_params(const struct backward *call, struct fa_backward_params *p
         .softmax_scale = shape->softmax_scale,
         .zero_share = CEIL_DIV(zero_chunks, MAX(plan->delta.blocks, 1)),
     };
-    if (!plan->main.variant.tma)
-        return 0;
+}
+
+/* The argument of the main kernel and of those before it. 0 or -1. */
+static int make_params(const struct backward *call, struct fa_backward_params *params)
+{
+    const struct fa_variant *variant = &call->plan.main.variant;
     struct fa_driver *driver = &call->state->driver;
-    const int rows = plan->main.variant.tile_m;
-    if (fa_encode_tensor_map(driver, &problem->q, rows, &params->q_map) < 0)
+    *params = backward_params(call);
+    if (!variant->tma)
+        return 0;
+    if (fa_encode_tensor_map(driver, &call->problem->q, variant->tile_m, &params->q_map) < 0)
         return -1;
-    return fa_encode_tensor_map(driver, &gradients->dout, rows, &params->dout_map);
+    return fa_encode_tensor_map(driver, &call->gradients->dout, variant->tile_m, &params->dout_map);
 }
 
 static struct fa_convert_params convert_params(const struct backward *call, int64_t sum,

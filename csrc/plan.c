@@ -200,7 +200,7 @@ static bool choose_packing(const struct fa_shape *shape, int tile_m, struct fa_p
     bool packed = false;
     if (ratio == 1)
         why_not = "not packed: each KV head has one query head";
-    else if (rows(shape, true) > INT32_MAX / 8) /* as FA_MAX_SIZE: sums of a few stay in range */
+    else if (rows(shape, true) > FA_MAX_SIZE)
         why_not = "not packed: of 2^28 rows or more, which are counted in 32 bits";
     if (shape->pack_gqa == FA_PACK_ALWAYS && why_not)
         drop(plan, "pack_gqa", why_not);

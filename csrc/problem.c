@@ -9,9 +9,6 @@
 
 #define FA_MAX_HEAD_DIM 256
 
-/* Batch, lengths and heads: so that kernels can add a few of them, and a window, in 32 bits. */
-#define FA_MAX_SIZE (INT32_MAX / 8)
-
 /* ---- scalars --------------------------------------------------------------------------------- */
 
 /* A finite float. 0 or -1. */

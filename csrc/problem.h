@@ -9,6 +9,10 @@
 
 #define FA_UNBOUNDED INT32_MAX /* a window side without an end */
 
+/* Batch, lengths and heads, and packed rows: so that kernels can add a few of them, and a window,
+ * in 32 bits. */
+#define FA_MAX_SIZE (INT32_MAX / 8)
+
 /* Whether the query heads of one KV head share the rows of a block: up to the plan, yes, no. */
 enum fa_pack_gqa { FA_PACK_AUTO, FA_PACK_ALWAYS, FA_PACK_NEVER };
 

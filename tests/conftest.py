@@ -203,6 +203,13 @@ LAYOUTS = {
 }
 
 
+def random_tensor(device, shape, dtype, mean, layout):
+    """Normal around `mean`, drawn on the CPU: the same on every device."""
+    with torch.device(device.torch_device):
+        tensor = device.place(LAYOUTS[layout](shape, dtype))
+    return tensor.copy_(torch.randn(shape, device="cpu") + mean)
+
+
 @pytest.fixture
 def make_qkv(device):
     """make_qkv(...) -> q, k, v on the test's device: normal around `mean`, in one of LAYOUTS."""
@@ -228,12 +235,6 @@ def make_qkv(device):
             (batch, seqlen_k, heads_kv, head_dim),
             (batch, seqlen_k, heads_kv, head_dim_v),
         )
-        with torch.device(device.torch_device):
-            tensors = [device.place(LAYOUTS[layout](shape, dtype)) for shape in shapes]
-        for tensor in tensors:
-            tensor.copy_(
-                torch.randn(tensor.shape) + mean
-            )  # drawn on the CPU: the same on every device
-        return tensors
+        return [random_tensor(device, shape, dtype, mean, layout) for shape in shapes]
 
     return make

@@ -7,7 +7,7 @@ import warnings
 
 import hypothesis
 import torch
-from conftest import LAYOUTS
+from conftest import LAYOUTS, random_tensor
 from hypothesis import strategies as st
 from reference import assert_close, assert_gradients_close
 
@@ -76,11 +76,10 @@ def random_tensors(device, dtype, shape, layouts):
     queries = (batch, shape["seqlen_q"], heads_kv * shape["heads_per_kv"])
     keys = (batch, shape["seqlen_k"], heads_kv)
     shapes = ((*queries, head_dim), (*keys, head_dim), (*keys, head_dim_v), (*queries, head_dim_v))
-    with torch.device(device.torch_device):
-        tensors = [LAYOUTS[name](x, dtype) for name, x in zip(layouts, shapes, strict=True)]
-    for tensor in tensors:
-        tensor.copy_(torch.randn(tensor.shape) + shape["mean"])
-    return [device.place(tensor) for tensor in tensors]
+    return [
+        random_tensor(device, x, dtype, shape["mean"], layout)
+        for x, layout in zip(shapes, layouts, strict=True)
+    ]
 
 
 def test_everything_together(device, request, outputs_full_of_nan):
