@@ -13,10 +13,11 @@ How the main loop is found. A loop is a branch back to an instruction that domin
 detours of divergent warps branch back, too, but not to such a one), its body the instructions that
 lead to that branch. A *tile loop* holds tensor instructions and waits for its tile, at a
 barrier or an mbarrier, and holds no other such loop. The forward has two: careful tiles, with a
-mask and a maximum, and fast ones. A loop inside that holds tensor instructions runs once per
-sub-tile (TILE_N / SUB_N times), any other (polling an mbarrier) counts once; branches that skip
-code, such as the copies of tiles beyond the end, are not taken. The main loop is the tile loop that
-issues the fewest instructions for each tensor instruction.
+mask and a maximum, and fast ones; where masks are, a second pass has careful tiles of its own. A
+loop inside that holds tensor instructions runs once per sub-tile (TILE_N / SUB_N times), any other
+(polling an mbarrier) counts once; branches that skip code, such as the copies of tiles beyond the
+end, are not taken. The main loop is the tile loop that issues the fewest instructions for each
+tensor instruction.
 
 The backward has one tile loop, in whose body paths lie side by side: of the warps that hold K,
 with a mask and without, and of those that hold V; then all compute a part of dQ. A *path* is all

@@ -11,9 +11,6 @@
 #define SMALL(head_dim, rows_per_sm, right, ...) \
     {ANY, head_dim, head_dim, ANY, ANY, rows_per_sm, right, 0, {__VA_ARGS__}}
 
-#define SHORT(head_dim, seqlen_q, rows_per_sm, right, ...) \
-    {ANY, head_dim, head_dim, ANY, seqlen_q, rows_per_sm, right, 0, {__VA_ARGS__}}
-
 #define LARGE(head_dim, head_dim_v, right, left, ...) \
     {ANY, head_dim, head_dim_v, ANY, ANY, ANY, right, left, {__VA_ARGS__}}
 
@@ -32,13 +29,13 @@
 
 const struct fa_tile_row FA_TILES[] = {
     /* head_dim, rows_per_sm, right,           tile_n, sub_n, warps, warp_m, stages
-     * head_dim, seqlen_q, rows_per_sm, right, tile_n, sub_n, warps, warp_m, stages
      * head_dim, head_dim_v, right, left,      tile_n, sub_n, warps, warp_m, stages
      * head_dim, rows_per_sm,                  tile_n, sub_n, warps, warp_m, stages, of 12.x */
     SMALL( 64,  64, ANY,       64, 64, 4, 16, 3, TMA_WARP),
     SM120( 64, 256,            64, 64, 4, 16, 2, TMA_WARP), /* SPLIT */
     SMALL( 64, 128,   0,       64, 64, 4, 16, 2, TMA_WARP),
     SMALL( 64, 256,   1,       64, 64, 4, 16, 3, TMA_WARP),
+    LARGE( 64,  64,   1,   0,  64, 64, 4, 32, 2, CP_ASYNC),
     LARGE( 64,  64, ANY, ANY,  64, 32, 4, 32, 3, CP_ASYNC),
 
     SMALL( 80,  64, ANY,       64, 64, 4, 16, 3, TMA_WARP),
@@ -53,19 +50,15 @@ const struct fa_tile_row FA_TILES[] = {
     SM120( 96, 256,            64, 64, 4, 16, 2, TMA_WARP), /* SPLIT */
     SM120( 96, ANY,            64, 64, 8, 16, 2, TMA_WARP), /* WIDE */
     SMALL( 96, 128,   0,       64, 32, 4, 16, 2, TMA_WARP),
-    SHORT( 96, 512, 128, 1,    64, 32, 4, 16, 2, TMA_BARRIER),
     SMALL( 96, 128,   1,       64, 64, 4, 16, 3, TMA_WARP),
-    SMALL( 96, 256,   1,       64, 32, 4, 16, 2, TMA_BARRIER),
-    LARGE( 96,  96,   1,   0,  32, 32, 4, 32, 3, CP_ASYNC),
+    SMALL( 96, 256,   1,       64, 64, 4, 16, 2, TMA_WARP),
     LARGE( 96,  96, ANY, ANY,  32, 16, 4, 32, 2, CP_ASYNC),
 
     SMALL(128,  64, ANY,       64, 64, 4, 16, 2, TMA_WARP),
     SM120(128, 256,            32, 32, 4, 16, 3, TMA_WARP), /* SPLIT: the 48 KB of v6 */
     SM120(128, ANY,            64, 32, 8, 16, 2, TMA_THREAD), /* WIDE: 9 warps would spill */
     SMALL(128, 128,   0,       64, 64, 8, 16, 3, TMA_THREAD),
-    SHORT(128, 512, 128, 1,    32, 32, 4, 16, 3, CP_ASYNC),
     SMALL(128, 128,   1,       64, 32, 4, 16, 3, TMA_WARP),
-    SHORT(128, 1024, 256, 1,   32, 32, 4, 16, 3, CP_ASYNC),
     SMALL(128, 256,   1,       64, 32, 8, 16, 2, TMA_WARP),
     LARGE(128, 128, ANY,   1,  64, 32, 8, 16, 3, CP_ASYNC),
     LARGE( 96, 128, ANY, ANY,  32, 16, 4, 32, 3, CP_ASYNC),

@@ -162,25 +162,31 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
 
     /* Only the first tiles of a row raise its m to the maximum. The others take m as it is, because
      * any m cancels in the end, as long as no number leaves the range of its type. Should one have,
-     * which the end shows, the block computes once more, raises m at every tile, and stores the
-     * rows of the set `redo`, which were not stored before: what a row does, and so each bit of its
-     * result, depends on no other row of its block. */
+     * be it for a score that has grown so much, be it for an inf or NaN in V that the row may not
+     * even see, which the end shows, the block computes once more, raises m at every tile, looks at
+     * V, and stores the rows of the set `redo`, which were not stored before: what a row does, and
+     * so each bit of its result, depends on no other row of its block. With a mask that second time
+     * is code of its own, so that the first one has no instruction of it. On 8.x both would spill:
+     * there they are the same code, which looks at V at once. */
+    constexpr bool MASKED = MASK_RIGHT || MASK_LEFT;
+    constexpr bool OWN_CODE = MASKED && __CUDA_ARCH__ >= 900;
     unsigned redo = 0;
+#pragma unroll(OWN_CODE ? 2 : 1)
     for (bool again = false;; again = true) {
         /* ---- 1. Which queries. */
         const query_place at(params);
         const int block_row1 = min(at.block_row + TILE_M, row_count(params)) - 1; /* the last one */
 
         /* ---- 2. Which keys: any row sees those of the tiles [tile_begin, tile_end), every row
-         * all those of [inner_begin, inner_end). From the last to the first: careful at the
-         * right edge and for one tile more, so that every row has an m, see rows_at_edge(); then
-         * fast; then careful at the left edge, where rows are masked alone. The length can cut
-         * short the last tile alone, which comes first. */
+         * all those of [inner_begin, inner_end), or if START_KEYS is 1 all but the last. From the
+         * last to the first: careful at the right edge and for one of those tiles, so that every
+         * row has an m, see rows_at_edge(); then fast; then careful at the left edge, where rows
+         * are masked alone. The length can cut short the last tile alone, which comes first. */
         const key_mask mask(params);
         int tile_begin = mask.begin(at.block_row) / TILE_N;
         int tile_end = max(tile_begin, ceil_div(mask.end(block_row1), TILE_N));
         int inner_begin = min(ceil_div(mask.begin(block_row1), TILE_N), tile_end);
-        int inner_end = max(mask.end(at.block_row) / TILE_N, inner_begin);
+        int inner_end = max((mask.end(at.block_row) + TILE_N - START_KEYS) / TILE_N, inner_begin);
         if (SPLIT) { /* of all these the tiles of one part, which may be none */
             take_part(tile_begin, tile_end, at.part, params.parts);
             inner_begin = min(max(inner_begin, tile_begin), tile_end);
@@ -190,85 +196,83 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
         const int fast_end = again ? 0 : tile_end - inner_begin;
         int careful_end = again ? tiles : min(tile_end - inner_end + 1, tiles);
 
-        /* ---- 3. Start the ring. A warp that only feeds it goes straight to the last barrier. */
+        /* ---- 3. Start the ring. A warp that only feeds it has nothing else to do. */
         ring.start({at.batch, at.head_kv, tile_end, tiles});
         if (ring.is_producer()) {
             ring.feed();
-            if (again || !__syncthreads_or(false))
-                return;
-            continue;
-        }
+            redo = 0;
+        } else {
+            /* ---- 4. The state of the computation, all of it in registers. */
+            load_queries(Q_rmem, params);
+            clear(O_rmem, l_rmem, m_rmem);
 
-        /* ---- 4. The state of the computation, all of it in registers. */
-        load_queries(Q_rmem, params);
-        clear(O_rmem, l_rmem, m_rmem);
-
-        for (int i = 0; i < tiles; careful_end = tiles) {
-            /* ---- 5. Careful tiles. Sub-tiles that no row of the warp sees are skipped. */
+            for (int i = 0; i < tiles; careful_end = tiles) {
+                /* ---- 5. Careful tiles. Sub-tiles that no row of the warp sees are skipped. */
 #pragma unroll 1
-            for (; i < careful_end; i++) {
-                ring.wait_own();
-                bool nonfinite = false;
-                if (MASK_RIGHT || MASK_LEFT)
-                    nonfinite = ring.any(holds_nonfinite(ring.V_tile()));
-                else
+                for (; i < careful_end; i++) {
+                    ring.wait_own();
+                    bool nonfinite = false;
+                    if (MASKED && (again || !OWN_CODE))
+                        nonfinite = ring.any(holds_nonfinite(ring.V_tile()));
+                    else
+                        ring.wait_all();
+                    ring.refill(i);
+
+#pragma unroll 1
+                    for (int n = 0; n < TILE_N; n += SUB_N) {
+                        const int tile_key = (tile_end - 1 - i) * TILE_N, key = tile_key + n;
+                        const int row = not_before(at.lane_row);
+                        if (key + SUB_N <= mask.begin(at.warp_row) ||
+                            key >= mask.end(at.warp_row + WARP_M - 1))
+                            continue;
+                        const unsigned K_sub_smem = ring.K_smem + n * K_layout::ROW_BYTES;
+                        const unsigned V_sub_smem = ring.V_smem + n * V_layout::ROW_BYTES;
+                        float S_rmem[M_FRAGS][S_FRAGS][4];
+                        unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
+                        scores(S_rmem, Q_rmem, K_sub_smem);
+                        if (SOFTCAP)
+                            cap(S_rmem, params.scale_in_cap);
+                        mask_scores(S_rmem, mask, row, key + 2 * quad_lane(), params.hidden_score);
+                        const unsigned raised =
+                            again ? ~0u : rows_at_edge(mask, row, tile_key, tile_end * TILE_N);
+                        raise_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2, raised);
+                        exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, raised);
+                        if (nonfinite) {
+                            add_values_seen(O_rmem, P_rmem, V_sub_smem, mask, row, key);
+                            load_queries(Q_rmem, params); /* again: that took Q's registers */
+                        } else
+                            add_values(O_rmem, P_rmem, V_sub_smem);
+                    }
+                    ring.advance();
+                }
+
+                /* ---- 6. Fast tiles: no mask, no maximum. */
+#pragma unroll 1
+                for (; i < fast_end; i++) {
+                    ring.wait_own();
                     ring.wait_all();
-                ring.refill(i);
-
-#pragma unroll 1
-                for (int n = 0; n < TILE_N; n += SUB_N) {
-                    const int tile_key = (tile_end - 1 - i) * TILE_N, key = tile_key + n;
-                    const int row = not_before(at.lane_row);
-                    if (key + SUB_N <= mask.begin(at.warp_row) ||
-                        key >= mask.end(at.warp_row + WARP_M - 1))
-                        continue;
-                    const unsigned K_sub_smem = ring.K_smem + n * K_layout::ROW_BYTES;
-                    const unsigned V_sub_smem = ring.V_smem + n * V_layout::ROW_BYTES;
-                    float S_rmem[M_FRAGS][S_FRAGS][4];
-                    unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
-                    scores(S_rmem, Q_rmem, K_sub_smem);
-                    if (SOFTCAP)
-                        cap(S_rmem, params.scale_in_cap);
-                    mask_scores(S_rmem, mask, row, key + 2 * quad_lane(), params.hidden_score);
-                    const unsigned raised =
-                        again ? ~0u : rows_at_edge(mask, row, tile_key, tile_end * TILE_N);
-                    raise_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2, raised);
-                    exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, raised);
-                    if (nonfinite) {
-                        add_values_seen(O_rmem, P_rmem, V_sub_smem, mask, row, key);
-                        load_queries(Q_rmem, params); /* again: that took Q's registers */
-                    } else
-                        add_values(O_rmem, P_rmem, V_sub_smem);
-                }
-                ring.advance();
-            }
-
-            /* ---- 6. Fast tiles: no mask, no maximum. */
-#pragma unroll 1
-            for (; i < fast_end; i++) {
-                ring.wait_own();
-                ring.wait_all();
-                ring.refill(i);
+                    ring.refill(i);
 #pragma unroll SUB_UNROLL
-                for (int n = 0; n < TILE_N; n += SUB_N) {
-                    float S_rmem[M_FRAGS][S_FRAGS][4];
-                    unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
-                    scores(S_rmem, Q_rmem, ring.K_smem + n * K_layout::ROW_BYTES);
-                    if (SOFTCAP)
-                        cap(S_rmem, params.scale_in_cap);
-                    exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2);
-                    add_values(O_rmem, P_rmem, ring.V_smem + n * V_layout::ROW_BYTES);
+                    for (int n = 0; n < TILE_N; n += SUB_N) {
+                        float S_rmem[M_FRAGS][S_FRAGS][4];
+                        unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
+                        scores(S_rmem, Q_rmem, ring.K_smem + n * K_layout::ROW_BYTES);
+                        if (SOFTCAP)
+                            cap(S_rmem, params.scale_in_cap);
+                        exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2);
+                        add_values(O_rmem, P_rmem, ring.V_smem + n * V_layout::ROW_BYTES);
+                    }
+                    ring.advance();
                 }
-                ring.advance();
             }
+            /* ---- 7. O / l and lse out. */
+            const unsigned left_out = again ? ~redo : out_of_range(O_rmem, l_rmem);
+            if (SPLIT)
+                store_part(params, O_rmem, l_rmem, m_rmem, rows_of_lane(left_out));
+            else
+                store_rows(params, O_rmem, l_rmem, m_rmem, rows_of_lane(left_out));
+            redo = left_out;
         }
-        /* ---- 7. O / l and lse out. */
-        const unsigned left_out = again ? ~redo : out_of_range(O_rmem, l_rmem);
-        if (SPLIT)
-            store_part(params, O_rmem, l_rmem, m_rmem, rows_of_lane(left_out));
-        else
-            store_rows(params, O_rmem, l_rmem, m_rmem, rows_of_lane(left_out));
-        redo = left_out;
 
         /* Barrier: all of the block start again or none, and not before all warps are done with
          * the ring. */

@@ -83,15 +83,17 @@ __device__ __forceinline__ void mask_scores(float (&S_rmem)[M_FRAGS][S_FRAGS][4]
         }
 }
 
-/* The rows of this lane that raise m at the tile whose first key is `key`: at their right edge, or
- * where SPLIT at that of their part, before the key `part_end`; and for one tile more. */
+/* The rows of this lane that raise m at the tile whose first key is `key`, having seen fewer than
+ * START_KEYS keys before: those at their right edge, or where SPLIT at that of their part, before
+ * the key `part_end`. */
 __device__ __forceinline__ unsigned rows_at_edge(const key_mask &mask, int row, int key,
                                                  int part_end)
 {
     unsigned rows = 0;
 #pragma unroll
     for (int r = 0; r < 2 * M_FRAGS; r++)
-        rows |= ((SPLIT && part_end < key + 2 * TILE_N) || mask.end(row + 8 * r) < key + 2 * TILE_N)
+        rows |= ((SPLIT && part_end < key + TILE_N + START_KEYS) ||
+                 mask.end(row + 8 * r) < key + TILE_N + START_KEYS)
                 << r;
     return rows;
 }

@@ -19,8 +19,13 @@ constexpr float ABOVE_MAXIMUM = DTYPE_BF16 ? 16.0f : 0.0f;
  * (-inf) has p = 0, and a visible one, where m stays as it is, a p of +inf: out of range. */
 constexpr float NO_KEY_YET = -3.4028234e38f;
 
-/* A thread's sum of exponentials may reach this: bf16 and fp32 hold the numbers up to 2^128. */
-constexpr float SUM_LIMIT = 1.1529215e18f; /* 2^60 */
+/* A thread's sum of exponentials may reach this: bf16 and fp32 hold the numbers up to 2^128, and
+ * down to 2^-126, as 1 / l of four such sums has to be. */
+constexpr float SUM_LIMIT = 1.329228e36f; /* 2^120 */
+
+/* A row's m is the maximum of at least so many keys, if it sees as many. In bf16 a later p may be
+ * 2^136 times that of the first key; fp16, with 2^16, is better off with the maximum of a tile. */
+constexpr int START_KEYS = DTYPE_BF16 ? 1 : TILE_N;
 
 /* Sets of rows: of a lane, whose row of fragment m and half h is bit 2 * m + h, and of a warp, four
  * bits for each quad, whose lanes share their rows. */

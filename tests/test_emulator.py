@@ -109,7 +109,7 @@ def test_every_schedule_gives_the_same_bits(case, rows):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("producer", PRODUCERS)
-@pytest.mark.parametrize("scale", [1.0, 50.0], ids=["", "again"])
+@pytest.mark.parametrize("scale", [1.0, 200.0], ids=["", "again"])
 def test_every_schedule_of_the_tma_gives_the_bits_of_the_other(case, producer, scale):
     sizes, options = case
     q, k, v = make_qkv(*sizes, torch.bfloat16)
@@ -134,9 +134,12 @@ ODD_HEAD_DIMS = [(8, 8), (16, 24), (24, 8), (40, 72), (104, 120), (136, 16), (20
 def test_no_bank_conflicts(head_dims, causal, rows):
     """Copies of tiles, ldmatrix and loads take the fewest passes through shared memory that there are.
 
-    Causal calls have tiles with a mask, which take loads too, and tiles without one.
+    Causal calls have tiles with a mask and tiles without one, and see that an inf of V is hidden: a
+    second pass loads V, too, to find it.
     """
     q, k, v = make_qkv(1, 130, 300, 1, 1, *head_dims, torch.bfloat16)
+    if causal:
+        v[:, -1] = torch.inf
     with use_tiles(*rows):
         flash_attn_func(q, k, v, causal=causal)
     counters = emulator.emulator().counters()
@@ -153,6 +156,7 @@ def test_no_bank_conflicts(head_dims, causal, rows):
 def test_no_bank_conflicts_where_the_tma_writes(head_dims, producer):
     """And one instruction copies a segment, a row of which is 128 bytes at best, whoever issues it."""
     q, k, v = make_qkv(1, 130, 300, 1, 1, *head_dims, torch.bfloat16)
+    v[:, -1] = torch.inf  # the last block of queries computes a second time, and loads V to find it
     with use_tiles(tma_row_of(producer, q, k, v, causal=True)):
         plan = explain(q, k, v, causal=True)
         flash_attn_func(q, k, v, causal=True)
@@ -160,7 +164,7 @@ def test_no_bank_conflicts_where_the_tma_writes(head_dims, producer):
     for kind in ("ldmatrix", "load_shared"):
         assert counters.wavefronts[kind] == counters.wavefronts_ideal[kind] > 0, kind
     most = max(sum(-(-dim // 16) for dim in head_dims), 2) * -(-300 // plan.tile_n)
-    assert 0 < counters.instructions["copy"] <= (most + 2) * plan.blocks
+    assert 0 < counters.instructions["copy"] <= 2 * (most + 2) * plan.blocks
 
 
 def test_counters_count():
@@ -199,7 +203,7 @@ CAUSAL = {"causal": True}
 BROKEN = {
     "no barrier in the fast loop": Broken(
         "forward.cuh",
-        "ring.wait_all();\n                ring.refill(i);\n#pragma unroll SUB_UNROLL",
+        "ring.wait_all();\n                    ring.refill(i);\n#pragma unroll SUB_UNROLL",
         "ring.refill(i);\n#pragma unroll SUB_UNROLL",
         "no barrier between",
     ),
@@ -209,13 +213,14 @@ BROKEN = {
         "return x;",
         "with no bar|on its way",
         options=CAUSAL,
+        scale=200.0,
     ),
     "no barrier before the second time": Broken(
         "forward.cuh",
         "!__syncthreads_or(redo)",
         "!redo",
         "with no barrier|the warp has diverged",
-        scale=50.0,
+        scale=200.0,
     ),
     "a barrier for one warp": Broken(
         "forward.cuh",
@@ -237,8 +242,8 @@ BROKEN = {
     ),
     "refills before the barrier": Broken(
         "forward.cuh",
-        "ring.wait_all();\n                ring.refill(i);\n#pragma unroll SUB_UNROLL",
-        "ring.refill(i);\n                ring.wait_all();\n#pragma unroll SUB_UNROLL",
+        "ring.wait_all();\n                    ring.refill(i);\n#pragma unroll SUB_UNROLL",
+        "ring.refill(i);\n                    ring.wait_all();\n#pragma unroll SUB_UNROLL",
         "no barrier between",
     ),
     "refills the stage in use": Broken(
@@ -459,14 +464,14 @@ BROKEN_TMA = {
         "        walk = next;",
         "        walk = next;\n        parity = 0;",
         TOO_EARLY + "|" + TOO_SOON,
-        scale=50.0,
+        scale=200.0,
         sizes=(1, 140, 300, 2, 1, 64, 64),
     ),
     "the second pass starts at stage 0 again": broken_ring(
         "        walk = next;",
         "        walk = next;\n        rewind();",
         TOO_EARLY + "|" + TOO_SOON,
-        scale=50.0,
+        scale=200.0,
     ),
     "no fence behind the mbarriers": broken_ring("fence_mbarrier_init();", "", "fence"),
     "no barrier behind the mbarriers": broken_ring(
@@ -480,11 +485,12 @@ BROKEN_TMA = {
         "barrier 0|lacks",
         producer="warp",
         options=CAUSAL,
+        scale=200.0,
     ),
     "a producer warp that leaves before the last vote": Broken(
         "forward.cuh",
-        "if (again || !__syncthreads_or(false))",
-        "if (true)",
+        "ring.feed();\n            redo = 0;",
+        "ring.feed();\n            return;",
         "barrier 0 lacks|ended",
         producer="warp",
     ),

@@ -228,6 +228,19 @@ def test_spikes(device, dtype, make_qkv, key, score):
         check(device, q, k, v, causal=causal)
 
 
+@pytest.mark.parametrize("score", [40.0, 90.0])
+def test_a_key_far_above_the_first(device, dtype, make_qkv, score):
+    """In bf16 its p is near the end of the range, and stays: rounded, where that of a maximum is 1."""
+    q, k, v = make_qkv(1, 200, 200, 2, dtype=dtype)
+    q[..., 0], k[..., 0] = 8, 0
+    k[:, 1, :, 0] = score
+    for causal in (False, True):
+        out, lse = attend(device, q, k, v, causal=causal)
+        expected, expected_lse = attention_reference(q, k, v, causal=causal)
+        assert_same_but_rounding(out, expected.to(dtype))
+        torch.testing.assert_close(lse, expected_lse.to(lse.dtype), rtol=1e-5, atol=1e-5)
+
+
 def test_scores_beyond_half(device, dtype, make_qkv):
     """Numbers near 1e3, whose scores no fp16 can hold."""
     q, k, v = make_qkv(2, 70, 90, dtype=dtype)

@@ -148,7 +148,8 @@ def test_rows_of_12_x_are_for_nothing_else(head_dim, rows_per_sm):
 
     assert same(window_size=(99, 0)) and same(window_size=(99, None))
     others = head_dim > 128 or rows_per_sm == 50 or (head_dim, rows_per_sm) == (64, 300)
-    assert same() == same(causal=True) == others
+    assert same() == others
+    assert same(causal=True) == (others or (head_dim, rows_per_sm) == (96, 200))
 
 
 @pytest.fixture

@@ -14,7 +14,11 @@ from flash_attn_sm120 import BackwardPlan, explain, explain_backward, jit, varia
 pytest.importorskip("cuda.bindings.nvrtc")
 
 SM120_SMEM = 99 * 1024
-SPILLED_BEYOND_128 = {120: 8, 90: 64, 80: 0}  # at head_dim 256, outside the loops: see test_sass.py
+SPILLED_BEYOND_128 = {
+    120: 16,
+    90: 68,
+    80: 0,
+}  # at head_dim 256, outside the loops: see test_sass.py
 REGISTERS_PER_SM = 64 * 1024
 
 
@@ -120,7 +124,7 @@ def test_tma_forward_variants(compute_capability, producer):
         calls += [((q, q, v), {"causal": causal}) for causal in (False, True)]
     plans = [tma_plan(*call, compute_capability, producer=producer) for call in calls]
     for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
-        assert build.spill_bytes <= (48 if "_d256" in plan.variant else 0), line
+        assert build.spill_bytes <= (60 if "_d256" in plan.variant else 0), line
         assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, line
         assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line
 
@@ -136,7 +140,7 @@ def test_tma_forward_with_a_producer_warp(compute_capability, warps, head_dim):
         for causal in (False, True)
     ]
     for _, build, line in build_all(plans, jit.architecture(compute_capability)):
-        assert build.spill_bytes <= (96 if (warps, head_dim) == (8, 128) else 0), line
+        assert build.spill_bytes <= (104 if (warps, head_dim) == (8, 128) else 0), line
 
 
 @pytest.mark.parametrize("compute_capability", [120, 90])
