@@ -161,13 +161,13 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
     float l_rmem[M_FRAGS][2]; /* sum of this lane's p */
 
     /* Only the first tiles of a row raise its m to the maximum. The others take m as it is, because
-     * any m cancels in the end, as long as no number leaves the range of its type. Should one have,
-     * be it for a score that has grown so much, be it for an inf or NaN in V that the row may not
-     * even see, which the end shows, the block computes once more, raises m at every tile, looks at
-     * V, and stores the rows of the set `redo`, which were not stored before: what a row does, and
-     * so each bit of its result, depends on no other row of its block. With a mask that second time
-     * is code of its own, so that the first one has no instruction of it. On 8.x both would spill:
-     * there they are the same code, which looks at V at once. */
+     * any m cancels in the end, as long as no number leaves the range of its type. The end shows
+     * whether one has: because a score has grown so much, or because V holds an inf or NaN, which
+     * spoils even rows that do not see its key (0 * inf). Then the block computes once more, raises
+     * m at every tile, looks for such V, and stores the rows of the set `redo`, which were not
+     * stored before: what a row does, and so each bit of its result, depends on no other row of its
+     * block. With a mask this second time is code of its own, so that the first has no instruction
+     * of it. On 8.x that would spill: there both are the same code, which looks for it at once. */
     constexpr bool MASKED = MASK_RIGHT || MASK_LEFT;
     constexpr bool OWN_CODE = MASKED && __CUDA_ARCH__ >= 900;
     unsigned redo = 0;
