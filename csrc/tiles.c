@@ -16,7 +16,7 @@
 
 /* Full and causal calls on 12.x: what others published of their kernels there, as far as registers
  * and shared memory allow it; NOTHING HERE HAS BEEN MEASURED ON A 12.x CARD. SPLIT: 64 rows by 4
- * warps and a warp that loads, two or three blocks per SM, after gau-nernst's v6 (RTX 5090). WIDE:
+ * warps and a warp that loads, two blocks per SM, after gau-nernst's v6 (RTX 5090). WIDE:
  * 128 rows by 8 warps, a block per SM, after NVIDIA's FROST (RTX PRO 6000). See "Rows of 12.x" in
  * benchmarks/NOTES.md. */
 #define SM120(head_dim, rows_per_sm, ...) \

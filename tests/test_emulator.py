@@ -107,9 +107,12 @@ def test_every_schedule_gives_the_same_bits(case, rows):
         assert all(map(torch.equal, result, first)), (seed, late)
 
 
+AGAIN = 200.0  # times q: scores that grow by so much send blocks through a second pass
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("producer", PRODUCERS)
-@pytest.mark.parametrize("scale", [1.0, 200.0], ids=["", "again"])
+@pytest.mark.parametrize("scale", [1.0, AGAIN], ids=["", "again"])
 def test_every_schedule_of_the_tma_gives_the_bits_of_the_other(case, producer, scale):
     sizes, options = case
     q, k, v = make_qkv(*sizes, torch.bfloat16)
@@ -193,7 +196,7 @@ class Broken:
     said: str  # of the report; "": the launch ends, with wrong numbers
     sizes: tuple[int, ...] = (1, 140, 400, 2, 1, 64, 64)
     options: dict[str, Any] = field(default_factory=dict)
-    scale: float = 1.0  # of q: scores that grow send every block through the careful tiles again
+    scale: float = 1.0  # of q
     producer: str = ""  # of forward_tma; else the kernel is forward
     num_splits: int = 1
 
@@ -213,14 +216,14 @@ BROKEN = {
         "return x;",
         "with no bar|on its way",
         options=CAUSAL,
-        scale=200.0,
+        scale=AGAIN,
     ),
     "no barrier before the second time": Broken(
         "forward.cuh",
         "!__syncthreads_or(redo)",
         "!redo",
         "with no barrier|the warp has diverged",
-        scale=200.0,
+        scale=AGAIN,
     ),
     "a barrier for one warp": Broken(
         "forward.cuh",
@@ -464,14 +467,14 @@ BROKEN_TMA = {
         "        walk = next;",
         "        walk = next;\n        parity = 0;",
         TOO_EARLY + "|" + TOO_SOON,
-        scale=200.0,
+        scale=AGAIN,
         sizes=(1, 140, 300, 2, 1, 64, 64),
     ),
     "the second pass starts at stage 0 again": broken_ring(
         "        walk = next;",
         "        walk = next;\n        rewind();",
         TOO_EARLY + "|" + TOO_SOON,
-        scale=200.0,
+        scale=AGAIN,
     ),
     "no fence behind the mbarriers": broken_ring("fence_mbarrier_init();", "", "fence"),
     "no barrier behind the mbarriers": broken_ring(
@@ -485,7 +488,7 @@ BROKEN_TMA = {
         "barrier 0|lacks",
         producer="warp",
         options=CAUSAL,
-        scale=200.0,
+        scale=AGAIN,
     ),
     "a producer warp that leaves before the last vote": Broken(
         "forward.cuh",
@@ -577,7 +580,7 @@ def test_broken_kernels_are_caught(attend_with, broken):
                         assert_close(out, lse, q, k, v, **broken.options)
 
 
-@pytest.mark.parametrize("scale", [1.0, 200.0], ids=["", "again"])
+@pytest.mark.parametrize("scale", [1.0, AGAIN], ids=["", "again"])
 def test_one_code_for_both_passes(attend_with, scale):
     """As on 8.x, where the first pass looks for inf and NaN at hidden keys of V."""
     q, k, v = make_qkv(1, 140, 400, 2, 1, 64, 64, torch.bfloat16)
