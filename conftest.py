@@ -1,85 +1,95 @@
-"""What all tests share: the devices, the seed, and inputs in every layout."""
+"""What all tests share: command line, time limits, and the fixtures of devices and inputs."""
 
+import fnmatch
 import os
 import zlib
-from dataclasses import dataclass, replace
+from collections import Counter
 
 import pytest
 import torch
 
-from emulator import EmulatedTensor, library, unavailable
-
-os.environ["FA_SM120_TILES"] = ""  # not what was tuned on the developer's machine
-
-from flash_attn_sm120 import explain, jit, producers
-from helpers.tiles import LARGE_TILES, use_tiles
+from flash_attn_sm120 import explain, producers
+from helpers.devices import CUDA, DEVICES, is_on_a_gpu, params_of, why_left_out
+from helpers.inputs import random_tensor
+from helpers.tiles import use_tiles
+from helpers.watchdog import time_limit
 
 # Tensors here are small: threads that wait for each other would only slow torch down.
 torch.set_num_threads(1)
 
-
-@dataclass(frozen=True)
-class Device:
-    """One way of running a call, and what it can do so far."""
-
-    name: str
-    torch_device: str  # where its tensors live
-    dtypes: tuple[torch.dtype, ...]  # of the tests of every type
-    missing: str = ""  # why it cannot be used on this machine
-    tensor_class: type[torch.Tensor] = torch.Tensor
-    tiles: tuple[tuple[int, ...], ...] = ()  # rows that come before those of csrc/tiles.c
-
-    def takes(self, turn):
-        """Whether to run a case. A kernel for the emulator takes long to compile: there small tiles
-        take the even turns and large ones the odd, so that pairs of features are covered."""
-        return self.tensor_class is not EmulatedTensor or turn % 2 == bool(self.tiles)
-
-    def place(self, tensor):
-        """`tensor` where calls expect it; the same memory, if that is there already."""
-        return tensor.to(self.torch_device).as_subclass(self.tensor_class)
-
-
-# A process has one driver. Without CUDA it is the emulator; with CUDA it can be, see
-# emulator/__main__.py.
-if not os.environ.get("FA_SM120_DRIVER") and not torch.cuda.is_available() and not unavailable():
-    os.environ["FA_SM120_DRIVER"] = str(library())
-
-
-def why_no_cuda():
-    if not torch.cuda.is_available():
-        return "torch.cuda.is_available() is False"
-    if os.environ.get("FA_SM120_DRIVER"):
-        return "the process has one driver, and FA_SM120_DRIVER names another than CUDA's"
-    return ""
-
-
-def why_no_emulator():
-    if reason := unavailable():
-        return reason
-    driver = os.environ.get("FA_SM120_DRIVER")
-    if not driver or driver != str(library()):
-        return "the process has one driver, and FA_SM120_DRIVER does not name the emulator"
-    try:
-        jit.nvrtc_version()
-    except RuntimeError as error:
-        return str(error)
-    return ""
+STDERR = pytest.StashKey[int]()  # the real one, which pytest does not capture
+LEFT_OUT = pytest.StashKey[Counter]()  # why -> how many tests
 
 
 def pytest_addoption(parser):
     parser.addoption(
         "--examples", type=int, help="random calls of test_together.py, others in every run"
     )
+    parser.addoption(
+        "--gpu-time-limit",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="seconds after which a test on a GPU ends the process (default: %(default)s)",
+    )
+
+
+def pytest_configure(config):
+    config.stash[STDERR] = os.dup(2)
+    config.stash[LEFT_OUT] = Counter()
+    config.addinivalue_line(
+        "markers", "quick(*cases): part of `-m quick`; with patterns, the cases whose ids match one"
+    )
+
+
+# ---- which tests run -----------------------------------------------------------------------------
+
+
+def pytest_itemcollected(item):
+    """A quick test of many cases is quick in those that its mark names."""
+    mark = item.get_closest_marker("quick")
+    if mark and mark.args and not any(fnmatch.fnmatch(item.callspec.id, x) for x in mark.args):
+        item.own_markers.remove(mark)
 
 
 # Files of tests that take longest.
 LONGEST = ("test_sanitizers.py", "test_resources.py", "test_package.py")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Processes that share the tests start with the longest: short ones fill up the end evenly."""
+    """Leaves out what this machine cannot run. Processes that share the tests start with the
+    longest: short ones fill up the end evenly."""
+    why = {item: why_left_out(item) for item in items}
+    left_out = [item for item in items if why[item]]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        config.stash[LEFT_OUT].update(why[item] for item in left_out)
+        items[:] = [item for item in items if not why[item]]
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: item.path.name not in LONGEST)
+        config.workeroutput["left_out"] = dict(config.stash[LEFT_OUT])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    """Every process of xdist has collected the same tests."""
+    node.config.stash[LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left_out"))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    for why, count in config.stash[LEFT_OUT].items():
+        terminalreporter.write_line(f"LEFT OUT [{count}] {why}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """A kernel that never ends is named by its test, and does not keep the GPU."""
+    if not is_on_a_gpu(item):
+        return (yield)
+    seconds = item.config.getoption("--gpu-time-limit")
+    with time_limit(seconds, item.nodeid, item.config.stash[STDERR]):
+        return (yield)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,41 +100,7 @@ def driver_is_settled():
     os.environ.pop("FA_SM120_DRIVER", None)
 
 
-CPU = Device("cpu", "cpu", (torch.float32, torch.bfloat16, torch.float16))
-CUDA = Device(
-    "cuda",
-    "cuda",
-    (torch.bfloat16, torch.float16),
-    missing=why_no_cuda(),
-)
-EMULATOR = Device(
-    "emulator",
-    "cpu",
-    (torch.bfloat16,),
-    missing=why_no_emulator(),
-    tensor_class=EmulatedTensor,
-)
-
-
-def with_large_tiles(device, **changes):
-    return replace(device, name=f"{device.name}-large", tiles=LARGE_TILES, **changes)
-
-
-# On the emulator the one size of tiles goes with the one type: of four pairs two have to do.
-DEVICES = [CPU, EMULATOR, with_large_tiles(EMULATOR, dtypes=(torch.float16,))]
-DEVICES += [CUDA, with_large_tiles(CUDA)]
-
-
-def params_of(*devices):
-    """The parameters of a fixture of devices."""
-    return [
-        pytest.param(
-            device,
-            id=device.name,
-            marks=pytest.mark.skipif(bool(device.missing), reason=device.missing),
-        )
-        for device in devices
-    ]
+# ---- devices and inputs --------------------------------------------------------------------------
 
 
 @pytest.fixture(params=params_of(*DEVICES))
@@ -135,80 +111,27 @@ def device(request):
 
 @pytest.fixture
 def cuda():
-    """For tests of torch's CUDA alone."""
-    if CUDA.missing:
-        pytest.skip(CUDA.missing)
+    """For tests of torch's CUDA alone: they are left out where it is missing."""
+    return CUDA
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def dtype(request, device):
-    if request.param not in device.dtypes:
-        pytest.skip(f"no {request.param} on {device.name}")
+    """Each that the device is tested with."""
     return request.param
 
 
 @pytest.fixture(autouse=True)
 def seed(request):
-    """Every test draws numbers of its own, the same in every run and in every order of tests."""
+    """Every test draws the same numbers in every run and in every order of tests."""
     torch.manual_seed(zlib.crc32(request.node.name.encode()))
 
 
 @pytest.fixture
 def outputs_full_of_nan(monkeypatch):
-    """Memory that nobody wrote shows, whatever the allocator returns."""
+    """Memory that no kernel wrote shows, whatever the allocator returns."""
     empty = producers.empty
     monkeypatch.setattr(producers, "empty", lambda *args: empty(*args).fill_(torch.nan))
-
-
-# ---- inputs --------------------------------------------------------------------------------------
-
-
-def _contiguous(shape, dtype):
-    return torch.empty(shape, dtype=dtype)
-
-
-def _heads_first(shape, dtype):
-    """(B, S, H, D) as a view of (B, H, S, D): what a model in SDPA's layout hands over."""
-    batch, seqlen, heads, head_dim = shape
-    return torch.empty(batch, heads, seqlen, head_dim, dtype=dtype).transpose(1, 2)
-
-
-def _sequence_first(shape, dtype):
-    """(B, S, H, D) as a view of (S, B, H, D)."""
-    batch, seqlen, heads, head_dim = shape
-    return torch.empty(seqlen, batch, heads, head_dim, dtype=dtype).transpose(0, 1)
-
-
-def _in_nan(shape, dtype):
-    """A slice, in all four dimensions, of a larger tensor that is NaN everywhere else."""
-    margins = (1, 3, 1, 8)  # 8 elements keep the last dimension aligned to 16 bytes in every type
-    larger = torch.full(
-        [n + 2 * margin for n, margin in zip(shape, margins, strict=True)], torch.nan, dtype=dtype
-    )
-    return larger[
-        tuple(slice(margin, margin + n) for n, margin in zip(shape, margins, strict=True))
-    ]
-
-
-def _last_dim_strided(shape, dtype):
-    """Every second element of rows twice as long: cannot be read in place."""
-    return torch.empty(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
-
-
-LAYOUTS = {
-    "contiguous": _contiguous,
-    "heads_first": _heads_first,
-    "sequence_first": _sequence_first,
-    "in_nan": _in_nan,
-    "last_dim_strided": _last_dim_strided,
-}
-
-
-def random_tensor(device, shape, dtype, mean, layout):
-    """Normal around `mean`, drawn on the CPU: the same on every device."""
-    with torch.device(device.torch_device):
-        tensor = device.place(LAYOUTS[layout](shape, dtype))
-    return tensor.copy_(torch.randn(shape, device="cpu") + mean)
 
 
 @pytest.fixture

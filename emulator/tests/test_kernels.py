@@ -12,8 +12,8 @@ import pytest
 import torch
 
 import emulator
-from conftest import EMULATOR
 from flash_attn_sm120 import _C, explain, flash_attn_func, jit, variants
+from helpers.devices import EMULATOR
 from helpers.reference import assert_close
 from helpers.tiles import LARGE_TILES, PRODUCERS, constants, tile_row, use_tiles
 

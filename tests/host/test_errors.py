@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import CPU
 from flash_attn_sm120 import _C, explain, flash_attn_func
+from helpers.devices import CPU
 
 
 def qkv(

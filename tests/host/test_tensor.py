@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import EMULATOR
 from emulator import EmulatedTensor, _exported
 from emulator.dlpack import Legacy, pointer_in
 from flash_attn_sm120 import _C, flash_attn_func
 from helpers.capsules import Capsule, Producer
+from helpers.devices import EMULATOR
 from helpers.reference import attention_reference
 
 SHAPE = (2, 5, 4, 16)

@@ -9,10 +9,10 @@ import warnings
 import pytest
 import torch
 
-from conftest import CUDA, EMULATOR
 from flash_attn_sm120 import _C, cache, explain, jit, tiles, tune, variants
 from flash_attn_sm120.__main__ import main
 from helpers.children import run_python
+from helpers.devices import CUDA, EMULATOR
 
 CELLS = [tune.Cell(64, 64, causal, tune.Bucket(0, 64, (40,))) for causal in (False, True)]
 CHOICES = {"tile_n": (32, 64), "sub_n": (32,), "stages": (2, 3)}

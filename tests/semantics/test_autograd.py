@@ -13,8 +13,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from conftest import CPU, CUDA, params_of
 from flash_attn_sm120 import _C, autograd, flash_attn_func
+from helpers.devices import CPU, CUDA, params_of
 from helpers.reference import assert_close_to, gradient_reference
 
 

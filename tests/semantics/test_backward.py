@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import CPU, CUDA, EMULATOR, params_of
 from flash_attn_sm120 import _C, explain_backward
+from helpers.devices import CPU, CUDA, EMULATOR, params_of
 from helpers.masks import HIDING_WINDOWS, MASKS, WINDOWED_SEQLENS, WINDOWS, bad_keys
 from helpers.reference import (
     assert_gradients_close,

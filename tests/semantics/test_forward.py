@@ -44,7 +44,7 @@ def sdpa(q, k, v, causal):
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_reference_agrees_with_sdpa(causal, monkeypatch):
-    monkeypatch.setattr("reference.CHUNK_SCORES", 2 * 8 * 50 * 7)  # 7 query rows at a time
+    monkeypatch.setattr("helpers.reference.CHUNK_SCORES", 2 * 8 * 50 * 7)  # 7 query rows at a time
     q, k, v = torch.randn(2, 33, 8, 40), torch.randn(2, 50, 2, 40), torch.randn(2, 50, 2, 16)
     out, lse = attention_reference(q, k, v, causal=causal)
     torch.testing.assert_close(out, sdpa(q, k, v, causal), rtol=1e-12, atol=1e-12)

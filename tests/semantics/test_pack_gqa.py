@@ -144,10 +144,11 @@ def test_cpu_calls_do_not_care(make_qkv):
 
 DROPPED = """
 import warnings
-import conftest, torch
+import torch
+from helpers import devices
 from flash_attn_sm120 import explain, flash_attn_func
 warnings.simplefilter({action!r}, UserWarning)
-q = conftest.{device}.place(torch.randn(1, 4, 2, 8).half())
+q = devices.{device}.place(torch.randn(1, 4, 2, 8).half())
 explain(q, q, q, pack_gqa=True)
 flash_attn_func(q, q, q)
 for _ in range(2):

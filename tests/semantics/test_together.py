@@ -9,8 +9,8 @@ import hypothesis
 import torch
 from hypothesis import strategies as st
 
-from conftest import LAYOUTS, random_tensor
 from flash_attn_sm120 import _C, flash_attn_func
+from helpers.inputs import LAYOUTS, random_tensor
 from helpers.reference import assert_close, assert_gradients_close
 
 # Each call on the emulator compiles some four kernels.
