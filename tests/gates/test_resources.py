@@ -9,11 +9,11 @@ import torch
 
 from flash_attn_sm120 import BackwardPlan, explain, explain_backward, jit, variants
 from helpers import builds
+from helpers.shapes import SM120_SMEM
 from helpers.tiles import PRODUCERS, tile_row, use_tiles
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
-SM120_SMEM = 99 * 1024
 SPILLED_BEYOND_128 = {120: 16, 90: 68, 80: 0}  # head_dim 256, outside the loops: see test_sass.py
 REGISTERS_PER_SM = 64 * 1024
 

@@ -10,16 +10,14 @@ import pytest
 import torch
 
 from flash_attn_sm120 import _C, explain, flash_attn_func
-from helpers.shapes import shapes
+from helpers.shapes import EVERY_HEAD_DIM, SM120_SMEM, shapes
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120, 121)
-HEAD_DIMS = tuple(range(8, 257, 8))
-SM120_SMEM = 99 * 1024
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_every_head_dim_has_a_tile_within_99_kb(arch):
-    for head_dim, head_dim_v in itertools.product(HEAD_DIMS, HEAD_DIMS):
+    for head_dim, head_dim_v in itertools.product(EVERY_HEAD_DIM, EVERY_HEAD_DIM):
         plan = explain(*shapes(head_dim, head_dim_v), arch=arch)
         assert 0 < plan.smem_bytes <= SM120_SMEM, (head_dim, head_dim_v)
         assert (
@@ -90,7 +88,7 @@ def test_features_are_constants_of_the_variant():
 def test_variant_names_are_unique_to_their_constants():
     seen = {}
     for head_dim, head_dim_v, causal in itertools.product(
-        HEAD_DIMS[::3], HEAD_DIMS[::3], (False, True)
+        EVERY_HEAD_DIM[::3], EVERY_HEAD_DIM[::3], (False, True)
     ):
         plan = explain(*shapes(head_dim, head_dim_v), causal=causal, arch=120)
         assert seen.setdefault(plan.variant, plan.options) == plan.options

@@ -6,16 +6,12 @@ import pytest
 import torch
 
 from flash_attn_sm120 import explain_backward, variants
-
-SM120_SMEM = 99 * 1024
-HEAD_DIMS = range(8, 257, 8)
+from helpers.shapes import EVERY_HEAD_DIM, SM120_SMEM, shapes
 
 
 def plan(seqlen=1024, heads=(32, 8), head_dims=(128, 128), batch=1, arch=120, **options):
-    # Nobody touches this memory.
-    q = torch.empty(batch, seqlen, heads[0], head_dims[0], dtype=torch.bfloat16)
-    k, v = (torch.empty(batch, seqlen, heads[1], d, dtype=torch.bfloat16) for d in head_dims)
-    return explain_backward(q, k, v, **options, arch=arch)
+    call = shapes(*head_dims, seqlen_q=seqlen, heads=heads, batch=batch, tma=True)
+    return explain_backward(*call, **options, arch=arch)
 
 
 def names(planned):
@@ -24,7 +20,7 @@ def names(planned):
 
 @pytest.mark.parametrize("arch", [80, 90, 120, 121])
 def test_all_head_dims_fit(arch):
-    for head_dims in itertools.product(HEAD_DIMS, HEAD_DIMS):
+    for head_dims in itertools.product(EVERY_HEAD_DIM, EVERY_HEAD_DIM):
         assert plan(head_dims=head_dims, arch=arch).smem_bytes <= SM120_SMEM, head_dims
 
 

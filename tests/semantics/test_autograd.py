@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from flash_attn_sm120 import _C, autograd, flash_attn_func
+from helpers import cases
+from helpers.checks import assert_all_equal
 from helpers.devices import CPU, CUDA, params_of
 from helpers.reference import assert_close_to, gradient_reference
 
@@ -47,20 +49,15 @@ def sinks(device, dtype=torch.float32):
     return torch.randn(4).to(device.torch_device, dtype).requires_grad_()
 
 
-def assert_all_equal(some, others):
-    assert all(torch.equal(*pair) for pair in zip(some, others, strict=True))
-
-
 # ---- gradients -----------------------------------------------------------------------------------
 
 
 def test_gradients_are_those_of_the_reference(device, leaves):
     q, k, v = leaves()
     sink = sinks(device)
-    inputs = [q, k, v] if sink is None else [q, k, v, sink]
     out, lse = flash_attn_func(q, k, v, causal=True, learnable_sink=sink, return_lse=True)
     dout, dlse = torch.randn_like(out), torch.randn_like(lse)
-    gradients = torch.autograd.grad((out, lse), inputs, (dout, dlse))
+    gradients = torch.autograd.grad((out, lse), (q, k, v, sink), (dout, dlse))
     arguments = {"dlse": dlse, "causal": True, "learnable_sink": sink}
     refs = gradient_reference(q, k, v, dout, **arguments)
     pts = gradient_reference(q, k, v, dout, upcast=False, **arguments)
@@ -91,16 +88,12 @@ def test_gradients_are_slopes(options):
 
 def test_every_subset_of_inputs(device, leaves):
     """Who wants no gradient gets none, and that changes nothing for the others."""
-    tensors = [x.detach() for x in leaves()]
-    if (sink := sinks(device)) is not None:
-        tensors.append(sink.detach())
+    tensors = [x.detach() for x in (*leaves(), sinks(device))]
     everything = None
     subsets = list(itertools.product([True, False], repeat=len(tensors)))
     for wanted in subsets[:-1]:  # the last is none
         inputs = [x.clone().requires_grad_(w) for x, w in zip(tensors, wanted, strict=True)]
-        out, _ = flash_attn_func(
-            *inputs[:3], learnable_sink=inputs[3] if sink is not None else None, deterministic=True
-        )
+        out, _ = flash_attn_func(*inputs[:3], learnable_sink=inputs[3], deterministic=True)
         out.square().sum().backward()
         gradients = [x.grad for x in inputs]
         everything = everything or gradients
@@ -117,10 +110,9 @@ def test_one_tensor_in_all_places(device, leaves):
     torch.testing.assert_close(x.grad.float(), total, rtol=2e-2, atol=2e-2)
 
 
-@pytest.mark.parametrize("sink_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@cases.sink_dtype
 def test_sink_gets_a_gradient_of_its_dtype(device, leaves, sink_dtype):
-    if (sink := sinks(device, sink_dtype)) is None:
-        pytest.skip(f"{device.name} has no sinks yet")
+    sink = sinks(device, sink_dtype)
     flash_attn_func(*leaves(), learnable_sink=sink)[0].sum().backward()
     assert sink.grad.dtype == sink_dtype and sink.grad.shape == (4,)
     assert sink.grad.abs().min() > 0
@@ -261,7 +253,7 @@ def test_what_is_kept(device, leaves, return_lse):
     kept = []
     with saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
         out, _ = flash_attn_func(*inputs, learnable_sink=sink, return_lse=return_lse)
-    expected = [*inputs, out] if sink is None else [*inputs, out, sink]
+    expected = [*inputs, out, sink]
     lse_bytes = 4 * 2 * 4 * 20
     assert len({x.data_ptr() for x in kept}) == len(kept) == len(expected) + 1
     assert {x.data_ptr() for x in expected} <= {x.data_ptr() for x in kept}

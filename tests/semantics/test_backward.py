@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from flash_attn_sm120 import _C, explain_backward
+from flash_attn_sm120 import explain_backward
+from helpers import cases
+from helpers.cases import EDGES, MASKS, WINDOWED_SEQLENS
+from helpers.checks import assert_all_equal, check_gradients, dlse_for, dout_for, gradients_of
 from helpers.devices import CPU, CUDA, EMULATOR, params_of
-from helpers.masks import HIDING_WINDOWS, MASKS, WINDOWED_SEQLENS, WINDOWS, bad_keys
 from helpers.reference import (
     assert_gradients_close,
     attention_reference,
@@ -19,64 +21,16 @@ from helpers.reference import (
 
 pytestmark = pytest.mark.usefixtures("outputs_full_of_nan")
 
-# Lengths around the edges of every tile there may be.
-EDGES = [1, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 200, 257]
-
-# MHA, GQA with 2, 3 and 7 query heads per KV head, MQA
-HEADS = [(3, 3), (4, 2), (6, 2), (14, 2), (5, 1)]
-
-HEAD_DIMS = [(d, d) for d in (8, 40, 64, 72, 80, 96, 128, 200, 256)]
-HEAD_DIMS += [(192, 128), (128, 64), (64, 128), (8, 256), (256, 8)]
-
 
 @pytest.fixture(params=params_of(CPU, EMULATOR, CUDA))
 def device(request):
     return request.param
 
 
-def gradients_of(
-    device,
-    q,
-    k,
-    v,
-    dout,
-    dlse=None,
-    *,
-    softmax_scale=None,
-    causal=False,
-    window_size=(None, None),
-    softcap=0.0,
-    learnable_sink=None,
-    deterministic=False,
-):
-    """dq, dk, dv (and dsink) by forward and backward."""
-    options = (softmax_scale, causal, window_size, softcap, learnable_sink)
-    out, lse = _C.forward(q, k, v, *options, 0, None, True)
-    *gradients, dsink = _C.backward(dout, q, k, v, out, lse, dlse, *options, deterministic)
-    assert (dsink is None) == (learnable_sink is None)
-    assert all(x.is_contiguous() for x in gradients)
-    return gradients if dsink is None else [*gradients, dsink]
-
-
-def dout_for(device, q, v, mean=0.0):
-    return device.place((torch.randn(*q.shape[:3], v.shape[3]) + mean).to(q.dtype))
-
-
-def dlse_for(device, q):
-    return device.place(torch.randn(q.shape[0], q.shape[2], q.shape[1]))
-
-
-def check(device, q, k, v, dout=None, dlse=None, **kwargs):
-    """Gradients, for a random dout unless there is one, held against the reference."""
+def check(device, q, k, v, dout=None, dlse=None, **options):
+    """With a random dout unless there is one."""
     dout = dout_for(device, q, v) if dout is None else dout
-    gradients = gradients_of(device, q, k, v, dout, dlse, **kwargs)
-    kwargs.pop("deterministic", None)
-    assert_gradients_close(gradients, q, k, v, dout, dlse, **kwargs)
-    return gradients
-
-
-def assert_all_equal(some, others):
-    assert all(torch.equal(*pair) for pair in zip(some, others, strict=True))
+    return check_gradients(q, k, v, dout, dlse, **options)
 
 
 # ---- the oracle itself ---------------------------------------------------------------------------
@@ -148,15 +102,15 @@ def test_rule_notices_what_is_wrong(wrong):
 # ---- shapes --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=lambda dims: f"{dims[0]}x{dims[1]}")
-@pytest.mark.parametrize("heads", HEADS, ids=lambda heads: f"{heads[0]}to{heads[1]}")
+@cases.head_dims
+@cases.heads
 def test_heads_and_head_dims(device, dtype, make_qkv, heads, head_dims):
     if device == EMULATOR and heads != (4, 2) and head_dims != (64, 64):
         pytest.skip("one ratio of heads for each head dim is enough for the emulator")
     check(device, *make_qkv(2, 47, 83, *heads, *head_dims, dtype=dtype), causal=heads[0] % 2 == 0)
 
 
-@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+@cases.head_dim
 def test_every_head_dim(device, make_qkv, head_dim):
     if device == EMULATOR:
         pytest.skip("a kernel to compile for each: on the emulator HEAD_DIMS have to do")
@@ -164,8 +118,8 @@ def test_every_head_dim(device, make_qkv, head_dim):
     check(device, *make_qkv(1, 40, 70, 2, 1, head_dim, head_dim))
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("seqlen_q", EDGES)
+@cases.causal
+@cases.seqlen_q
 def test_lengths(device, dtype, make_qkv, seqlen_q, causal):
     """Pairs of lengths; with more queries than keys the first causal rows see no key at all."""
     all_pairs = device == CUDA or dtype == torch.float32  # which the CPU alone has
@@ -186,7 +140,7 @@ def test_long(device, make_qkv):
     check(device, *make_qkv(1, 3000, 3, 2, 1, 64))
 
 
-@pytest.mark.parametrize("sink", [False, True], ids=["", "sink"])
+@cases.sink
 @pytest.mark.parametrize("sizes", [(2, 0, 7), (2, 5, 0), (2, 0, 0), (0, 5, 7), (0, 0, 0)], ids=str)
 def test_no_pairs(device, dtype, make_qkv, sizes, sink):
     """Without queries or keys all gradients are 0, but for what flows through the lse of a sink."""
@@ -199,7 +153,7 @@ def test_no_pairs(device, dtype, make_qkv, sizes, sink):
 # ---- masks ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("window_size", WINDOWS, ids=str)
+@cases.window_size
 def test_windows(device, dtype, make_qkv, window_size):
     for seqlens in WINDOWED_SEQLENS:
         q, k, v = make_qkv(1, *seqlens, 2, 1, 40, dtype=dtype)
@@ -221,8 +175,8 @@ def test_masks_over_many_tiles(device, make_qkv, window_size, head_dim):
 def test_causal_is_a_window(device, make_qkv):
     q, k, v = make_qkv(2, 60, 90)
     dout = dout_for(device, q, v)
-    causal = gradients_of(device, q, k, v, dout, causal=True, deterministic=True)
-    window = gradients_of(device, q, k, v, dout, window_size=(None, 0), deterministic=True)
+    causal = gradients_of(q, k, v, dout, causal=True, deterministic=True)
+    window = gradients_of(q, k, v, dout, window_size=(None, 0), deterministic=True)
     assert_all_equal(causal, window)
 
 
@@ -236,27 +190,25 @@ def test_what_no_query_sees_has_no_gradient(device, dtype, make_qkv):
 # ---- softcap, sink, lse --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("softcap", [0.3, 5.0, 50.0, 1e4])
+@cases.mask(MASKS)
+@cases.softcap
 def test_softcap(device, dtype, make_qkv, softcap, mask):
     q, k, v = make_qkv(1, 70, 70, 4, 2, 64, 72, dtype=dtype, mean=0.5)
     check(device, q, k, v, softcap=softcap, **mask)
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@cases.mask(MASKS)
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-@pytest.mark.parametrize("sink_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@cases.sink_dtype
 def test_sink(device, dtype, make_qkv, sink_dtype, softcap, mask):
     q, k, v = make_qkv(2, 70, 70, 6, 2, dtype=dtype)
-    # among the scores, without effect, taking all, and ordinary ones; a slice, whose stride is 2
-    sinks = torch.tensor([0.0, -math.inf, 300.0, -300.0, 3.0, -1.5]).repeat_interleave(2)
-    sinks = device.place(sinks.to(sink_dtype))[::2]
+    sinks = cases.sinks_of_every_kind(device, sink_dtype)
     dlse = dlse_for(device, q)
     check(device, q, k, v, None, dlse, learnable_sink=sinks, softcap=softcap, **mask)
     check(device, q, k, v, learnable_sink=sinks, softcap=softcap, **mask)
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@cases.mask(MASKS)
 def test_gradient_of_lse(device, dtype, make_qkv, mask):
     q, k, v = make_qkv(2, 65, 90, 4, 2, dtype=dtype)
     dlse = dlse_for(device, q)
@@ -269,8 +221,8 @@ def test_layouts_of_the_gradient_of_lse(device, make_qkv):
     q, k, v = make_qkv(2, 65, 90, 4, 2)
     dout = dout_for(device, q, v)
     number = device.place(torch.randn(1, 1, 1)).expand(2, 4, 65)
-    plain = gradients_of(device, q, k, v, dout, number.contiguous(), deterministic=True)
-    assert_all_equal(gradients_of(device, q, k, v, dout, number, deterministic=True), plain)
+    plain = gradients_of(q, k, v, dout, number.contiguous(), deterministic=True)
+    assert_all_equal(gradients_of(q, k, v, dout, number, deterministic=True), plain)
     check(device, q, k, v, dout, device.place(torch.randn(65, 4, 2)).permute(2, 1, 0))
     check(device, q, k, v, dout, device.place(torch.randn(2, 4, 66))[..., 1:])
 
@@ -278,25 +230,23 @@ def test_layouts_of_the_gradient_of_lse(device, make_qkv):
 # ---- numbers -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mean", [0.5, -1.0, 3.0])
+@cases.mean
 def test_mean_that_is_not_zero(device, dtype, make_qkv, mean):
     q, k, v = make_qkv(2, 100, 100, head_dim=128, dtype=dtype, mean=mean)
     check(device, q, k, v, dout_for(device, q, v, mean), causal=True)
 
 
-@pytest.mark.parametrize("scale", [0.0, 1.0, -0.125, 1e-6, 1e-30, 2.0])
+@cases.softmax_scale
 def test_softmax_scale(device, dtype, make_qkv, scale):
     check(device, *make_qkv(2, 70, 90, dtype=dtype), softmax_scale=scale, causal=True)
 
 
-@pytest.mark.parametrize("key", [None, 1, 66, 198], ids=["all", "early", "middle", "late"])
-@pytest.mark.parametrize("score", [200.0, -1000.0])
+@cases.key_of_spike
+@cases.score_of_spike
 def test_spikes(device, dtype, make_qkv, key, score):
     """One key, or all, whose score is far from 0."""
     q, k, v = make_qkv(1, 200, 200, 2, dtype=dtype)
-    q[..., 0] = 8  # and the default scale is 1/8
-    k[..., 0] = 0
-    k[:, slice(None) if key is None else key, :, 0] = score
+    cases.add_spike(q, k, key, score)
     for causal in (False, True):
         check(device, q, k, v, causal=causal)
 
@@ -314,8 +264,8 @@ def test_zeros(device, make_qkv, zero):
 # ---- NaN and inf ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf], ids=str)
-@pytest.mark.parametrize("window_size", HIDING_WINDOWS, ids=str)
+@cases.poison
+@cases.hiding_window
 def test_what_is_masked_stays_out(device, dtype, make_qkv, window_size, poison):
     """The first 30 and last 20 keys are NaN or inf: nobody whom they do not meet must notice."""
     if device != CPU:
@@ -324,21 +274,22 @@ def test_what_is_masked_stays_out(device, dtype, make_qkv, window_size, poison):
         )
     q, k, v = make_qkv(1, 150, 150, 2, 1, 64, 40, dtype=dtype)
     dout = dout_for(device, q, v)
-    bad, visible = bad_keys(window_size)
+    bad, visible = cases.bad_keys(window_size)
     seeing_bad = (visible & bad).any(dim=1)
-    clean = gradients_of(device, q, k, v, dout, window_size=window_size)
+    clean = gradients_of(q, k, v, dout, window_size=window_size)
     for x in (k, v):
         x[:, bad] = poison
-    dq, dk, dv = gradients_of(device, q, k, v, dout, window_size=window_size)
+    dq, dk, dv = gradients_of(q, k, v, dout, window_size=window_size)
 
     innocent_rows = ~seeing_bad
     innocent_keys = ~bad & ~visible[seeing_bad].any(dim=0)
     assert 60 < innocent_rows.sum() < 150
     # unbounded to one side, the rows that see bad keys see all others, too
     assert None in window_size or 40 < innocent_keys.sum() < 150
-    assert torch.equal(dq[:, innocent_rows], clean[0][:, innocent_rows])
-    assert torch.equal(dk[:, innocent_keys], clean[1][:, innocent_keys])
-    assert torch.equal(dv[:, innocent_keys], clean[2][:, innocent_keys])
+    assert_all_equal([dq[:, innocent_rows]], [clean[0][:, innocent_rows]])
+    assert_all_equal(
+        [x[:, innocent_keys] for x in (dk, dv)], [x[:, innocent_keys] for x in clean[1:]]
+    )
 
 
 def test_rows_that_see_no_key_stay_out(device, dtype, make_qkv):
@@ -347,18 +298,18 @@ def test_rows_that_see_no_key_stay_out(device, dtype, make_qkv):
         pytest.skip("kernels multiply whole tiles: NaN next to other rows is the reference's only")
     q, k, v = make_qkv(1, 50, 20, 2, 1, dtype=dtype)
     dout = dout_for(device, q, v)
-    clean = gradients_of(device, q, k, v, dout, causal=True)
+    clean = gradients_of(q, k, v, dout, causal=True)
     for x in (q, dout):
         x[:, :30] = torch.nan  # query 30 is the first that sees key 0
-    assert_all_equal(gradients_of(device, q, k, v, dout, causal=True), clean)
+    assert_all_equal(gradients_of(q, k, v, dout, causal=True), clean)
     assert (clean[0][:, :30] == 0).all()
 
 
 # ---- layouts -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", ["heads_first", "sequence_first", "in_nan", "last_dim_strided"])
-@pytest.mark.parametrize("head_dims", [(64, 64), (72, 40)], ids=str)
+@cases.layout
+@cases.head_dims_of_layouts
 def test_layouts(device, dtype, make_qkv, layout, head_dims):
     """The layout of inputs and dout changes nothing, to the bit; nor does NaN beyond them."""
     q, k, v = make_qkv(3, 45, 77, 4, 2, *head_dims, dtype=dtype, layout=layout)
@@ -366,7 +317,7 @@ def test_layouts(device, dtype, make_qkv, layout, head_dims):
     dout = make_qkv(3, 45, 45, 4, 4, head_dims[1], dtype=dtype, layout=layout)[0]
     gradients = check(device, q, k, v, dout, causal=True, deterministic=True)
     plain = [x.contiguous() for x in (q, k, v, dout)]
-    assert_all_equal(gradients, gradients_of(device, *plain, causal=True, deterministic=True))
+    assert_all_equal(gradients, gradients_of(*plain, causal=True, deterministic=True))
 
 
 def test_packed_and_expanded(device, dtype, make_qkv):
@@ -387,36 +338,22 @@ def test_misaligned_rows(device, dtype, make_qkv):
     check(device, q, k, v, dout, causal=True)
 
 
-@pytest.mark.parametrize("dimension", [0, 1, 2], ids=["batch", "sequence", "heads"])
+@cases.far_dimension
 def test_offsets_beyond_32_bits(device, dimension):
-    """Two batch entries, keys or heads that lie 2^31 elements apart."""
-    far = 2**31
-    shape = [(2, 16, 2, 64), (1, 2, 16, 64), (1, 16, 2, 64)][dimension]
-    room = math.prod(shape)
-    try:
-        storage = torch.empty(far + 4 * room, dtype=torch.bfloat16, device=device.torch_device)
-        storage = device.place(storage)
-    except RuntimeError as error:
-        pytest.skip(f"not enough memory: {error}")
-    strides = list(torch.empty(shape).stride())
-    strides[dimension] = far
-    q, k, v, dout = (storage.as_strided(shape, strides, storage_offset=i * room) for i in range(4))
-    for x in (q, k, v, dout):
-        x.copy_(torch.randn(shape))
-    check(device, q, k, v, dout, causal=True)
+    check(device, *cases.far_apart(device, dimension, 4), causal=True)
 
 
 # ---- reproducibility -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@cases.mask(MASKS)
 def test_deterministic_runs_are_equal_to_the_bit(device, make_qkv, mask):
     """On a GPU blocks finish in ever new orders; elsewhere threads and warps do, which is quicker seen."""
     q, k, v = make_qkv(2, *((1500, 1700) if device == CUDA else (70, 130)), 6, 2)
     inputs = (q, k, v, dout_for(device, q, v), dlse_for(device, q))
-    first = gradients_of(device, *inputs, deterministic=True, **mask)
+    first = gradients_of(*inputs, deterministic=True, **mask)
     for _ in range(2 if device == EMULATOR else 49):
-        assert_all_equal(first, gradients_of(device, *inputs, deterministic=True, **mask))
+        assert_all_equal(first, gradients_of(*inputs, deterministic=True, **mask))
 
 
 def test_blocks_that_take_turns_have_unequal_numbers_of_heads(device, make_qkv):
@@ -426,10 +363,10 @@ def test_blocks_that_take_turns_have_unequal_numbers_of_heads(device, make_qkv):
     parts = explain_backward(q, k, v, deterministic=True).parts
     assert device != EMULATOR or parts == 4
     first = check(device, q, k, v, dout, deterministic=True)
-    assert_all_equal(gradients_of(device, q, k, v, dout, deterministic=True), first)
+    assert_all_equal(gradients_of(q, k, v, dout, deterministic=True), first)
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@cases.mask(MASKS)
 def test_deterministic_runs_are_equal_beside_other_work(cuda, mask):
     """Blocks that wait for their turn share the GPU with products, and with blocks of another backward."""
 
@@ -463,7 +400,7 @@ def test_runs_differ_by_rounding_at_most(device, dtype, make_qkv):
     dout = dout_for(device, q, v)
     first = check(device, q, k, v, dout, causal=True)
     for _ in range(1 if device == EMULATOR else 10):
-        for x, y in zip(gradients_of(device, q, k, v, dout, causal=True), first, strict=True):
+        for x, y in zip(gradients_of(q, k, v, dout, causal=True), first, strict=True):
             eps = torch.finfo(x.dtype).eps
             torch.testing.assert_close(x, y, rtol=4 * eps, atol=eps * max_finite(y))
 
@@ -472,9 +409,9 @@ def test_batch_entries_do_not_depend_on_each_other(device, dtype, make_qkv):
     q, k, v = make_qkv(5, 70, 130, 3, 1, dtype=dtype)  # planned alike alone
     inputs = (q, k, v, dout_for(device, q, v), dlse_for(device, q))
     options = {"causal": True, "deterministic": True}
-    together = gradients_of(device, *inputs, **options)
+    together = gradients_of(*inputs, **options)
     for entry in (slice(0, 1), slice(3, 5)):
-        alone = gradients_of(device, *(x[entry] for x in inputs), **options)
+        alone = gradients_of(*(x[entry] for x in inputs), **options)
         assert_all_equal([x[entry] for x in together], alone)
 
 
@@ -482,5 +419,5 @@ def test_inputs_are_left_alone(device, dtype, make_qkv):
     q, k, v = make_qkv(2, 33, 65, 4, 2, dtype=dtype)
     inputs = (q, k, v, dout_for(device, q, v), dlse_for(device, q))
     copies = [x.clone() for x in inputs]
-    gradients_of(device, *inputs, causal=True)
+    gradients_of(*inputs, causal=True)
     assert_all_equal(inputs, copies)

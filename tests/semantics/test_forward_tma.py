@@ -7,31 +7,31 @@ import pytest
 import torch
 
 from flash_attn_sm120 import explain, flash_attn_func
-from helpers import masks
-from helpers.reference import assert_close
+from helpers import cases
+from helpers.cases import MASKS, WIDE_MASKS
+from helpers.checks import assert_all_equal, attend, check_forward
+from helpers.devices import CPU, DEVICES, params_of
 from helpers.shapes import shapes
 from helpers.tiles import PRODUCERS, tile_row, use_tiles
 
 
-@pytest.fixture(autouse=True)
-def no_cpu(request):
-    if "device" in request.fixturenames and request.getfixturevalue("device").name == "cpu":
-        pytest.skip("the CPU has no TMA")
+@pytest.fixture(params=params_of(*(device for device in DEVICES if device is not CPU)))
+def device(request):
+    with use_tiles(*request.param.tiles):
+        yield request.param
 
 
-def check(q, k, v, *, producer="thread", **options):
+def check_both(q, k, v, *, producer="thread", **options):
     """A call by both kernels, with the same tile: right, and equal to the bit. Returns the plan."""
     plan = explain(q, k, v, **options)
     with use_tiles(tile_row(plan, kernel="forward")):
         assert explain(q, k, v, **options).kernel == "forward"
-        expected = flash_attn_func(q, k, v, return_lse=True, **options)
+        expected = attend(q, k, v, **options)
     with use_tiles(tile_row(plan, kernel="forward_tma", producer=producer)):
         plan = explain(q, k, v, **options)
         assert plan.kernel == "forward_tma", plan.reasons
-        out, lse = flash_attn_func(q, k, v, return_lse=True, **options)
-    assert_close(out, lse, q, k, v, **options)
-    for got, expects in zip((out, lse), expected, strict=True):
-        torch.testing.assert_close(got, expects, rtol=0, atol=0, equal_nan=True)
+        results = check_forward(q, k, v, **options)
+    assert_all_equal(results, expected, equal_nan=True)
     return plan
 
 
@@ -39,50 +39,48 @@ def check(q, k, v, *, producer="thread", **options):
 
 HEAD_DIMS = [(d, d) for d in (24, 64, 96, 128, 192, 256)] + [(40, 72), (192, 128), (8, 136)]
 
-MASKS = {**masks.MASKS, "left": {"window_size": (70, None)}}
 
-
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=lambda dims: f"{dims[0]}x{dims[1]}")
+@cases.mask(WIDE_MASKS)
+@pytest.mark.parametrize("head_dims", HEAD_DIMS, ids=lambda d: f"{d[0]}x{d[1]}")
 def test_every_tile_edge(device, make_qkv, head_dims, mask):
-    if not device.takes(HEAD_DIMS.index(head_dims) + list(MASKS.values()).index(mask)):
+    if not device.takes(HEAD_DIMS.index(head_dims) + list(WIDE_MASKS.values()).index(mask)):
         pytest.skip("with tiles of the other size")
     plan = explain(*make_qkv(1, 1, 1, 1, 1, *head_dims), **mask)
     for seqlen_k in (1, plan.tile_n - 1, plan.tile_n, plan.tile_n + 1, 5 * plan.tile_n + 9):
         for seqlen_q in (1, plan.tile_m + 1):
-            check(*make_qkv(1, seqlen_q, seqlen_k, 2, 1, *head_dims), **mask)
+            check_both(*make_qkv(1, seqlen_q, seqlen_k, 2, 1, *head_dims), **mask)
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@cases.mask(WIDE_MASKS)
 @pytest.mark.parametrize("producer", PRODUCERS)
 @pytest.mark.parametrize("head_dims", [(64, 64), (192, 192)], ids=str)
 def test_every_producer(device, dtype, make_qkv, head_dims, producer, mask):
     """Also where everything is computed a second time, and the ring goes on where it was."""
     q, k, v = make_qkv(2, 70, 330, 4, 2, *head_dims, dtype=dtype)
-    plan = check(q, k, v, producer=producer, **mask)
+    plan = check_both(q, k, v, producer=producer, **mask)
     assert f"_p{PRODUCERS.index(producer)}" in plan.variant
-    check(q * 200, k, v, producer=producer, **mask)
+    check_both(q * 200, k, v, producer=producer, **mask)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (14, 2), (6, 1)], ids=str)
+@cases.heads
 def test_heads(device, make_qkv, heads):
-    check(*make_qkv(3, 47, 83, *heads), causal=True)
+    check_both(*make_qkv(3, 47, 83, *heads), causal=True)
 
 
-@pytest.mark.parametrize("mask", [MASKS["full"], MASKS["window"]], ids=["full", "window"])
+@cases.mask({name: MASKS[name] for name in ("full", "window")})
 def test_softcap(device, dtype, make_qkv, mask):
-    check(*make_qkv(2, 47, 83, 4, 2, dtype=dtype, mean=0.5), softcap=20.0, **mask)
+    check_both(*make_qkv(2, 47, 83, 4, 2, dtype=dtype, mean=0.5), softcap=20.0, **mask)
 
 
-@pytest.mark.parametrize("layout", ["heads_first", "sequence_first", "in_nan", "last_dim_strided"])
-@pytest.mark.parametrize("head_dims", [(64, 64), (72, 40)], ids=str)
+@cases.layout
+@cases.head_dims_of_layouts
 def test_layouts(device, make_qkv, layout, head_dims):
-    check(*make_qkv(3, 45, 77, 4, 2, *head_dims, layout=layout), causal=True)
+    check_both(*make_qkv(3, 45, 77, 4, 2, *head_dims, layout=layout), causal=True)
 
 
 def test_packed(device, make_qkv):
     qkv = make_qkv(3, 45, 77, 4 + 2 + 2)[0]
-    check(*qkv.split([4, 2, 2], dim=2), causal=True)
+    check_both(*qkv.split([4, 2, 2], dim=2), causal=True)
 
 
 @pytest.mark.parametrize("producer", PRODUCERS)
@@ -92,12 +90,12 @@ def test_what_is_masked_stays_out(device, make_qkv, poison, producer):
     q, k, v = make_qkv(1, 150, 150, 2, 1, 64, 40)
     k[:, :30], v[:, :30] = poison, poison
     k[:, -20:], v[:, -20:] = poison, poison
-    check(q, k, v, producer=producer, window_size=(10, 0))
+    check_both(q, k, v, producer=producer, window_size=(10, 0))
 
 
 def test_values_in_the_padding_are_zeros(device, make_qkv):
     """Next to the last of 24 dims, and before the first key, lies NaN."""
-    check(*make_qkv(2, 33, 20, 2, 1, 24, 24, layout="in_nan"))
+    check_both(*make_qkv(2, 33, 20, 2, 1, 24, 24, layout="in_nan"))
 
 
 # ---- routes --------------------------------------------------------------------------------------
@@ -125,7 +123,7 @@ def test_takes_every_mask_and_head_dim():
     for head_dims in HEAD_DIMS:
         if sum(head_dims) <= 256:
             q, k, v = (torch.empty(2, 70, 4, d) for d in (head_dims[0], *head_dims))
-            for mask in MASKS.values():
+            for mask in WIDE_MASKS.values():
                 assert kernel_of(q.half(), k.half(), v.half(), **mask)[0] == "forward_tma"
 
 
@@ -183,8 +181,7 @@ def test_expanded_inputs_are_right_by_the_other_kernel(device, make_qkv):
     with use_tiles(*tma_rows()):
         for expanded in (k[:1].expand(2, -1, -1, -1), k[:, :1].expand(-1, 77, -1, -1)):
             assert explain(q, expanded, v).kernel == "forward"
-            out, lse = flash_attn_func(q, expanded, v, return_lse=True)
-            assert_close(out, lse, q, expanded, v)
+            check_forward(q, expanded, v)
 
 
 def test_no_keys(device, make_qkv):
@@ -192,7 +189,7 @@ def test_no_keys(device, make_qkv):
     kernel, why = kernel_of(q, k, v)
     assert kernel == "forward" and "without keys" in why
     with use_tiles(*tma_rows()):
-        out, lse = flash_attn_func(q, k, v, return_lse=True)
+        out, lse = attend(q, k, v)
         assert (out == 0).all() and (lse == -math.inf).all()
         assert flash_attn_func(q[:, :0], k, v)[0].shape == (2, 0, 4, 64)
 

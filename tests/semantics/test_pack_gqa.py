@@ -5,28 +5,22 @@ import itertools
 import pytest
 import torch
 
-from flash_attn_sm120 import explain, flash_attn_func
+from flash_attn_sm120 import explain
+from helpers import cases
+from helpers.checks import assert_all_equal, attend, check_forward
 from helpers.children import run_python
-from helpers.reference import assert_close
 from helpers.shapes import shapes
 from helpers.tiles import KERNELS, tile_row, use_tiles
 
 RATIOS = [(4, 2), (6, 2), (4, 1), (14, 2), (8, 1), (13, 1)]
-MASKS = {
-    "full": {},
-    "causal": {"causal": True, "softcap": 15.0},
-    "window": {"window_size": (20, 3)},
-    "below": {"window_size": (None, -10)},  # the rows at the top see no key
-}
+MASKS = {**cases.MASKS, "causal": {"causal": True, "softcap": 15.0}}
 
 
-def check(device, q, k, v, **options):
+def check_packed(device, q, k, v, **options):
     """A call, packed and unpacked: right, and equal to the bit."""
-    expected = flash_attn_func(q, k, v, pack_gqa=False, return_lse=True, **options)
-    out, lse = flash_attn_func(q, k, v, pack_gqa=True, return_lse=True, **options)
-    assert_close(out, lse, q, k, v, **options)
-    for got, expects in zip((out, lse), expected, strict=True):
-        torch.testing.assert_close(got, expects, rtol=0, atol=0, equal_nan=True)
+    unpacked = attend(q, k, v, pack_gqa=False, **options)
+    packed = check_forward(q, k, v, pack_gqa=True, **options)
+    assert_all_equal(packed, unpacked, equal_nan=True)
     if device.name != "cpu":
         packed, unpacked = (explain(q, k, v, pack_gqa=p, **options) for p in (True, False))
         assert packed.pack_gqa and not unpacked.pack_gqa
@@ -36,18 +30,18 @@ def check(device, q, k, v, **options):
 # ---- right ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@cases.mask(MASKS)
 @pytest.mark.parametrize("heads", RATIOS, ids=lambda heads: f"{heads[0]}to{heads[1]}")
 def test_ratios(device, dtype, make_qkv, heads, mask):
-    check(device, *make_qkv(1, 47, 83, *heads, 64, 40, dtype=dtype), **mask)
+    check_packed(device, *make_qkv(1, 47, 83, *heads, 64, 40, dtype=dtype), **mask)
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@cases.mask(MASKS)
 def test_tile_edges(device, make_qkv, mask):
     """Of queries, of packed rows, and of keys: 64 (128) rows per tile, 32 or 64 keys."""
     for seqlen_q, ratio in ((1, 7), (9, 7), (16, 4), (21, 3), (32, 2), (65, 2)):
         for seqlen_k in (1, 64, 65, 129):
-            check(device, *make_qkv(1, seqlen_q, seqlen_k, 2 * ratio, 2), **mask)
+            check_packed(device, *make_qkv(1, seqlen_q, seqlen_k, 2 * ratio, 2), **mask)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -59,16 +53,16 @@ def test_both_kernels(device, make_qkv, head_dims, kernel):
     with use_tiles(tile_row(explain(q, k, v), kernel=kernel, producer="thread")):
         assert explain(q, k, v).kernel == kernel
         for mask in ({"causal": True}, {"window_size": (30, 5)}):
-            check(device, q, k, v, **mask)
+            check_packed(device, q, k, v, **mask)
 
 
-@pytest.mark.parametrize("layout", ["heads_first", "sequence_first", "in_nan", "last_dim_strided"])
+@cases.layout
 def test_layouts(device, make_qkv, layout):
-    check(device, *make_qkv(3, 45, 77, 6, 2, layout=layout), causal=True)
+    check_packed(device, *make_qkv(3, 45, 77, 6, 2, layout=layout), causal=True)
 
 
 def test_packed_qkv(device, make_qkv):
-    check(device, *make_qkv(3, 45, 77, 6 + 2 + 2)[0].split([6, 2, 2], dim=2), causal=True)
+    check_packed(device, *make_qkv(3, 45, 77, 6 + 2 + 2)[0].split([6, 2, 2], dim=2), causal=True)
 
 
 def test_spikes_in_one_head(device, dtype, make_qkv):
@@ -77,20 +71,19 @@ def test_spikes_in_one_head(device, dtype, make_qkv):
     q[..., 0], k[..., 0] = 0, 0
     q[:, 11, 2, 0], k[:, 5, :, 0] = 8, 300
     for causal in (False, True):
-        check(device, q, k, v, causal=causal)
+        check_packed(device, q, k, v, causal=causal)
 
 
 def test_nan_stays_in_its_group(device, make_qkv):
     q, k, v = make_qkv(1, 20, 50, 8, 2)
     k[:, 30, 1], v[:, 30, 1] = torch.nan, torch.nan
-    check(device, q, k, v, causal=True)
+    check_packed(device, q, k, v, causal=True)
 
 
 def test_nothing_to_do(device, make_qkv):
     for sizes in ((0, 5, 7), (2, 0, 7), (2, 5, 0)):
         q, k, v = make_qkv(*sizes, 8, 2)
-        out, lse = flash_attn_func(q, k, v, pack_gqa=True, return_lse=True)
-        assert_close(out, lse, q, k, v)
+        check_forward(q, k, v, pack_gqa=True)
 
 
 # ---- the plan ------------------------------------------------------------------------------------

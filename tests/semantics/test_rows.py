@@ -1,18 +1,12 @@
 """A row's result depends on that row alone: not on the rows that share its block, to the bit."""
 
 import pytest
-import torch
 
-from flash_attn_sm120 import explain, flash_attn_func
+from flash_attn_sm120 import explain
+from helpers.cases import WIDE_MASKS
+from helpers.checks import assert_all_equal, attend
 from helpers.reference import assert_close
 from helpers.tiles import tile_row, use_tiles
-
-MASKS = {
-    "full": {},
-    "causal": {"causal": True},
-    "window": {"window_size": (45, 3)},
-    "left": {"window_size": (70, None)},
-}
 
 KEYS = {"tile_n": 32, "sub_n": 16}  # what a row's result may depend on
 TILES = {
@@ -36,7 +30,7 @@ TILES = {
 }
 
 
-@pytest.fixture(params=MASKS.values(), ids=MASKS)
+@pytest.fixture(params=WIDE_MASKS.values(), ids=WIDE_MASKS)
 def mask(device, request):
     """On the emulator each with one data type, so that both see both sides masked, and not."""
     if device.name == "cuda-large":
@@ -44,15 +38,6 @@ def mask(device, request):
     if not device.takes(request.param_index):
         pytest.skip("with the other data type")
     return request.param
-
-
-def attend(q, k, v, **options):
-    return flash_attn_func(q, k, v, return_lse=True, **options)
-
-
-def assert_equal(got, expected):
-    for x, y in zip(got, expected, strict=True):
-        torch.testing.assert_close(x, y, rtol=0, atol=0, equal_nan=True)
 
 
 def add_spikes(q, k, rows, key):
@@ -75,7 +60,7 @@ def test_rows_do_not_depend_on_the_tile(device, dtype, make_qkv, mask, spikes):
             results.append(attend(q, k, v, **mask))
     assert_close(*results[0], q, k, v, **mask)
     for other in results[1:]:
-        assert_equal(other, results[0])
+        assert_all_equal(other, results[0])
 
 
 def test_rows_do_not_depend_on_their_neighbours(device, dtype, make_qkv, mask):
@@ -85,10 +70,12 @@ def test_rows_do_not_depend_on_their_neighbours(device, dtype, make_qkv, mask):
     with use_tiles(tile_row(**KEYS, **TILES["4x32"])):
         out, lse = attend(q, k, v, **mask)
         for rows in (1, 17, 100):
-            assert_equal(
+            assert_all_equal(
                 attend(q[:, -rows:], k, v, **mask), (out[:, -rows:], lse[..., -rows:].contiguous())
             )
         add_spikes(q, k, [30, 75], 90)
         spiky_out, spiky_lse = attend(q, k, v, **mask)
     others = [row for row in range(150) if row not in (30, 75)]
-    assert_equal((spiky_out[:, others], spiky_lse[..., others]), (out[:, others], lse[..., others]))
+    assert_all_equal(
+        (spiky_out[:, others], spiky_lse[..., others]), (out[:, others], lse[..., others])
+    )

@@ -9,28 +9,20 @@ import torch
 
 from emulator import EmulatedTensor, emulator
 from flash_attn_sm120 import explain, flash_attn_func
-from helpers.reference import assert_close, visible_keys
+from helpers import cases
+from helpers.cases import WIDE_MASKS
+from helpers.checks import assert_all_equal, attend, check_forward
 from helpers.shapes import shapes
 from helpers.tiles import tile_row, use_tiles
 
 SPLITS = (0, 1, 2, 3, 7, 100)
 
-MASKS = {
-    "full": {},
-    "causal": {"causal": True},
-    "window": {"window_size": (100, 20)},
-    "left": {"window_size": (70, None)},
-    "below": {"window_size": (None, -10)},  # the rows at the top see no key
-}
 
-
-def check(device, q, k, v, num_splits, **options):
+def check_split(device, q, k, v, num_splits, **options):
     """One call, held against the reference, with NaN where its workspace will be."""
     plan = explain(q, k, v, num_splits=num_splits, **options)
     torch.full((16 + (plan.workspace_bytes or 0) // 4,), math.nan, device=device.torch_device)
-    out, lse = flash_attn_func(q, k, v, num_splits=num_splits, return_lse=True, **options)
-    assert_close(out, lse, q, k, v, **options)
-    return out, lse
+    return check_forward(q, k, v, num_splits=num_splits, **options)
 
 
 def tile_of(q, k, v, **options):
@@ -49,7 +41,7 @@ def reordered(device, seed):
 # ---- right ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@cases.mask(WIDE_MASKS)
 @pytest.mark.parametrize("seqlen_q", [1, 5, 64, 65, 130])
 def test_lengths(device, make_qkv, seqlen_q, mask):
     """Parts of many tiles, of one, of the last one's few keys, and of none."""
@@ -57,15 +49,15 @@ def test_lengths(device, make_qkv, seqlen_q, mask):
     for seqlen_k in (0, 1, tile_n - 1, tile_n, tile_n + 1, 2 * tile_n, 7 * tile_n + 9):
         q, k, v = make_qkv(1, seqlen_q, seqlen_k, 2, 1)
         for num_splits in (2, 3, 100):
-            check(device, q, k, v, num_splits, **mask)
+            check_split(device, q, k, v, num_splits, **mask)
 
 
 @pytest.mark.parametrize("num_splits", SPLITS)
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@cases.mask(WIDE_MASKS)
 def test_many_keys(device, make_qkv, mask, num_splits):
     for seqlen_q in (1, 65):
         q, k, v = make_qkv(1, seqlen_q, 2000, 4, 2, mean=0.25)
-        check(device, q, k, v, num_splits, **mask)
+        check_split(device, q, k, v, num_splits, **mask)
 
 
 @pytest.mark.parametrize("num_splits", [2, 13])
@@ -74,24 +66,23 @@ def test_many_keys(device, make_qkv, mask, num_splits):
 )
 def test_head_dims(device, make_qkv, head_dims, num_splits):
     """Rows of 2 to 64 threads of combine, which may not divide its block."""
-    check(device, *make_qkv(2, 37, 900, 2, 1, *head_dims), num_splits, causal=True)
+    check_split(device, *make_qkv(2, 37, 900, 2, 1, *head_dims), num_splits, causal=True)
 
 
-@pytest.mark.parametrize("heads", [(4, 4), (14, 2), (6, 1)], ids=str)
+@cases.heads
 def test_heads(device, make_qkv, heads):
-    check(device, *make_qkv(3, 70, 300, *heads), 3, causal=True)
+    check_split(device, *make_qkv(3, 70, 300, *heads), 3, causal=True)
 
 
-@pytest.mark.parametrize("layout", ["heads_first", "sequence_first", "in_nan", "last_dim_strided"])
+@cases.layout
 def test_layouts(device, make_qkv, layout):
     q, k, v = make_qkv(3, 45, 300, 4, 2, 72, 40, layout=layout)
-    out, lse = check(device, q, k, v, 3, causal=True)
+    results = check_split(device, q, k, v, 3, causal=True)
     plain = [x.contiguous() for x in (q, k, v)]
-    expected = flash_attn_func(*plain, num_splits=3, causal=True, return_lse=True)
-    assert torch.equal(out, expected[0]) and torch.equal(lse, expected[1])
+    assert_all_equal(results, attend(*plain, num_splits=3, causal=True))
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@cases.mask(WIDE_MASKS)
 def test_both_kernels_agree_to_the_bit(device, make_qkv, mask):
     if device.name == "cpu":
         pytest.skip("the CPU has one kernel")
@@ -102,44 +93,39 @@ def test_both_kernels_agree_to_the_bit(device, make_qkv, mask):
     rows += [tile_row(tile, kernel="forward_tma", producer=p) for p in ("barrier", "warp")]
     for row, scale in itertools.product(rows, (1, 50)):  # 50: all is computed a second time
         with use_tiles(row):
-            results.append(check(device, q * scale, k, v, 3, **mask))
-    for i, (out, lse) in enumerate(results):
-        assert torch.equal(out, results[i % 2][0]) and torch.equal(lse, results[i % 2][1])
+            results.append(check_split(device, q * scale, k, v, 3, **mask))
+    for i, result in enumerate(results):
+        assert_all_equal(result, results[i % 2])
 
 
 # ---- numbers -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("key", [1, 257, 499], ids=["early", "middle", "late"])
-@pytest.mark.parametrize("score", [200.0, -1000.0])
+@cases.score_of_spike
 def test_spikes(device, dtype, make_qkv, key, score):
     """One part whose scores are far from all others'."""
     q, k, v = make_qkv(1, 100, 500, 2, dtype=dtype)
-    q[..., 0] = 8  # and the default scale is 1/8
-    k[..., 0] = 0
-    k[:, key, :, 0] = score
+    cases.add_spike(q, k, key, score)
     for options in ({}, {"causal": True}):
-        check(device, q, k, v, 4, **options)
+        check_split(device, q, k, v, 4, **options)
 
 
 def test_output_at_the_end_of_the_range(device, dtype, make_qkv):
     q, k, v = make_qkv(1, 33, 400, 2, dtype=dtype)
-    check(device, q, k, torch.full_like(v, torch.finfo(dtype).max), 5, softmax_scale=0.0)
+    check_split(device, q, k, torch.full_like(v, torch.finfo(dtype).max), 5, softmax_scale=0.0)
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf], ids=str)
 @pytest.mark.parametrize("window_size", [(None, 0), (150, 0), (None, -5)], ids=str)
 def test_what_is_masked_stays_out(device, dtype, make_qkv, window_size, poison):
     q, k, v = make_qkv(1, 400, 400, 2, 1, 64, 40, dtype=dtype)
-    options = {"window_size": window_size, "num_splits": 4, "return_lse": True}
-    clean, clean_lse = flash_attn_func(q, k, v, **options)
-    bad = torch.zeros(400, dtype=torch.bool, device=q.device)
-    bad[:30] = window_size[0] is not None
-    bad[-20:] = True
+    options = {"window_size": window_size, "num_splits": 4}
+    clean, clean_lse = attend(q, k, v, **options)
+    bad, visible = cases.bad_keys(window_size, 400, q.device)
     for x in (k, v):
         x[:, bad] = poison
-    out, lse = flash_attn_func(q, k, v, **options)
-    visible = visible_keys(torch.arange(400, device=q.device), 400, *window_size)
+    out, lse = attend(q, k, v, **options)
     innocent = ~(visible & bad).any(dim=1)
     assert 150 < innocent.sum() < 400
     tolerance = 2 * torch.finfo(dtype).eps
@@ -154,17 +140,17 @@ def test_what_is_masked_stays_out(device, dtype, make_qkv, window_size, poison):
 def test_visible_nan_reaches_who_sees_it(device, dtype, make_qkv, where):
     q, k, v = make_qkv(2, 100, 400, 4, 2, dtype=dtype)
     {"q": q, "k": k, "v": v}[where][1, 50, 1, 3] = torch.nan
-    check(device, q, k, v, 3, window_size=(330, 5))
+    check_split(device, q, k, v, 3, window_size=(330, 5))
 
 
-@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("sink_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@cases.mask(WIDE_MASKS)
+@cases.sink_dtype
 def test_sink(device, make_qkv, sink_dtype, mask):
     """It counts once, whatever the number of parts; rows without keys have nothing else."""
     q, k, v = make_qkv(2, 70, 330, 6, 2)
-    sinks = torch.tensor([0.0, -math.inf, 300.0, -300.0, 3.0, -1.5]).to(sink_dtype)
-    check(device, q, k, v, 3, learnable_sink=device.place(sinks), **mask)
-    check(device, q[:, :5], k[:, :0], v[:, :0], 3, learnable_sink=device.place(sinks), **mask)
+    sinks = cases.sinks_of_every_kind(device, sink_dtype)
+    check_split(device, q, k, v, 3, learnable_sink=sinks, **mask)
+    check_split(device, q[:, :5], k[:, :0], v[:, :0], 3, learnable_sink=sinks, **mask)
 
 
 # ---- reproducible --------------------------------------------------------------------------------
@@ -173,19 +159,19 @@ def test_sink(device, make_qkv, sink_dtype, mask):
 def test_runs_are_equal_to_the_bit(device, dtype, make_qkv):
     q, k, v = make_qkv(2, 70, 700, 4, 2, dtype=dtype)
     for num_splits in (0, 5):
-        expected = flash_attn_func(q, k, v, num_splits=num_splits, return_lse=True)
+        expected = attend(q, k, v, num_splits=num_splits)
         for seed in range(3):
             with reordered(device, seed):
-                again = flash_attn_func(q, k, v, num_splits=num_splits, return_lse=True)
-            assert all(torch.equal(*pair) for pair in zip(again, expected, strict=True))
+                again = attend(q, k, v, num_splits=num_splits)
+            assert_all_equal(again, expected)
 
 
 def test_batch_entries_do_not_depend_on_each_other(device, make_qkv):
     q, k, v = make_qkv(5, 20, 330, 4, 2)
-    out, lse = flash_attn_func(q, k, v, num_splits=3, return_lse=True)
+    out, lse = attend(q, k, v, num_splits=3)
     for entry in (slice(0, 1), slice(3, 5)):
-        alone = flash_attn_func(q[entry], k[entry], v[entry], num_splits=3, return_lse=True)
-        assert torch.equal(out[entry], alone[0]) and torch.equal(lse[entry], alone[1])
+        alone = attend(q[entry], k[entry], v[entry], num_splits=3)
+        assert_all_equal(alone, (out[entry], lse[entry]))
 
 
 def test_lse_only_on_request(device, make_qkv):
@@ -215,23 +201,22 @@ def test_no_memory_for_the_workspace(device, make_qkv, monkeypatch):
         with pytest.raises(torch.OutOfMemoryError, match=message):
             flash_attn_func(q, k, v, num_splits=3)
         flash_attn_func(q, k, v, num_splits=1)
-    check(device, q, k, v, 3)
+    check_split(device, q, k, v, 3)
 
 
 def test_graph_capture_and_replay(cuda):
     q, k, v = (torch.randn(1, s, 4, 64, device="cuda").bfloat16() for s in (3, 2000, 2000))
-    options = {"num_splits": 6, "return_lse": True}
-    flash_attn_func(q, k, v, **options)
+    attend(q, k, v, num_splits=6)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        results = [flash_attn_func(q, k, v, **options) for _ in range(3)]  # one workspace for all
+        results = [attend(q, k, v, num_splits=6) for _ in range(3)]  # one workspace for all
     for _ in range(3):
         for x in (q, k, v):
             x.normal_()
         graph.replay()
-        expected = flash_attn_func(q, k, v, **options)
+        expected = attend(q, k, v, num_splits=6)
         for result in results:
-            assert all(torch.equal(*pair) for pair in zip(result, expected, strict=True))
+            assert_all_equal(result, expected)
 
 
 def test_the_workspace_is_the_streams(cuda):
@@ -354,4 +339,4 @@ def test_bad_num_splits(device, make_qkv, value, error, message):
     for call in (flash_attn_func, explain):
         with pytest.raises(error, match=message):
             call(q, k, v, num_splits=value)
-    check(device, q, k, v, 2)
+    check_split(device, q, k, v, 2)

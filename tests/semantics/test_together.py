@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 
 from flash_attn_sm120 import _C, flash_attn_func
+from helpers.checks import assert_all_equal, dlse_for
 from helpers.inputs import LAYOUTS, random_tensor
 from helpers.reference import assert_close, assert_gradients_close
 
@@ -92,8 +93,7 @@ def test_everything_together(device, request, outputs_full_of_nan):
         torch.manual_seed(data.draw(st.integers(0, 2**32 - 1), "seed"))
         q, k, v, dout = random_tensors(device, dtype, shape, layouts)
         sink = None if sink_dtype is None else device.place(torch.randn(q.shape[2]).to(sink_dtype))
-        dlse = device.place(torch.randn(q.shape[0], q.shape[2], q.shape[1]))
-        dlse = dlse if data.draw(st.booleans(), "dlse") else None
+        dlse = dlse_for(device, q) if data.draw(st.booleans(), "dlse") else None
         right(q, k, v, dout, dlse, {**options, "learnable_sink": sink}, **choices)
 
     check()
@@ -116,8 +116,8 @@ def right(q, k, v, dout, dlse, options, num_splits, pack_gqa, deterministic):
 
     out, lse = forward()
     assert_close(out, lse, q, k, v, **options)
-    assert all(map(torch.equal, forward(), (out, lse)))
+    assert_all_equal(forward(), (out, lse))
     gradients = backward()
     assert_gradients_close(gradients, q, k, v, dout, dlse, **options)
     if deterministic:
-        assert all(map(torch.equal, backward(), gradients))
+        assert_all_equal(backward(), gradients)
