@@ -46,15 +46,15 @@ warmup: build
 	$(RUN) -m flash_attn_sm120 warmup
 
 lint: build
-	$(RUN) -m pytest -q tests/test_source.py
+	$(RUN) -m pytest -q tests/gates/test_source.py
 
 format: $(READY)
-	$(RUN) -m ruff format flash_attn_sm120 tests benchmarks setup.py
-	$(RUN) -m ruff check --fix -q flash_attn_sm120 tests benchmarks setup.py
-	$(dir $(RUN))clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] kernels/* tests/*.c tests/emulator/*.[ch]
+	$(RUN) -m ruff format flash_attn_sm120 emulator tests benchmarks conftest.py setup.py
+	$(RUN) -m ruff check --fix -q flash_attn_sm120 emulator tests benchmarks conftest.py setup.py
+	$(dir $(RUN))clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] kernels/* tests/helpers/*.c emulator/*.[ch]
 
 asan: build
-	$(RUN) -m pytest -q tests/test_sanitizers.py
+	$(RUN) -m pytest -q tests/host/test_sanitizers.py
 
 clean:
 	rm -rf build dist *.egg-info flash_attn_sm120/*.so

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+
 from emulator import EmulatedTensor, library, unavailable
 
 os.environ["FA_SM120_TILES"] = ""  # not what was tuned on the developer's machine
