@@ -70,15 +70,11 @@ int fa_plan_supports(const struct fa_shape *shape, const struct fa_device *devic
     return 0;
 }
 
-/* Bytes of shared memory of the ring of K and V tiles, rows padded to whole mma steps; and of the
- * two mbarriers of each stage, where the TMA fills them. The ring's alignment, of 1024 bytes for
- * the TMA, costs nothing: there is no other shared memory, and what CUDA reserves in front of it is
- * as large. */
 static int forward_smem(const struct fa_shape *shape, const struct fa_tile *tile)
 {
-    const int row = CEIL_DIV(shape->head_dim, 16) * 16 + CEIL_DIV(shape->head_dim_v, 16) * 16;
-    const int stage = tile->tile_n * row * 2 + (tile->kernel == FA_KERNEL_FORWARD_TMA ? 2 * 8 : 0);
-    return tile->stages * stage;
+    const int stage_bytes =
+        fa_forward_stage_bytes(shape->head_dim, shape->head_dim_v, tile->tile_n, shape->dtype);
+    return fa_forward_smem(stage_bytes, tile->stages, tile->kernel == FA_KERNEL_FORWARD_TMA);
 }
 
 /* Query rows of all heads for each multiprocessor; expanded tensors can have more than 2^63. */
@@ -342,7 +338,7 @@ static void set_combine(const struct fa_shape *shape, struct fa_plan *plan)
     enum { WARPS = 8, PARTS_PER_SLICE = 4 };
     struct fa_combine_plan *combine = &plan->combine;
     const int64_t rows = (int64_t)shape->batch * shape->heads_q * shape->seqlen_q;
-    const int slots = WARPS * 32 / (shape->head_dim_v / 4);
+    const int slots = fa_combine_slots(WARPS * 32, shape->head_dim_v);
     combine->variant = (struct fa_variant){
         .kernel = FA_KERNEL_COMBINE,
         .dtype_bf16 = plan->variant.dtype_bf16,

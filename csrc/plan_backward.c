@@ -71,17 +71,12 @@ static void set_main(const struct fa_shape *shape, const struct fa_backward_opti
     plan->n_blocks = CEIL_DIV(shape->seqlen_k, plan->tile_n);
 }
 
-/* Shared memory of kernels/backward.cu: K, the stages of Q, dO, dS^T, of each stage the lse and
- * delta of its queries, and mbarriers. */
 static int backward_smem(const struct fa_shape *shape, const struct fa_backward_plan *plan)
 {
     const struct fa_variant *main = &plan->main.variant;
-    const int k_align = 16 * main->dq_dim_warps;
-    const int k_row = CEIL_DIV(shape->head_dim, k_align) * k_align;
-    const int q_row = CEIL_DIV(shape->head_dim, 16) * 16;
-    const int dout_row = CEIL_DIV(shape->head_dim_v, 16) * 16;
-    const int queries = main->tile_m * (main->stages * (q_row * 2 + 8) + dout_row * 2);
-    return plan->tile_n * (k_row + main->tile_m) * 2 + queries + 16 * (main->stages + 1);
+    return fa_backward_smem_of(shape->head_dim, shape->head_dim_v, main->tile_m, plan->tile_n,
+                               main->stages, main->dq_dim_warps, shape->dtype)
+        .bytes;
 }
 
 /* ---- the grid -------------------------------------------------------------------------------- */
@@ -192,7 +187,7 @@ static void set_delta(const struct fa_shape *shape, struct fa_backward_plan *pla
                     .head_dim_v = main->head_dim_v,
                     .tile_m = main->tile_m},
         .blocks = shape->batch * shape->heads_q * plan->m_blocks,
-        .threads = 256,
+        .threads = FA_PREPROCESS_THREADS,
     };
 }
 
@@ -200,13 +195,12 @@ static void set_delta(const struct fa_shape *shape, struct fa_backward_plan *pla
 static struct fa_step conversion(const struct fa_backward_plan *plan, int64_t row_frags,
                                  int head_dim)
 {
-    enum { WARPS = 4 };
     return (struct fa_step){
         .variant = {.kernel = FA_KERNEL_BACKWARD_CONVERT,
                     .dtype_bf16 = plan->main.variant.dtype_bf16,
                     .head_dim = head_dim},
-        .blocks = (int)CEIL_DIV(row_frags, WARPS),
-        .threads = WARPS * 32,
+        .blocks = (int)CEIL_DIV(row_frags, FA_POSTPROCESS_WARPS),
+        .threads = FA_POSTPROCESS_WARPS * 32,
     };
 }
 
@@ -255,7 +249,7 @@ int fa_plan_backward(const struct fa_shape *shape, const struct fa_backward_opti
                         .dtype_bf16 = plan->main.variant.dtype_bf16,
                         .tile_m = plan->main.variant.tile_m},
             .blocks = shape->heads_q,
-            .threads = 256,
+            .threads = FA_SINK_THREADS,
         };
     return 0;
 }
