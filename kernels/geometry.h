@@ -24,8 +24,8 @@ FA_CONSTEXPR int fa_chunk_elements(int dtype) { return FA_CHUNK_BYTES / fa_eleme
 enum { FA_MMA_K = 16 };
 FA_CONSTEXPR int fa_padded_dim(int dim, int align) { return (dim + align - 1) / align * align; }
 
-/* Tiles are cut into segments, as wide as the largest swizzle that the chunks of a row fill: of 8, 4
- * or 2 chunks, CU_TENSOR_MAP_SWIZZLE_128B, _64B or _32B. A segment is also a box of the TMA. */
+/* Tiles are cut into segments, as wide as the largest swizzle that the chunks of a row fill: of 8,
+ * 4 or 2 chunks, CU_TENSOR_MAP_SWIZZLE_128B, _64B or _32B. A segment is also a box of the TMA. */
 FA_CONSTEXPR int fa_segment_chunks(int row_chunks)
 {
     return row_chunks % 8 == 0 ? 8 : row_chunks % 4 == 0 ? 4 : 2;
@@ -67,8 +67,8 @@ FA_CONSTEXPR int fa_forward_stage_bytes(int head_dim, int head_dim_v, int tile_n
            fa_tile_bytes(tile_n, fa_padded_dim(head_dim_v, FA_MMA_K), dtype);
 }
 
-/* Shared memory of the forward: the stages of the ring, and behind them where the TMA fills them
- * their mbarriers. The ring's alignment, of 1024 bytes for the TMA, costs nothing: there is no other
+/* Shared memory of the forward: the stages of the ring, and behind them their mbarriers where the
+ * TMA fills them. The ring's alignment, of 1024 bytes for the TMA, costs nothing: there is no other
  * shared memory, and what CUDA reserves in front of it is as large. */
 FA_CONSTEXPR int fa_forward_smem(int stage_bytes, int stages, int has_mbarriers)
 {
