@@ -47,7 +47,7 @@ class BuildWithCubins(build_py):
 extension = Extension(
     "flash_attn_sm120._C",
     sources=sorted(str(path) for path in Path("csrc").rglob("*.c")),
-    depends=[str(path) for path in (*Path("csrc").rglob("*.h"), Path("kernels/params.h"))],
+    depends=[str(path) for path in (*Path("csrc").rglob("*.h"), *Path("kernels").glob("*.h"))],
     define_macros=[("Py_LIMITED_API", "0x030A0000")],
     extra_compile_args=[*CFLAGS, *EXTRA_CFLAGS],
     extra_link_args=EXTRA_CFLAGS,

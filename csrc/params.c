@@ -49,8 +49,9 @@ static struct fa_divisor divisor_of(int number)
 static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,
                              struct fa_tensor_map *map)
 {
-    const int padded = ((int)tensor->shape[3] + 15) / 16 * 2; /* 16-byte chunks */
-    const int cols = padded % 8 == 0 ? 8 : padded % 4 == 0 ? 4 : 2;
+    const int chunk = fa_chunk_elements(tensor->dtype); /* in elements */
+    const int padded = fa_padded_dim((int)tensor->shape[3], FA_MMA_K);
+    const int cols = fa_segment_chunks(padded / chunk);
     const int swizzle = cols == 8   ? CU_TENSOR_MAP_SWIZZLE_128B
                         : cols == 4 ? CU_TENSOR_MAP_SWIZZLE_64B
                                     : CU_TENSOR_MAP_SWIZZLE_32B;
@@ -58,9 +59,10 @@ static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *t
     uint64_t sizes[4], strides[4];
     for (int i = 0; i < 4; i++) {
         sizes[i] = (uint64_t)tensor->shape[order[i]];
-        strides[i] = 2 * (sizes[i] > 1 ? (uint64_t)tensor->stride[order[i]] : sizes[0]);
+        strides[i] = (uint64_t)fa_element_bytes(tensor->dtype) *
+                     (sizes[i] > 1 ? (uint64_t)tensor->stride[order[i]] : sizes[0]);
     }
-    const uint32_t box[] = {8 * (uint32_t)cols, (uint32_t)rows, 1, 1};
+    const uint32_t box[] = {(uint32_t)(cols * chunk), (uint32_t)rows, 1, 1};
     static const uint32_t ones[] = {1, 1, 1, 1};
     return FA_DRIVER_CALL(driver, cuTensorMapEncodeTiled,
                           (map,

@@ -72,17 +72,12 @@ static struct fa_variant variant_of(const struct fa_plan_input *input,
     };
 }
 
-/* Shared memory of kernels/backward.cu: K, the stages of Q, dO, dS^T, of each stage the lse and
- * delta of its queries, and mbarriers. */
 static int backward_smem(const struct fa_plan_input *input, const struct fa_variant *variant,
                          int tile_n)
 {
-    const int k_align = 16 * variant->dq_dim_warps;
-    const int k_row = CEIL_DIV(input->head_dim, k_align) * k_align;
-    const int q_row = CEIL_DIV(input->head_dim, 16) * 16;
-    const int dout_row = CEIL_DIV(input->head_dim_v, 16) * 16;
-    const int queries = variant->tile_m * (variant->stages * (q_row * 2 + 8) + dout_row * 2);
-    return tile_n * (k_row + variant->tile_m) * 2 + queries + 16 * (variant->stages + 1);
+    return fa_backward_smem_of(input->head_dim, input->head_dim_v, variant->tile_m, tile_n,
+                               variant->stages, variant->dq_dim_warps, input->dtype)
+        .bytes;
 }
 
 static void explain_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
@@ -242,7 +237,7 @@ static struct fa_step preprocess(const struct fa_plan_input *input, const struct
                     .head_dim_v = input->head_dim_v,
                     .tile_m = plan->tile_m},
         .blocks = input->batch * input->heads_q * plan->m_blocks,
-        .threads = 256,
+        .threads = FA_PREPROCESS_THREADS,
     };
 }
 
@@ -250,13 +245,12 @@ static struct fa_step preprocess(const struct fa_plan_input *input, const struct
 static void add_postprocess(const struct fa_plan_input *input, enum fa_job job, int64_t rows,
                             int head_dim, struct fa_plan *plan)
 {
-    enum { WARPS = 4 };
     fa_plan_add(plan, (struct fa_step){.job = job,
                                        .variant = {.kernel = FA_KERNEL_BACKWARD_CONVERT,
                                                    .dtype_bf16 = input->dtype == FA_BFLOAT16,
                                                    .head_dim = head_dim},
-                                       .blocks = (int)CEIL_DIV(rows / 16, WARPS),
-                                       .threads = WARPS * 32});
+                                       .blocks = (int)CEIL_DIV(rows / 16, FA_POSTPROCESS_WARPS),
+                                       .threads = FA_POSTPROCESS_WARPS * 32});
 }
 
 /* The next `count` units of the workspace, from a multiple of 16 bytes on. */
@@ -294,7 +288,7 @@ static void set_after(const struct fa_plan_input *input, struct fa_plan *plan)
                                                        .dtype_bf16 = input->dtype == FA_BFLOAT16,
                                                        .tile_m = plan->tile_m},
                                            .blocks = input->heads_q,
-                                           .threads = 256});
+                                           .threads = FA_SINK_THREADS});
 }
 
 /* ---- the interface --------------------------------------------------------------------------- */

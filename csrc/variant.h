@@ -5,6 +5,8 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#include "../kernels/geometry.h"
+
 /* X(kernel, its source file and entry point) */
 #define FA_KERNELS(X)                                                                              \
     X(FORWARD, "forward")                                                                          \
@@ -18,9 +20,6 @@
 #define FA_ID(kernel, name) FA_KERNEL_##kernel,
 enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
 #undef FA_ID
-
-/* Who refills the ring of forward_tma, see kernels/forward_tma.cu. */
-enum fa_producer { FA_PRODUCER_BARRIER, FA_PRODUCER_THREAD, FA_PRODUCER_WARP, FA_PRODUCER_COUNT };
 
 /* The kernels that have a constant: bits 1 << enum fa_kernel_id. */
 #define FA_FORWARDS         (1 << FA_KERNEL_FORWARD | 1 << FA_KERNEL_FORWARD_TMA)

@@ -6,7 +6,7 @@
 #include "backward.cuh"
 #include "division.cuh"
 
-constexpr int WARPS_PER_BLOCK = 4;
+constexpr int WARPS_PER_BLOCK = FA_POSTPROCESS_WARPS;
 constexpr int FRAGS = HEAD_DIM / 8;
 
 extern "C" __global__ void __launch_bounds__(WARPS_PER_BLOCK * 32)

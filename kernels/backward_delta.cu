@@ -6,7 +6,7 @@
 
 #include "backward.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = FA_PREPROCESS_THREADS;
 
 /* The lanes of a row, a chunk each. */
 constexpr int row_lanes(int chunks)

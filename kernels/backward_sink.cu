@@ -7,7 +7,7 @@
 
 #include "backward.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = FA_SINK_THREADS;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_sink(const __grid_constant__ struct fa_backward_params params)

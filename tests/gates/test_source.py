@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 HOST = sorted(ROOT.glob("csrc/**/*.[ch]"))
 DRIVERS = sorted([*ROOT.glob("emulator/*.[ch]"), ROOT / "tests/helpers/fake_driver.c"])
 KERNELS = sorted(
-    [*ROOT.glob("kernels/*.cu"), *ROOT.glob("kernels/*.cuh"), ROOT / "kernels/params.h"]
+    [*ROOT.glob("kernels/*.cu"), *ROOT.glob("kernels/*.cuh"), *ROOT.glob("kernels/*.h")]
 )
 PYTHON = sorted(
     path
