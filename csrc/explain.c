@@ -63,8 +63,8 @@ PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem, i
 /* [(kernel, variant, options), ...] of the steps that are needed. */
 static PyObject *kernels_of(const struct fa_backward_plan *plan)
 {
-    const struct fa_step *const steps[] = {&plan->delta, &plan->main, &plan->dq,
-                                           &plan->dk,    &plan->dv,   &plan->dsink};
+    const struct fa_step *const steps[] = {&plan->preprocess, &plan->main, &plan->dq,
+                                           &plan->dk,         &plan->dv,   &plan->dsink};
     PyObject *kernels = PyList_New(0);
     for (size_t i = 0; kernels && i < sizeof steps / sizeof *steps; i++) {
         if (steps[i]->blocks == 0)

@@ -71,7 +71,7 @@ static struct fa_backward_params backward_params(const struct backward *call)
         .hidden_score = scales.hidden_score,
         .scale_in_cap = scales.scale_in_cap,
         .softmax_scale = shape->softmax_scale,
-        .zero_share = CEIL_DIV(zero_chunks, MAX(plan->delta.blocks, 1)),
+        .zero_share = CEIL_DIV(zero_chunks, MAX(plan->preprocess.blocks, 1)),
     };
 }
 
@@ -88,11 +88,11 @@ static int make_params(const struct backward *call, struct fa_backward_params *p
     return fa_encode_tensor_map(driver, &call->gradients->dout, variant->tile_m, &params->dout_map);
 }
 
-static struct fa_convert_params convert_params(const struct backward *call, int64_t sum,
-                                               const struct fa_tensor *tensor, int rows,
-                                               float scale, int sums)
+static struct fa_postprocess_params postprocess_params(const struct backward *call, int64_t sum,
+                                                       const struct fa_tensor *tensor, int rows,
+                                                       float scale, int sums)
 {
-    return (struct fa_convert_params){
+    return (struct fa_postprocess_params){
         .sum = at(call, sum),
         .tensor = tensor->data,
         .stride = fa_outer_strides(tensor),
@@ -144,16 +144,21 @@ static int launch_kernels(const struct backward *call)
     const int keys = plan->n_blocks * plan->tile_n;
     const float scale = call->problem->shape.softmax_scale;
     struct fa_backward_params params;
-    struct fa_convert_params dq = convert_params(call, plan->dq_sum, &gradients->dq, queries, scale,
-                                                 plan->main.variant.dq_sums);
-    struct fa_convert_params dk =
-        convert_params(call, plan->dk_sum, &gradients->dk, keys, scale, 1);
-    struct fa_convert_params dv = convert_params(call, plan->dv_sum, &gradients->dv, keys, 1, 1);
+    struct fa_postprocess_params dq = postprocess_params(
+        call, plan->dq_sum, &gradients->dq, queries, scale, plan->main.variant.dq_sums);
+    struct fa_postprocess_params dk =
+        postprocess_params(call, plan->dk_sum, &gradients->dk, keys, scale, 1);
+    struct fa_postprocess_params dv =
+        postprocess_params(call, plan->dv_sum, &gradients->dv, keys, 1, 1);
     if (make_params(call, &params) < 0)
         return -1;
     struct launch launches[] = {
-        {&plan->delta, &params, NULL}, {&plan->main, &params, NULL}, {&plan->dq, &dq, NULL},
-        {&plan->dk, &dk, NULL},        {&plan->dv, &dv, NULL},       {&plan->dsink, &params, NULL},
+        {&plan->preprocess, &params, NULL},
+        {&plan->main, &params, NULL},
+        {&plan->dq, &dq, NULL},
+        {&plan->dk, &dk, NULL},
+        {&plan->dv, &dv, NULL},
+        {&plan->dsink, &params, NULL},
     };
     return launch_all(call, launches, (int)(sizeof launches / sizeof *launches));
 }

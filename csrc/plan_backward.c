@@ -102,12 +102,12 @@ static double average_walk(const struct fa_shape *shape, const struct fa_backwar
     return longest_walk(shape, plan) * (is_triangle(plan) ? 0.5 : 1);
 }
 
-/* What a block takes besides its tiles of queries, in units of one: its keys, and dK and dV; the
- * latter are added to sums where it has only a part, and those are converted by kernels of their
- * own. */
+/* What a block takes besides its tiles of queries, in units of one tile: its keys, and dK and dV.
+ * Blocks that share keys add dK and dV to accumulators, which backward_postprocess.cu turns into
+ * tensors. */
 #define WHOLE_BLOCK 0.7
 #define PART_BLOCK  1.7
-#define CONVERSION  1.0
+#define POSTPROCESS 1.0
 
 /* From so many rounds on, no multiprocessor is idle for long. */
 #define MANY_ROUNDS 4
@@ -133,7 +133,7 @@ static double time_of(const struct fa_shape *shape, const struct fa_backward_pla
     const double average = average_walk(shape, plan) / parts + own;
     const double rounds = blocks * parts / places;
     const double time = is_triangle(plan) ? MAX(longest, rounds * average) : ceil(rounds) * longest;
-    return time + (parts > 1 ? CONVERSION : 0);
+    return time + (parts > 1 ? POSTPROCESS : 0);
 }
 
 /* Thread blocks that share a tile of keys: more than one where few keys, or few heads, leave
@@ -183,11 +183,11 @@ static int set_grid(const struct fa_shape *shape, const struct fa_device *device
 
 /* ---- before and after ------------------------------------------------------------------------ */
 
-static void set_delta(const struct fa_shape *shape, struct fa_backward_plan *plan)
+static void set_preprocess(const struct fa_shape *shape, struct fa_backward_plan *plan)
 {
     const struct fa_variant *main = &plan->main.variant;
-    plan->delta = (struct fa_step){
-        .variant = {.kernel = FA_KERNEL_BACKWARD_DELTA,
+    plan->preprocess = (struct fa_step){
+        .variant = {.kernel = FA_KERNEL_BACKWARD_PREPROCESS,
                     .dtype_bf16 = main->dtype_bf16,
                     .head_dim_v = main->head_dim_v,
                     .tile_m = main->tile_m},
@@ -196,13 +196,13 @@ static void set_delta(const struct fa_shape *shape, struct fa_backward_plan *pla
     };
 }
 
-/* The conversion of a sum of so many fragments of 16 rows. */
-static struct fa_step conversion(const struct fa_backward_plan *plan, int64_t row_frags,
-                                 int head_dim)
+/* Turns an accumulator of `row_frags` fragments of 16 rows into a tensor. */
+static struct fa_step postprocess(const struct fa_backward_plan *plan, int64_t row_frags,
+                                  int head_dim)
 {
     enum { WARPS = 4 };
     return (struct fa_step){
-        .variant = {.kernel = FA_KERNEL_BACKWARD_CONVERT,
+        .variant = {.kernel = FA_KERNEL_BACKWARD_POSTPROCESS,
                     .dtype_bf16 = plan->main.variant.dtype_bf16,
                     .head_dim = head_dim},
         .blocks = (int)CEIL_DIV(row_frags, WARPS),
@@ -228,10 +228,10 @@ static void set_workspace(const struct fa_shape *shape, struct fa_backward_plan 
     TAKE(tickets, main->deterministic ? 1 : 0);
 #undef TAKE
     plan->workspace = end;
-    plan->dq = conversion(plan, queries / 16, shape->head_dim);
+    plan->dq = postprocess(plan, queries / 16, shape->head_dim);
     if (is_split) {
-        plan->dk = conversion(plan, keys / 16, shape->head_dim);
-        plan->dv = conversion(plan, keys / 16, shape->head_dim_v);
+        plan->dk = postprocess(plan, keys / 16, shape->head_dim);
+        plan->dv = postprocess(plan, keys / 16, shape->head_dim_v);
     }
 }
 
@@ -247,7 +247,7 @@ int fa_plan_backward(const struct fa_shape *shape, const struct fa_backward_opti
     set_main(shape, options, device, plan);
     if (set_grid(shape, device, limits_arch, plan, error) < 0)
         return -1;
-    set_delta(shape, plan);
+    set_preprocess(shape, plan);
     set_workspace(shape, plan);
     if (options->has_sink)
         plan->dsink = (struct fa_step){

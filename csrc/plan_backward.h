@@ -13,7 +13,7 @@ struct fa_step {
 };
 
 struct fa_backward_plan {
-    struct fa_step delta, main, dq, dk, dv, dsink; /* in this order */
+    struct fa_step preprocess, main, dq, dk, dv, dsink; /* in this order */
     int tile_n;
     int m_blocks, n_blocks; /* tiles of queries of a head, and of keys */
     int parts;              /* thread blocks that share a tile of keys */

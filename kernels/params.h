@@ -127,14 +127,15 @@ struct fa_backward_params {
     int sink_dtype;                               /* enum fa_dtype */
     float scale_log2, hidden_score, scale_in_cap; /* as in fa_forward_params */
     float softmax_scale;
-    fa_int64 zero_share;                  /* of zero_chunks, for one block of backward_delta.cu */
+    fa_int64 zero_share; /* of zero_chunks, for one block of backward_preprocess.cu */
     struct fa_tensor_map q_map, dout_map; /* [batch, heads_q, seqlen_q, head_dim or head_dim_v] */
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 704, "400, padding, then maps");
 
-/* The single argument of kernels/backward_convert.cu: a sum, or several added up, to a tensor. */
-struct fa_convert_params {
+/* The single argument of kernels/backward_postprocess.cu: a sum, or several added up, to a tensor.
+ */
+struct fa_postprocess_params {
     const float *sum;
     void *tensor; /* [batch, seqlen, heads, head_dim] */
     struct fa_strides stride;
@@ -144,6 +145,7 @@ struct fa_convert_params {
     struct fa_divisor row_frags; /* of a head of a sum */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_convert_params) == 80, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_postprocess_params) == 80,
+                 "host and device disagree on the layout");
 
 #endif

@@ -31,10 +31,10 @@ def test_all_head_dims_fit(arch):
 def test_steps():
     whole = plan(16384, heads=(32, 32))
     assert whole.parts == 1
-    assert names(whole) == ["backward_delta", "backward", "backward_convert"]
+    assert names(whole) == ["backward_preprocess", "backward", "backward_postprocess"]
     shared = plan(512, heads=(28, 4))
     assert shared.parts > 1 and shared.blocks % shared.parts == 0
-    assert names(shared) == ["backward_delta", "backward"] + 3 * ["backward_convert"]
+    assert names(shared) == ["backward_preprocess", "backward"] + 3 * ["backward_postprocess"]
     assert names(plan(learnable_sink=torch.zeros(32)))[-1] == "backward_sink"
 
 

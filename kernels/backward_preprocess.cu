@@ -32,7 +32,7 @@ __device__ __forceinline__ float dot_8(const uint4 &a, const uint4 &b)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    backward_delta(const __grid_constant__ struct fa_backward_params params)
+    backward_preprocess(const __grid_constant__ struct fa_backward_params params)
 {
     const int tile = blockIdx.x; /* [batch, heads_q, m_blocks] */
     const int m_block = tile % params.m_blocks, pair = tile / params.m_blocks;

@@ -10,7 +10,7 @@ constexpr int WARPS_PER_BLOCK = 4;
 constexpr int FRAGS = HEAD_DIM / 8;
 
 extern "C" __global__ void __launch_bounds__(WARPS_PER_BLOCK * 32)
-    backward_convert(const __grid_constant__ struct fa_convert_params params)
+    backward_postprocess(const __grid_constant__ struct fa_postprocess_params params)
 {
     /* In 32 bits: a sum for 2^31 warps would be 1 TB or more. */
     const int warp = blockIdx.x * WARPS_PER_BLOCK + threadIdx.x / 32;
