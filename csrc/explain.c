@@ -94,10 +94,10 @@ PyObject *fa_explain_backward(struct fa_state *state, const struct fa_problem *p
     const struct fa_variant *main = &plan.main.variant;
     return Py_BuildValue("{s:N,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:O}", "kernels",
                          kernels_of(&plan), "tile_m", main->tile_m, "tile_n", plan.tile_n, "warps",
-                         main->warps, "blocks", plan.main.blocks, "parts", plan.parts, "smem_bytes",
-                         plan.smem_bytes, "smem_request", plan.main.smem_request, "blocks_per_sm",
-                         plan.blocks_per_sm, "workspace_bytes", (long long)plan.workspace * 4,
-                         "tma", main->tma ? Py_True : Py_False);
+                         main->warps, "blocks", plan.main.blocks, "parts", plan.q_splits,
+                         "smem_bytes", plan.smem_bytes, "smem_request", plan.main.smem_request,
+                         "blocks_per_sm", plan.blocks_per_sm, "workspace_bytes",
+                         (long long)plan.workspace * 4, "tma", main->tma ? Py_True : Py_False);
 }
 
 PyObject *fa_explain_devices(struct fa_state *state)

@@ -26,7 +26,7 @@ static struct fa_backward_params backward_params(const struct backward *call)
     const struct fa_shape *shape = &problem->shape;
     const struct fa_backward_plan *plan = &call->plan;
     const struct fa_scales scales = fa_scales_of(shape);
-    const int64_t zero_chunks = (plan->workspace - plan->dq_sum) / 4;
+    const int64_t zero_chunks = (plan->workspace - plan->dq_accum) / 4;
     return (struct fa_backward_params){
         .q = problem->q.data,
         .k = problem->k.data,
@@ -39,14 +39,14 @@ static struct fa_backward_params backward_params(const struct backward *call)
         .dk = gradients->dk.data,
         .dv = gradients->dv.data,
         .dsink = gradients->dsink.object ? gradients->dsink.data : NULL,
-        .stats = at(call, 0),
-        .dq_sum = at(call, plan->dq_sum),
-        .dk_sum = at(call, plan->dk_sum),
-        .dv_sum = at(call, plan->dv_sum),
-        .turns = (int *)at(call, plan->turns),
-        .dk_turns = (int *)at(call, plan->dk_turns),
-        .tickets = (int *)at(call, plan->tickets),
-        .zeros = at(call, plan->dq_sum),
+        .lse_delta = at(call, 0),
+        .dq_accum = at(call, plan->dq_accum),
+        .dk_accum = at(call, plan->dk_accum),
+        .dv_accum = at(call, plan->dv_accum),
+        .dq_semaphores = (int *)at(call, plan->dq_semaphores),
+        .dkv_semaphores = (int *)at(call, plan->dkv_semaphores),
+        .block_counter = (int *)at(call, plan->block_counter),
+        .zeros = at(call, plan->dq_accum),
         .zero_chunks = zero_chunks,
         .q_stride = fa_outer_strides(&problem->q),
         .k_stride = fa_outer_strides(&problem->k),
@@ -63,12 +63,12 @@ static struct fa_backward_params backward_params(const struct backward *call)
         .seqlen_k = shape->seqlen_k,
         .m_blocks = plan->m_blocks,
         .n_blocks = plan->n_blocks,
-        .parts = plan->parts,
+        .q_splits = plan->q_splits,
         .window_left = shape->window_left,
         .window_right = shape->window_right,
         .sink_dtype = (int)problem->sink.dtype,
         .scale_log2 = scales.scale_log2,
-        .hidden_score = scales.hidden_score,
+        .masked_score = scales.hidden_score,
         .scale_in_cap = scales.scale_in_cap,
         .softmax_scale = shape->softmax_scale,
         .zero_share = CEIL_DIV(zero_chunks, MAX(plan->preprocess.blocks, 1)),
@@ -88,17 +88,17 @@ static int make_params(const struct backward *call, struct fa_backward_params *p
     return fa_encode_tensor_map(driver, &call->gradients->dout, variant->tile_m, &params->dout_map);
 }
 
-static struct fa_postprocess_params postprocess_params(const struct backward *call, int64_t sum,
+static struct fa_postprocess_params postprocess_params(const struct backward *call, int64_t accum,
                                                        const struct fa_tensor *tensor, int rows,
-                                                       float scale, int sums)
+                                                       float scale, int buffers)
 {
     return (struct fa_postprocess_params){
-        .sum = at(call, sum),
+        .accum = at(call, accum),
         .tensor = tensor->data,
         .stride = fa_outer_strides(tensor),
         .batch = (int)tensor->shape[0],
         .seqlen = (int)tensor->shape[1],
-        .sums = sums,
+        .buffers = buffers,
         .scale = scale,
         .heads = fa_divisor_of((int)tensor->shape[2]),
         .row_frags = fa_divisor_of(rows / 16),
@@ -145,11 +145,11 @@ static int launch_kernels(const struct backward *call)
     const float scale = call->problem->shape.softmax_scale;
     struct fa_backward_params params;
     struct fa_postprocess_params dq = postprocess_params(
-        call, plan->dq_sum, &gradients->dq, queries, scale, plan->main.variant.dq_sums);
+        call, plan->dq_accum, &gradients->dq, queries, scale, plan->main.variant.dq_buffers);
     struct fa_postprocess_params dk =
-        postprocess_params(call, plan->dk_sum, &gradients->dk, keys, scale, 1);
+        postprocess_params(call, plan->dk_accum, &gradients->dk, keys, scale, 1);
     struct fa_postprocess_params dv =
-        postprocess_params(call, plan->dv_sum, &gradients->dv, keys, 1, 1);
+        postprocess_params(call, plan->dv_accum, &gradients->dv, keys, 1, 1);
     if (make_params(call, &params) < 0)
         return -1;
     struct launch launches[] = {

@@ -33,12 +33,12 @@ static int dq_dim_warps(const struct fa_backward_tile *tile, int head_dim)
     return best;
 }
 
-/* Up to so many (batch, head) pairs, many blocks take turns at each: with two sums of dQ neighbours
- * run side by side. With more pairs the second sum costs more than the turns do. The machine has no
- * say in it, nor in the size of the workspace. */
+/* With ordered accumulation and up to so many (batch, head) pairs, many blocks wait for the
+ * semaphores of each: alternate dQ buffers let adjacent blocks of keys overlap. With more pairs the
+ * second buffer costs more than the waiting. Independent of the GPU, as is the workspace's size. */
 #define FEW_HEADS 16
 
-static int dq_sums(const struct fa_shape *shape, bool deterministic)
+static int dq_buffers(const struct fa_shape *shape, bool deterministic)
 {
     return deterministic && (int64_t)shape->batch * shape->heads_q <= FEW_HEADS ? 2 : 1;
 }
@@ -63,7 +63,7 @@ static void set_main(const struct fa_shape *shape, const struct fa_backward_opti
         .mask_left = fa_shape_has_left_mask(shape),
         .softcap = shape->softcap != 0,
         .deterministic = options->deterministic,
-        .dq_sums = dq_sums(shape, options->deterministic),
+        .dq_buffers = dq_buffers(shape, options->deterministic),
     };
     plan->main.threads = tile->warps * 32;
     plan->tile_n = tile->warps / 2 * tile->warp_n;
@@ -106,54 +106,54 @@ static double average_walk(const struct fa_shape *shape, const struct fa_backwar
  * Blocks that share keys add dK and dV to accumulators, which backward_postprocess.cu turns into
  * tensors. */
 #define WHOLE_BLOCK 0.7
-#define PART_BLOCK  1.7
+#define SPLIT_BLOCK 1.7
 #define POSTPROCESS 1.0
 
 /* From so many rounds on, no multiprocessor is idle for long. */
 #define MANY_ROUNDS 4
 
-/* The most that one of so many blocks has, which share a tile of keys: see choose_parts(). */
-static double longest_part(const struct fa_shape *shape, const struct fa_backward_plan *plan,
-                           int parts)
+/* The longest walk of the `q_splits` blocks that share a tile of keys: see choose_q_splits(). */
+static double longest_split(const struct fa_shape *shape, const struct fa_backward_plan *plan,
+                            int q_splits)
 {
     const int heads_per_kv = fa_heads_per_kv(shape);
     const double walk = longest_walk(shape, plan);
-    return plan->main.variant.deterministic ? walk / heads_per_kv * CEIL_DIV(heads_per_kv, parts)
-                                            : walk / parts;
+    return plan->main.variant.deterministic ? walk / heads_per_kv * CEIL_DIV(heads_per_kv, q_splits)
+                                            : walk / q_splits;
 }
 
 /* The time until the last of the blocks is done. Blocks of one size run in rounds; of a triangle
- * the long ones start first and short ones fill the gaps, so that it takes no less than the
- * longest, nor than the machine takes for all. */
+ * the long ones start first and short ones fill the gaps: max(critical path, total work / slots).
+ */
 static double time_of(const struct fa_shape *shape, const struct fa_backward_plan *plan,
-                      double blocks, double places, int parts)
+                      double blocks, double places, int q_splits)
 {
-    const double own = parts > 1 ? PART_BLOCK : WHOLE_BLOCK;
-    const double longest = longest_part(shape, plan, parts) + own;
-    const double average = average_walk(shape, plan) / parts + own;
-    const double rounds = blocks * parts / places;
+    const double own = q_splits > 1 ? SPLIT_BLOCK : WHOLE_BLOCK;
+    const double longest = longest_split(shape, plan, q_splits) + own;
+    const double average = average_walk(shape, plan) / q_splits + own;
+    const double rounds = blocks * q_splits / places;
     const double time = is_triangle(plan) ? MAX(longest, rounds * average) : ceil(rounds) * longest;
-    return time + (parts > 1 ? POSTPROCESS : 0);
+    return time + (q_splits > 1 ? POSTPROCESS : 0);
 }
 
-/* Thread blocks that share a tile of keys: more than one where few keys, or few heads, leave
- * multiprocessors idle. Where blocks take turns each has whole heads: else what one begins with,
- * another block of keys, whose turn comes before, might end with. */
-static int choose_parts(const struct fa_shape *shape, const struct fa_backward_plan *plan,
-                        double blocks, int places)
+/* Thread blocks that share a tile of keys and split its queries: more than one where few keys, or
+ * few heads, leave multiprocessors idle. With ordered accumulation each gets whole query heads:
+ * otherwise a block could start with a tile of dQ that the block it waits for reaches last. */
+static int choose_q_splits(const struct fa_shape *shape, const struct fa_backward_plan *plan,
+                           double blocks, int places)
 {
-    enum { MAX_PARTS = 64 };
+    enum { MAX_Q_SPLITS = 64 };
     if (blocks >= MANY_ROUNDS * (double)places)
         return 1;
-    int most = (int)MIN(MAX_PARTS, longest_walk(shape, plan));
+    int most = (int)MIN(MAX_Q_SPLITS, longest_walk(shape, plan));
     if (plan->main.variant.deterministic)
         most = MIN(most, fa_heads_per_kv(shape));
     int best = 1;
     double best_time = time_of(shape, plan, blocks, places, 1);
-    for (int parts = 2; parts <= most; parts++) {
-        const double time = time_of(shape, plan, blocks, places, parts);
+    for (int q_splits = 2; q_splits <= most; q_splits++) {
+        const double time = time_of(shape, plan, blocks, places, q_splits);
         if (time < best_time)
-            best = parts, best_time = time;
+            best = q_splits, best_time = time;
     }
     return best;
 }
@@ -170,14 +170,15 @@ static int set_grid(const struct fa_shape *shape, const struct fa_device *device
     main->smem_request =
         fa_plan_smem(device, limits_arch, plan->smem_bytes, main->threads, &by_smem);
     plan->blocks_per_sm = MAX(1, MIN(by_smem, by_registers));
-    plan->parts = choose_parts(shape, plan, blocks, MAX(1, device->sms) * plan->blocks_per_sm);
+    plan->q_splits =
+        choose_q_splits(shape, plan, blocks, MAX(1, device->sms) * plan->blocks_per_sm);
     const double query_tiles = (double)shape->batch * shape->heads_q * plan->m_blocks;
-    if (blocks * plan->parts > INT32_MAX || query_tiles > INT32_MAX) {
+    if (blocks * plan->q_splits > INT32_MAX || query_tiles > INT32_MAX) {
         *error = (struct fa_plan_error){
             false, "batch * heads * seqlen needs more than 2^31 - 1 thread blocks"};
         return -1;
     }
-    main->blocks = (int)blocks * plan->parts;
+    main->blocks = (int)blocks * plan->q_splits;
     return 0;
 }
 
@@ -217,15 +218,15 @@ static void set_workspace(const struct fa_shape *shape, struct fa_backward_plan 
     const int64_t query_tiles = (int64_t)shape->batch * shape->heads_q * plan->m_blocks;
     const int64_t key_tiles = (int64_t)shape->batch * shape->heads_kv * plan->n_blocks;
     const int64_t queries = query_tiles * main->tile_m, keys = key_tiles * plan->tile_n;
-    const bool is_split = plan->parts > 1;
+    const bool is_split = plan->q_splits > 1;
     int64_t end = 2 * queries; /* behind the lse and delta of each */
 #define TAKE(field, size) (plan->field = end, end += CEIL_DIV(size, 4) * 4)
-    TAKE(dq_sum, main->dq_sums * queries * shape->head_dim);
-    TAKE(dk_sum, is_split ? keys * shape->head_dim : 0);
-    TAKE(dv_sum, is_split ? keys * shape->head_dim_v : 0);
-    TAKE(turns, main->deterministic ? main->dq_sums * query_tiles : 0);
-    TAKE(dk_turns, main->deterministic && is_split ? key_tiles : 0);
-    TAKE(tickets, main->deterministic ? 1 : 0);
+    TAKE(dq_accum, main->dq_buffers * queries * shape->head_dim);
+    TAKE(dk_accum, is_split ? keys * shape->head_dim : 0);
+    TAKE(dv_accum, is_split ? keys * shape->head_dim_v : 0);
+    TAKE(dq_semaphores, main->deterministic ? main->dq_buffers * query_tiles : 0);
+    TAKE(dkv_semaphores, main->deterministic && is_split ? key_tiles : 0);
+    TAKE(block_counter, main->deterministic ? 1 : 0);
 #undef TAKE
     plan->workspace = end;
     plan->dq = postprocess(plan, queries / 16, shape->head_dim);

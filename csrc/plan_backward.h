@@ -16,12 +16,12 @@ struct fa_backward_plan {
     struct fa_step preprocess, main, dq, dk, dv, dsink; /* in this order */
     int tile_n;
     int m_blocks, n_blocks; /* tiles of queries of a head, and of keys */
-    int parts;              /* thread blocks that share a tile of keys */
+    int q_splits;           /* thread blocks that share a tile of keys and split its queries */
     int smem_bytes;         /* that a block of `main` uses */
     int blocks_per_sm;      /* of `main`, whatever registers it takes */
-    /* Where things start in the workspace, in units of four bytes; from dq_sum on they have to be
+    /* Where things start in the workspace, in units of four bytes; from dq_accum on they have to be
      * zero before `main` runs. */
-    int64_t dq_sum, dk_sum, dv_sum, turns, dk_turns, tickets;
+    int64_t dq_accum, dk_accum, dv_accum, dq_semaphores, dkv_semaphores, block_counter;
     int64_t workspace; /* its size */
 };
 

@@ -20,7 +20,7 @@ static const char *mask_name(const struct fa_variant *variant)
 
 static const char *order_name(const struct fa_variant *variant)
 {
-    return variant->dq_sums > 1     ? "_deterministic_2"
+    return variant->dq_buffers > 1  ? "_deterministic_2"
            : variant->deterministic ? "_deterministic"
                                     : "";
 }

@@ -52,7 +52,7 @@ enum fa_producer { FA_PRODUCER_BARRIER, FA_PRODUCER_THREAD, FA_PRODUCER_WARP, FA
     X(pack_gqa, "PACK_GQA", FA_FORWARDS)                                                           \
     X(split, "SPLIT", FA_FORWARDS)                                                                 \
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS)                                                \
-    X(dq_sums, "DQ_SUMS", FA_BACKWARDS)
+    X(dq_buffers, "DQ_BUFFERS", FA_BACKWARDS)
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */

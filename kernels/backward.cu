@@ -24,8 +24,8 @@
  *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
  *   SOFTCAP                1: scores are capped by a tanh
  *   DETERMINISTIC          1: blocks add to dQ in the order of their keys
- *   DQ_SUMS                of each tile of dQ: block n of keys adds to number n % DQ_SUMS, so that
- *                          where blocks take turns, neighbours do not wait for each other */
+ *   DQ_BUFFERS             of each tile of dQ: block n of keys adds to number n % DQ_BUFFERS: with
+ *                          ordered accumulation, alternate buffers let adjacent blocks overlap */
 #include "params.h"
 
 #include "backward.cuh"
@@ -195,7 +195,7 @@ __device__ __forceinline__ void hide(float (&S)[N_FRAGS][M_FRAGS][4],
                 for (int e = 0; e < 2; e++) {
                     const int column = 8 * m + e;
                     if (column < begin || (MASK_LEFT && column >= end))
-                        S[n][m][2 * half + e] = params.hidden_score;
+                        S[n][m][2 * half + e] = params.masked_score;
                 }
         }
 }
@@ -233,8 +233,8 @@ struct block_place {
 
     __device__ __forceinline__ block_place(const fa_backward_params &params, int block)
     {
-        part = block % params.parts;
-        block /= params.parts;
+        part = block % params.q_splits;
+        block /= params.q_splits;
         head_kv = block % params.heads_kv;
         block /= params.heads_kv;
         batch = block % params.batch;
@@ -308,7 +308,7 @@ store_sums(const key_rows &own, void *tensor, const fa_strides &stride, float *s
 #pragma unroll
     for (int n = 0; n < N_FRAGS; n++) {
         const int row = key0 + 16 * n + threadIdx.x % 32 / 4;
-        if (params.parts > 1) {
+        if (params.q_splits > 1) {
             const fa_int64 first_row = pair * params.n_blocks * TILE_N + key0 + 16 * n;
             add_to_sums<DIM / 8>(sums + first_row * DIM, own.sum[n], 0, DIM / 8);
         } else {
@@ -462,7 +462,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (DETERMINISTIC) {
         /* Blocks wait for those with a lower number: take it when starting to run. */
         if (thread == 0)
-            st_shared(smem, atomic_add(params.tickets, 1));
+            st_shared(smem, atomic_add(params.block_counter, 1));
         __syncthreads();
         block = ld_shared(smem);
         __syncthreads();
@@ -474,14 +474,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int m_end = max(ceil_div(mask.end(key1 - 1), TILE_M), m_begin);
     int head_begin = at.head_kv * params.heads_per_kv, head_end = head_begin + params.heads_per_kv;
     if (DETERMINISTIC) {
-        head_end = head_begin + params.heads_per_kv * (at.part + 1) / params.parts;
-        head_begin += params.heads_per_kv * at.part / params.parts;
+        head_end = head_begin + params.heads_per_kv * (at.part + 1) / params.q_splits;
+        head_begin += params.heads_per_kv * at.part / params.q_splits;
     }
     const int head_tiles = m_end - m_begin, tiles = head_tiles * (head_end - head_begin);
     int tile_begin = 0, tile_end = tiles, head = head_begin, m_block = m_end - 1;
     if (!DETERMINISTIC) {
-        tile_begin = static_cast<fa_int64>(tiles) * at.part / params.parts;
-        tile_end = static_cast<fa_int64>(tiles) * (at.part + 1) / params.parts;
+        tile_begin = static_cast<fa_int64>(tiles) * at.part / params.q_splits;
+        tile_end = static_cast<fa_int64>(tiles) * (at.part + 1) / params.q_splits;
         head += tile_begin / max(head_tiles, 1);
         m_block = m_begin + tile_begin % max(head_tiles, 1);
     }
@@ -502,7 +502,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const auto load_Q = [&](int stage, int head, int m_block) {
         const unsigned Q_smem = smem + Q_AT + stage * Q_layout::BYTES;
         const unsigned stats_smem = smem + STATS_AT + stage * STATS_BYTES;
-        const float *stats = params.stats + tile_of(at.batch, head, m_block) * 2 * TILE_M;
+        const float *stats = params.lse_delta + tile_of(at.batch, head, m_block) * 2 * TILE_M;
         if (TMA) {
             if (thread == THREADS - 1) {
                 const unsigned mbarrier = smem + MBARRIERS_AT + stage * 16;
@@ -622,13 +622,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
          * their keys. Neither end of a turn is waited for: the turn before has mostly ended when it
          * is looked at, here; and that this one has ended is told a tile later, by a thread that by
          * its last barriers knows that all have added, when nothing is on its way any more. */
-        const int dq_batch = at.n_block % DQ_SUMS * params.batch + at.batch;
+        const int dq_batch = at.n_block % DQ_BUFFERS * params.batch + at.batch;
         const fa_int64 dq_tile = tile_of(dq_batch, head, m_block);
         int ended = 0;
         if (DETERMINISTIC) {
             if (turn && thread == 0)
                 end_turn(turn);
-            turn = params.turns + dq_tile;
+            turn = params.dq_semaphores + dq_tile;
             ended = turns_ended(turn);
         }
         const int group_warp = warp % KEY_WARPS;
@@ -652,9 +652,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_arrive<THREADS>(UPPER_IS_FREE);
 
         if (DETERMINISTIC)
-            while (ended != (at.n_block - mask.first_n_block(query0)) / DQ_SUMS)
+            while (ended != (at.n_block - mask.first_n_block(query0)) / DQ_BUFFERS)
                 ended = turns_ended(turn);
-        float *sums = params.dq_sum + dq_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
+        float *sums = params.dq_accum + dq_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
 #pragma unroll
         for (int m = 0; m < DQ_ROW_FRAGS; m++)
             add_to_sums<DQ_DIM_FRAGS>(sums + m * (16 * HEAD_DIM), dQ[m], dim_frag, HEAD_DIM / 8);
@@ -674,19 +674,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
 
     /* ---- 5. dV, dK out; by turns where parts add to sums, and the order matters. */
-    if (DETERMINISTIC && params.parts > 1) {
+    if (DETERMINISTIC && params.q_splits > 1) {
         const fa_int64 pair = static_cast<fa_int64>(at.batch) * params.heads_kv + at.head_kv;
-        turn = params.dk_turns + pair * params.n_blocks + at.n_block;
+        turn = params.dkv_semaphores + pair * params.n_blocks + at.n_block;
         while (turns_ended(turn) != at.part)
             ;
     }
     if (holds_K)
-        store_sums<HEAD_DIM_V>(own, params.dv, params.dv_stride, params.dv_sum, at, own_key,
+        store_sums<HEAD_DIM_V>(own, params.dv, params.dv_stride, params.dv_accum, at, own_key,
                                1.0f / P_SCALE, params);
     else
-        store_sums<HEAD_DIM>(own, params.dk, params.dk_stride, params.dk_sum, at, own_key,
+        store_sums<HEAD_DIM>(own, params.dk, params.dk_stride, params.dk_accum, at, own_key,
                              params.softmax_scale / P_SCALE, params);
-    if (DETERMINISTIC && params.parts > 1) {
+    if (DETERMINISTIC && params.q_splits > 1) {
         __syncthreads(); /* all have added */
         if (thread == 0)
             end_turn(turn);

@@ -82,11 +82,11 @@ def test_few_heads_have_two_sums_of_dq():
     """Blocks of the same head would wait for each other."""
     for heads, sums in ((32, 1), (16, 2), (4, 2)):
         planned = plan(4096, (heads, heads), deterministic=True)
-        assert f"-DDQ_SUMS={sums}" in planned.main.options
+        assert f"-DDQ_BUFFERS={sums}" in planned.main.options
         queries = heads * 4096
         turns = 4 * (sums * queries // 64 + 4)
         assert planned.workspace_bytes == 4 * queries * (sums * 128 + 2) + turns
-        assert "-DDQ_SUMS=1" in plan(4096, (heads, heads)).main.options
+        assert "-DDQ_BUFFERS=1" in plan(4096, (heads, heads)).main.options
 
 
 def test_nothing_is_launched_for_nothing():
