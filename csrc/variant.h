@@ -13,8 +13,8 @@
     X(FORWARD_TMA, "forward_tma")                                                                  \
     X(COMBINE, "combine")                                                                          \
     X(BACKWARD, "backward")                                                                        \
-    X(BACKWARD_DELTA, "backward_delta")                                                            \
-    X(BACKWARD_CONVERT, "backward_convert")                                                        \
+    X(BACKWARD_PREPROCESS, "backward_preprocess")                                                  \
+    X(BACKWARD_POSTPROCESS, "backward_postprocess")                                                \
     X(BACKWARD_SINK, "backward_sink")
 
 #define FA_ID(kernel, name) FA_KERNEL_##kernel,
@@ -31,13 +31,13 @@ enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
  * variants compare as bytes; those that a kernel does not have are 0. */
 #define FA_VARIANT_FIELDS(X)                                                                       \
     X(dtype_bf16, "DTYPE_BF16", FA_ALL_KERNELS)                                                    \
-    X(head_dim, "HEAD_DIM", FA_MAIN_AND(BACKWARD_CONVERT))                                         \
-    X(head_dim_v, "HEAD_DIM_V", FA_MAIN_AND(COMBINE) | 1 << FA_KERNEL_BACKWARD_DELTA)              \
+    X(head_dim, "HEAD_DIM", FA_MAIN_AND(BACKWARD_POSTPROCESS))                                     \
+    X(head_dim_v, "HEAD_DIM_V", FA_MAIN_AND(COMBINE) | 1 << FA_KERNEL_BACKWARD_PREPROCESS)         \
     X(tile_n, "TILE_N", FA_FORWARDS)                                                               \
     X(sub_n, "SUB_N", FA_FORWARDS)                                                                 \
     X(warp_n, "WARP_N", FA_BACKWARDS)                                                              \
     X(tile_m, "TILE_M",                                                                            \
-      FA_BACKWARDS | 1 << FA_KERNEL_BACKWARD_DELTA | 1 << FA_KERNEL_BACKWARD_SINK)                 \
+      FA_BACKWARDS | 1 << FA_KERNEL_BACKWARD_PREPROCESS | 1 << FA_KERNEL_BACKWARD_SINK)            \
     X(sub_m, "SUB_M", FA_BACKWARDS)                                                                \
     X(dq_dim_warps, "DQ_DIM_WARPS", FA_BACKWARDS)                                                  \
     X(warps, "WARPS", FA_MAIN_AND(COMBINE))                                                        \
@@ -51,7 +51,7 @@ enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
     X(pack_gqa, "PACK_GQA", FA_FORWARDS)                                                           \
     X(split, "SPLIT", FA_FORWARDS)                                                                 \
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS)                                                \
-    X(dq_sums, "DQ_SUMS", FA_BACKWARDS)
+    X(dq_buffers, "DQ_BUFFERS", FA_BACKWARDS)
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */

@@ -93,9 +93,9 @@ FA_CONSTEXPR int fa_combine_slots(int threads, int head_dim_v)
 FA_CONSTEXPR int fa_p_shift(int dtype) { return dtype == FA_BFLOAT16 ? 14 : 0; }
 
 enum {
-    FA_PREPROCESS_THREADS = 256, /* of a block of kernels/backward_delta.cu */
+    FA_PREPROCESS_THREADS = 256, /* of a block of kernels/backward_preprocess.cu */
     FA_SINK_THREADS = 256,       /* of kernels/backward_sink.cu */
-    FA_POSTPROCESS_WARPS = 4,    /* of kernels/backward_convert.cu */
+    FA_POSTPROCESS_WARPS = 4,    /* of kernels/backward_postprocess.cu */
 };
 
 /* Where the parts of shared memory of kernels/backward.cu start, and how large all of it is. */

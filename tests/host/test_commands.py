@@ -137,7 +137,7 @@ def test_warmup_fills_the_cache(tmp_path, monkeypatch):
     seen = []
     count = common_kernels.warmup(120, lambda kernels: (seen.append(k) or k for k in kernels))
     assert count == len(set(seen)) == len(common_kernels.common_kernels(120)) >= 10
-    steps = {"backward_delta", "backward", "backward_convert", "backward_sink"}
+    steps = {"backward_preprocess", "backward", "backward_postprocess", "backward_sink"}
     assert {"forward_tma", "combine", *steps} <= {kernel.kernel for kernel in seen}
     cubins = sorted(
         path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix == ".cubin"
