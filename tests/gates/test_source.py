@@ -20,7 +20,10 @@ PYTHON = sorted(
     for path in ROOT.glob(f"{folder}/**/*.py")
 )
 
-pytestmark = pytest.mark.skipif(not HOST, reason="runs in a checkout alone")
+pytestmark = [
+    pytest.mark.quick,
+    pytest.mark.skipif(not HOST, reason="runs in a checkout alone"),
+]
 
 
 def tool(name):

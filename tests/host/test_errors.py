@@ -11,6 +11,8 @@ import torch
 from flash_attn_sm120 import _C, explain, flash_attn_func
 from helpers.devices import CPU
 
+pytestmark = pytest.mark.quick
+
 
 def qkv(
     device=CPU, dtype=torch.float16, batch=1, seqlen_q=4, seqlen_k=4, heads=(4, 2), dims=(16, 16)

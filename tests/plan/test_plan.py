@@ -12,6 +12,8 @@ import torch
 from flash_attn_sm120 import _C, explain, flash_attn_func
 from helpers.shapes import EVERY_HEAD_DIM, SM120_SMEM, shapes
 
+pytestmark = pytest.mark.quick
+
 ARCHITECTURES = (80, 86, 89, 90, 100, 120, 121)
 
 
