@@ -1,4 +1,4 @@
-"""Holds the emulator against the GPU of this machine: the same variants, inputs and seeds on both.
+"""Holds the emulator against the GPU of this machine: the same common_kernels, inputs and seeds on both.
 
     python emulator/compare.py [--seeds N]
 
@@ -23,7 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from flash_attn_sm120 import explain, flash_attn_func, variants  # noqa: E402
+from flash_attn_sm120 import common_kernels, explain, flash_attn_func  # noqa: E402
 from helpers.tiles import LARGE_TILES, use_tiles  # noqa: E402
 
 # batch, seqlen_q, seqlen_k, heads_q, heads_kv; and options
@@ -35,7 +35,7 @@ CALLS = [
     ((1, 190, 190, 2, 1), {"window_size": (50, 10)}),
 ]
 
-HEAD_DIMS = [*variants.COMMON_HEAD_DIMS, (40, 72), (8, 256)]
+HEAD_DIMS = [*common_kernels.COMMON_HEAD_DIMS, (40, 72), (8, 256)]
 
 TILES = [(), LARGE_TILES]  # what the table chooses for such small calls, and the others
 
@@ -131,7 +131,7 @@ def compare(seeds: int) -> bool:
         print(f"{variant:52} {out_off:6.3f} {lse_off:6.3f} {share:20.4%}")
     agree = all(max(figures[:2]) <= 1 for figures in worst.values())
     print(
-        f"{len(sides[0])} calls of {len(worst)} variants "
+        f"{len(sides[0])} calls of {len(worst)} common_kernels "
         f"{'agree' if agree else 'do NOT agree'}: the worst of each, where 1 is tolerated"
     )
     return agree

@@ -19,25 +19,11 @@ def check_forward(q, k, v, *, num_splits=0, pack_gqa=None, **options):
     return out, lse
 
 
-def gradients_of(
-    q,
-    k,
-    v,
-    dout,
-    dlse=None,
-    *,
-    softmax_scale=None,
-    causal=False,
-    window_size=(None, None),
-    softcap=0.0,
-    learnable_sink=None,
-    deterministic=False,
-):
+def gradients_of(q, k, v, dout, dlse=None, **options):
     """dq, dk, dv (and dsink) by forward and backward."""
-    options = (softmax_scale, causal, window_size, softcap, learnable_sink)
-    out, lse = _C.forward(q, k, v, *options, 0, None, True)
-    *gradients, dsink = _C.backward(dout, q, k, v, out, lse, dlse, *options, deterministic)
-    assert (dsink is None) == (learnable_sink is None)
+    out, lse = _C.forward(q, k, v, return_lse=True, **options)
+    *gradients, dsink = _C.backward(dout, q, k, v, out, lse, dlse, **options)
+    assert (dsink is None) == (options.get("learnable_sink") is None)
     assert all(x.is_contiguous() for x in gradients)
     return gradients if dsink is None else [*gradients, dsink]
 

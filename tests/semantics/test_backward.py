@@ -370,7 +370,7 @@ def test_blocks_that_take_turns_have_unequal_numbers_of_heads(device, make_qkv):
     """Seven heads of a KV head in four parts; and sums of dQ that not every tile of keys adds to."""
     q, k, v = make_qkv(16, 70, 130, 7, 1)
     dout = dout_for(device, q, v)
-    parts = explain_backward(q, k, v, deterministic=True).parts
+    parts = explain_backward(q, k, v, deterministic=True).q_splits
     assert device != EMULATOR or parts == 4
     first = check(device, q, k, v, dout, deterministic=True)
     assert_all_equal(gradients_of(q, k, v, dout, deterministic=True), first)
