@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from flash_attn_sm120 import explain, producers
+from flash_attn_sm120 import explain, frameworks
 from helpers.devices import CUDA, DEVICES, is_on_a_gpu, params_of, why_left_out
 from helpers.inputs import random_tensor
 from helpers.tiles import use_tiles
@@ -130,8 +130,8 @@ def seed(request):
 @pytest.fixture
 def outputs_full_of_nan(monkeypatch):
     """Memory that no kernel wrote shows, whatever the allocator returns."""
-    empty = producers.empty
-    monkeypatch.setattr(producers, "empty", lambda *args: empty(*args).fill_(torch.nan))
+    empty = frameworks.empty
+    monkeypatch.setattr(frameworks, "empty", lambda *args: empty(*args).fill_(torch.nan))
 
 
 @pytest.fixture

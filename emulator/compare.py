@@ -1,4 +1,4 @@
-"""Holds the emulator against the GPU of this machine: the same common_kernels, inputs and seeds on both.
+"""Holds the emulator against the GPU of this machine: the same kernels, inputs and seeds on both.
 
     python emulator/compare.py [--seeds N]
 
