@@ -16,7 +16,7 @@ endif
 # Where a GPU answers and the interpreter already has a CUDA build of torch, the venv sees that one.
 HAS_CUDA_TORCH = $(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())" 2>/dev/null
 
-.PHONY: demo test build bench lint format asan warmup clean
+.PHONY: demo test build bench docs lint format asan warmup clean
 
 demo: build
 	$(RUN) -m flash_attn_sm120 demo
@@ -45,12 +45,16 @@ bench: build
 warmup: build
 	$(RUN) -m flash_attn_sm120 warmup
 
+docs: build
+	$(RUN) docs/make_api.py
+	$(RUN) benchmarks/where_it_stands.py
+
 lint: build
 	$(RUN) -m pytest -q tests/gates/test_source.py
 
 format: $(READY)
-	$(RUN) -m ruff format flash_attn_sm120 emulator tests benchmarks conftest.py setup.py
-	$(RUN) -m ruff check --fix -q flash_attn_sm120 emulator tests benchmarks conftest.py setup.py
+	$(RUN) -m ruff format flash_attn_sm120 emulator tests benchmarks docs examples conftest.py setup.py
+	$(RUN) -m ruff check --fix -q flash_attn_sm120 emulator tests benchmarks docs examples conftest.py setup.py
 	$(dir $(RUN))clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] kernels/* tests/helpers/*.c emulator/*.[ch]
 
 asan: build

@@ -8,17 +8,20 @@ import warnings
 
 import pytest
 import torch
+from children import run_python
 
-from flash_attn_sm120 import _C, cache, common_kernels, explain, jit, tune, tuned_tiles
+from conftest import CUDA, EMULATOR
+from flash_attn_sm120 import _C, cache, common_kernels, explain, jit, tuned_tiles
 from flash_attn_sm120.__main__ import main
-from helpers.children import run_python
-from helpers.devices import CUDA, EMULATOR
+from flash_attn_sm120.commands import tune as command
+from flash_attn_sm120.tune import candidates, contest, grid, journal, tune
+from flash_attn_sm120.tune.machine import Machine
 
-CELLS = [tune.Cell(64, 64, causal, tune.Bucket(0, 64, (40,))) for causal in (False, True)]
+CELLS = [grid.Cell(64, 64, causal, grid.Bucket(0, 64, (40,))) for causal in (False, True)]
 CHOICES = {"tile_n": (32, 64), "sub_n": (32,), "stages": (2, 3)}
 
 
-class FakeMachine(tune.Machine):
+class FakeMachine(Machine):
     """Runs on the emulator or the GPU, but tells times of the test's own making.
 
     `gains` maps a part of a variant's name to how much faster it is than the fallback.
@@ -38,13 +41,13 @@ class FakeMachine(tune.Machine):
             return super().compile(plan)
         jit.compile(plan.kernel, plan.variant, plan.options, self.arch, 0, ptx=True)
 
-    def samples(self, contenders, rounds):
-        self.cells.add(contenders[0].call.causal)
-        return [[self.ms(c, i) for i in range(rounds)] for c in contenders]
+    def samples(self, candidates, i, rounds):
+        self.cells.add(candidates[0].calls[i].causal)
+        return [[self.ms(c, round) for round in range(rounds)] for c in candidates]
 
-    def ms(self, contender, i):
-        gain = next((g for part, g in self.gains.items() if part in contender.plan.variant), 0.5)
-        if not contender.rows:
+    def ms(self, candidate, i):
+        gain = next((g for part, g in self.gains.items() if part in candidate.name), 0.5)
+        if not candidate.rows:
             gain = 1.0
         elif i % 2:
             gain *= 1 + self.noise
@@ -63,7 +66,7 @@ def fake(tmp_path, monkeypatch):
 
 
 def run(machine, where, cells=CELLS, choices=CHOICES):
-    return tune.tune(machine, cells, choices, where)
+    return tune(machine, cells, choices, where)
 
 
 def records(where):
@@ -111,21 +114,21 @@ def test_a_noisy_candidate_is_rejected(fake, tmp_path):
 
 
 def test_a_candidate_that_loses_on_one_call_is_rejected():
-    assert tune.Score([1, 1], [1.10, 0.98], [0, 0]).verdict == "no faster"
-    assert tune.Score([1, 1], [1.10, 0.995], [0, 0]).verdict == "accepted"
-    assert tune.Score([1, 1], [1.10, 1.10], [0, 0.11]).verdict == "noisy"
+    assert contest.Score([1, 1], [1.10, 0.98], [0, 0]).verdict == "no faster"
+    assert contest.Score([1, 1], [1.10, 0.995], [0, 0]).verdict == "accepted"
+    assert contest.Score([1, 1], [1.10, 1.10], [0, 0.11]).verdict == "noisy"
 
 
 @pytest.mark.parametrize("wrong", [0.1, float("nan")])
 def test_a_wrong_candidate_is_reported_and_never_accepted(
     fake, tmp_path, monkeypatch, capsys, wrong
 ):
-    right = tune.Contender.run
+    right = candidates.Candidate.run
 
-    def sabotaged(self):
-        return right(self) + (wrong if "n32x32_w4x16_s2" in self.plan.variant else 0)
+    def sabotaged(self, i):
+        return right(self, i) + (wrong if "n32x32_w4x16_s2" in self.name else 0)
 
-    monkeypatch.setattr(tune.Contender, "run", sabotaged)
+    monkeypatch.setattr(candidates.Candidate, "run", sabotaged)
     status = run(fake({"n32x32_w4x16_s2": 1.5, "n32x32_w4x16_s3": 1.1}), tmp_path)
     assert status == 1
     assert winners(tmp_path) == [(0, 3), (1, 3)]
@@ -135,20 +138,20 @@ def test_a_wrong_candidate_is_reported_and_never_accepted(
 
 def test_what_does_not_compile_or_run_is_left_out(fake, tmp_path, monkeypatch):
     machine = fake({"n32x32_w4x16_s2": 1.5, "n64x32_w4x16_s2": 1.3, "n32x32_w4x16_s3": 1.1})
-    compile, right = machine.compile, tune.Contender.run
+    compile, right = machine.compile, candidates.Candidate.run
 
     def fails(plan):
         if "n32x32_w4x16_s2" in plan.variant:
             raise RuntimeError("no such thing")
         compile(plan)
 
-    def crashes(self):
-        if "n64x32_w4x16_s2" in self.plan.variant:
+    def crashes(self, i):
+        if "n64x32_w4x16_s2" in self.name:
             raise RuntimeError("out of resources")
-        return right(self)
+        return right(self, i)
 
     monkeypatch.setattr(machine, "compile", fails)
-    monkeypatch.setattr(tune.Contender, "run", crashes)
+    monkeypatch.setattr(candidates.Candidate, "run", crashes)
     assert run(machine, tmp_path) == 0
     assert winners(tmp_path) == [(0, 3), (1, 3)]
     stopped = "".join(records(tmp_path)[0]["stopped"].values())
@@ -158,19 +161,18 @@ def test_what_does_not_compile_or_run_is_left_out(fake, tmp_path, monkeypatch):
 def test_elimination_leaves_the_best(fake, monkeypatch):
     """Few samples of many, many of few."""
     machine = fake({"n64x64_w8x16_s2": 1.04})
-    monkeypatch.setattr(tune.Contest, "compile", lambda self, progress: None)
-    monkeypatch.setattr(tune.Contest, "check", lambda self: None)
+    monkeypatch.setattr(contest.Contest, "compile", lambda self, progress: None)
+    monkeypatch.setattr(contest.Contest, "check", lambda self: None)
     seen = []
 
-    def samples(contenders, rounds):
-        seen.append((len(contenders) - 1, rounds))
-        return FakeMachine.samples(machine, contenders, rounds)
+    def samples(candidates, i, rounds):
+        seen.append((len(candidates) - 1, rounds))
+        return FakeMachine.samples(machine, candidates, i, rounds)
 
     monkeypatch.setattr(machine, "samples", samples)
     with tuned_tiles.using(()):
-        contest = tune.Contest(machine, CELLS[0], tune.CANDIDATES)
-        record = tune.tune_cell(contest, lambda text: None)
-    assert [rounds for _, rounds in seen] == [5, 15, 15, tune.FINAL_ROUNDS]
+        record = contest.Contest(machine, CELLS[0], candidates.CHOICES).run(lambda text: None)
+    assert [rounds for _, rounds in seen] == [5, 15, 15, contest.FINAL_ROUNDS]
     _, many, fed, few = (count for count, _ in seen)
     assert many == 12 and few == 3
     assert 4 < fed <= 4 + 3 * 4, "four, and those of them that are boxes also by the TMA"
@@ -221,10 +223,10 @@ def test_measurements_of_another_gpu_or_version_do_not_count(fake, tmp_path, mon
 def test_interrupted_it_keeps_what_it_has(fake, tmp_path, monkeypatch):
     machine = fake({"s2": 1.1})
 
-    def samples(contenders, rounds):
-        if contenders[0].call.causal:
+    def samples(candidates, i, rounds):
+        if candidates[0].calls[i].causal:
             raise KeyboardInterrupt
-        return FakeMachine.samples(machine, contenders, rounds)
+        return FakeMachine.samples(machine, candidates, i, rounds)
 
     monkeypatch.setattr(machine, "samples", samples)
     assert run(machine, tmp_path) == 130
@@ -241,7 +243,7 @@ def test_interrupted_at_once_it_leaves_the_table_alone(fake, tmp_path, monkeypat
     monkeypatch.setattr("flash_attn_sm120.__version__", "99.0")
     machine = fake()
 
-    def samples(contenders, rounds):
+    def samples(candidates, i, rounds):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(machine, "samples", samples)
@@ -266,7 +268,7 @@ def test_a_full_disk_says_so(fake, tmp_path, monkeypatch, capsys):
     def full(*arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(tune, "open", full, raising=False)
+    monkeypatch.setattr(journal, "open", full, raising=False)
     with pytest.raises(RuntimeError, match=r"cannot be written to .*jsonl: No space left"):
         run(fake(), tmp_path)
     monkeypatch.undo()
@@ -280,7 +282,7 @@ def test_a_full_disk_says_so(fake, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("sms", [16, 36, 48, 84, 132, 170, 188])
 def test_calls_are_in_their_bucket(sms):
-    for bucket, next_bucket in itertools.pairwise((*tune.BUCKETS, None)):
+    for bucket, next_bucket in itertools.pairwise((*grid.BUCKETS, None)):
         assert next_bucket is None or bucket.upto == next_bucket.above
         for seqlen in bucket.seqlens:
             seqlen, heads = bucket.heads(seqlen, sms)
@@ -292,21 +294,21 @@ def test_calls_are_in_their_bucket(sms):
 def test_candidates_are_few_enough_and_include_what_is_known(arch):
     fallback = dict(zip(_C.tile_fields(), _C.tiles()[0], strict=True))
     variants_seen = set()
-    for cell in tune.cells(common_kernels.COMMON_HEAD_DIMS):
-        rows = list(tune.candidates(cell, fallback, arch, tune.CANDIDATES))
-        quick = list(tune.candidates(cell, fallback, arch, tune.QUICK_CANDIDATES))
+    for cell in grid.cells(common_kernels.COMMON_HEAD_DIMS):
+        rows = list(candidates.candidate_rows(cell, fallback, arch, candidates.CHOICES))
+        quick = list(candidates.candidate_rows(cell, fallback, arch, candidates.QUICK_CHOICES))
         assert 0 < len(quick) < len(rows) and all(row in rows for row in quick)
         assert all(set(row) == set(fallback) and row["arch"] == arch for row in rows)
         for row in rows:
             ring = row["tile_n"] * row["stages"] * (cell.head_dim + cell.head_dim_v) * 2
             if ring <= 99 << 10:
-                variants_seen.add((cell[:3], *(row[name] for name in tune.CANDIDATES)))
+                variants_seen.add((cell[:3], *(row[name] for name in candidates.CHOICES)))
     assert len(variants_seen) < 1000, "a second of compiling each, on four cores"
 
 
 def test_unknown_fields_stay_as_the_fallback_has_them():
     fallback = dict(zip(_C.tile_fields(), _C.tiles()[0], strict=True)) | {"cluster": 7}
-    for row in tune.candidates(CELLS[0], fallback, 120, tune.CANDIDATES):
+    for row in candidates.candidate_rows(CELLS[0], fallback, 120, candidates.CHOICES):
         assert row["cluster"] == 7
 
 
@@ -315,8 +317,8 @@ def test_unknown_fields_stay_as_the_fallback_has_them():
 
 def entry(head_dim=128, causal=1, above=64, upto=128, arch=120, **changes):
     """A row with a tile that csrc/tiles.c has nowhere, so that plans show it."""
-    bucket = tune.Bucket(above, upto, ())
-    cell = tune.Cell(head_dim, head_dim, bool(causal), bucket)
+    bucket = grid.Bucket(above, upto, ())
+    cell = grid.Cell(head_dim, head_dim, bool(causal), bucket)
     tile = {"tile_n": 16, "sub_n": 16, "warps": 2, "warp_m": 16, "stages": 7}
     row = dict(zip(_C.tile_fields(), _C.tiles()[0], strict=True)) | cell.key(arch) | tile
     return {"row": row | changes, "above": cell.above()}
@@ -361,7 +363,7 @@ def test_the_whole_table_stays_short():
     """Plans walk through it: all cells won by another tile is the worst case."""
     entries = [
         {"row": entry()["row"] | cell.key(120), "above": cell.above()}
-        for cell in tune.cells(common_kernels.COMMON_HEAD_DIMS)
+        for cell in grid.cells(common_kernels.COMMON_HEAD_DIMS)
     ]
     rows = tuned_tiles.in_order(entries)
     assert len(rows) < 5 * len(entries), "a few rows of csrc/tiles.c, which grows, before each"
@@ -510,9 +512,9 @@ def test_wheels_are_made_without_the_tuned_table(table, tmp_path, monkeypatch):
 
 def test_the_command(fake, tmp_path, monkeypatch, capsys):
     """From end to end: tunes, shows, tells, resets."""
-    monkeypatch.setattr(tune, "Machine", lambda: fake({"n32x32_w4x16_s3": 1.07}))
-    monkeypatch.setattr(tune, "BUCKETS", (tune.Bucket(0, 64, (40,)),))
-    monkeypatch.setattr(tune, "QUICK_CANDIDATES", CHOICES)
+    monkeypatch.setattr(command, "Machine", lambda: fake({"n32x32_w4x16_s3": 1.07}))
+    monkeypatch.setattr(grid, "BUCKETS", (grid.Bucket(0, 64, (40,)),))
+    monkeypatch.setattr(command, "QUICK_CHOICES", CHOICES)
     assert main(["tune", "--quick", "--head-dims", "64", "--output", str(tmp_path)]) == 0
     assert "used from now on" in capsys.readouterr().out
     assert main(["tune", "--show"]) == 0
@@ -530,46 +532,13 @@ def test_the_command(fake, tmp_path, monkeypatch, capsys):
 
 def test_on_a_gpu(cuda, tmp_path):
     """Nothing is made up here: compiled, run, timed."""
-    cell = tune.Cell(64, 64, True, tune.Bucket(0, 64, (512, 2048)))
-    assert run(tune.Machine(), tmp_path, cells=[cell]) == 0
+    cell = grid.Cell(64, 64, True, grid.Bucket(0, 64, (512, 2048)))
+    assert run(Machine(), tmp_path, cells=[cell]) == 0
     (record,) = records(tmp_path)
     assert len(record["results"]) == 3 and record["stopped"] == {}
     for result in record["results"]:
         assert all(0.001 < ms < 10 for ms in result["ms"]), result
         assert all(0.1 < gain < 10 for gain in result["gains"]), result
-
-
-def test_a_sample_is_one_call_with_a_cold_l2(fake, monkeypatch):
-    log = []
-
-    class Event:
-        def record(self):
-            log.append("time")
-            self.at = len(log)
-
-        def elapsed_time(self, end):
-            return end.at - self.at
-
-    class Buffer:
-        def zero_(self):
-            log.append("flush")
-
-    class Contender:
-        def __init__(self, name):
-            self.name = name
-
-        def run(self):
-            log.append(self.name)
-
-    machine = fake()
-    monkeypatch.setattr(machine, "SOAK_S", 0.0)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch, "empty", lambda *shape, **options: Buffer())
-    monkeypatch.setattr(tune, "_event", Event)
-    samples = tune.Machine.samples(machine, [Contender("A"), Contender("B")], 3)
-    assert samples == [[2] * 3] * 2
-    timed = ["flush", "time", "A", "time", "flush", "time", "B", "time"]
-    assert log[-24:] == timed * 3
 
 
 def test_another_directory_is_not_used_by_itself(fake, tmp_path, capsys):

@@ -29,10 +29,10 @@ def test_all_head_dims_fit(arch):
 def test_steps():
     whole = plan(16384, heads=(32, 32))
     assert whole.q_splits == 1
-    assert names(whole) == ["backward_delta", "backward", "backward_convert"]
+    assert names(whole) == ["backward_preprocess", "backward", "backward_postprocess"]
     shared = plan(512, heads=(28, 4))
     assert shared.q_splits > 1 and shared.blocks % shared.q_splits == 0
-    assert names(shared) == ["backward_delta", "backward"] + 3 * ["backward_convert"]
+    assert names(shared) == ["backward_preprocess", "backward"] + 3 * ["backward_postprocess"]
     assert names(plan(learnable_sink=torch.zeros(32)))[-1] == "backward_sink"
 
 
@@ -82,11 +82,11 @@ def test_few_heads_have_two_sums_of_dq():
     """Blocks of the same head would wait for each other."""
     for heads, sums in ((32, 1), (16, 2), (4, 2)):
         planned = plan(4096, (heads, heads), deterministic=True)
-        assert f"-DDQ_SUMS={sums}" in planned.main.options
+        assert f"-DDQ_BUFFERS={sums}" in planned.main.options
         queries = heads * 4096
         turns = 4 * (sums * queries // 64 + 4)
         assert planned.workspace_bytes == 4 * queries * (sums * 128 + 2) + turns
-        assert "-DDQ_SUMS=1" in plan(4096, (heads, heads)).main.options
+        assert "-DDQ_BUFFERS=1" in plan(4096, (heads, heads)).main.options
 
 
 def test_nothing_is_launched_for_nothing():

@@ -6,11 +6,11 @@
 #include "backward.cuh"
 #include "division.cuh"
 
-constexpr int WARPS_PER_BLOCK = 4;
+constexpr int WARPS_PER_BLOCK = FA_POSTPROCESS_WARPS;
 constexpr int FRAGS = HEAD_DIM / 8;
 
 extern "C" __global__ void __launch_bounds__(WARPS_PER_BLOCK * 32)
-    backward_convert(const __grid_constant__ struct fa_convert_params params)
+    backward_postprocess(const __grid_constant__ struct fa_postprocess_params params)
 {
     /* In 32 bits: a sum for 2^31 warps would be 1 TB or more. */
     const int warp = blockIdx.x * WARPS_PER_BLOCK + threadIdx.x / 32;
@@ -18,11 +18,11 @@ extern "C" __global__ void __launch_bounds__(WARPS_PER_BLOCK * 32)
     const auto [pair, row_frag] = divide(warp, params.row_frags);
     if (pair >= pairs)
         return; /* all of the warp */
-    const float4 *sum = reinterpret_cast<const float4 *>(params.sum) +
+    const float4 *sum = reinterpret_cast<const float4 *>(params.accum) +
                         fa_int64{warp} * (FRAGS * 32) + threadIdx.x % 32;
     const fa_int64 next_sum = fa_int64{pairs} * params.row_frags.number * (FRAGS * 32);
     float C[FRAGS][4] = {};
-    for (int i = 0; i < params.sums; i++)
+    for (int i = 0; i < params.buffers; i++)
 #pragma unroll
         for (int n = 0; n < FRAGS; n++) {
             const float4 x = sum[i * next_sum + n * 32];

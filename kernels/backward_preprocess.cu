@@ -6,7 +6,7 @@
 
 #include "backward.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = FA_PREPROCESS_THREADS;
 
 /* The lanes of a row, a chunk each. */
 constexpr int row_lanes(int chunks)
@@ -32,7 +32,7 @@ __device__ __forceinline__ float dot_8(const uint4 &a, const uint4 &b)
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-    backward_delta(const __grid_constant__ struct fa_backward_params params)
+    backward_preprocess(const __grid_constant__ struct fa_backward_params params)
 {
     const int tile = blockIdx.x; /* [batch, heads_q, m_blocks] */
     const int m_block = tile % params.m_blocks, pair = tile / params.m_blocks;
@@ -43,7 +43,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const element *dout = static_cast<const element *>(params.dout) +
                           batch * params.dout_stride.batch + head * params.dout_stride.head +
                           lane * 8;
-    float *stats = params.stats + static_cast<fa_int64>(tile) * (2 * TILE_M);
+    float *stats = params.lse_delta + static_cast<fa_int64>(tile) * (2 * TILE_M);
 
     for (int row = threadIdx.x / LANES; row < TILE_M; row += ROWS) {
         const int query = m_block * TILE_M + row;
