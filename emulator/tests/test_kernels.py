@@ -128,6 +128,7 @@ def test_every_schedule_of_the_tma_gives_the_bits_of_the_other(case, producer, s
 ODD_HEAD_DIMS = [(8, 8), (16, 24), (24, 8), (40, 72), (104, 120), (136, 16), (200, 248)]
 
 
+@pytest.mark.quick("*large-(64, 64)-True*")
 @pytest.mark.parametrize(
     "head_dims, causal",
     [(dims, True) for dims in (*common_kernels.COMMON_HEAD_DIMS, *ODD_HEAD_DIMS)]
@@ -171,6 +172,7 @@ def test_no_bank_conflicts_where_the_tma_writes(head_dims, producer):
     assert 0 < counters.instructions["copy"] <= 2 * (most + 2) * plan.blocks
 
 
+@pytest.mark.quick
 def test_counters_count():
     """A call of one block, whose every product and copy is known in number."""
     q, k, v = make_qkv(1, 128, 256, 1, 1, 64, 64, torch.bfloat16)
@@ -591,6 +593,7 @@ def test_one_code_for_both_passes(attend_with, scale):
     assert_close(out, lse, q * scale, k, v, **CAUSAL)
 
 
+@pytest.mark.quick
 def test_a_report_names_the_place(attend_with):
     q, k, v = make_qkv(1, 140, 400, 2, 1, 64, 64, torch.bfloat16)
     broken = BROKEN["no barrier in the fast loop"]
@@ -601,6 +604,7 @@ def test_a_report_names_the_place(attend_with):
         assert part in report, report
 
 
+@pytest.mark.quick
 def test_the_next_good_call_works(attend_with):
     q, k, v = make_qkv(1, 140, 400, 2, 1, 64, 64, torch.bfloat16)
     broken = BROKEN["one query too many is read"]

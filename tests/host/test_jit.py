@@ -1,7 +1,5 @@
 """From a variant to its cubin: shipped, cached or compiled. Tiny kernels, and no GPU."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from flash_attn_sm120 import cache, jit
+from helpers.children import run_command
 
 KERNELS = {
     "params.h": """
@@ -529,12 +528,6 @@ before = set(sys.modules)
 import flash_attn_sm120.jit
 print([name for name in set(sys.modules) - before if name.split(".")[0] == "cuda"])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(jit.__file__).parent.parent,
-        env={**os.environ, "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    here = Path(jit.__file__).parent.parent
+    done = run_command(sys.executable, "-c", code, cwd=here, timeout=60, PYTHONPATH="")
     assert done.stdout.strip() == "[]", done.stderr

@@ -51,6 +51,7 @@ def test_every_tile_edge(device, make_qkv, head_dims, mask):
             check_both(*make_qkv(1, seqlen_q, seqlen_k, 2, 1, *head_dims), **mask)
 
 
+@pytest.mark.quick("emulator-bf16-(64, 64)-warp-causal", "cuda-bf16-(64, 64)-*-causal")
 @cases.mask(WIDE_MASKS)
 @pytest.mark.parametrize("producer", PRODUCERS)
 @pytest.mark.parametrize("head_dims", [(64, 64), (192, 192)], ids=str)
@@ -119,6 +120,7 @@ def kernel_of(q, k, v, *, arch=120, rows=None, **options):
     return plan.kernel, plan.reasons.get("not forward_tma", "")
 
 
+@pytest.mark.quick
 def test_takes_every_mask_and_head_dim():
     for head_dims in HEAD_DIMS:
         if sum(head_dims) <= 256:
@@ -145,6 +147,7 @@ def strided(shape, strides):
 PLAIN = (64 * 2 * 64, 2 * 64, 64, 1)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "strides, kernel",
     [
