@@ -85,10 +85,8 @@ def by_operator(problem: Problem, dout: Tensor) -> list[Trainer]:
     aten = torch.ops.aten
 
     def ours(deterministic: bool, saved: tuple) -> Gradients:
-        scale, dlse, window, softcap, sink = None, None, (None, None), 0.0, None
-        return _C.backward(
-            dout, q, k, v, *saved, dlse, scale, causal, window, softcap, sink, deterministic
-        )[:3]
+        dlse, options = None, {"causal": causal, "deterministic": deterministic}
+        return _C.backward(dout, q, k, v, *saved, dlse, **options)[:3]
 
     def flash(saved: tuple) -> Gradients:
         out, lse, *sizes, seed, offset, _ = saved

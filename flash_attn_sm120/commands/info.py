@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from flash_attn_sm120 import _C, __version__, cache, explain, explain_backward, jit, variants
-from flash_attn_sm120.interface import BackwardPlan, Plan
+from flash_attn_sm120 import _C, __version__, cache, common_kernels, explain, explain_backward, jit
+from flash_attn_sm120.plan import Plan
 from flash_attn_sm120.tune import table
 
 HEADS_Q, HEADS_KV, SEQLEN = 32, 8, 4096  # of the common calls shown
@@ -80,7 +80,7 @@ def _print_common_calls(arch: int) -> None:
     print(f"\ntiles (queries x keys) of common calls on {dotted(arch)}, bf16, causal,")
     print(f"{HEADS_Q} query heads, {HEADS_KV} KV heads, {SEQLEN} keys:")
     print(f"  {'head_dim':>8}  {'forward':16}  {'decoding':26}  gradients")
-    for head_dim, head_dim_v in variants.COMMON_HEAD_DIMS:
+    for head_dim, head_dim_v in common_kernels.COMMON_HEAD_DIMS:
         dims = f"{head_dim}" if head_dim == head_dim_v else f"{head_dim},{head_dim_v}"
         q, k, v = _qkv(SEQLEN, head_dim, head_dim_v)
         forward = explain(q, k, v, causal=True, arch=arch)
@@ -96,12 +96,11 @@ def _qkv(seqlen: int, head_dim: int, head_dim_v: int) -> list[torch.Tensor]:
     return [torch.empty(1, seqlen, heads, dim, dtype=torch.bfloat16) for heads, dim in shapes]
 
 
-def _tile(plan: Plan | BackwardPlan) -> str:
-    by_tma = any("tma" in kernel.variant for kernel in plan.kernels)
-    return f"{plan.tile_m} x {plan.tile_n}{', TMA' if by_tma else ''}"
+def _tile(plan: Plan) -> str:
+    return f"{plan.tile_m} x {plan.tile_n}{', TMA' if plan.tma else ''}"
 
 
 def _print_kernels(arch: int) -> None:
     print(f"\nkernels of common calls on {dotted(arch)}:")
-    for kernel in variants.common_kernels(arch):
+    for kernel in common_kernels.common_kernels(arch):
         print(f"  {kernel.variant}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flash_attn_sm120 import variants
+from flash_attn_sm120 import common_kernels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,5 +14,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    variants.prebuild(arguments.directory, arguments.architectures)
+    common_kernels.prebuild(arguments.directory, arguments.architectures)
     return 0

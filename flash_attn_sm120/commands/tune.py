@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from flash_attn_sm120 import cache, variants
+from flash_attn_sm120 import cache, common_kernels
 from flash_attn_sm120.tune import table, tune
 from flash_attn_sm120.tune.candidates import CHOICES, QUICK_CHOICES
 from flash_attn_sm120.tune.grid import cells
@@ -49,5 +49,5 @@ def run(arguments: argparse.Namespace) -> int:
         return table.reset()
     choices = QUICK_CHOICES if arguments.quick else CHOICES
     where = arguments.output.absolute() if arguments.output else cache.directory() / "tune"
-    wanted = cells(arguments.head_dims or variants.COMMON_HEAD_DIMS)
+    wanted = cells(arguments.head_dims or common_kernels.COMMON_HEAD_DIMS)
     return tune(Machine(), wanted, choices, where)

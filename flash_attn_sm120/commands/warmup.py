@@ -7,7 +7,7 @@ from functools import partial
 
 from tqdm import tqdm
 
-from flash_attn_sm120 import cache, variants
+from flash_attn_sm120 import cache, common_kernels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    total = len(variants.common_kernels(arguments.arch or 120))
-    ready = variants.warmup(arguments.arch, partial(tqdm, total=total, unit="kernel"))
+    total = len(common_kernels.common_kernels(arguments.arch or 120))
+    ready = common_kernels.warmup(arguments.arch, partial(tqdm, total=total, unit="kernel"))
     print(f"{ready} kernels are ready in {cache.directory()}")
     return 0

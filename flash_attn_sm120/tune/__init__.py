@@ -28,7 +28,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from flash_attn_sm120 import tiles
+from flash_attn_sm120 import tuned_tiles
 from flash_attn_sm120.tune import table
 from flash_attn_sm120.tune.candidates import Choices
 from flash_attn_sm120.tune.contest import Contest
@@ -49,7 +49,7 @@ def tune(machine: Machine, wanted: Sequence[Cell], choices: Choices, where: Path
     name = re.sub(r"\W+", "-", machine.device["name"]).strip("-").lower()
     journal = Journal(where / f"{name}-{machine.arch}.jsonl", machine)
     status = 0
-    with tiles.using(()), tqdm(wanted, unit="cell", dynamic_ncols=True) as bar:
+    with tuned_tiles.using(()), tqdm(wanted, unit="cell", dynamic_ncols=True) as bar:
         try:
             for cell in bar:
                 bar.set_description(str(cell))

@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from flash_attn_sm120 import _C, tiles
-from flash_attn_sm120.interface import Plan, explain, flash_attn_func
-from flash_attn_sm120.tiles import ANY, Row
+from flash_attn_sm120 import _C, tuned_tiles
+from flash_attn_sm120.interface import flash_attn_func
+from flash_attn_sm120.plan import Plan, explain
 from flash_attn_sm120.tune.grid import BUCKETS, Cell
+from flash_attn_sm120.tuned_tiles import ANY, Row
 
 Choices = dict[str, tuple[int, ...]]
 
@@ -103,7 +104,7 @@ class Candidate(NamedTuple):
     @classmethod
     def of_row(cls, row: Row, calls: tuple[Call, ...]) -> Candidate | None:
         """None where the row does not serve all the calls, or does not fit."""
-        own = tiles.as_tuple(row)
+        own = tuned_tiles.as_tuple(row)
         plans = tuple(plan for call in calls if (plan := call.plan_with(own)))
         return cls(row, (own,), calls, plans) if len(plans) == len(calls) else None
 

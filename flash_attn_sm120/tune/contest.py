@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from flash_attn_sm120.interface import Plan
-from flash_attn_sm120.tiles import Row
+from flash_attn_sm120.plan import Plan
 from flash_attn_sm120.tune.candidates import FEEDS, Call, Candidate, Choices, candidate_rows
 from flash_attn_sm120.tune.grid import Cell
 from flash_attn_sm120.tune.machine import Machine
+from flash_attn_sm120.tuned_tiles import Row
 
 MIN_GAIN = 1.02  # fallback's time over candidate's, geometric mean over the calls of a cell
 MIN_GAIN_OF_A_CALL = 0.99

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from flash_attn_sm120.tiles import ANY, Row
+from flash_attn_sm120.tuned_tiles import ANY, Row
 
 
 class Bucket(NamedTuple):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from flash_attn_sm120 import _C, _measure, jit
-from flash_attn_sm120.interface import Plan
+from flash_attn_sm120.plan import Plan
 from flash_attn_sm120.tune.candidates import Candidate
 
 SOAK_S = 0.15  # clocks and caches of code settle before anything counts

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flash_attn_sm120 import _C, tiles
-from flash_attn_sm120.tiles import ANY
+from flash_attn_sm120 import _C, tuned_tiles
 from flash_attn_sm120.tune.candidates import describe_tile
 from flash_attn_sm120.tune.grid import Cell
 from flash_attn_sm120.tune.journal import Journal
+from flash_attn_sm120.tuned_tiles import ANY
 
 
 def summary(cell: Cell, record: dict[str, Any]) -> str:
@@ -35,7 +35,7 @@ def publish(file: Path, journal: Journal) -> None:
     """
     table = journal.table()
     try:
-        tiles.write(file, table)
+        tuned_tiles.write(file, table)
     except OSError as error:
         raise RuntimeError(
             f"the table cannot be written to {file}: {error.strerror or error}; the measurements "
@@ -43,8 +43,8 @@ def publish(file: Path, journal: Journal) -> None:
         ) from error
     print(f"{len(table['rows'])} of {table['cells']} cells have a faster tile: {file}")
     print(f"measurements: {journal.path}")
-    if file == tiles.path():
-        tiles.load()
+    if file == tuned_tiles.path():
+        tuned_tiles.load()
         print("The table is used from now on. tune --show prints it, and how to contribute it.")
     else:
         print(f"To use it: export FA_SM120_TILES={file}")
@@ -52,13 +52,13 @@ def publish(file: Path, journal: Journal) -> None:
 
 def describe() -> str:
     """The table in use, in a line."""
-    file = tiles.path()
+    file = tuned_tiles.path()
     if file is None:
         return "none: FA_SM120_TILES is empty"
     if not os.path.exists(file):
         return "none: python -m flash_attn_sm120 tune measures them"
     try:
-        tables = tiles.read(file)
+        tables = tuned_tiles.read(file)
     except (OSError, ValueError) as error:
         return f"none: {file}: {error}"
     rows = (f"{len(t['rows'])} rows of {t.get('gpu', 'an unknown GPU')}" for t in tables)
@@ -68,16 +68,16 @@ def describe() -> str:
 def show() -> int:
     """Prints the table in use, and what to send to have it in csrc/tiles.c."""
     print(f"tuned tiles: {describe()}")
-    file = tiles.path()
-    if file is None or not tiles.in_use():
+    file = tuned_tiles.path()
+    if file is None or not tuned_tiles.in_use():
         return 0
     fields = _C.tile_fields()
     first = fields.index("tile_n")  # the key before it, the tile from it on
-    for table in tiles.read(file):
+    for table in tuned_tiles.read(file):
         facts = {name: value for name, value in table.items() if name != "rows"}
         print(f"\n/* {_spelled(facts)}\n * {', '.join(fields)} */")
-        for entry in tiles.usable(table["rows"])[0]:
-            names = ["ANY" if n == ANY else str(n) for n in tiles.as_tuple(entry["row"])]
+        for entry in tuned_tiles.usable(table["rows"])[0]:
+            names = ["ANY" if n == ANY else str(n) for n in tuned_tiles.as_tuple(entry["row"])]
             tile = f"{{{', '.join(names[first:])}}}"
             gain = f"{entry['gain']:.2f}x" if "gain" in entry else ""
             print(f"    {{{', '.join([*names[:first], tile])}}}, /* {gain} */")
@@ -90,7 +90,7 @@ def show() -> int:
 
 def reset() -> int:
     """Removes the table in use; the measurements stay."""
-    file = tiles.path()
+    file = tuned_tiles.path()
     if file is None or not os.path.exists(file):
         print("there is no table of tuned tiles")
         return 0
