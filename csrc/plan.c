@@ -220,7 +220,7 @@ static void set_variant(const struct fa_shape *shape, const struct fa_tile *tile
     plan->threads = (tile->warps + (tile->producer == FA_PRODUCER_WARP)) * 32;
     plan->variant = (struct fa_variant){
         .kernel = tile->kernel,
-        .dtype_bf16 = shape->dtype == FA_BFLOAT16,
+        .dtype = shape->dtype,
         .head_dim = shape->head_dim,
         .head_dim_v = shape->head_dim_v,
         .tile_n = tile->tile_n,
@@ -341,7 +341,7 @@ static void set_combine(const struct fa_shape *shape, struct fa_plan *plan)
     const int slots = fa_combine_slots(WARPS * 32, shape->head_dim_v);
     combine->variant = (struct fa_variant){
         .kernel = FA_KERNEL_COMBINE,
-        .dtype_bf16 = plan->variant.dtype_bf16,
+        .dtype = plan->variant.dtype,
         .head_dim_v = shape->head_dim_v,
         .warps = WARPS,
     };

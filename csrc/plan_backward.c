@@ -49,7 +49,7 @@ static void set_main(const struct fa_shape *shape, const struct fa_backward_opti
     const struct fa_backward_tile *tile = choose_tile(shape);
     plan->main.variant = (struct fa_variant){
         .kernel = FA_KERNEL_BACKWARD,
-        .dtype_bf16 = shape->dtype == FA_BFLOAT16,
+        .dtype = shape->dtype,
         .head_dim = shape->head_dim,
         .head_dim_v = shape->head_dim_v,
         .warp_n = tile->warp_n,
@@ -183,7 +183,7 @@ static void set_delta(const struct fa_shape *shape, struct fa_backward_plan *pla
     const struct fa_variant *main = &plan->main.variant;
     plan->delta = (struct fa_step){
         .variant = {.kernel = FA_KERNEL_BACKWARD_DELTA,
-                    .dtype_bf16 = main->dtype_bf16,
+                    .dtype = main->dtype,
                     .head_dim_v = main->head_dim_v,
                     .tile_m = main->tile_m},
         .blocks = shape->batch * shape->heads_q * plan->m_blocks,
@@ -197,7 +197,7 @@ static struct fa_step conversion(const struct fa_backward_plan *plan, int64_t ro
 {
     return (struct fa_step){
         .variant = {.kernel = FA_KERNEL_BACKWARD_CONVERT,
-                    .dtype_bf16 = plan->main.variant.dtype_bf16,
+                    .dtype = plan->main.variant.dtype,
                     .head_dim = head_dim},
         .blocks = (int)CEIL_DIV(row_frags, FA_POSTPROCESS_WARPS),
         .threads = FA_POSTPROCESS_WARPS * 32,
@@ -246,7 +246,7 @@ int fa_plan_backward(const struct fa_shape *shape, const struct fa_backward_opti
     if (options->has_sink)
         plan->dsink = (struct fa_step){
             .variant = {.kernel = FA_KERNEL_BACKWARD_SINK,
-                        .dtype_bf16 = plan->main.variant.dtype_bf16,
+                        .dtype = plan->main.variant.dtype,
                         .tile_m = plan->main.variant.tile_m},
             .blocks = shape->heads_q,
             .threads = FA_SINK_THREADS,

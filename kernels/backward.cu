@@ -14,7 +14,7 @@
  * sum in memory that all blocks of keys share, see dq_sum in params.h.
  *
  * One source, compiled once per set of constants:
- *   DTYPE_BF16             1: bf16, 0: fp16
+ *   DTYPE                  enum fa_dtype in params.h, of all tensors
  *   HEAD_DIM, HEAD_DIM_V   of Q and K, of V and O: multiples of 8 up to 256
  *   WARPS, WARP_N          keys: WARP_N (a multiple of 16) per warp; WARPS in both groups
  *   TILE_M, SUB_M          queries: TILE_M at a time in shared memory, SUB_M through registers
