@@ -4,7 +4,9 @@
 
 #include "ptx.cuh"
 
-/* t of the fragment layouts in ptx.cuh: this lane's column pair. */
+/* This lane, 4g + t in the fragment layouts of ptx.cuh: g is its row, t its column pair. */
+__device__ __forceinline__ unsigned lane_id() { return threadIdx.x % 32; }
+__device__ __forceinline__ unsigned quad_row() { return threadIdx.x % 32 / 4; }
 __device__ __forceinline__ int quad_lane() { return threadIdx.x % 4; }
 
 using element = unsigned short; /* of either data type: only the mma knows which */
