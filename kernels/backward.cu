@@ -165,6 +165,26 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
     }
 }
 
+/* Product 5, all warps: dQ = dS [16 * DQ_ROW_FRAGS, TILE_N] * K [TILE_N, 8 * DQ_DIM_FRAGS], the
+ * warp's part of dQ [TILE_M, HEAD_DIM], whose first fragment of queries and of dims are row_frag
+ * and dim_frag. */
+__device__ __forceinline__ void compute_dQ(float (&dQ_rmem)[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4],
+                                           unsigned smem, int row_frag, int dim_frag)
+{
+    set_to_zero(dQ_rmem);
+    const unsigned dS_smem = not_before(smem + DS_OFFSET + columns_first<dS_layout>());
+    const unsigned K_smem = not_before(smem + K_OFFSET + rows_first<K_layout>());
+#pragma unroll
+    for (int k = 0; k < TILE_N / 16; k++) {
+        unsigned dS_rmem[DQ_ROW_FRAGS][1][4];
+#pragma unroll
+        for (int m = 0; m < DQ_ROW_FRAGS; m++)
+            ldmatrix_x4_trans(dS_rmem[m][0], dS_layout::moved(dS_smem, 16 * k, 2 * (row_frag + m)));
+        mma_AB<K_layout, 1, DQ_DIM_FRAGS>(dQ_rmem, dS_rmem, K_layout::moved(K_smem, 16 * k, 0),
+                                          dim_frag);
+    }
+}
+
 /* dK or dV of this warp's keys: to the tensor, or to the accumulator of all blocks that share the
  * keys. */
 template <int DIM>
@@ -292,7 +312,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (is_group_0)
             barrier_sync<THREADS>(LOWER_FULL);
 
-        /* ---- 5. Product 5: this warp's part of dQ. */
+        /* ---- 5. Product 5: this warp's part of dQ.
+         *
+         * With ordered accumulation a semaphore counts the blocks of keys that have added to a tile
+         * of dQ, and a block waits until all before it have. The count is read before the product,
+         * which hides the latency of the L2; mostly it is right by then. A block adds itself to the
+         * count one tile late, while it computes the next: thread 0 has then passed the barriers
+         * LOWER_FREE and LOWER_FULL of that tile, which all warps reach after their additions to
+         * this one. So no barrier is needed for that alone, and as the additions have long landed,
+         * the release has nothing to wait for. */
         const int dq_batch = coords.n_block % DQ_BUFFERS * params.batch + coords.batch;
         const fa_int64 dq_tile = query_tile_index(params, dq_batch, walk.head, walk.m_block);
         int added = 0;
@@ -307,23 +335,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             (is_group_0 ? 0 : HALF_FRAGS) + group_warp / DQ_DIM_WARPS * DQ_ROW_FRAGS;
         const int dim_frag = group_warp % DQ_DIM_WARPS * DQ_DIM_FRAGS;
         float dQ_rmem[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4];
-        set_to_zero(dQ_rmem);
-        const unsigned dS_smem = not_before(smem + DS_OFFSET + columns_first<dS_layout>());
-        const unsigned K_smem = not_before(smem + K_OFFSET + rows_first<K_layout>());
-#pragma unroll
-        for (int k = 0; k < TILE_N / 16; k++) {
-            unsigned dS_rmem[DQ_ROW_FRAGS][1][4];
-#pragma unroll
-            for (int m = 0; m < DQ_ROW_FRAGS; m++)
-                ldmatrix_x4_trans(dS_rmem[m][0],
-                                  dS_layout::moved(dS_smem, 16 * k, 2 * (row_frag + m)));
-            mma_AB<K_layout, 1, DQ_DIM_FRAGS>(dQ_rmem, dS_rmem, K_layout::moved(K_smem, 16 * k, 0),
-                                              dim_frag);
-        }
+        compute_dQ(dQ_rmem, smem, row_frag, dim_frag);
         if (!is_group_0 && !last)
             barrier_arrive<THREADS>(UPPER_FREE);
 
-        /* ---- 6. Add it to the accumulator. */
+        /* ---- 6. Add it to the accumulator, in order. */
         if (DETERMINISTIC)
             while (added != (coords.n_block - mask.first_n_block(query0)) / DQ_BUFFERS)
                 added = turns_ended(semaphore);
