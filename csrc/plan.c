@@ -99,13 +99,14 @@ bool fa_shape_has_left_mask(const struct fa_shape *shape)
 static bool serves(const struct fa_tile_row *row, const struct fa_shape *shape,
                    const struct fa_device *device)
 {
-#define WITHIN(bound, value) ((bound) == FA_ANY || (value) <= (bound))
-#define SAME(wanted, value)  ((wanted) == FA_ANY || (wanted) == (value))
+#define WITHIN(bound, value)                                                                       \
+    ((row->bound == FA_ANY || (value) <= row->bound) &&                                            \
+     (row->above.bound == 0 || (value) > row->above.bound))
+#define SAME(wanted, value) ((wanted) == FA_ANY || (wanted) == (value))
     return (row->arch == FA_ANY || row->arch / 10 == device->arch / 10) &&
-           WITHIN(row->head_dim, shape->head_dim) && WITHIN(row->head_dim_v, shape->head_dim_v) &&
-           WITHIN(row->heads_per_kv, fa_heads_per_kv(shape)) &&
-           WITHIN(row->seqlen_q, shape->seqlen_q) &&
-           WITHIN(row->rows_per_sm, rows_per_sm(shape, device)) &&
+           WITHIN(head_dim, shape->head_dim) && WITHIN(head_dim_v, shape->head_dim_v) &&
+           WITHIN(heads_per_kv, fa_heads_per_kv(shape)) && WITHIN(seqlen_q, shape->seqlen_q) &&
+           WITHIN(rows_per_sm, rows_per_sm(shape, device)) &&
            SAME(row->mask_right, fa_shape_has_right_mask(shape)) &&
            SAME(row->mask_left, fa_shape_has_left_mask(shape));
 #undef WITHIN
