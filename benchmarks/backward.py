@@ -99,10 +99,9 @@ def by_operator(problem: Problem, dout: torch.Tensor) -> list[Trainer]:
     aten = torch.ops.aten
 
     def ours(deterministic: bool, saved: tuple) -> Gradients:
-        scale, dlse, window, softcap, sink = None, None, (None, None), 0.0, None
-        return _C.backward(
-            dout, q, k, v, *saved, dlse, scale, causal, window, softcap, sink, deterministic
-        )[:3]
+        return _C.backward(dout, q, k, v, *saved, None, causal=causal, deterministic=deterministic)[
+            :3
+        ]
 
     def flash(saved: tuple) -> Gradients:
         out, lse, *sizes, seed, offset, _ = saved

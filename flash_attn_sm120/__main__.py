@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from flash_attn_sm120 import _C, __version__, cache, explain, flash_attn_func, jit, variants
+from flash_attn_sm120 import _C, __version__, cache, common_kernels, explain, flash_attn_func, jit
 from flash_attn_sm120 import tune as tuner
 
 
@@ -84,12 +84,12 @@ def info() -> int:
     print(f"environment: {settings or 'no FA_SM120_ variable is set'}")
     for arch in sorted({device["arch"] for device in devices} or {120}):
         print(f"\ncommon calls on {_dotted(arch)}:")
-        for plan in (*variants.common_plans(arch), *variants.decoding_plans(arch)):
+        for plan in (*common_kernels.common_plans(arch), *common_kernels.decoding_plans(arch)):
             smem, parts = (plan.smem_bytes or 0) >> 10, plan.num_splits or 1
             split = f", keys in {parts} parts" if parts > 1 else ""
             print(f"  {plan.variant:52} tile {plan.tile_m} x {plan.tile_n}, {smem} KB{split}")
         print("gradients of common calls:")
-        for backward in variants.backward_plans(arch):
+        for backward in common_kernels.backward_plans(arch):
             smem, main = (backward.smem_bytes or 0) >> 10, backward.main
             name = main.variant if main else ""
             print(f"  {name:52} tile {backward.tile_m} x {backward.tile_n}, {smem} KB")
@@ -202,10 +202,10 @@ def _is_close(
 
 def warmup(arch: int | None) -> int:
     """Compiles the common kernels into the disk cache."""
-    total = len(variants.common_kernels(arch or 120))
+    total = len(common_kernels.common_kernels(arch or 120))
 
     progress = partial(tqdm, total=total, unit="kernel")
-    print(f"{variants.warmup(arch, progress)} kernels are ready in {cache.directory()}")
+    print(f"{common_kernels.warmup(arch, progress)} kernels are ready in {cache.directory()}")
     return 0
 
 
@@ -225,7 +225,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     prebuild.add_argument("directory", type=Path)
     prebuild.add_argument("architectures", nargs="+", help="as NVRTC names them: sm_120f sm_90a")
-    prebuild.set_defaults(run=variants.prebuild)
+    prebuild.set_defaults(run=common_kernels.prebuild)
     _add_tune(commands)
     return parser
 

@@ -40,9 +40,10 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from flash_attn_sm120 import _C, cache, jit, tiles, variants
-from flash_attn_sm120.interface import Plan, explain, flash_attn_func
-from flash_attn_sm120.tiles import ANY, Row
+from flash_attn_sm120 import _C, cache, common_kernels, jit, tuned_tiles
+from flash_attn_sm120.interface import flash_attn_func
+from flash_attn_sm120.plan import Plan, explain
+from flash_attn_sm120.tuned_tiles import ANY, Row
 
 MIN_GAIN = 1.02  # fallback's time over candidate's, geometric mean over the calls of a cell
 MIN_GAIN_OF_A_CALL = 0.99
@@ -377,7 +378,7 @@ class Contest:
 
     def _entrant(self, row: Row) -> Entrant | None:
         """None for a row that does not serve all calls, or is the fallback by another name."""
-        own = tiles.as_tuple(row)
+        own = tuned_tiles.as_tuple(row)
         plans = [call.takes(own) for call in self.calls]
         if all(
             p and p.variant == f.plan.variant for p, f in zip(plans, self.fallbacks, strict=True)
@@ -552,7 +553,7 @@ class Journal:
             self.begun = True
         self._append({"cell": str(cell), "machine": self.identity, **record})
 
-    def table(self) -> tiles.Table:
+    def table(self) -> tuned_tiles.Table:
         """The winners, as tiles.json has them."""
         rows = [
             {"row": cell["winner"], "above": cell["above"], "gain": cell["gain"]}
@@ -613,7 +614,7 @@ def tune(machine: Machine, wanted: Sequence[Cell], choices: dict[str, Any], wher
     name = re.sub(r"\W+", "-", machine.device["name"]).strip("-").lower()
     journal = Journal(where / f"{name}-{machine.arch}.jsonl", machine)
     status = 0
-    with tiles.using(()), tqdm(wanted, unit="cell", dynamic_ncols=True) as bar:
+    with tuned_tiles.using(()), tqdm(wanted, unit="cell", dynamic_ncols=True) as bar:
         try:
             for cell in bar:
                 bar.set_description(str(cell))
@@ -654,7 +655,7 @@ def _spelled(fields: dict[str, Any]) -> str:
 def _publish(file: Path, journal: Journal) -> None:
     table = journal.table()
     try:
-        tiles.write(file, table)
+        tuned_tiles.write(file, table)
     except OSError as error:
         raise RuntimeError(
             f"the table cannot be written to {file}: {error.strerror or error}; the measurements "
@@ -662,8 +663,8 @@ def _publish(file: Path, journal: Journal) -> None:
         ) from error
     print(f"{len(table['rows'])} of {table['cells']} cells have a faster tile: {file}")
     print(f"measurements: {journal.path}")
-    if file == tiles.path():
-        tiles.load()
+    if file == tuned_tiles.path():
+        tuned_tiles.load()
         print("The table is used from now on. tune --show prints it, and how to contribute it.")
     else:
         print(f"To use it: export FA_SM120_TILES={file}")
@@ -671,13 +672,13 @@ def _publish(file: Path, journal: Journal) -> None:
 
 def describe() -> str:
     """The table in use, in a line."""
-    file = tiles.path()
+    file = tuned_tiles.path()
     if file is None:
         return "none: FA_SM120_TILES is empty"
     if not os.path.exists(file):
         return "none: python -m flash_attn_sm120 tune measures them"
     try:
-        tables = tiles.read(file)
+        tables = tuned_tiles.read(file)
     except (OSError, ValueError) as error:
         return f"none: {file}: {error}"
     rows = (f"{len(t['rows'])} rows of {t.get('gpu', 'an unknown GPU')}" for t in tables)
@@ -687,16 +688,16 @@ def describe() -> str:
 def show() -> int:
     """Prints the table in use, and what to send to have it in csrc/tiles.c."""
     print(f"tuned tiles: {describe()}")
-    file = tiles.path()
-    if file is None or not tiles.in_use():
+    file = tuned_tiles.path()
+    if file is None or not tuned_tiles.in_use():
         return 0
     fields = _C.tile_fields()
     first = fields.index("tile_n")  # the key before it, the tile from it on
-    for table in tiles.read(file):
+    for table in tuned_tiles.read(file):
         facts = {name: value for name, value in table.items() if name != "rows"}
         print(f"\n/* {_spelled(facts)}\n * {', '.join(fields)} */")
-        for entry in tiles.usable(table["rows"])[0]:
-            names = ["ANY" if n == ANY else str(n) for n in tiles.as_tuple(entry["row"])]
+        for entry in tuned_tiles.usable(table["rows"])[0]:
+            names = ["ANY" if n == ANY else str(n) for n in tuned_tiles.as_tuple(entry["row"])]
             tile = f"{{{', '.join(names[first:])}}}"
             gain = f"{entry['gain']:.2f}x" if "gain" in entry else ""
             print(f"    {{{', '.join([*names[:first], tile])}}}, /* {gain} */")
@@ -709,7 +710,7 @@ def show() -> int:
 
 def reset() -> int:
     """Removes the table in use; the measurements stay."""
-    file = tiles.path()
+    file = tuned_tiles.path()
     if file is None or not os.path.exists(file):
         print("there is no table of tuned tiles")
         return 0
@@ -734,7 +735,7 @@ def command(
     choices = QUICK_CANDIDATES if quick else CANDIDATES
     where = output.absolute() if output else cache.directory() / "tune"
     try:
-        wanted = cells(head_dims or variants.COMMON_HEAD_DIMS)
+        wanted = cells(head_dims or common_kernels.COMMON_HEAD_DIMS)
         return tune(Machine(), wanted, choices, where)
     except RuntimeError as error:
         print(f"tune: {error}", file=sys.stderr)

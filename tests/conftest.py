@@ -12,7 +12,7 @@ os.environ["FA_SM120_TILES"] = ""  # not what was tuned on the developer's machi
 
 from tiles import LARGE_TILES, use_tiles
 
-from flash_attn_sm120 import explain, jit, producers
+from flash_attn_sm120 import explain, frameworks, jit
 
 # Tensors here are small: threads that wait for each other would only slow torch down.
 torch.set_num_threads(1)
@@ -155,8 +155,8 @@ def seed(request):
 @pytest.fixture
 def outputs_full_of_nan(monkeypatch):
     """Memory that nobody wrote shows, whatever the allocator returns."""
-    empty = producers.empty
-    monkeypatch.setattr(producers, "empty", lambda *args: empty(*args).fill_(torch.nan))
+    empty = frameworks.empty
+    monkeypatch.setattr(frameworks, "empty", lambda *args: empty(*args).fill_(torch.nan))
 
 
 # ---- inputs --------------------------------------------------------------------------------------

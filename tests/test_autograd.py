@@ -203,9 +203,9 @@ def test_recording_changes_no_bit(leaves):
 def test_options_reach_the_backward(device, leaves, monkeypatch, deterministic):
     calls = []
 
-    def backward(*args):
-        calls.append(args[7:])
-        return _C.backward(*args)
+    def backward(*args, **options):
+        calls.append(options)
+        return _C.backward(*args, **options)
 
     monkeypatch.setattr(autograd, "_C", SimpleNamespace(forward=_C.forward, backward=backward))
     out, _ = flash_attn_func(
@@ -215,7 +215,9 @@ def test_options_reach_the_backward(device, leaves, monkeypatch, deterministic):
         deterministic=deterministic,
     )
     out.sum().backward()
-    assert calls == [(0.3, False, (7, 2), 0.0, None, deterministic)]
+    (options,) = calls
+    asked = {"softmax_scale": 0.3, "window_size": (7, 2), "deterministic": deterministic}
+    assert asked.items() <= options.items() and options["learnable_sink"] is None
 
 
 def test_a_graph_is_used_twice(leaves):

@@ -50,9 +50,16 @@ def gradients_of(
     deterministic=False,
 ):
     """dq, dk, dv (and dsink) by forward and backward."""
-    options = (softmax_scale, causal, window_size, softcap, learnable_sink)
-    out, lse = _C.forward(q, k, v, *options, 0, None, True)
-    *gradients, dsink = _C.backward(dout, q, k, v, out, lse, dlse, *options, deterministic)
+    options = {
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "softcap": softcap,
+        "learnable_sink": learnable_sink,
+        "deterministic": deterministic,
+    }
+    out, lse = _C.forward(q, k, v, return_lse=True, **options)
+    *gradients, dsink = _C.backward(dout, q, k, v, out, lse, dlse, **options)
     assert (dsink is None) == (learnable_sink is None)
     assert all(x.is_contiguous() for x in gradients)
     return gradients if dsink is None else [*gradients, dsink]
@@ -423,7 +430,7 @@ def test_blocks_that_take_turns_have_unequal_numbers_of_heads(device, make_qkv):
     """Seven heads of a KV head in four parts; and sums of dQ that not every tile of keys adds to."""
     q, k, v = make_qkv(16, 70, 130, 7, 1)
     dout = dout_for(device, q, v)
-    parts = explain_backward(q, k, v, deterministic=True).parts
+    parts = explain_backward(q, k, v, deterministic=True).q_splits
     assert device != EMULATOR or parts == 4
     first = check(device, q, k, v, dout, deterministic=True)
     assert_all_equal(gradients_of(device, q, k, v, dout, deterministic=True), first)

@@ -84,21 +84,21 @@ def test_check_fails_where_gradients_alone_are_wrong(monkeypatch, capsys):
 
 def test_warmup_fills_the_cache(tmp_path, monkeypatch):
     pytest.importorskip("cuda.bindings.nvrtc")
-    from flash_attn_sm120 import variants
+    from flash_attn_sm120 import common_kernels
 
     monkeypatch.setenv("FA_SM120_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(variants, "COMMON_HEAD_DIMS", ((64, 64),))
-    monkeypatch.setattr(variants, "DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(common_kernels, "COMMON_HEAD_DIMS", ((64, 64),))
+    monkeypatch.setattr(common_kernels, "DTYPES", (torch.bfloat16,))
     seen = []
-    count = variants.warmup(120, lambda kernels: (seen.append(k) or k for k in kernels))
-    assert count == len(set(seen)) == len(variants.common_kernels(120)) >= 10
+    count = common_kernels.warmup(120, lambda kernels: (seen.append(k) or k for k in kernels))
+    assert count == len(set(seen)) == len(common_kernels.common_kernels(120)) >= 10
     steps = {"backward_delta", "backward", "backward_convert", "backward_sink"}
     assert {"forward_tma", "combine", *steps} <= {kernel.kernel for kernel in seen}
     cubins = sorted(
         path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix == ".cubin"
     )
     assert len(cubins) == count
-    variants.warmup(120)
+    common_kernels.warmup(120)
     again = sorted(
         path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix == ".cubin"
     )

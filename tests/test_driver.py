@@ -18,7 +18,7 @@ PREAMBLE = f"""
 import sys; sys.path.insert(0, {str(TESTS)!r})
 import numpy as np
 from dlpack import Capsule
-from flash_attn_sm120 import flash_attn_func, producers, _C
+from flash_attn_sm120 import flash_attn_func, frameworks, _C
 
 made = []  # capsules must outlive their use
 
@@ -31,7 +31,7 @@ class CudaArray(np.ndarray):
         made.append(Capsule(np.asarray(self), device_type=2, device_id=self.device_id))
         return made[-1].capsule
 
-producers.current_stream = lambda device_id: 7 * device_id
+frameworks.current_stream = lambda device_id: 7 * device_id
 
 def cuda(*shape, device_id=0):
     array = np.zeros(shape, np.float16).view(CudaArray)
@@ -146,9 +146,9 @@ def test_stream_where_torch_never_used_cuda(run):
     """Then nobody can have set one, and a torch without CUDA has no word for it."""
     code = """
 import importlib
-importlib.reload(producers)
+importlib.reload(frameworks)
 call()
-print(producers.torch.cuda.is_initialized())
+print(frameworks.torch.cuda.is_initialized())
 """
     lines, launches = run(code)
     assert lines == ["False"] and [x["stream"] for x in launches] == [0]
@@ -452,9 +452,9 @@ def test_output_is_on_the_device_of_a_bare_capsule(run):
     """A consumed capsule says nothing of its device any more; the tensor read from it does."""
     code = """
 class torch:
-    Tensor, float16, device = producers.torch.Tensor, np.float16, producers.torch.device
+    Tensor, float16, device = frameworks.torch.Tensor, np.float16, frameworks.torch.device
     empty = lambda shape, dtype, device: print(device) or np.empty(shape, dtype)
-producers.torch = torch
+frameworks.torch = torch
 array = cuda(1, 8, 1, 64, device_id=1)
 flash_attn_func(array.__dlpack__(stream=7), array, array)
 """

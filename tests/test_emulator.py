@@ -15,14 +15,14 @@ from conftest import EMULATOR
 from reference import assert_close
 from tiles import LARGE_TILES, PRODUCERS, constants, tile_row, use_tiles
 
-from flash_attn_sm120 import _C, explain, flash_attn_func, jit, variants
+from flash_attn_sm120 import _C, common_kernels, explain, flash_attn_func, jit
 
 pytestmark = pytest.mark.skipif(bool(EMULATOR.missing), reason=EMULATOR.missing)
 
 # In fp16 those of two head dims: its constants have nothing to do with tiles.
 COMMON_PLANS = [
     plan
-    for plan in (variants.common_plans(120) if not EMULATOR.missing else ())
+    for plan in (common_kernels.common_plans(120) if not EMULATOR.missing else ())
     if re.search("_bf16_|_d64_dv64|_d128_dv128", plan.variant)
 ]
 
@@ -130,7 +130,8 @@ ODD_HEAD_DIMS = [(8, 8), (16, 24), (24, 8), (40, 72), (104, 120), (136, 16), (20
 
 @pytest.mark.parametrize(
     "head_dims, causal",
-    [(dims, True) for dims in (*variants.COMMON_HEAD_DIMS, *ODD_HEAD_DIMS)] + [((64, 64), False)],
+    [(dims, True) for dims in (*common_kernels.COMMON_HEAD_DIMS, *ODD_HEAD_DIMS)]
+    + [((64, 64), False)],
     ids=str,
 )
 @pytest.mark.parametrize("rows", [(), LARGE_TILES], ids=["chosen", "large"])
@@ -153,7 +154,7 @@ def test_no_bank_conflicts(head_dims, causal, rows):
 
 @pytest.mark.parametrize(
     "head_dims, producer",
-    [*zip((*variants.COMMON_HEAD_DIMS, *ODD_HEAD_DIMS), itertools.cycle(PRODUCERS))],
+    [*zip((*common_kernels.COMMON_HEAD_DIMS, *ODD_HEAD_DIMS), itertools.cycle(PRODUCERS))],
     ids=str,
 )
 def test_no_bank_conflicts_where_the_tma_writes(head_dims, producer):

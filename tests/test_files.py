@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 from children import run_python
 
-from flash_attn_sm120 import cache, files, tiles
+from flash_attn_sm120 import cache, files, tuned_tiles
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has no such users")
 
@@ -370,9 +370,9 @@ def test_a_table_that_is_no_file_is_named_and_not_waited_for(tmp_path, monkeypat
     path, kind = make(tmp_path / "tiles.json")
     monkeypatch.setenv("FA_SM120_TILES", str(path))
     with pytest.warns(RuntimeWarning, match=kind) as caught:
-        tiles.load()
+        tuned_tiles.load()
     assert len(str(caught[0].message)) <= 200
-    assert not tiles.in_use()
+    assert not tuned_tiles.in_use()
 
 
 # ---- what never fails a call ---------------------------------------------------------------------

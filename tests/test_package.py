@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_attn_sm120 import variants
+from flash_attn_sm120 import common_kernels
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,8 +132,8 @@ print(flash_attn_sm120.__file__)
 def test_installed_wheel_compiles_its_own_kernels(python, tmp_path):
     pytest.importorskip("cuda.bindings.nvrtc")
     code = """
-from flash_attn_sm120 import jit, variants
-plan = next(variants.common_plans(120))
+from flash_attn_sm120 import jit, common_kernels
+plan = next(common_kernels.common_plans(120))
 print(jit.compile(plan.kernel, plan.variant, plan.options, 120, 0)[:4])
 """
     cache = str(tmp_path / "cache")
@@ -156,12 +156,14 @@ def test_sdist_builds_the_same_wheel(checkout, wheel, tmp_path):
 def test_wheel_ships_cubins_where_asked(checkout, tmp_path, monkeypatch):
     """FA_SM120_PREBUILD: kernels that need neither NVRTC nor a cache; here those of one head dim."""
     pytest.importorskip("cuda.bindings.nvrtc")
-    source = Path(shutil.copytree(checkout, tmp_path / "checkout"), "flash_attn_sm120/variants.py")
+    source = Path(
+        shutil.copytree(checkout, tmp_path / "checkout"), "flash_attn_sm120/common_kernels.py"
+    )
     text, found = re.subn(r"(?m)^(COMMON_HEAD_DIMS) = .*", r"\1 = ((64, 64),)", source.read_text())
     assert found == 1
     source.write_text(text)
-    monkeypatch.setattr(variants, "COMMON_HEAD_DIMS", ((64, 64),))
-    kernels = variants.common_kernels(120)
+    monkeypatch.setattr(common_kernels, "COMMON_HEAD_DIMS", ((64, 64),))
+    kernels = common_kernels.common_kernels(120)
     assert {kernel.kernel for kernel in kernels} == {
         x.stem for x in (ROOT / "kernels").glob("*.cu")
     }
@@ -170,9 +172,9 @@ def test_wheel_ships_cubins_where_asked(checkout, tmp_path, monkeypatch):
         archive.extractall(tmp_path / "site")
     code = """
 import sys
-from flash_attn_sm120 import jit, variants
+from flash_attn_sm120 import jit, common_kernels
 sys.modules["cuda.bindings"] = None
-kernels = variants.common_kernels(120)
+kernels = common_kernels.common_kernels(120)
 print({jit.compile(*kernel, 120, 12080)[:4] for kernel in kernels}, len(kernels))
 """
     out = run(
@@ -212,8 +214,7 @@ second = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(second)
 assert second is not flash_attn_sm120._C
 q = torch.randn(1, 4, 1, 8)
-arguments = (q, q, q, None, False, (None, None), 0.0, None, 0, None, False)
-print(torch.equal(second.forward(*arguments)[0], flash_attn_sm120._C.forward(*arguments)[0]))
+print(torch.equal(second.forward(q, q, q)[0], flash_attn_sm120._C.forward(q, q, q)[0]))
 del second
 """
     assert run(sys.executable, "-c", code, cwd=ROOT, PYTHONPATH=str(ROOT)).strip() == "True"

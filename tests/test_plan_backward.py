@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from flash_attn_sm120 import explain_backward, variants
+from flash_attn_sm120 import common_kernels, explain_backward
 
 SM120_SMEM = 99 * 1024
 HEAD_DIMS = range(8, 257, 8)
@@ -30,10 +30,10 @@ def test_all_head_dims_fit(arch):
 
 def test_steps():
     whole = plan(16384, heads=(32, 32))
-    assert whole.parts == 1
+    assert whole.q_splits == 1
     assert names(whole) == ["backward_delta", "backward", "backward_convert"]
     shared = plan(512, heads=(28, 4))
-    assert shared.parts > 1 and shared.blocks % shared.parts == 0
+    assert shared.q_splits > 1 and shared.blocks % shared.q_splits == 0
     assert names(shared) == ["backward_delta", "backward"] + 3 * ["backward_convert"]
     assert names(plan(learnable_sink=torch.zeros(32)))[-1] == "backward_sink"
 
@@ -41,15 +41,17 @@ def test_steps():
 def test_common_plans_have_every_step():
     """What is compiled ahead is all that later calls of these head dims launch."""
     for arch in (80, 90, 120, 121):
-        ahead = {kernel for p in variants.backward_plans(arch) for kernel in p.kernels}
-        for head_dims, seqlen in itertools.product(variants.COMMON_HEAD_DIMS, (1, 300, 16384)):
+        ahead = {kernel for p in common_kernels.backward_plans(arch) for kernel in p.kernels}
+        for head_dims, seqlen in itertools.product(
+            common_kernels.COMMON_HEAD_DIMS, (1, 300, 16384)
+        ):
             for causal in (False, True):
                 later = plan(seqlen, (28, 4), head_dims, arch=arch, causal=causal and seqlen > 1)
                 assert later.main in later.kernels and set(later.kernels) <= ahead
 
 
 def test_blocks_of_many_registers_have_a_multiprocessor_each():
-    for head_dims in variants.COMMON_HEAD_DIMS:
+    for head_dims in common_kernels.COMMON_HEAD_DIMS:
         assert plan(head_dims=head_dims).blocks_per_sm == 1
 
 
@@ -64,7 +66,7 @@ def test_turns_are_taken_by_whole_heads(heads):
     """Else a block of keys waits for what another one comes to at its end. Not all as many."""
     for seqlen, causal in itertools.product((128, 512, 1024, 4096), (False, True)):
         planned = plan(seqlen, heads, causal=causal, deterministic=True)
-        assert planned.parts <= heads[0] // heads[1]
+        assert planned.q_splits <= heads[0] // heads[1]
         assert "-DDETERMINISTIC=1" in planned.main.options
 
 
@@ -113,5 +115,7 @@ def test_what_cannot_be_is_refused():
 def test_arguments_are_counted():
     from flash_attn_sm120 import _C
 
-    with pytest.raises(TypeError, match=r"explain_backward\(\) takes 10 arguments, got 1"):
+    with pytest.raises(
+        TypeError, match=r"explain_backward\(\) takes 3 positional arguments, got 1"
+    ):
         _C.explain_backward(1)

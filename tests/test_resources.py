@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiles import PRODUCERS, tile_row, use_tiles
 
-from flash_attn_sm120 import BackwardPlan, explain, explain_backward, jit, variants
+from flash_attn_sm120 import common_kernels, explain, explain_backward, jit
 
 pytest.importorskip("cuda.bindings.nvrtc")
 
@@ -22,7 +22,7 @@ def build_all(plans, arch):
     """[(plan, what ptxas says, a line for the report), ...]"""
 
     def built(plan):
-        kernel = plan.main if isinstance(plan, BackwardPlan) else plan.kernels[0]
+        kernel = plan.main
         build = builds.build(*kernel, arch)
         line = (
             f"{kernel.variant:56} {build.registers:4} registers {build.spill_bytes:5} B spilled "
@@ -42,10 +42,10 @@ def test_common_forward_variants(compute_capability):
 
     In fp16, whose kernels differ in a few constants and the names of the types, the most crowded ones.
     """
-    plans = list(variants.common_plans(compute_capability))
-    assert len(plans) >= 2 * 2 * len(variants.COMMON_HEAD_DIMS)
+    plans = list(common_kernels.common_plans(compute_capability))
+    assert len(plans) >= 2 * 2 * len(common_kernels.COMMON_HEAD_DIMS)
     plans = [p for p in plans if re.search("_bf16_|_d128_dv128|_d256", p.variant)]
-    assert len(plans) >= 2 * (len(variants.COMMON_HEAD_DIMS) + 2)
+    assert len(plans) >= 2 * (len(common_kernels.COMMON_HEAD_DIMS) + 2)
     for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
         head_dims = [int(n) for n in re.findall(r"_dv?(\d+)", plan.variant)]
         allowed = 0 if max(head_dims) <= 128 else SPILLED_BEYOND_128[compute_capability]
@@ -56,10 +56,10 @@ def test_common_forward_variants(compute_capability):
 
 def test_decoding_variants():
     """The forward of parts needs no more than that of whole rows, and combine fits six times in an SM."""
-    plans = [p for p in variants.decoding_plans(120) if "-DDTYPE_BF16=1" in p.options]
+    plans = [p for p in common_kernels.decoding_plans(120) if "-DDTYPE_BF16=1" in p.options]
     for _, build, line in build_all(plans, "sm_120f"):
         assert build.spill_bytes == 0, line
-    combines = dict.fromkeys(plan.combine for plan in plans)
+    combines = dict.fromkeys(plan.kernels[1] for plan in plans)
     for kernel in combines:
         build = builds.build(*kernel, "sm_120f")
         assert build.spill_bytes == 0 and build.registers * 256 * 6 <= REGISTERS_PER_SM, kernel
@@ -115,7 +115,7 @@ def tma_plan(x, options, compute_capability, **tile):
 def test_tma_forward_variants(compute_capability, producer):
     """As above, of the kernel that the TMA feeds: the same tiles, and next to no spills."""
     calls = [*crowded_calls()] if producer == "thread" else []
-    for head_dim, head_dim_v in variants.COMMON_HEAD_DIMS:
+    for head_dim, head_dim_v in common_kernels.COMMON_HEAD_DIMS:
         q, v = (torch.empty(1, 256, 1, d).bfloat16() for d in (head_dim, head_dim_v))
         calls += [((q, q, v), {"causal": causal}) for causal in (False, True)]
     plans = [tma_plan(*call, compute_capability, producer=producer) for call in calls]
@@ -143,7 +143,7 @@ def test_tma_forward_with_a_producer_warp(compute_capability, warps, head_dim):
 def test_backward_variants(compute_capability):
     """Within 99 KB and the registers of a multiprocessor; up to D 80 no spills, at D 128 some ten words."""
     plans = []
-    for head_dim, head_dim_v in variants.COMMON_HEAD_DIMS:
+    for head_dim, head_dim_v in common_kernels.COMMON_HEAD_DIMS:
         q, v = (torch.empty(1, 4096, 8, d, dtype=torch.bfloat16) for d in (head_dim, head_dim_v))
         for options in ({}, {"causal": True, "deterministic": True}):
             plans.append(explain_backward(q, q, v, **options, arch=compute_capability))

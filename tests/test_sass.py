@@ -8,7 +8,7 @@ from pathlib import Path
 import builds
 import pytest
 
-from flash_attn_sm120 import variants
+from flash_attn_sm120 import common_kernels
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 if not BENCHMARKS.is_dir():
@@ -292,10 +292,10 @@ def figures():
         sass_report.find_nvdisasm()
     except RuntimeError as error:
         pytest.skip(str(error))
-    forward = [p for p in variants.common_plans(120) if "_bf16_" in p.variant]
-    plans = variants.backward_plans(120, ((64, 64), (128, 128), (192, 128), (256, 256)))
+    forward = [p for p in common_kernels.common_plans(120) if "_bf16_" in p.variant]
+    plans = common_kernels.backward_plans(120, ((64, 64), (128, 128), (192, 128), (256, 256)))
     backward = [p for p in plans if re.search("_bf16_.*_right", p.main.variant)]
-    assert len(forward) >= 2 * len(variants.COMMON_HEAD_DIMS) and len(backward) == 4
+    assert len(forward) >= 2 * len(common_kernels.COMMON_HEAD_DIMS) and len(backward) == 4
     with pytest.MonkeyPatch.context() as patch:
         # test_resources.py has made them, too.
         patch.setattr(sass_report.jit, "build", builds.build)

@@ -71,19 +71,44 @@ def test_types():
 
 
 def test_stubs_are_exact():
-    """_C.pyi tells the names and the argument counts that the extension has."""
+    """_C.pyi has the signatures that the extension has; CallOptions has those of the calls."""
     import ast
+    import inspect
 
     from flash_attn_sm120 import _C
+    from flash_attn_sm120.plan import CallOptions
+
+    def parameters(arguments):
+        """[(name, kind, default), ...] of a stub."""
+        found = [(a.arg, "positional-only", inspect.Parameter.empty) for a in arguments.posonlyargs]
+        for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
+            found.append((argument.arg, "keyword-only", ast.literal_eval(default)))
+        return found
 
     tree = ast.parse((ROOT / "flash_attn_sm120/_C.pyi").read_text())
     stubs = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-    real = {name for name in dir(_C) if not name.startswith("_")}
-    assert set(stubs) == real
+    assert set(stubs) == {name for name in dir(_C) if not name.startswith("_")}
     for name, node in stubs.items():
-        documented = re.match(rf"{name}\((.*?)\)", getattr(_C, name).__doc__)
-        names = [n for n in documented[1].split(", ") if n]
-        assert [argument.arg for argument in node.args.posonlyargs] == names
+        real = inspect.signature(getattr(_C, name)).parameters.values()
+        assert parameters(node.args) == [(p.name, p.kind.description, p.default) for p in real]
+    options = [
+        p
+        for p in inspect.signature(_C.backward).parameters.values()
+        if p.kind.name == "KEYWORD_ONLY"
+    ]
+    assert {p.name for p in options} == set(CallOptions.__annotations__)
+
+
+def test_functions_pass_every_option_on():
+    """A row of csrc/options.h is a parameter of flash_attn_func, with the same default."""
+    import inspect
+
+    from flash_attn_sm120 import _C, flash_attn_func
+
+    public = inspect.signature(flash_attn_func).parameters
+    for parameter in inspect.signature(_C.forward).parameters.values():
+        if parameter.kind.name == "KEYWORD_ONLY":
+            assert public[parameter.name].default == parameter.default, parameter.name
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)

@@ -110,8 +110,9 @@ def right(q, k, v, dout, dlse, options, num_splits, pack_gqa, deterministic):
             )
 
     def backward():
-        in_order = [options[name] for name in MEANING]
-        gradients = _C.backward(dout, q, k, v, out, lse, dlse, *in_order, deterministic)
+        gradients = _C.backward(
+            dout, q, k, v, out, lse, dlse, **options, deterministic=deterministic
+        )
         return [x for x in gradients if x is not None]
 
     out, lse = forward()

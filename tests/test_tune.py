@@ -12,7 +12,7 @@ import torch
 from children import run_python
 from conftest import CUDA, EMULATOR
 
-from flash_attn_sm120 import _C, cache, explain, jit, tiles, tune, variants
+from flash_attn_sm120 import _C, cache, common_kernels, explain, jit, tune, tuned_tiles
 from flash_attn_sm120.__main__ import main
 
 CELLS = [tune.Cell(64, 64, causal, tune.Bucket(0, 64, (40,))) for causal in (False, True)]
@@ -60,7 +60,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setenv("FA_SM120_TILES", str(tmp_path / "tiles.json"))
     yield FakeMachine
     monkeypatch.setenv("FA_SM120_TILES", "")
-    tiles.load()
+    tuned_tiles.load()
 
 
 def run(machine, where, cells=CELLS, choices=CHOICES):
@@ -74,7 +74,7 @@ def records(where):
 
 
 def winners(where):
-    (table,) = tiles.read(where / "tiles.json")
+    (table,) = tuned_tiles.read(where / "tiles.json")
     return [(entry["row"]["mask_right"], entry["row"]["stages"]) for entry in table["rows"]]
 
 
@@ -168,7 +168,7 @@ def test_elimination_leaves_the_best(fake, monkeypatch):
         return FakeMachine.samples(machine, contenders, rounds)
 
     monkeypatch.setattr(machine, "samples", samples)
-    with tiles.using(()):
+    with tuned_tiles.using(()):
         contest = tune.Contest(machine, CELLS[0], tune.CANDIDATES)
         record = tune.tune_cell(contest, lambda text: None)
     assert [rounds for _, rounds in seen] == [5, 15, 15, tune.FINAL_ROUNDS]
@@ -271,7 +271,7 @@ def test_a_full_disk_says_so(fake, tmp_path, monkeypatch, capsys):
     with pytest.raises(RuntimeError, match=r"cannot be written to .*jsonl: No space left"):
         run(fake(), tmp_path)
     monkeypatch.undo()
-    monkeypatch.setattr(tiles.tempfile, "mkstemp", full)
+    monkeypatch.setattr(tuned_tiles.files, "write", full)
     with pytest.raises(RuntimeError, match=r"tiles.json: No space left.*measurements are in"):
         run(fake(), tmp_path)
 
@@ -286,14 +286,14 @@ def test_calls_are_in_their_bucket(sms):
         for seqlen in bucket.seqlens:
             seqlen, heads = bucket.heads(seqlen, sms)
             rows = -(-seqlen * heads // sms)
-            assert bucket.above < rows and (rows <= bucket.upto or bucket.upto == tiles.ANY)
+            assert bucket.above < rows and (rows <= bucket.upto or bucket.upto == tuned_tiles.ANY)
 
 
 @pytest.mark.parametrize("arch", [90, 120])
 def test_candidates_are_few_enough_and_include_what_is_known(arch):
     fallback = dict(zip(_C.tile_fields(), _C.tiles()[0], strict=True))
     variants_seen = set()
-    for cell in tune.cells(variants.COMMON_HEAD_DIMS):
+    for cell in tune.cells(common_kernels.COMMON_HEAD_DIMS):
         rows = list(tune.candidates(cell, fallback, arch, tune.CANDIDATES))
         quick = list(tune.candidates(cell, fallback, arch, tune.QUICK_CANDIDATES))
         assert 0 < len(quick) < len(rows) and all(row in rows for row in quick)
@@ -336,9 +336,9 @@ def test_a_row_serves_what_was_measured_and_no_more():
     ):
         q, k, v = shape(dim, seqlen, heads, dim_v)
         for mask in ({}, {"causal": True}, {"window_size": (9, 0)}):
-            with tiles.using(()):
+            with tuned_tiles.using(()):
                 before = explain(q, k, v, arch=arch, **mask)
-            with tiles.using(tiles.in_order(entries)):
+            with tuned_tiles.using(tuned_tiles.in_order(entries)):
                 after = explain(q, k, v, arch=arch, **mask)
             rows = -(-seqlen * heads // 170)
             expected = arch == 120 and (
@@ -362,11 +362,11 @@ def test_the_whole_table_stays_short():
     """Plans walk through it: all cells won by another tile is the worst case."""
     entries = [
         {"row": entry()["row"] | cell.key(120), "above": cell.above()}
-        for cell in tune.cells(variants.COMMON_HEAD_DIMS)
+        for cell in tune.cells(common_kernels.COMMON_HEAD_DIMS)
     ]
-    rows = tiles.in_order(entries)
+    rows = tuned_tiles.in_order(entries)
     assert len(rows) == len(entries)
-    assert tiles.in_order(reversed(entries)) == rows
+    assert tuned_tiles.in_order(reversed(entries)) == rows
 
 
 def many(count):
@@ -401,24 +401,25 @@ def steps_of(function):
 def test_a_table_is_read_in_a_time_that_grows_as_its_length(table, above):
     long = tables(*(one | {"above": above} for one in many(5000)))
     assert len(long["tables"][0]["rows"]) == 5000
-    assert table(long) == [] and len(tiles._in_use) == 5000
-    steps = steps_of(tiles.load)
+    assert table(long) == [] and len(tuned_tiles._in_use) == 5000
+    steps = steps_of(tuned_tiles.load)
     assert table(tables(*long["tables"][0]["rows"][:1000])) == []
-    assert 4 < steps / steps_of(tiles.load) < 6
+    assert 4 < steps / steps_of(tuned_tiles.load) < 6
     assert steps < 100 * 5000
 
 
 def test_rows_leave_out_what_they_are_above(table):
     """As far as the extension is concerned, whatever the bound."""
-    row, calls = tiles.as_tuple(entry(128, 0, 0, -1)["row"]), {}
-    for bound in tiles.BOUNDS:
+    row, calls = tuned_tiles.as_tuple(entry(128, 0, 0, -1)["row"]), {}
+    for bound in tuned_tiles.BOUNDS:
         for above in (0, 1, 127, 128, 129, 10**6):
-            limits = tuple(above if name == bound else 0 for name in tiles.BOUNDS)
-            with tiles.using([row + limits]):
+            limits = tuple(above if name == bound else 0 for name in tuned_tiles.BOUNDS)
+            with tuned_tiles.using([row + limits]):
                 q, k, v = shape(128, 170, 1)
                 calls[bound, above] = explain(q, k, v, arch=120).stages == 7
     served = {
-        bound: [calls[bound, x] for x in (0, 1, 127, 128, 129, 10**6)] for bound in tiles.BOUNDS
+        bound: [calls[bound, x] for x in (0, 1, 127, 128, 129, 10**6)]
+        for bound in tuned_tiles.BOUNDS
     }
     assert served["head_dim"] == served["head_dim_v"] == [True, True, True, False, False, False]
     assert served["heads_per_kv"] == [True, False, False, False, False, False]
@@ -428,10 +429,10 @@ def test_rows_leave_out_what_they_are_above(table):
 
 def test_tables_of_other_gpus_are_kept(tmp_path):
     file = tmp_path / "deep" / "tiles.json"
-    tiles.write(file, {"arch": 120, "rows": [entry()]})
-    tiles.write(file, {"arch": 90, "rows": [entry(arch=90)]})
-    tiles.write(file, {"arch": 121, "rows": []})
-    assert [table["arch"] for table in tiles.read(file)] == [90, 121]
+    tuned_tiles.write(file, {"arch": 120, "rows": [entry()]})
+    tuned_tiles.write(file, {"arch": 90, "rows": [entry(arch=90)]})
+    tuned_tiles.write(file, {"arch": 121, "rows": []})
+    assert [table["arch"] for table in tuned_tiles.read(file)] == [90, 121]
 
 
 @pytest.fixture
@@ -444,13 +445,13 @@ def table(tmp_path, monkeypatch):
         monkeypatch.setenv("FA_SM120_TILES", str(file))
         with warnings.catch_warnings(record=True) as notes:
             warnings.simplefilter("always")
-            tiles.load()
+            tuned_tiles.load()
         return [str(note.message) for note in notes if note.category is RuntimeWarning]
 
     yield use
     monkeypatch.setenv("FA_SM120_TILES", "")
-    tiles.load()
-    assert not tiles.in_use()
+    tuned_tiles.load()
+    assert not tuned_tiles.in_use()
 
 
 def planned_stages():
@@ -462,8 +463,8 @@ def tables(*entries):
 
 
 def test_the_table_is_loaded(table):
-    assert table(tables(entry())) == [] and planned_stages() == 7 and tiles.in_use()
-    with tiles.using(()):
+    assert table(tables(entry())) == [] and planned_stages() == 7 and tuned_tiles.in_use()
+    with tuned_tiles.using(()):
         assert planned_stages() != 7
     assert planned_stages() == 7
 
@@ -491,7 +492,7 @@ def test_the_table_is_loaded(table):
 def test_a_broken_table_warns_once_and_is_not_used(table, text, problem):
     (warning,) = table(text)
     assert problem in warning and "tiles.json" in warning and "tune" in warning
-    assert planned_stages() != 7 and not tiles.in_use()
+    assert planned_stages() != 7 and not tuned_tiles.in_use()
 
 
 def test_rows_of_another_version_are_left_out(table):
@@ -506,21 +507,21 @@ def test_rows_of_another_version_are_left_out(table):
 def test_a_missing_table_warns_only_if_it_was_named(tmp_path, monkeypatch):
     monkeypatch.setenv("FA_SM120_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("FA_SM120_TILES")
-    assert tiles.path() == tmp_path / "tune" / "tiles.json"
-    tiles.load()
+    assert tuned_tiles.path() == tmp_path / "tune" / "tiles.json"
+    tuned_tiles.load()
     monkeypatch.setenv("FA_SM120_TILES", str(tmp_path / "none.json"))
     with pytest.warns(RuntimeWarning, match=r"No such file.*none.json"):
-        tiles.load()
+        tuned_tiles.load()
     monkeypatch.setenv("FA_SM120_TILES", "")
-    assert tiles.path() is None
+    assert tuned_tiles.path() is None
 
 
 def test_a_cache_directory_that_cannot_be_read_has_no_table(tmp_path, monkeypatch):
     (tmp_path / "tune").write_text("a file, where a directory should be")
     monkeypatch.setenv("FA_SM120_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("FA_SM120_TILES")
-    tiles.load()
-    assert not tiles.in_use()
+    tuned_tiles.load()
+    assert not tuned_tiles.in_use()
 
 
 @pytest.fixture
@@ -545,7 +546,7 @@ print(explain(q, q, q, causal=True, arch=120).stages)
 
 def test_import_loads_the_table_of_the_cache_directory(python, tmp_path):
     file = tmp_path / "tune" / "tiles.json"
-    tiles.write(file, tables(entry())["tables"][0])
+    tuned_tiles.write(file, tables(entry())["tables"][0])
     code = "import os; del os.environ['FA_SM120_TILES']" + PLAN
     assert python(code, FA_SM120_CACHE_DIR=str(tmp_path)).stdout == "7\n"
     assert python(PLAN, FA_SM120_CACHE_DIR=str(tmp_path)).stdout != "7\n", "empty: none"
@@ -558,7 +559,7 @@ def test_wheels_are_made_without_the_tuned_table(table, tmp_path, monkeypatch):
     planned = []
     monkeypatch.setattr(jit, "prebuild", lambda directory, jobs, arch: planned.extend(jobs))
     table(tables(entry(128, 1, 0, -1)))
-    variants.prebuild(tmp_path, ["sm_120f"])
+    common_kernels.prebuild(tmp_path, ["sm_120f"])
     assert planned and not any(name.count("_s7") for _, name, _ in planned)
     assert planned_stages() == 7
 
@@ -581,7 +582,7 @@ def test_the_command(fake, tmp_path, monkeypatch, capsys):
     assert "tuned tiles: 2 rows of " in capsys.readouterr().out
     assert main(["tune", "--reset"]) == 0 and not (tmp_path / "tiles.json").exists()
     with pytest.warns(RuntimeWarning, match="No such file"):  # it is still named
-        tiles.load()
+        tuned_tiles.load()
     assert "_s3" in explain(*shape(64, 170), arch=120).variant
     assert "use_tiles" not in explain(*shape(64, 170), arch=120).reasons["tile"]
 
@@ -633,7 +634,7 @@ def test_a_sample_is_one_call_with_a_cold_l2(fake, monkeypatch):
 def test_another_directory_is_not_used_by_itself(fake, tmp_path, capsys):
     run(fake({"s2": 1.1}), tmp_path / "other")
     assert f"export FA_SM120_TILES={tmp_path / 'other' / 'tiles.json'}" in capsys.readouterr().out
-    assert not tiles.in_use()
+    assert not tuned_tiles.in_use()
 
 
 def test_head_dims_are_checked(capsys):

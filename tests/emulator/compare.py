@@ -25,7 +25,7 @@ sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
 from tiles import LARGE_TILES, use_tiles  # noqa: E402
 
-from flash_attn_sm120 import explain, flash_attn_func, variants  # noqa: E402
+from flash_attn_sm120 import common_kernels, explain, flash_attn_func  # noqa: E402
 
 # batch, seqlen_q, seqlen_k, heads_q, heads_kv; and options
 CALLS = [
@@ -36,7 +36,7 @@ CALLS = [
     ((1, 190, 190, 2, 1), {"window_size": (50, 10)}),
 ]
 
-HEAD_DIMS = [*variants.COMMON_HEAD_DIMS, (40, 72), (8, 256)]
+HEAD_DIMS = [*common_kernels.COMMON_HEAD_DIMS, (40, 72), (8, 256)]
 
 TILES = [(), LARGE_TILES]  # what the table chooses for such small calls, and the others
 

@@ -1,4 +1,4 @@
-#include "use_tiles.h"
+#include "tile_rows.h"
 
 #include <limits.h>
 #include <stdlib.h>
@@ -117,16 +117,16 @@ int fa_use_tiles(PyObject *rows, struct fa_tile_list *list)
         const int status = row ? read_row(row, &read.rows[read.count]) : -1;
         Py_XDECREF(row);
         if (status < 0) {
-            fa_tiles_clear(&read);
+            fa_tile_rows_clear(&read);
             return -1;
         }
     }
-    fa_tiles_clear(list);
+    fa_tile_rows_clear(list);
     *list = read;
     return 0;
 }
 
-void fa_tiles_clear(struct fa_tile_list *list)
+void fa_tile_rows_clear(struct fa_tile_list *list)
 {
     free(list->rows);
     *list = (struct fa_tile_list){0};

@@ -1,6 +1,6 @@
 /* Rows of the tile table from Python: a tuner's candidates, or what it found on a card. */
-#ifndef FA_USE_TILES_H
-#define FA_USE_TILES_H
+#ifndef FA_TILE_ROWS_H
+#define FA_TILE_ROWS_H
 
 #include <Python.h>
 
@@ -16,6 +16,6 @@ PyObject *fa_tiles(void);
  * with TypeError or ValueError set and the list as it was. */
 int fa_use_tiles(PyObject *rows, struct fa_tile_list *list);
 
-void fa_tiles_clear(struct fa_tile_list *list);
+void fa_tile_rows_clear(struct fa_tile_list *list);
 
 #endif

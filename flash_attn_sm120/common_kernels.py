@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from flash_attn_sm120 import _C, jit, tiles
-from flash_attn_sm120.interface import BackwardPlan, Kernel, Plan, explain, explain_backward
+from flash_attn_sm120 import _C, jit, tuned_tiles
+from flash_attn_sm120.plan import Kernel, Plan, explain, explain_backward
 
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -43,9 +43,7 @@ def decoding_plans(arch: int) -> Iterator[Plan]:
         yield explain(*_qkv(dtype, dims, 1, 8192), arch=arch)
 
 
-def backward_plans(
-    arch: int, head_dims: Iterable[tuple[int, int]] | None = None
-) -> Iterator[BackwardPlan]:
+def backward_plans(arch: int, head_dims: Iterable[tuple[int, int]] | None = None) -> Iterator[Plan]:
     """The plans of the gradients of common calls; needs no GPU.
 
     Of calls that need every step: those of few keys, which blocks share, and of a sink. Not of
@@ -73,7 +71,7 @@ def common_kernels(arch: int) -> list[Kernel]:
 
     Those of the forward come first, so that a warm-up that is interrupted serves inference.
     """
-    plans: Iterable[Plan | BackwardPlan] = itertools.chain(
+    plans: Iterable[Plan] = itertools.chain(
         common_plans(arch), decoding_plans(arch), backward_plans(arch)
     )
     return list(dict.fromkeys(kernel for plan in plans for kernel in plan.kernels))
@@ -124,6 +122,6 @@ def prebuild(directory: Path, architectures: Iterable[str]) -> None:
         number = re.fullmatch(r"sm_(\d+)[af]?", arch)
         if not number:
             raise RuntimeError(f"an architecture is named like sm_120f, got {arch!r}")
-        with tiles.using(()):  # a wheel is for others: without what was tuned here
+        with tuned_tiles.using(()):  # a wheel is for others: without what was tuned here
             kernels = common_kernels(int(number[1]))
         jit.prebuild(directory, kernels, arch)
