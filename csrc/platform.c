@@ -78,6 +78,9 @@ void *fa_library_open(const char *path, char *reason, size_t reason_size)
     void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
     if (library == NULL) {
         const char *error = dlerror();
+        const size_t named = strlen(path);
+        if (error && strncmp(error, path, named) == 0 && strncmp(error + named, ": ", 2) == 0)
+            error += named + 2;
         snprintf(reason, reason_size, "%s", error != NULL ? error : "unknown error");
     }
     return library;
