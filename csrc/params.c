@@ -12,7 +12,7 @@
  * number times any other score rounds away; and no score is near a cap of 2^100, which then
  * changes none. */
 struct scales {
-    float scale_log2, hidden_score, scale_in_cap;
+    float scale_log2, masked_score, scale_in_cap;
 };
 static struct scales scales_of(const struct fa_shape *shape)
 {
@@ -25,7 +25,7 @@ static struct scales scales_of(const struct fa_shape *shape)
     }
     const float scale_log2 = (float)(factor * log2_e);
     scales.scale_log2 = scale_log2 != 0 ? scale_log2 : FLT_TRUE_MIN;
-    scales.hidden_score = scales.scale_log2 > 0 ? -INFINITY : INFINITY;
+    scales.masked_score = scales.scale_log2 > 0 ? -INFINITY : INFINITY;
     return scales;
 }
 
@@ -49,8 +49,9 @@ static struct fa_divisor divisor_of(int number)
 static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,
                              struct fa_tensor_map *map)
 {
-    const int padded = ((int)tensor->shape[3] + 15) / 16 * 2; /* 16-byte chunks */
-    const int cols = padded % 8 == 0 ? 8 : padded % 4 == 0 ? 4 : 2;
+    const int chunk = fa_chunk_elements(tensor->dtype); /* in elements */
+    const int padded = fa_padded_dim((int)tensor->shape[3], FA_MMA_K);
+    const int cols = fa_segment_chunks(padded / chunk);
     const int swizzle = cols == 8   ? CU_TENSOR_MAP_SWIZZLE_128B
                         : cols == 4 ? CU_TENSOR_MAP_SWIZZLE_64B
                                     : CU_TENSOR_MAP_SWIZZLE_32B;
@@ -58,9 +59,10 @@ static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *t
     uint64_t sizes[4], strides[4];
     for (int i = 0; i < 4; i++) {
         sizes[i] = (uint64_t)tensor->shape[order[i]];
-        strides[i] = 2 * (sizes[i] > 1 ? (uint64_t)tensor->stride[order[i]] : sizes[0]);
+        strides[i] = (uint64_t)fa_element_bytes(tensor->dtype) *
+                     (sizes[i] > 1 ? (uint64_t)tensor->stride[order[i]] : sizes[0]);
     }
-    const uint32_t box[] = {8 * (uint32_t)cols, (uint32_t)rows, 1, 1};
+    const uint32_t box[] = {(uint32_t)(cols * chunk), (uint32_t)rows, 1, 1};
     static const uint32_t ones[] = {1, 1, 1, 1};
     return FA_DRIVER_CALL(driver, cuTensorMapEncodeTiled,
                           (map,
@@ -103,7 +105,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .window_left = shape->window_left,
         .window_right = shape->window_right,
         .scale_log2 = scales.scale_log2,
-        .hidden_score = scales.hidden_score,
+        .masked_score = scales.masked_score,
         .scale_in_cap = scales.scale_in_cap,
         .sink_dtype = (int)problem->sink.dtype,
         .heads = divisor_of(variant->pack_gqa ? shape->heads_kv : shape->heads_q),
@@ -170,13 +172,13 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .dk = gradients->dk.data,
         .dv = gradients->dv.data,
         .dsink = data_of(&gradients->dsink),
-        .stats = workspace,
-        .dq_sum = workspace + at->dq_accum,
-        .dk_sum = workspace + at->dk_accum,
-        .dv_sum = workspace + at->dv_accum,
-        .turns = (int *)(workspace + at->dq_semaphores),
-        .dk_turns = (int *)(workspace + at->dk_semaphores),
-        .tickets = (int *)(workspace + at->block_counter),
+        .lse_delta = workspace,
+        .dq_accum = workspace + at->dq_accum,
+        .dk_accum = workspace + at->dk_accum,
+        .dv_accum = workspace + at->dv_accum,
+        .dq_semaphores = (int *)(workspace + at->dq_semaphores),
+        .dkv_semaphores = (int *)(workspace + at->dkv_semaphores),
+        .block_counter = (int *)(workspace + at->block_counter),
         .zeros = workspace + at->zeros,
         .zero_chunks = zero_chunks,
         .q_stride = outer_strides(&problem->q),
@@ -194,12 +196,12 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .seqlen_k = shape->seqlen_k,
         .m_blocks = plan->m_blocks,
         .n_blocks = plan->n_blocks,
-        .parts = plan->splits,
+        .q_splits = plan->splits,
         .window_left = shape->window_left,
         .window_right = shape->window_right,
         .sink_dtype = (int)problem->sink.dtype,
         .scale_log2 = scales.scale_log2,
-        .hidden_score = scales.hidden_score,
+        .masked_score = scales.masked_score,
         .scale_in_cap = scales.scale_in_cap,
         .softmax_scale = shape->softmax_scale,
         .zero_share = CEIL_DIV(zero_chunks, MAX(plan->steps[0].blocks, 1)),
@@ -207,16 +209,17 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
 }
 
 /* An accumulator, or several added up, to a gradient of `rows` rows per head in it. */
-static struct fa_convert_params convert_params(const float *accum, int accumulators, int rows,
-                                               float scale, const struct fa_tensor *gradient)
+static struct fa_postprocess_params postprocess_params(const float *accum, int buffers, int rows,
+                                                       float scale,
+                                                       const struct fa_tensor *gradient)
 {
-    return (struct fa_convert_params){
-        .sum = accum,
+    return (struct fa_postprocess_params){
+        .accum = accum,
         .tensor = gradient->data,
         .stride = outer_strides(gradient),
         .batch = (int)gradient->shape[0],
         .seqlen = (int)gradient->shape[1],
-        .sums = accumulators,
+        .buffers = buffers,
         .scale = scale,
         .heads = divisor_of((int)gradient->shape[2]),
         .row_frags = divisor_of(rows / 16),
@@ -232,10 +235,10 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     const int queries = plan->m_blocks * plan->tile_m, keys = plan->n_blocks * plan->tile_n;
     const float scale = problem->shape.softmax_scale;
     arguments->main = backward_params(problem, gradients, plan, workspace);
-    arguments->dq =
-        convert_params(workspace + at->dq_accum, variant->dq_sums, queries, scale, &gradients->dq);
-    arguments->dk = convert_params(workspace + at->dk_accum, 1, keys, scale, &gradients->dk);
-    arguments->dv = convert_params(workspace + at->dv_accum, 1, keys, 1, &gradients->dv);
+    arguments->dq = postprocess_params(workspace + at->dq_accum, variant->dq_buffers, queries,
+                                       scale, &gradients->dq);
+    arguments->dk = postprocess_params(workspace + at->dk_accum, 1, keys, scale, &gradients->dk);
+    arguments->dv = postprocess_params(workspace + at->dv_accum, 1, keys, 1, &gradients->dv);
     if (!variant->tma)
         return 0;
     if (encode_tensor_map(driver, &problem->q, plan->tile_m, &arguments->main.q_map) < 0)

@@ -13,7 +13,7 @@ struct fa_forward_arguments {
 };
 struct fa_backward_arguments {
     struct fa_backward_params main; /* of the preprocess and of dsink, too */
-    struct fa_convert_params dq, dk, dv;
+    struct fa_postprocess_params dq, dk, dv;
 };
 union fa_arguments {
     struct fa_forward_arguments forward;

@@ -67,7 +67,7 @@ struct fa_reason {
 struct fa_workspace {
     int64_t out_parts, lse_parts; /* of a split forward */
     int64_t dq_accum, dk_accum, dv_accum;
-    int64_t dq_semaphores, dk_semaphores, block_counter;
+    int64_t dq_semaphores, dkv_semaphores, block_counter;
     int64_t zeros; /* from here on it has to be zero before the backward's main kernel runs */
     int64_t size;
 };

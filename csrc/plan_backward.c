@@ -42,7 +42,7 @@ static int dq_dim_warps(const struct fa_backward_tile *tile, int head_dim)
  * the waiting does. It does not depend on the GPU, so neither does the size of the workspace. */
 #define FEW_HEADS 16
 
-static int dq_accumulators(const struct fa_plan_input *input)
+static int dq_buffers_of(const struct fa_plan_input *input)
 {
     const bool are_few = (int64_t)input->batch * input->heads_q <= FEW_HEADS;
     return input->deterministic && are_few ? 2 : 1;
@@ -68,21 +68,16 @@ static struct fa_variant variant_of(const struct fa_plan_input *input,
         .mask_left = input->mask_left,
         .softcap = input->softcap,
         .deterministic = input->deterministic,
-        .dq_sums = dq_accumulators(input),
+        .dq_buffers = dq_buffers_of(input),
     };
 }
 
-/* Shared memory of kernels/backward.cu: K, the stages of Q, dO, dS^T, of each stage the lse and
- * delta of its queries, and mbarriers. */
 static int backward_smem(const struct fa_plan_input *input, const struct fa_variant *variant,
                          int tile_n)
 {
-    const int k_align = 16 * variant->dq_dim_warps;
-    const int k_row = CEIL_DIV(input->head_dim, k_align) * k_align;
-    const int q_row = CEIL_DIV(input->head_dim, 16) * 16;
-    const int dout_row = CEIL_DIV(input->head_dim_v, 16) * 16;
-    const int queries = variant->tile_m * (variant->stages * (q_row * 2 + 8) + dout_row * 2);
-    return tile_n * (k_row + variant->tile_m) * 2 + queries + 16 * (variant->stages + 1);
+    return fa_backward_smem_of(input->head_dim, input->head_dim_v, variant->tile_m, tile_n,
+                               variant->stages, variant->dq_dim_warps, input->dtype)
+        .bytes;
 }
 
 static void explain_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
@@ -102,7 +97,7 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
         fa_plan_because(plan, "sub_m", "16 queries at a time: the tanh of a cap takes registers");
     if (input->deterministic)
         fa_plan_because(plan, "deterministic",
-                        variant->dq_sums > 1
+                        variant->dq_buffers > 1
                             ? "blocks add to dQ in the order of their keys, to two accumulators in "
                               "turn: up to 16 (batch, head) pairs leave many blocks waiting"
                             : "blocks add to dQ in the order of their keys");
@@ -237,12 +232,12 @@ static struct fa_step preprocess(const struct fa_plan_input *input, const struct
 {
     return (struct fa_step){
         .job = FA_JOB_PREPROCESS,
-        .variant = {.kernel = FA_KERNEL_BACKWARD_DELTA,
+        .variant = {.kernel = FA_KERNEL_BACKWARD_PREPROCESS,
                     .dtype_bf16 = input->dtype == FA_BFLOAT16,
                     .head_dim_v = input->head_dim_v,
                     .tile_m = plan->tile_m},
         .blocks = input->batch * input->heads_q * plan->m_blocks,
-        .threads = 256,
+        .threads = FA_PREPROCESS_THREADS,
     };
 }
 
@@ -250,13 +245,12 @@ static struct fa_step preprocess(const struct fa_plan_input *input, const struct
 static void add_postprocess(const struct fa_plan_input *input, enum fa_job job, int64_t rows,
                             int head_dim, struct fa_plan *plan)
 {
-    enum { WARPS = 4 };
     fa_plan_add(plan, (struct fa_step){.job = job,
-                                       .variant = {.kernel = FA_KERNEL_BACKWARD_CONVERT,
+                                       .variant = {.kernel = FA_KERNEL_BACKWARD_POSTPROCESS,
                                                    .dtype_bf16 = input->dtype == FA_BFLOAT16,
                                                    .head_dim = head_dim},
-                                       .blocks = (int)CEIL_DIV(rows / 16, WARPS),
-                                       .threads = WARPS * 32});
+                                       .blocks = (int)CEIL_DIV(rows / 16, FA_POSTPROCESS_WARPS),
+                                       .threads = FA_POSTPROCESS_WARPS * 32});
 }
 
 /* The next `count` units of the workspace, from a multiple of 16 bytes on. */
@@ -269,7 +263,7 @@ static int64_t take(struct fa_workspace *workspace, int64_t count)
 
 static void set_after(const struct fa_plan_input *input, struct fa_plan *plan)
 {
-    const int accumulators = plan->steps[plan->main].variant.dq_sums;
+    const int accumulators = plan->steps[plan->main].variant.dq_buffers;
     const int64_t query_tiles = (int64_t)input->batch * input->heads_q * plan->m_blocks;
     const int64_t key_tiles = (int64_t)input->batch * input->heads_kv * plan->n_blocks;
     const int64_t queries = query_tiles * plan->tile_m, keys = key_tiles * plan->tile_n;
@@ -281,7 +275,7 @@ static void set_after(const struct fa_plan_input *input, struct fa_plan *plan)
     workspace->dk_accum = take(workspace, is_split ? keys * input->head_dim : 0);
     workspace->dv_accum = take(workspace, is_split ? keys * input->head_dim_v : 0);
     workspace->dq_semaphores = take(workspace, is_ordered ? accumulators * query_tiles : 0);
-    workspace->dk_semaphores = take(workspace, is_ordered && is_split ? key_tiles : 0);
+    workspace->dkv_semaphores = take(workspace, is_ordered && is_split ? key_tiles : 0);
     workspace->block_counter = take(workspace, is_ordered ? 1 : 0);
     add_postprocess(input, FA_JOB_DQ, queries, input->head_dim, plan);
     if (is_split) {
@@ -294,7 +288,7 @@ static void set_after(const struct fa_plan_input *input, struct fa_plan *plan)
                                                        .dtype_bf16 = input->dtype == FA_BFLOAT16,
                                                        .tile_m = plan->tile_m},
                                            .blocks = input->heads_q,
-                                           .threads = 256});
+                                           .threads = FA_SINK_THREADS});
 }
 
 /* ---- the interface --------------------------------------------------------------------------- */

@@ -6,15 +6,11 @@
 #include "shape.h"
 #include "split.h"
 
-/* Bytes of shared memory of the ring of K and V tiles, rows padded to whole mma steps; and of the
- * two mbarriers of each stage, where the TMA fills them. The ring's alignment, of 1024 bytes for
- * the TMA, costs nothing: there is no other shared memory, and what CUDA reserves in front of it is
- * as large. */
 static int forward_smem(const struct fa_plan_input *input, const struct fa_tile *tile)
 {
-    const int row = CEIL_DIV(input->head_dim, 16) * 16 + CEIL_DIV(input->head_dim_v, 16) * 16;
-    const int stage = tile->tile_n * row * 2 + (tile->kernel == FA_KERNEL_FORWARD_TMA ? 2 * 8 : 0);
-    return tile->stages * stage;
+    const int stage_bytes =
+        fa_forward_stage_bytes(input->head_dim, input->head_dim_v, tile->tile_n, input->dtype);
+    return fa_forward_smem(stage_bytes, tile->stages, tile->kernel == FA_KERNEL_FORWARD_TMA);
 }
 
 /* Query rows of all heads for each multiprocessor; expanded tensors can have more than 2^63. */
@@ -292,7 +288,7 @@ static void add_combine(const struct fa_plan_input *input, struct fa_plan *plan)
 {
     enum { WARPS = 8, PARTS_PER_SLICE = 4 };
     const int64_t rows = (int64_t)input->batch * input->heads_q * input->seqlen_q;
-    const int slots = WARPS * 32 / (input->head_dim_v / 4);
+    const int slots = fa_combine_slots(WARPS * 32, input->head_dim_v);
     struct fa_workspace *workspace = &plan->workspace;
     plan->combine_slices = MIN(CEIL_DIV(plan->splits, PARTS_PER_SLICE), slots);
     workspace->lse_parts = plan->splits * rows * input->head_dim_v;

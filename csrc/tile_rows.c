@@ -68,20 +68,14 @@ static int read_ints(PyObject *row, struct fa_tile_row *into)
     return 0;
 }
 
-/* What the static_asserts of kernels/tile.cuh ask for: such a tile compiles, or spills at worst. */
+/* A tile that keeps the rules compiles, or spills at worst. */
 static const char *why_impossible(const struct fa_tile *tile)
 {
-    if (tile->warps < 1 || tile->warps > 16 || (tile->warps & (tile->warps - 1)))
-        return "warps must be 1, 2, 4, 8 or 16";
-    if (tile->warp_m != 16 && tile->warp_m != 32)
-        return "warp_m must be 16 or 32";
-    if (tile->sub_n < 16 || tile->sub_n % 16)
-        return "sub_n must be a multiple of 16";
-    if (tile->tile_n < 16 || tile->tile_n > 256 || (tile->tile_n & (tile->tile_n - 1)) ||
-        tile->tile_n % tile->sub_n)
-        return "tile_n must be a power of two from 16 to 256 and a multiple of sub_n";
-    if (tile->stages < 2 || tile->stages > 16)
-        return "stages must be from 2 to 16";
+#define CHECK(condition, message)                                                                  \
+    if (!(condition))                                                                              \
+        return message;
+    FA_FORWARD_TILE_RULES(CHECK, tile->warps, tile->warp_m, tile->tile_n, tile->sub_n, tile->stages)
+#undef CHECK
     if (tile->kernel < 0 || tile->kernel > FA_KERNEL_FORWARD_TMA)
         return "kernel must be 0 (cp.async) or 1 (TMA)";
     if (tile->producer < 0 || tile->producer >= FA_PRODUCER_COUNT ||

@@ -20,7 +20,7 @@ static const char *mask_name(const struct fa_variant *variant)
 
 static const char *order_name(const struct fa_variant *variant)
 {
-    return variant->dq_sums > 1     ? "_deterministic_2"
+    return variant->dq_buffers > 1  ? "_deterministic_2"
            : variant->deterministic ? "_deterministic"
                                     : "";
 }
@@ -36,11 +36,11 @@ void fa_variant_name(const struct fa_variant *variant, char name[FA_VARIANT_NAME
         snprintf(name, FA_VARIANT_NAME_SIZE, "%s_dv%d_w%d", head, variant->head_dim_v,
                  variant->warps);
         break;
-    case FA_KERNEL_BACKWARD_DELTA:
+    case FA_KERNEL_BACKWARD_PREPROCESS:
         snprintf(name, FA_VARIANT_NAME_SIZE, "%s_dv%d_m%d", head, variant->head_dim_v,
                  variant->tile_m);
         break;
-    case FA_KERNEL_BACKWARD_CONVERT:
+    case FA_KERNEL_BACKWARD_POSTPROCESS:
         snprintf(name, FA_VARIANT_NAME_SIZE, "%s_d%d", head, variant->head_dim);
         break;
     case FA_KERNEL_BACKWARD_SINK:

@@ -5,22 +5,21 @@
 #include <stdbool.h>
 #include <stddef.h>
 
+#include "../kernels/geometry.h"
+
 /* X(kernel, its source file and entry point) */
 #define FA_KERNELS(X)                                                                              \
     X(FORWARD, "forward")                                                                          \
     X(FORWARD_TMA, "forward_tma")                                                                  \
     X(COMBINE, "combine")                                                                          \
     X(BACKWARD, "backward")                                                                        \
-    X(BACKWARD_DELTA, "backward_delta")                                                            \
-    X(BACKWARD_CONVERT, "backward_convert")                                                        \
+    X(BACKWARD_PREPROCESS, "backward_preprocess")                                                  \
+    X(BACKWARD_POSTPROCESS, "backward_postprocess")                                                \
     X(BACKWARD_SINK, "backward_sink")
 
 #define FA_ID(kernel, name) FA_KERNEL_##kernel,
 enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
 #undef FA_ID
-
-/* Who refills the ring of forward_tma, see kernels/forward_tma.cu. */
-enum fa_producer { FA_PRODUCER_BARRIER, FA_PRODUCER_THREAD, FA_PRODUCER_WARP, FA_PRODUCER_COUNT };
 
 /* The kernels that have a constant: bits 1 << enum fa_kernel_id. */
 #define FA_FORWARDS         (1 << FA_KERNEL_FORWARD | 1 << FA_KERNEL_FORWARD_TMA)
@@ -32,13 +31,13 @@ enum fa_producer { FA_PRODUCER_BARRIER, FA_PRODUCER_THREAD, FA_PRODUCER_WARP, FA
  * variants compare as bytes; those that a kernel does not have are 0. */
 #define FA_VARIANT_FIELDS(X)                                                                       \
     X(dtype_bf16, "DTYPE_BF16", FA_ALL_KERNELS)                                                    \
-    X(head_dim, "HEAD_DIM", FA_MAIN_AND(BACKWARD_CONVERT))                                         \
-    X(head_dim_v, "HEAD_DIM_V", FA_MAIN_AND(COMBINE) | 1 << FA_KERNEL_BACKWARD_DELTA)              \
+    X(head_dim, "HEAD_DIM", FA_MAIN_AND(BACKWARD_POSTPROCESS))                                     \
+    X(head_dim_v, "HEAD_DIM_V", FA_MAIN_AND(COMBINE) | 1 << FA_KERNEL_BACKWARD_PREPROCESS)         \
     X(tile_n, "TILE_N", FA_FORWARDS)                                                               \
     X(sub_n, "SUB_N", FA_FORWARDS)                                                                 \
     X(warp_n, "WARP_N", FA_BACKWARDS)                                                              \
     X(tile_m, "TILE_M",                                                                            \
-      FA_BACKWARDS | 1 << FA_KERNEL_BACKWARD_DELTA | 1 << FA_KERNEL_BACKWARD_SINK)                 \
+      FA_BACKWARDS | 1 << FA_KERNEL_BACKWARD_PREPROCESS | 1 << FA_KERNEL_BACKWARD_SINK)            \
     X(sub_m, "SUB_M", FA_BACKWARDS)                                                                \
     X(dq_dim_warps, "DQ_DIM_WARPS", FA_BACKWARDS)                                                  \
     X(warps, "WARPS", FA_MAIN_AND(COMBINE))                                                        \
@@ -52,7 +51,7 @@ enum fa_producer { FA_PRODUCER_BARRIER, FA_PRODUCER_THREAD, FA_PRODUCER_WARP, FA
     X(pack_gqa, "PACK_GQA", FA_FORWARDS)                                                           \
     X(split, "SPLIT", FA_FORWARDS)                                                                 \
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS)                                                \
-    X(dq_sums, "DQ_SUMS", FA_BACKWARDS)
+    X(dq_buffers, "DQ_BUFFERS", FA_BACKWARDS)
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */

@@ -7,7 +7,7 @@
 
 #include "backward.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = FA_SINK_THREADS;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_sink(const __grid_constant__ struct fa_backward_params params)
@@ -18,7 +18,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float sum = 0.0f;
     for (int batch = 0; batch < params.batch; batch++) {
         const fa_int64 pair = static_cast<fa_int64>(batch) * params.heads_q + head;
-        const float *stats = params.stats + pair * params.m_blocks * (2 * TILE_M);
+        const float *stats = params.lse_delta + pair * params.m_blocks * (2 * TILE_M);
         for (int query = threadIdx.x; query < params.seqlen_q; query += THREADS) {
             const float *tile = stats + static_cast<fa_int64>(query / TILE_M) * (2 * TILE_M);
             sum -= exp2_approx(sink - tile[query % TILE_M]) * tile[TILE_M + query % TILE_M];

@@ -232,7 +232,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                         scores(S_rmem, Q_rmem, K_sub_smem);
                         if (SOFTCAP)
                             cap(S_rmem, params.scale_in_cap);
-                        mask_scores(S_rmem, mask, row, key + 2 * quad_lane(), params.hidden_score);
+                        mask_scores(S_rmem, mask, row, key + 2 * quad_lane(), params.masked_score);
                         const unsigned raised =
                             again ? ~0u : rows_at_edge(mask, row, tile_key, tile_end * TILE_N);
                         raise_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2, raised);

@@ -2,13 +2,17 @@
 #ifndef FA_LAYOUT_CUH
 #define FA_LAYOUT_CUH
 
+#include "geometry.h"
 #include "ptx.cuh"
 
-/* t of the fragment layouts in ptx.cuh: this lane's column pair. */
+/* This lane, 4g + t in the fragment layouts of ptx.cuh: g is its row, t its column pair. */
+__device__ __forceinline__ unsigned lane_id() { return threadIdx.x % 32; }
+__device__ __forceinline__ unsigned quad_row() { return threadIdx.x % 32 / 4; }
 __device__ __forceinline__ int quad_lane() { return threadIdx.x % 4; }
 
+constexpr int DTYPE = DTYPE_BF16 ? FA_BFLOAT16 : FA_FLOAT16;
 using element = unsigned short; /* of either data type: only the mma knows which */
-constexpr int CHUNK = 16;       /* bytes of one cp.async, and of one ldmatrix row */
+constexpr int CHUNK = FA_CHUNK_BYTES;
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -21,8 +25,8 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 template <int DIM, int ROWS_, int ALIGN = 16> struct tile_layout {
     static constexpr int ROWS = ROWS_;
     static constexpr int CHUNKS = DIM / 8;
-    static constexpr int PADDED = ceil_div(DIM, ALIGN) * ALIGN / 8;
-    static constexpr int COLS = PADDED % 8 == 0 ? 8 : PADDED % 4 == 0 ? 4 : 2;
+    static constexpr int PADDED = fa_padded_dim(DIM, ALIGN) / fa_chunk_elements(DTYPE);
+    static constexpr int COLS = fa_segment_chunks(PADDED);
     static constexpr int ROW_BYTES = COLS * CHUNK;
     static constexpr int SEGMENT_BYTES = ROWS * ROW_BYTES;
     static constexpr int BYTES = ROWS * PADDED * CHUNK;

@@ -50,7 +50,7 @@ struct fa_forward_params {
     int window_left;    /* keys a query sees before its diagonal; read only where MASK_LEFT */
     int window_right;   /* and after it; read only where MASK_RIGHT, 0 for causal */
     float scale_log2;   /* softmax_scale * log2(e), softcap * log2(e) where SOFTCAP; not 0 */
-    float hidden_score; /* of a key that a query does not see: scaled, it is -inf */
+    float masked_score; /* of a key that a query does not see: scaled, it is -inf */
     float scale_in_cap; /* softmax_scale / softcap; read only where SOFTCAP */
     int sink_dtype;     /* enum fa_dtype */
     /* Of these, `heads` is what blocks go over: heads_q, or heads_kv where PACK_GQA; m_blocks
@@ -93,57 +93,58 @@ struct fa_combine_params {
 
 FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 112, "host and device disagree on the layout");
 
-/* The single argument of kernels/backward.cu and of those before it.
+/* The single argument of kernels/backward.cu, backward_preprocess.cu and backward_sink.cu.
  *
- * A sum is what blocks add to, in the order of their registers: [batch, heads, rows / 16,
- * head_dim / 8, 32 lanes, 4], the C fragments of ptx.cuh, with rows up to the end of the last
- * tile. */
+ * Blocks add to an accumulator in fp32, in the layout of the C fragments of ptx.cuh: [batch, heads,
+ * rows / 16, head_dim / 8, 32 lanes, 4], with rows up to the end of the last tile. */
 struct fa_backward_params {
-    const void *q;           /* [batch, seqlen_q, heads_q, head_dim] */
-    const void *k;           /* [batch, seqlen_k, heads_kv, head_dim] */
-    const void *v;           /* [batch, seqlen_k, heads_kv, head_dim_v] */
-    const void *out;         /* [batch, seqlen_q, heads_q, head_dim_v] */
-    const void *dout;        /* the same */
-    const float *lse, *dlse; /* [batch, heads_q, seqlen_q], contiguous; dlse NULL: zeros */
-    const void *sink;        /* as in fa_forward_params, of backward_sink.cu alone */
-    void *dk, *dv;           /* like k and v */
-    float *dsink;            /* [heads_q] */
-    float *stats;            /* [batch, heads_q, m_blocks, 2, TILE_M]: lse * log2(e) - P_SHIFT, and
-                              * delta */
-    float *dq_sum;           /* DQ_SUMS of them, one after the other */
-    float *dk_sum, *dv_sum;  /* where parts > 1 */
-    int *turns; /* [DQ_SUMS, batch, heads_q, m_blocks]: how often a tile of dQ has been added to */
-    int *dk_turns; /* [batch, heads_kv, n_blocks]: and of dK and dV, where parts > 1 */
-    int *tickets;  /* how many blocks have started */
-    void *zeros;   /* what has to be zero before: 16-byte units, zero_chunks of them */
+    const void *q;              /* [batch, seqlen_q, heads_q, head_dim] */
+    const void *k;              /* [batch, seqlen_k, heads_kv, head_dim] */
+    const void *v;              /* [batch, seqlen_k, heads_kv, head_dim_v] */
+    const void *out;            /* [batch, seqlen_q, heads_q, head_dim_v] */
+    const void *dout;           /* the same */
+    const float *lse, *dlse;    /* [batch, heads_q, seqlen_q], contiguous; dlse NULL: zeros */
+    const void *sink;           /* as in fa_forward_params, of backward_sink.cu alone */
+    void *dk, *dv;              /* like k and v */
+    float *dsink;               /* [heads_q] */
+    float *lse_delta;           /* [batch, heads_q, m_blocks, 2, TILE_M]: first lse_log2 = lse *
+                                 * log2(e) - P_SHIFT, then delta = dO.O - dlse */
+    float *dq_accum;            /* DQ_BUFFERS accumulators, one after the other */
+    float *dk_accum, *dv_accum; /* accumulators, where q_splits > 1 */
+    /* Where DETERMINISTIC: how many blocks have added to a tile of dQ, [DQ_BUFFERS, batch, heads_q,
+     * m_blocks], and, where q_splits > 1, to one of dK and dV, [batch, heads_kv, n_blocks]. */
+    int *dq_semaphores, *dkv_semaphores;
+    int *block_counter; /* where DETERMINISTIC: how many blocks have started */
+    void *zeros;        /* what backward_preprocess.cu zeroes: zero_chunks units of 16 bytes */
     fa_int64 zero_chunks;
     struct fa_strides q_stride, k_stride, v_stride, out_stride, dout_stride, dk_stride, dv_stride;
     int batch, heads_q, heads_kv, heads_per_kv;
     int seqlen_q, seqlen_k;
     int m_blocks, n_blocks; /* tiles of queries, and of keys */
-    int parts;              /* blocks that share a tile of keys */
+    int q_splits;           /* blocks that share a tile of keys and split its queries */
     int window_left;        /* as in fa_forward_params */
     int window_right;
     int sink_dtype;                               /* enum fa_dtype */
-    float scale_log2, hidden_score, scale_in_cap; /* as in fa_forward_params */
+    float scale_log2, masked_score, scale_in_cap; /* as in fa_forward_params */
     float softmax_scale;
-    fa_int64 zero_share;                  /* of zero_chunks, for one block of backward_delta.cu */
+    fa_int64 zero_share; /* of zero_chunks, for one block of backward_preprocess.cu */
     struct fa_tensor_map q_map, dout_map; /* [batch, heads_q, seqlen_q, head_dim or head_dim_v] */
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 704, "400, padding, then maps");
 
-/* The single argument of kernels/backward_convert.cu: a sum, or several added up, to a tensor. */
-struct fa_convert_params {
-    const float *sum;
-    void *tensor; /* [batch, seqlen, heads, head_dim] */
+/* The single argument of kernels/backward_postprocess.cu. */
+struct fa_postprocess_params {
+    const float *accum; /* `buffers` accumulators, one after the other, whose sum is stored */
+    void *tensor;       /* [batch, seqlen, heads, head_dim] */
     struct fa_strides stride;
-    int batch, seqlen, sums;
-    float scale;
+    int batch, seqlen, buffers;
+    float scale; /* of the sum */
     struct fa_divisor heads;
-    struct fa_divisor row_frags; /* of a head of a sum */
+    struct fa_divisor row_frags; /* 16-row fragments of a head of an accumulator */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_convert_params) == 80, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_postprocess_params) == 80,
+                 "host and device disagree on the layout");
 
 #endif

@@ -1,9 +1,5 @@
-/* Tiles of keys and values: the ring in shared memory, and the two products that read it.
- *
- *     dynamic shared memory = STAGES * TILE_N * (D_PADDED + DV_PADDED) * 2 bytes
- *
- * where D_PADDED and DV_PADDED are the head dims rounded up to a multiple of 16: a stage is a K
- * tile and a V tile. forward_smem() in csrc/plan.c computes the same. */
+/* Tiles of keys and values: the ring in shared memory, whose size fa_forward_smem() in geometry.h
+ * computes, and the two products that read it. */
 #ifndef FA_TILE_CUH
 #define FA_TILE_CUH
 
@@ -22,15 +18,15 @@ constexpr bool WIDE = WARP_M == 32 && (HEAD_DIM > 96 || HEAD_DIM_V > 96);
 constexpr int SUB_UNROLL = WIDE || SOFTCAP ? 1 : TILE_N / SUB_N;
 
 static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM_V % 8 == 0, "a row is whole 16-byte chunks");
-static_assert(TILE_N % SUB_N == 0 && SUB_N % 16 == 0, "sub-tiles are whole mma steps");
-static_assert(WARP_M == 16 || WARP_M == 32, "one or two row fragments per warp");
-static_assert(STAGES >= 2, "one stage is computed on while another is loaded");
+#define FA_ASSERT(condition, message) static_assert(condition, message);
+FA_FORWARD_TILE_RULES(FA_ASSERT, WARPS, WARP_M, TILE_N, SUB_N, STAGES)
+#undef FA_ASSERT
 
 using K_layout = tile_layout<HEAD_DIM, TILE_N>;
 using V_layout = tile_layout<HEAD_DIM_V, TILE_N>;
 using K_place = copy_place<K_layout, THREADS>;
 using V_place = copy_place<V_layout, THREADS>;
-constexpr int STAGE_BYTES = K_layout::BYTES + V_layout::BYTES;
+constexpr int STAGE_BYTES = fa_forward_stage_bytes(HEAD_DIM, HEAD_DIM_V, TILE_N, DTYPE);
 constexpr int RING_BYTES = STAGES * STAGE_BYTES;
 
 /* The tiles that a block goes through: of one KV head, from tile_end - 1 downwards. */

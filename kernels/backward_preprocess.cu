@@ -1,0 +1,76 @@
+/* What backward.cu needs of every query: its lse in powers of two, and delta = dO.O - dlse. And
+ * what has to be zero before backward.cu adds to it.
+ *
+ * Constants as in backward.cu: DTYPE_BF16, HEAD_DIM_V, TILE_M. */
+#include "params.h"
+
+#include "backward.cuh"
+
+constexpr int THREADS = FA_PREPROCESS_THREADS;
+
+/* The lanes of a row, a chunk each. */
+constexpr int row_lanes(int chunks)
+{
+    int lanes = 1;
+    while (lanes < chunks)
+        lanes *= 2;
+    return lanes;
+}
+constexpr int CHUNKS = HEAD_DIM_V / 8;
+constexpr int LANES = row_lanes(CHUNKS);
+constexpr int ROWS = THREADS / LANES; /* at a time */
+
+__device__ __forceinline__ float dot_2(unsigned a, unsigned b)
+{
+    const float2 x = unpack(a), y = unpack(b);
+    return x.x * y.x + x.y * y.y;
+}
+
+__device__ __forceinline__ float dot_8(const uint4 &a, const uint4 &b)
+{
+    return dot_2(a.x, b.x) + dot_2(a.y, b.y) + (dot_2(a.z, b.z) + dot_2(a.w, b.w));
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS)
+    backward_preprocess(const __grid_constant__ struct fa_backward_params params)
+{
+    const int tile = blockIdx.x; /* [batch, heads_q, m_blocks] */
+    const int m_block = tile % params.m_blocks, pair = tile / params.m_blocks;
+    const int batch = pair / params.heads_q, head = pair % params.heads_q;
+    const int lane = threadIdx.x % LANES;
+    const element *out = static_cast<const element *>(params.out) +
+                         batch * params.out_stride.batch + head * params.out_stride.head + lane * 8;
+    const element *dout = static_cast<const element *>(params.dout) +
+                          batch * params.dout_stride.batch + head * params.dout_stride.head +
+                          lane * 8;
+    float *stats = params.lse_delta + static_cast<fa_int64>(tile) * (2 * TILE_M);
+
+    for (int row = threadIdx.x / LANES; row < TILE_M; row += ROWS) {
+        const int query = m_block * TILE_M + row;
+        const bool exists = query < params.seqlen_q;
+        float delta = 0.0f;
+        if (exists && lane < CHUNKS)
+            delta =
+                dot_8(*reinterpret_cast<const uint4 *>(out + query * params.out_stride.seqlen),
+                      *reinterpret_cast<const uint4 *>(dout + query * params.dout_stride.seqlen));
+#pragma unroll
+        for (int distance = LANES / 2; distance > 0; distance /= 2)
+            delta += __shfl_xor_sync(0xffffffff, delta, distance);
+        if (lane == 0) {
+            const fa_int64 at = static_cast<fa_int64>(pair) * params.seqlen_q + query;
+            float lse = exists ? params.lse[at] * LOG2_E : INF;
+            if (exists && params.dlse)
+                delta -= params.dlse[at];
+            /* A row that sees no key, or is none, has p = 2^(s - inf) = 0. */
+            const bool sees_nothing = lse == -INF || !exists;
+            stats[row] = sees_nothing ? INF : lse - P_SHIFT;
+            stats[TILE_M + row] = sees_nothing ? 0.0f : delta;
+        }
+    }
+
+    const fa_int64 begin = tile * params.zero_share;
+    const fa_int64 end = min(begin + params.zero_share, params.zero_chunks);
+    uint4 *zeros = static_cast<uint4 *>(params.zeros);
+    for (fa_int64 i = begin + threadIdx.x; i < end; i += THREADS)
+        zeros[i] = make_uint4(0, 0, 0, 0);
+}

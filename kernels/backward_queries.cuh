@@ -1,0 +1,162 @@
+/* Which queries a block of backward.cu goes through, in which order, and how they come to shared
+ * memory. */
+#ifndef FA_BACKWARD_QUERIES_CUH
+#define FA_BACKWARD_QUERIES_CUH
+
+#include "backward_tile.cuh"
+
+/* Which keys a block has, and which of the q_splits blocks that share them it is. */
+struct tile_coords {
+    int n_block, batch, head_kv, q_split;
+
+    __device__ __forceinline__ tile_coords(const fa_backward_params &params, int block)
+    {
+        q_split = block % params.q_splits;
+        block /= params.q_splits;
+        head_kv = block % params.heads_kv;
+        block /= params.heads_kv;
+        batch = block % params.batch;
+        n_block = block / params.batch;
+    }
+};
+
+/* Which queries see a key: those of [begin(key), end(key)), diagonals aligned to the bottom
+ * right. */
+struct query_mask {
+    int left, right, queries;
+
+    __device__ __forceinline__ explicit query_mask(const fa_backward_params &params)
+    {
+        /* Clamped as in key_mask. */
+        const int diagonal = params.seqlen_k - params.seqlen_q;
+        left = MASK_LEFT ? diagonal - min(params.window_left, params.seqlen_k) : 0;
+        right = MASK_RIGHT ? diagonal + min(params.window_right, params.seqlen_q) : 0;
+        queries = params.seqlen_q;
+    }
+    __device__ __forceinline__ int begin(int key) const
+    {
+        return MASK_RIGHT ? max(key - right, 0) : 0;
+    }
+    __device__ __forceinline__ int end(int key) const
+    {
+        return MASK_LEFT ? min(key - left + 1, queries) : queries;
+    }
+    /* The first block of keys that one of the queries from `query` on sees: the first to add to
+     * their dQ. */
+    __device__ __forceinline__ int first_n_block(int query) const
+    {
+        return MASK_LEFT ? max(query + left, 0) / TILE_N : 0;
+    }
+};
+
+/* S^T, but masked_score where the query does not see the key. `key` and `query` are those of
+ * S_rmem[0][0][0]. */
+__device__ __forceinline__ void mask_scores(float (&S_rmem)[N_FRAGS][M_FRAGS][4],
+                                            const fa_backward_params &params, int key, int query)
+{
+    const query_mask mask(params);
+#pragma unroll
+    for (int n = 0; n < N_FRAGS; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row_key = key + 16 * n + 8 * half;
+            const int begin = row_key < params.seqlen_k ? mask.begin(row_key) - query : SUB_M;
+            const int end = mask.end(row_key) - query;
+#pragma unroll
+            for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const int column = 8 * m + e;
+                    if (column < begin || (MASK_LEFT && column >= end))
+                        S_rmem[n][m][2 * half + e] = params.masked_score;
+                }
+        }
+}
+
+/* The walk of a block over the (query head, tile of queries) pairs that it adds up: of the query
+ * heads that share its KV head, the tiles [m_begin, m_end) that see its keys. The q_splits blocks
+ * that have the same keys divide these pairs among them; this one takes [begin, end) of its list. */
+template <bool ORDERED> struct query_walk;
+
+/* Head by head, tiles upwards. */
+template <> struct query_walk<false> {
+    int m_begin, m_end;
+    int begin, end;
+    int head, m_block; /* the current pair */
+
+    __device__ __forceinline__ query_walk(const fa_backward_params &params,
+                                          const tile_coords &coords, int m_begin, int m_end)
+        : m_begin(m_begin), m_end(m_end)
+    {
+        head = coords.head_kv * params.heads_per_kv;
+        const int head_tiles = m_end - m_begin, tiles = head_tiles * params.heads_per_kv;
+        begin = static_cast<fa_int64>(tiles) * coords.q_split / params.q_splits;
+        end = static_cast<fa_int64>(tiles) * (coords.q_split + 1) / params.q_splits;
+        head += begin / max(head_tiles, 1);
+        m_block = m_begin + begin % max(head_tiles, 1);
+    }
+    __device__ __forceinline__ void advance()
+    {
+        m_block = m_block + 1 == m_end ? m_begin : m_block + 1;
+        head += m_block == m_begin;
+    }
+};
+
+/* For ordered accumulation: whole heads, which alternate from tile to tile, and tiles downwards. So
+ * all blocks that run together start with the same tile of dQ and go on at the same pace, and none
+ * waits for long. */
+template <> struct query_walk<true> {
+    int head_begin, head_end;
+    int begin, end;
+    int head, m_block; /* the current pair */
+
+    __device__ __forceinline__ query_walk(const fa_backward_params &params,
+                                          const tile_coords &coords, int m_begin, int m_end)
+    {
+        head_begin = coords.head_kv * params.heads_per_kv;
+        head_end = head_begin + params.heads_per_kv * (coords.q_split + 1) / params.q_splits;
+        head_begin += params.heads_per_kv * coords.q_split / params.q_splits;
+        begin = 0;
+        end = (m_end - m_begin) * (head_end - head_begin);
+        head = head_begin;
+        m_block = m_end - 1;
+    }
+    __device__ __forceinline__ void advance()
+    {
+        head = head + 1 == head_end ? head_begin : head + 1;
+        m_block -= head == head_begin;
+    }
+};
+
+/* A tile of queries in shared memory: Q [TILE_M, HEAD_DIM], dO [TILE_M, HEAD_DIM_V], lse_log2 and
+ * delta [TILE_M] each. With the TMA, the mbarriers say when it is there: one for Q, lse_log2 and
+ * delta, one for dO. */
+struct query_tile {
+    unsigned Q_smem, dO_smem, lse_smem;
+    unsigned Q_mbarrier, Q_parity, dO_mbarrier, dO_parity;
+    int query0;
+
+    __device__ __forceinline__ void wait_Q() const
+    {
+        if (TMA)
+            mbarrier_wait(Q_mbarrier, Q_parity);
+    }
+    __device__ __forceinline__ void wait_dO() const
+    {
+        if (TMA)
+            mbarrier_wait(dO_mbarrier, dO_parity);
+    }
+};
+
+/* Asks the TMA for a tile, in boxes of one segment of the layout each. */
+template <class layout>
+__device__ __forceinline__ void load_boxes(unsigned smem, const fa_tensor_map &map,
+                                           unsigned mbarrier, int row, int head, int batch)
+{
+#pragma unroll
+    for (int c = 0; c < layout::PADDED; c += layout::COLS)
+        tma_load_4d(smem + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier, c * 8, row,
+                    head, batch);
+}
+
+#endif
