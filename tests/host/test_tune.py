@@ -9,14 +9,14 @@ import warnings
 
 import pytest
 import torch
-from children import run_python
 
-from conftest import CUDA, EMULATOR
 from flash_attn_sm120 import _C, cache, common_kernels, explain, jit, tuned_tiles
 from flash_attn_sm120.__main__ import main
 from flash_attn_sm120.commands import tune as command
 from flash_attn_sm120.tune import candidates, contest, grid, journal, tune
 from flash_attn_sm120.tune.machine import Machine
+from helpers.children import run_python
+from helpers.devices import CUDA, EMULATOR
 
 CELLS = [grid.Cell(64, 64, causal, grid.Bucket(0, 64, (40,))) for causal in (False, True)]
 CHOICES = {"tile_n": (32, 64), "sub_n": (32,), "stages": (2, 3)}

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from children import run_python
 
 from flash_attn_sm120 import explain, flash_attn_func
+from helpers.children import run_python
 
 needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
 

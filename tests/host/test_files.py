@@ -12,9 +12,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from children import run_python
 
 from flash_attn_sm120 import cache, files, tuned_tiles
+from flash_attn_sm120.tune.journal import Journal
+from helpers.children import run_python
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Windows has no such users")
 
@@ -373,6 +374,33 @@ def test_a_table_that_is_no_file_is_named_and_not_waited_for(tmp_path, monkeypat
         tuned_tiles.load()
     assert len(str(caught[0].message)) <= 200
     assert not tuned_tiles.in_use()
+
+
+@pytest.mark.parametrize("make", SPECIAL)
+def test_measurements_that_are_no_file_are_named_and_not_waited_for(tmp_path, make):
+    path, kind = make(tmp_path / "journal.jsonl")
+    machine = SimpleNamespace(identity=dict, facts=dict)
+    with pytest.raises(RuntimeError, match=f"{path} cannot be read: {kind}"):
+        Journal(path, machine)
+    journal = Journal(tmp_path / "none.jsonl", machine)
+    journal.path = path
+    with pytest.raises(RuntimeError, match=f"cannot be written to {path}: {kind}"):
+        journal.add(None, {})
+
+
+@pytest.mark.parametrize("make", [fifo, link_to_endless, directory])
+def test_a_driver_that_is_no_file_is_not_waited_for(tmp_path, make):
+    path, _ = make(tmp_path / "driver")
+    code = """
+from flash_attn_sm120 import warmup
+try:
+    warmup()
+except RuntimeError as error:
+    print(error)
+"""
+    done = run_python(code, tmp_path, timeout=60, FA_SM120_DRIVER=str(path))
+    (line,) = done.stdout.splitlines()
+    assert line.startswith("no CUDA driver: ") and "it is not a regular file" in line
 
 
 # ---- what never fails a call ---------------------------------------------------------------------
