@@ -54,7 +54,7 @@ static struct fa_variant variant_of(const struct fa_plan_input *input,
 {
     return (struct fa_variant){
         .kernel = FA_KERNEL_BACKWARD,
-        .dtype_bf16 = input->dtype == FA_BFLOAT16,
+        .dtype = input->dtype,
         .head_dim = input->head_dim,
         .head_dim_v = input->head_dim_v,
         .warp_n = tile->warp_n,
@@ -233,7 +233,7 @@ static struct fa_step preprocess(const struct fa_plan_input *input, const struct
     return (struct fa_step){
         .job = FA_JOB_PREPROCESS,
         .variant = {.kernel = FA_KERNEL_BACKWARD_PREPROCESS,
-                    .dtype_bf16 = input->dtype == FA_BFLOAT16,
+                    .dtype = input->dtype,
                     .head_dim_v = input->head_dim_v,
                     .tile_m = plan->tile_m},
         .blocks = input->batch * input->heads_q * plan->m_blocks,
@@ -247,7 +247,7 @@ static void add_postprocess(const struct fa_plan_input *input, enum fa_job job, 
 {
     fa_plan_add(plan, (struct fa_step){.job = job,
                                        .variant = {.kernel = FA_KERNEL_BACKWARD_POSTPROCESS,
-                                                   .dtype_bf16 = input->dtype == FA_BFLOAT16,
+                                                   .dtype = input->dtype,
                                                    .head_dim = head_dim},
                                        .blocks = (int)CEIL_DIV(rows / 16, FA_POSTPROCESS_WARPS),
                                        .threads = FA_POSTPROCESS_WARPS * 32});
@@ -285,7 +285,7 @@ static void set_after(const struct fa_plan_input *input, struct fa_plan *plan)
     if (input->sink)
         fa_plan_add(plan, (struct fa_step){.job = FA_JOB_DSINK,
                                            .variant = {.kernel = FA_KERNEL_BACKWARD_SINK,
-                                                       .dtype_bf16 = input->dtype == FA_BFLOAT16,
+                                                       .dtype = input->dtype,
                                                        .tile_m = plan->tile_m},
                                            .blocks = input->heads_q,
                                            .threads = FA_SINK_THREADS});

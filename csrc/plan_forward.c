@@ -160,7 +160,7 @@ static struct fa_variant variant_of(const struct fa_plan_input *input, const str
 {
     return (struct fa_variant){
         .kernel = tile->kernel,
-        .dtype_bf16 = input->dtype == FA_BFLOAT16,
+        .dtype = input->dtype,
         .head_dim = input->head_dim,
         .head_dim_v = input->head_dim_v,
         .tile_n = tile->tile_n,
@@ -295,7 +295,7 @@ static void add_combine(const struct fa_plan_input *input, struct fa_plan *plan)
     workspace->size = workspace->lse_parts + plan->splits * rows;
     fa_plan_add(plan, (struct fa_step){.job = FA_JOB_COMBINE,
                                        .variant = {.kernel = FA_KERNEL_COMBINE,
-                                                   .dtype_bf16 = input->dtype == FA_BFLOAT16,
+                                                   .dtype = input->dtype,
                                                    .head_dim_v = input->head_dim_v,
                                                    .warps = WARPS},
                                        .blocks = (int)CEIL_DIV(rows, slots / plan->combine_slices),

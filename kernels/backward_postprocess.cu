@@ -1,6 +1,6 @@
 /* Sums of fragments, see params.h, to rows of a tensor. A warp takes 16 rows.
  *
- * Constants: DTYPE_BF16, HEAD_DIM (of the tensor). */
+ * Constants: DTYPE, HEAD_DIM (of the tensor). */
 #include "params.h"
 
 #include "backward.cuh"

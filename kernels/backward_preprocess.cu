@@ -1,7 +1,7 @@
 /* What backward.cu needs of every query: its lse in powers of two, and delta = dO.O - dlse. And
  * what has to be zero before backward.cu adds to it.
  *
- * Constants as in backward.cu: DTYPE_BF16, HEAD_DIM_V, TILE_M. */
+ * Constants as in backward.cu: DTYPE, HEAD_DIM_V, TILE_M. */
 #include "params.h"
 
 #include "backward.cuh"

@@ -2,7 +2,7 @@
  * share of the sink, whose value is nothing. In an order of its own, whatever the grid of other
  * kernels.
  *
- * Constants as in backward.cu: DTYPE_BF16, TILE_M. */
+ * Constants as in backward.cu: DTYPE, TILE_M. */
 #include "params.h"
 
 #include "backward.cuh"

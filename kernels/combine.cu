@@ -6,7 +6,7 @@
  * A part without keys has lse_i = -inf and out_i = 0, and so no weight; a row without any gets
  * those very values. The order of the sums depends on nothing but the number of parts and slices.
  *
- *   DTYPE_BF16   of out, 1: bf16, 0: fp16
+ *   DTYPE        of out, enum fa_dtype in params.h
  *   HEAD_DIM_V   a multiple of 8 up to 256
  *   WARPS        of a block */
 #include "params.h"

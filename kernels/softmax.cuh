@@ -13,7 +13,7 @@
 
 /* m lies so far above the maximum that the sum of 2^16 of the largest bf16 values is still in the
  * range of fp32. bf16 has exponents to spare for p; those of fp16 are few, and its values small. */
-constexpr float ABOVE_MAXIMUM = DTYPE_BF16 ? 16.0f : 0.0f;
+constexpr float ABOVE_MAXIMUM = IS_BF16 ? 16.0f : 0.0f;
 
 /* The m of a row that has not seen any key. Finite, so that nothing becomes NaN: a hidden key
  * (-inf) has p = 0, and a visible one, where m stays as it is, a p of +inf: out of range. */
@@ -25,7 +25,7 @@ constexpr float SUM_LIMIT = 1.329228e36f; /* 2^120 */
 
 /* A row's m is the maximum of at least so many keys, if it sees as many. In bf16 a later p may be
  * 2^136 times that of the first key; fp16, with 2^16, is better off with the maximum of a tile. */
-constexpr int START_KEYS = DTYPE_BF16 ? 1 : TILE_N;
+constexpr int START_KEYS = IS_BF16 ? 1 : TILE_N;
 
 /* Sets of rows: of a lane, whose row of fragment m and half h is bit 2 * m + h, and of a warp, four
  * bits for each quad, whose lanes share their rows. */

@@ -54,8 +54,8 @@ struct tma_ring : ring_place {
     {
 #pragma unroll
         for (int c = 0; c < layout::PADDED; c += layout::COLS)
-            tma_load_4d(tile + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier, c * 8, key,
-                        walk.head_kv, walk.batch);
+            tma_load_4d(tile + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier,
+                        c * CHUNK_ELEMENTS, key, walk.head_kv, walk.batch);
     }
 
     /* Puts the i-th tile on its way. Keys after the last, and the chunk that pads a row, become

@@ -44,7 +44,7 @@ def make_qkv(batch, seqlen_q, seqlen_k, heads, heads_kv, head_dim, head_dim_v, d
 def inputs_of(plan, seqlen_q, seqlen_k):
     """q, k, v and options of a call that the plan is for."""
     of = constants(plan)
-    dtype = torch.bfloat16 if of["DTYPE_BF16"] else torch.float16
+    dtype = {1: torch.float16, 2: torch.bfloat16}[of["DTYPE"]]
     qkv = make_qkv(1, seqlen_q, seqlen_k, 2, 1, of["HEAD_DIM"], of["HEAD_DIM_V"], dtype)
     return qkv, {"causal": bool(of["MASK_RIGHT"])}
 

@@ -56,7 +56,7 @@ def test_common_forward_variants(compute_capability):
 
 def test_decoding_variants():
     """The forward of parts needs no more than that of whole rows, and combine fits six times in an SM."""
-    plans = [p for p in common_kernels.decoding_plans(120) if "-DDTYPE_BF16=1" in p.options]
+    plans = [p for p in common_kernels.decoding_plans(120) if "-DDTYPE=2" in p.options]
     for _, build, line in build_all(plans, "sm_120f"):
         assert build.spill_bytes == 0, line
     combines = dict.fromkeys(plan.kernels[1] for plan in plans)
