@@ -20,7 +20,7 @@
  * backward_preprocess.cu computes delta before, backward_postprocess.cu writes dQ after.
  *
  * One source, compiled once per set of constants:
- *   DTYPE_BF16             1: bf16, 0: fp16
+ *   DTYPE                  enum fa_dtype in params.h, of all tensors
  *   HEAD_DIM, HEAD_DIM_V   of Q and K, of V and O: multiples of 8 up to 256
  *   WARPS, WARP_N          warps of both groups; keys per warp, a multiple of 16
  *   TILE_M, SUB_M          queries: TILE_M at a time in shared memory, SUB_M through registers
