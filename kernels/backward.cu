@@ -29,7 +29,7 @@
 #include "params.h"
 
 #include "backward.cuh"
-#include "softcap.cuh"
+#include "score.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int KEY_WARPS = WARPS / 2;       /* of a group */
@@ -357,8 +357,7 @@ __device__ __forceinline__ void add_values(key_rows &own, const query_tile &tile
         multiply_rows<Q_layout, D_STEPS, M_FRAGS>(
             S, own.operand,
             not_before(tile.Q_smem + columns_first<Q_layout>()) + m0 * Q_layout::ROW_BYTES);
-        if (SOFTCAP)
-            cap(S, params.scale_in_cap);
+        softcap(S, params.scale_in_cap);
         if (MASKED && SOFTCAP)
             hide(S, params, key, tile.query0 + m0 + 2 * quad_lane());
         float handed_over[N_FRAGS][M_FRAGS][4]; /* P^T, times the slope of the cap */
