@@ -554,10 +554,8 @@ def attend_with(tmp_path, monkeypatch):
             patch.setenv("FA_SM120_CACHE_DIR", str(tmp_path / "cache"))
             patch.setenv("FA_SM120_DRIVER", str(emulator.library()))
             with use_tiles(*(rows or LARGE_TILES), extension=extension):
-                window = (None, None)
-                return extension.forward(
-                    q, k, v, None, causal, window, 0.0, None, num_splits, None, True
-                )
+                options = {"causal": causal, "num_splits": num_splits}
+                return extension.forward(q, k, v, return_lse=True, **options)
 
     return attend
 
