@@ -43,7 +43,7 @@ def test_explain(capsys):
     assert main([*call, "--heads-kv", "2", "--window", "64", "none", "--softcap", "30"]) == 0
     said = capsys.readouterr().out
     assert "q (2, 100, 4, 128), k (2, 100, 2, 128), v (2, 100, 2, 128), bf16" in said
-    assert "compute capability 12.0" in said and re.search(r"forward\w+_left", said)
+    assert "compute capability 12.0" in said and re.search(r"^  forward\w+_left", said, re.M)
     assert main([*call, "--backward", "--deterministic", "--sink"]) == 0
     said = capsys.readouterr().out
     assert "backward_bf16_d128_dv128" in said and "backward_sink" in said
