@@ -116,6 +116,12 @@ PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem,
     return explain_plan(direction, &plan);
 }
 
+PyObject *fa_explain_counts(const struct fa_state *state)
+{
+    return Py_BuildValue("{s:L,s:n}", "plans", state->plans.made, "kernels",
+                         (Py_ssize_t)state->kernels.count);
+}
+
 PyObject *fa_explain_devices(struct fa_state *state)
 {
     struct fa_driver *driver = &state->driver;

@@ -12,9 +12,9 @@
  *
  * Warp group 0 owns K, group 1 owns V, in registers, WARP_N keys per warp. The transposed products
  * 1 and 2 leave P^T and dS^T in the layout of the A operand of 3 and 4. P^T goes from group 0 to
- * group 1 through shared memory, in sub-tiles of SUB_M queries, and dS^T takes its place there. Only
- * dQ sums over the keys of all warps, and of all blocks: every warp computes a part of product 5,
- * group 0 the lower half of the queries and group 1 the upper half, and adds it to dq_accum in
+ * group 1 through shared memory, in sub-tiles of SUB_M queries, and dS^T takes its place there.
+ * Only dQ sums over the keys of all warps, and of all blocks: every warp computes a part of product
+ * 5, group 0 the lower half of the queries and group 1 the upper half, and adds it to dq_accum in
  * global memory. So the groups run out of step, and one's additions overlap the other's products.
  *
  * backward_preprocess.cu computes delta before, backward_postprocess.cu writes dQ after.
@@ -36,11 +36,11 @@
 
 #include "backward_products.cuh"
 #include "backward_queries.cuh"
-#include "softcap.cuh"
+#include "score.cuh"
 
-/* Products 1 and 3 of warp group 0: P^T to shared memory, and dV. `word_smem` is the address of this
- * lane's first word of P^T, `key` that word's key. MASKED: some query of the tile does not see some
- * key of the block. */
+/* Products 1 and 3 of warp group 0: P^T to shared memory, and dV. `word_smem` is the address of
+ * this lane's first word of P^T, `key` that word's key. MASKED: some query of the tile does not see
+ * some key of the block. */
 template <bool MASKED>
 __device__ __forceinline__ void
 compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][4], const unsigned (&K_rmem)[N_FRAGS][MAX_STEPS][4],
@@ -61,8 +61,7 @@ compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][4], const unsigned (&K_rmem)[N_F
         mma_ABt<Q_layout, D_STEPS, M_FRAGS>(S_rmem, K_rmem,
                                             not_before(tile.Q_smem + columns_first<Q_layout>()) +
                                                 m0 * Q_layout::ROW_BYTES);
-        if (SOFTCAP)
-            cap(S_rmem, params.scale_in_cap);
+        softcap(S_rmem, params.scale_in_cap);
         if (MASKED && SOFTCAP)
             mask_scores(S_rmem, params, key, tile.query0 + m0 + 2 * quad_lane());
 
@@ -165,6 +164,26 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
     }
 }
 
+/* Product 5, all warps: dQ = dS [16 * DQ_ROW_FRAGS, TILE_N] * K [TILE_N, 8 * DQ_DIM_FRAGS], the
+ * warp's part of dQ [TILE_M, HEAD_DIM], whose first fragment of queries and of dims are row_frag
+ * and dim_frag. */
+__device__ __forceinline__ void compute_dQ(float (&dQ_rmem)[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4],
+                                           unsigned smem, int row_frag, int dim_frag)
+{
+    set_to_zero(dQ_rmem);
+    const unsigned dS_smem = not_before(smem + DS_OFFSET + columns_first<dS_layout>());
+    const unsigned K_smem = not_before(smem + K_OFFSET + rows_first<K_layout>());
+#pragma unroll
+    for (int k = 0; k < TILE_N / 16; k++) {
+        unsigned dS_rmem[DQ_ROW_FRAGS][1][4];
+#pragma unroll
+        for (int m = 0; m < DQ_ROW_FRAGS; m++)
+            ldmatrix_x4_trans(dS_rmem[m][0], dS_layout::moved(dS_smem, 16 * k, 2 * (row_frag + m)));
+        mma_AB<K_layout, 1, DQ_DIM_FRAGS>(dQ_rmem, dS_rmem, K_layout::moved(K_smem, 16 * k, 0),
+                                          dim_frag);
+    }
+}
+
 /* dK or dV of this warp's keys: to the tensor, or to the accumulator of all blocks that share the
  * keys. */
 template <int DIM>
@@ -218,64 +237,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     query_walk<DETERMINISTIC> walk(params, coords, m_begin, m_end);
 
     /* ---- 2. K to shared memory, K or V to registers, the first queries to shared memory. */
-    const auto query_tile_index = [&](int batch, int head, int m_block) {
-        return (static_cast<fa_int64>(batch) * params.heads_q + head) * params.m_blocks + m_block;
-    };
-    const auto load_Q = [&](int stage, int head, int m_block) {
-        const unsigned Q_smem = smem + Q_OFFSET + stage * Q_layout::BYTES;
-        const unsigned lse_smem = smem + LSE_DELTA_OFFSET + stage * LSE_DELTA_BYTES;
-        const float *lse_gmem =
-            params.lse_delta + query_tile_index(coords.batch, head, m_block) * 2 * TILE_M;
-        if (TMA) {
-            if (thread == THREADS - 1) {
-                const unsigned mbarrier = smem + Q_MBARRIERS_OFFSET + stage * MBARRIER_STRIDE;
-                mbarrier_expect(mbarrier, Q_layout::BYTES + LSE_DELTA_BYTES);
-                load_boxes<Q_layout>(Q_smem, params.q_map, mbarrier, m_block * TILE_M, head,
-                                     coords.batch);
-                bulk_load(lse_smem, lse_gmem, LSE_DELTA_BYTES, mbarrier);
-            }
-            return;
-        }
-        const copy_place<Q_layout, THREADS> copy;
-        copy.copy(Q_smem,
-                  copy.first_chunk(params.q, params.q_stride, coords.batch, head, m_block * TILE_M),
-                  params.q_stride.seqlen, params.seqlen_q - m_block * TILE_M);
-        if (thread < LSE_DELTA_BYTES / 16)
-            cp_async_16(lse_smem + thread * 16, lse_gmem + thread * 4, 16);
-    };
-    const auto load_dO = [&](int head, int m_block) {
-        if (TMA) {
-            if (thread == THREADS - 1) {
-                const unsigned mbarrier = smem + DO_MBARRIER_OFFSET;
-                mbarrier_expect(mbarrier, dO_layout::BYTES);
-                load_boxes<dO_layout>(smem + DO_OFFSET, params.dout_map, mbarrier, m_block * TILE_M,
-                                      head, coords.batch);
-            }
-            return;
-        }
-        const copy_place<dO_layout, THREADS> copy;
-        copy.copy(
-            smem + DO_OFFSET,
-            copy.first_chunk(params.dout, params.dout_stride, coords.batch, head, m_block * TILE_M),
-            params.dout_stride.seqlen, params.seqlen_q - m_block * TILE_M);
-    };
+    const query_loader queries{params, smem, thread, coords.batch};
     if (TMA) {
-        if (thread == 0) {
-            for (int i = 0; i < STAGES + 1; i++)
-                mbarrier_init(smem + Q_MBARRIERS_OFFSET + i * MBARRIER_STRIDE, 1);
-            fence_mbarrier_init();
-        }
+        queries.init_mbarriers();
         __syncthreads(); /* make the mbarrier inits visible before first use */
     }
     if (!is_group_0)
         barrier_arrive<THREADS>(UPPER_FREE);
-    const copy_place<K_layout, THREADS> K_copy;
-    K_copy.copy(smem + K_OFFSET,
-                K_copy.first_chunk(params.k, params.k_stride, coords.batch, coords.head_kv, key0),
-                params.k_stride.seqlen, params.seqlen_k - key0);
+    const copy_place<K_layout, THREADS> share;
+    share.copy(smem + K_OFFSET,
+               share.first_chunk(params.k, params.k_stride, coords.batch, coords.head_kv, key0),
+               params.k_stride.seqlen, params.seqlen_k - key0);
     if (walk.begin < walk.end) {
-        load_Q(0, walk.head, walk.m_block);
-        load_dO(walk.head, walk.m_block);
+        queries.load_Q(0, walk.head, walk.m_block);
+        queries.load_dO(walk.head, walk.m_block);
     }
 
     const int warp_row = warp % GROUP_WARPS * WARP_N, warp_key = key0 + warp_row;
@@ -305,20 +280,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         query_walk<DETERMINISTIC> next = walk;
         next.advance();
         const int query0 = walk.m_block * TILE_M;
-        const query_tile tile = {smem + Q_OFFSET + stage * Q_layout::BYTES,
-                                 smem + DO_OFFSET,
-                                 smem + LSE_DELTA_OFFSET + stage * LSE_DELTA_BYTES,
-                                 smem + Q_MBARRIERS_OFFSET + stage * MBARRIER_STRIDE,
-                                 count / STAGES % 2,
-                                 smem + DO_MBARRIER_OFFSET,
-                                 count % 2,
-                                 query0};
+        const query_tile tile(smem, count, query0);
         const bool masked = key1 > params.seqlen_k ||
                             (MASK_RIGHT && mask.begin(key1 - 1) > query0) ||
                             (MASK_LEFT && mask.end(key0) < min(query0 + TILE_M, params.seqlen_q));
 
         if (STAGES == 2 && !last)
-            load_Q(stage ^ 1, next.head, next.m_block);
+            queries.load_Q(stage ^ 1, next.head, next.m_block);
 
         /* ---- 3. Products 1 and 3: P^T and dV. Products 2 and 4: dS^T and dK. */
         if (!is_group_0)
@@ -337,15 +305,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_sync<THREADS>(QUERIES_FREE);
         if (!last) {
             if (STAGES == 1)
-                load_Q(0, next.head, next.m_block);
-            load_dO(next.head, next.m_block);
+                queries.load_Q(0, next.head, next.m_block);
+            queries.load_dO(next.head, next.m_block);
         }
         if (is_group_0)
             barrier_sync<THREADS>(LOWER_FULL);
 
-        /* ---- 5. Product 5: this warp's part of dQ. */
+        /* ---- 5. Product 5: this warp's part of dQ.
+         *
+         * With ordered accumulation a semaphore counts the blocks of keys that have added to a tile
+         * of dQ, and a block waits until all before it have. The count is read before the product,
+         * which hides the latency of the L2; mostly it is right by then. A block adds itself to the
+         * count one tile late, while it computes the next: thread 0 has then passed the barriers
+         * LOWER_FREE and LOWER_FULL of that tile, which all warps reach after their additions to
+         * this one. So no barrier is needed for that alone, and as the additions have long landed,
+         * the release has nothing to wait for. */
         const int dq_batch = coords.n_block % DQ_BUFFERS * params.batch + coords.batch;
-        const fa_int64 dq_tile = query_tile_index(dq_batch, walk.head, walk.m_block);
+        const fa_int64 dq_tile = query_tile_index(params, dq_batch, walk.head, walk.m_block);
         int added = 0;
         if (DETERMINISTIC) {
             if (semaphore && thread == 0)
@@ -358,23 +334,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             (is_group_0 ? 0 : HALF_FRAGS) + group_warp / DQ_DIM_WARPS * DQ_ROW_FRAGS;
         const int dim_frag = group_warp % DQ_DIM_WARPS * DQ_DIM_FRAGS;
         float dQ_rmem[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4];
-        set_to_zero(dQ_rmem);
-        const unsigned dS_smem = not_before(smem + DS_OFFSET + columns_first<dS_layout>());
-        const unsigned K_smem = not_before(smem + K_OFFSET + rows_first<K_layout>());
-#pragma unroll
-        for (int k = 0; k < TILE_N / 16; k++) {
-            unsigned dS_rmem[DQ_ROW_FRAGS][1][4];
-#pragma unroll
-            for (int m = 0; m < DQ_ROW_FRAGS; m++)
-                ldmatrix_x4_trans(dS_rmem[m][0],
-                                  dS_layout::moved(dS_smem, 16 * k, 2 * (row_frag + m)));
-            mma_AB<K_layout, 1, DQ_DIM_FRAGS>(dQ_rmem, dS_rmem, K_layout::moved(K_smem, 16 * k, 0),
-                                              dim_frag);
-        }
+        compute_dQ(dQ_rmem, smem, row_frag, dim_frag);
         if (!is_group_0 && !last)
             barrier_arrive<THREADS>(UPPER_FREE);
 
-        /* ---- 6. Add it to the accumulator. */
+        /* ---- 6. Add it to the accumulator, in order. */
         if (DETERMINISTIC)
             while (added != (coords.n_block - mask.first_n_block(query0)) / DQ_BUFFERS)
                 added = turns_ended(semaphore);

@@ -35,21 +35,6 @@ struct tile_walk {
     int batch, head_kv, tile_end, tiles;
 };
 
-/* Whether this thread's share of the V tile at `smem` holds an inf or NaN. */
-__device__ __forceinline__ bool holds_nonfinite(unsigned smem)
-{
-    /* Adding one to a full exponent carries into the (cleared) sign bit of its half word. */
-    constexpr unsigned EXPONENT = IS_BF16 ? 0x7f807f80 : 0x7c007c00;
-    constexpr unsigned ONE = IS_BF16 ? 0x00800080 : 0x04000400;
-    unsigned carries = 0;
-    V_place().each([&](int, int, unsigned offset) {
-        const uint4 x = ld_shared_16(smem + offset);
-        carries |= ((x.x & EXPONENT) + ONE) | ((x.y & EXPONENT) + ONE);
-        carries |= ((x.z & EXPONENT) + ONE) | ((x.w & EXPONENT) + ONE);
-    });
-    return carries & 0x80008000;
-}
-
 /* This lane's row for an ldmatrix of 16 keys x 16 dims, whose matrices 0 and 1, then 2 and 3, are
  * the B operand of one mma: of K two chunks of 8 keys, of V two times 8 keys of one chunk. */
 __device__ __forceinline__ unsigned K_lane_offset()

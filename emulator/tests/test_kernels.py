@@ -230,14 +230,14 @@ BROKEN = {
     ),
     "a barrier for one warp": Broken(
         "forward.cuh",
-        "const query_place to(params);",
-        "if (threadIdx.x < 32)\n        __syncthreads();\n    const query_place to(params);",
+        "float *lse_gmem",
+        "if (threadIdx.x < 32)\n        __syncthreads();\n    float *lse_gmem",
         "barrier 0 lacks",
     ),
     "a barrier for half a warp": Broken(
         "forward.cuh",
-        "const query_place to(params);",
-        "if (threadIdx.x % 32 < 16)\n        __syncthreads();\n    const query_place to(params);",
+        "float *lse_gmem",
+        "if (threadIdx.x % 32 < 16)\n        __syncthreads();\n    float *lse_gmem",
         "a barrier that only the lanes 0000ffff",
     ),
     "waits for one group too few": Broken(
@@ -272,8 +272,8 @@ BROKEN = {
     ),
     "one query too many is read": Broken(
         "forward.cuh",
-        "chunk < HEAD_DIM / 8 && row < row_count(params);",
-        "chunk < HEAD_DIM / 8 && row <= row_count(params);",
+        "chunk < HEAD_DIM / 8 && row < block.row_count();",
+        "chunk < HEAD_DIM / 8 && row <= block.row_count();",
         "no tensor",
     ),
     "one key too many is read": Broken(
@@ -292,13 +292,13 @@ BROKEN = {
     "one row of the output too many": Broken(
         "forward.cuh",
         "half, inverse, stores);",
-        "half, inverse, row <= row_count(params));",
+        "half, inverse, row <= block.row_count());",
         "no writable tensor",
     ),
     "one row of the lse too many": Broken(
         "forward.cuh",
         "if (lse_gmem && stores)",
-        "if (lse_gmem && row <= row_count(params))",
+        "if (lse_gmem && row <= block.row_count())",
         "no writable tensor",
         sizes=(1, 140, 400, 2, 2, 64, 64),
     ),
@@ -350,13 +350,13 @@ BROKEN = {
     "another swizzle is read than written": Broken(
         "tile.cuh",
         "return V_layout::offset(lane % 16, lane / 16);",
-        "return V_layout::offset(lane % 16, 0) ^ lane / 16 * CHUNK * 2;",
+        "return V_layout::offset(lane % 16, 0) ^ lane / 16 * FA_CHUNK_BYTES * 2;",
         "",
     ),
     "a diagonal that is one off": Broken(
         "mask.cuh",
-        "min(query_of(params, row) + right + 1, keys)",
-        "min(query_of(params, row) + right, keys)",
+        "min(query + right + 1, seqlen_k)",
+        "min(query + right, seqlen_k)",
         "",
         options=CAUSAL,
     ),
@@ -364,7 +364,7 @@ BROKEN = {
         "tile.cuh", "return x + __shfl_xor_sync(0xffffffff, x, 2);", "return x;", ""
     ),
     "an element of P is rounded into the wrong half": Broken(
-        "softmax.cuh", "pack(p0, p1)", "pack(p1, p0)", ""
+        "softmax.cuh", "pack(weight0, weight1)", "pack(weight1, weight0)", ""
     ),
     "a part without its last tile": Broken(
         "forward.cuh",
@@ -374,7 +374,11 @@ BROKEN = {
         num_splits=3,
     ),
     "all parts go to one place": Broken(
-        "forward.cuh", "place.part * part_rows + lse_offset", "lse_offset", "", num_splits=3
+        "forward.cuh",
+        "split_offset + block.lse_offset",
+        "block.lse_offset",
+        "",
+        num_splits=3,
     ),
     "a part weighs what another does": Broken(
         "combine.cu", "exp2_approx(lse - raised)", "exp2_approx(-above)", "", num_splits=3

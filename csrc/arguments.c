@@ -1,4 +1,4 @@
-#include "params.h"
+#include "arguments.h"
 
 #include <float.h>
 #include <math.h>
