@@ -16,7 +16,7 @@ endif
 # Where a GPU answers and the interpreter already has a CUDA build of torch, the venv sees that one.
 HAS_CUDA_TORCH = $(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())" 2>/dev/null
 
-.PHONY: demo test build bench lint format asan warmup clean
+.PHONY: demo test build bench docs lint format asan warmup clean
 
 demo: build
 	$(RUN) -m flash_attn_sm120 demo
@@ -45,16 +45,20 @@ bench: build
 warmup: build
 	$(RUN) -m flash_attn_sm120 warmup
 
+docs: build
+	$(RUN) docs/make_api.py
+	$(RUN) benchmarks/where_it_stands.py
+
 lint: build
-	$(RUN) -m pytest -q tests/test_source.py
+	$(RUN) -m pytest -q tests/gates/test_source.py
 
 format: $(READY)
-	$(RUN) -m ruff format flash_attn_sm120 tests benchmarks setup.py
-	$(RUN) -m ruff check --fix -q flash_attn_sm120 tests benchmarks setup.py
-	$(dir $(RUN))clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] kernels/* tests/*.c tests/emulator/*.[ch]
+	$(RUN) -m ruff format flash_attn_sm120 emulator tests benchmarks docs examples conftest.py setup.py
+	$(RUN) -m ruff check --fix -q flash_attn_sm120 emulator tests benchmarks docs examples conftest.py setup.py
+	$(dir $(RUN))clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] kernels/* tests/helpers/*.c emulator/*.[ch]
 
 asan: build
-	$(RUN) -m pytest -q tests/test_sanitizers.py
+	$(RUN) -m pytest -q tests/host/test_sanitizers.py
 
 clean:
 	rm -rf build dist *.egg-info flash_attn_sm120/*.so

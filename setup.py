@@ -5,10 +5,12 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 LIMITED_API = "cp310"
 CFLAGS = ["-std=c11", "-O3", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
+MSVC_CFLAGS = ["/std:c11", "/experimental:c11atomics", "/O2", "/W3"]
 EXTRA_CFLAGS = os.environ.get("FA_SM120_CFLAGS", "").split()
 
 
@@ -20,8 +22,18 @@ class AbiWheel(bdist_wheel):
         super().finalize_options()
 
 
+class BuildWithFlags(build_ext):
+    """Adds the flags in the words of the compiler in use."""
+
+    def build_extensions(self):
+        flags = MSVC_CFLAGS if self.compiler.compiler_type == "msvc" else CFLAGS
+        for extension in self.extensions:
+            extension.extra_compile_args = [*flags, *EXTRA_CFLAGS]
+        super().build_extensions()
+
+
 class BuildWithCubins(build_py):
-    """Ships compiled kernels where FA_SM120_PREBUILD names architectures, say "sm_120f,sm_90a"."""
+    """Ships compiled kernels where FA_SM120_PREBUILD names architectures: "sm_120f,sm_90a"."""
 
     def run(self):
         super().run()
@@ -47,11 +59,17 @@ class BuildWithCubins(build_py):
 extension = Extension(
     "flash_attn_sm120._C",
     sources=sorted(str(path) for path in Path("csrc").rglob("*.c")),
-    depends=[str(path) for path in (*Path("csrc").rglob("*.h"), Path("kernels/params.h"))],
+    depends=[str(path) for path in (*Path("csrc").rglob("*.h"), *Path("kernels").glob("*.h"))],
     define_macros=[("Py_LIMITED_API", "0x030A0000")],
-    extra_compile_args=[*CFLAGS, *EXTRA_CFLAGS],
     extra_link_args=EXTRA_CFLAGS,
     py_limited_api=True,
 )
 
-setup(ext_modules=[extension], cmdclass={"bdist_wheel": AbiWheel, "build_py": BuildWithCubins})
+setup(
+    ext_modules=[extension],
+    cmdclass={
+        "bdist_wheel": AbiWheel,
+        "build_ext": BuildWithFlags,
+        "build_py": BuildWithCubins,
+    },
+)

@@ -1,4 +1,4 @@
-"""How fast the emulator of tests/emulator runs the kernels: million warp instructions per second.
+"""How fast does the emulated driver run the kernels? In million warp instructions per second.
 
     python benchmarks/emulator.py
 
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+sys.path.insert(0, str(ROOT))
 
 import emulator  # noqa: E402
 

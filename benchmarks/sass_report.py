@@ -53,8 +53,8 @@ from pathlib import Path
 
 import harness
 
-from flash_attn_sm120 import jit, variants
-from flash_attn_sm120.interface import BackwardPlan, Kernel, Plan
+from flash_attn_sm120 import common_kernels, jit
+from flash_attn_sm120.plan import Kernel, Plan
 
 # ----------------------------------------------------------------------------------------- rates
 
@@ -420,15 +420,15 @@ class Figures:
         return cycles["tensor"] / max(cycles.values())
 
 
-def analyse(plan: Plan | BackwardPlan, arch: str) -> Figures:
+def analyse(plan: Plan, arch: str) -> Figures:
     """Compiles a plan's kernel for `arch`, say "sm_120f", and counts its main loop.
 
     Raises:
         RuntimeError: NVRTC or nvdisasm is missing or fails.
         ValueError: the kernel has no main loop.
     """
-    is_backward = isinstance(plan, BackwardPlan)
-    kernel = plan.main if is_backward else plan.kernels[0]
+    is_backward = plan.direction == "backward"
+    kernel = plan.main
     build = jit.build(*kernel, arch)
     code, c = parse(disassemble(build.cubin)), constants(kernel)
     loop = find_pair_loop(code) if is_backward else find_main_loop(code, c["TILE_N"] // c["SUB_N"])
@@ -451,7 +451,7 @@ def analyse(plan: Plan | BackwardPlan, arch: str) -> Figures:
     )
 
 
-def analyse_all(plans: list[Plan | BackwardPlan], arch: str) -> list[Figures]:
+def analyse_all(plans: list[Plan], arch: str) -> list[Figures]:
     """analyse() of each plan, over all cores."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(analyse, plans, [arch] * len(plans)))
@@ -553,10 +553,10 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     compute_capability = int(re.sub(r"\D", "", args.arch))
-    dims = args.head_dims or variants.COMMON_HEAD_DIMS
+    dims = args.head_dims or common_kernels.COMMON_HEAD_DIMS
     plans = [
-        *variants.common_plans(compute_capability, dims),
-        *variants.backward_plans(compute_capability, dims),
+        *common_kernels.common_plans(compute_capability, dims),
+        *common_kernels.backward_plans(compute_capability, dims),
     ]
     try:
         figures = analyse_all(plans, args.arch)

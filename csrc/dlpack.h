@@ -43,6 +43,8 @@ typedef struct DLManagedTensor {
     void (*deleter)(struct DLManagedTensor *self);
 } DLManagedTensor;
 
+#define DLPACK_FLAG_BITMASK_READ_ONLY 1u
+
 /* Capsule "dltensor_versioned" */
 typedef struct DLManagedTensorVersioned {
     DLPackVersion version;

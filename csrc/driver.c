@@ -26,13 +26,17 @@ static int load_symbols(struct fa_driver *driver, void *library, const char *pat
     const char *missing = NULL;
 #define FA_LOAD(entry, symbol, parameters)                                                         \
     *(void **)&driver->entry = fa_library_symbol(library, symbol);                                 \
-    if (!driver->entry)                                                                            \
+    if (!driver->entry && !missing)                                                                \
         missing = symbol;
     FA_DRIVER_FUNCTIONS(FA_LOAD)
 #undef FA_LOAD
+    if (!driver->cuInit || !driver->cuDriverGetVersion) {
+        PyErr_Format(PyExc_RuntimeError, "%.100s is not a CUDA driver: no symbol %s", path,
+                     missing);
+        return -1;
+    }
     int version = 0;
-    if (driver->cuDriverGetVersion)
-        driver->cuDriverGetVersion(&version);
+    driver->cuDriverGetVersion(&version);
     if (version < MIN_DRIVER_VERSION) {
         PyErr_Format(PyExc_RuntimeError,
                      "the NVIDIA driver supports CUDA %d.%d; at least CUDA %d.%d is needed: update "
@@ -42,7 +46,7 @@ static int load_symbols(struct fa_driver *driver, void *library, const char *pat
         return -1;
     }
     if (missing) {
-        PyErr_Format(PyExc_RuntimeError, "%s is not a usable CUDA driver: it has no %s", path,
+        PyErr_Format(PyExc_RuntimeError, "%.100s is not a usable CUDA driver: no symbol %s", path,
                      missing);
         return -1;
     }
@@ -55,8 +59,8 @@ static int read_device(struct fa_driver *driver, int ordinal)
     struct fa_cuda_device *cuda = &driver->devices[ordinal];
     struct fa_device *device = &cuda->device;
     int major, minor;
-    if (FA_CUDA(driver, cuDeviceGet, (&cuda->handle, ordinal)) < 0 ||
-        FA_CUDA(driver, cuDeviceGetName, (cuda->name, sizeof cuda->name, cuda->handle)) < 0)
+    if (FA_DRIVER_CALL(driver, cuDeviceGet, (&cuda->handle, ordinal)) < 0 ||
+        FA_DRIVER_CALL(driver, cuDeviceGetName, (cuda->name, sizeof cuda->name, cuda->handle)) < 0)
         return -1;
     const struct {
         int attribute, *value;
@@ -69,8 +73,8 @@ static int read_device(struct fa_driver *driver, int ordinal)
         {CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, &device->l2_bytes},
     };
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++)
-        if (FA_CUDA(driver, cuDeviceGetAttribute,
-                    (wanted[i].value, wanted[i].attribute, cuda->handle)) < 0)
+        if (FA_DRIVER_CALL(driver, cuDeviceGetAttribute,
+                           (wanted[i].value, wanted[i].attribute, cuda->handle)) < 0)
             return -1;
     device->arch = major * 10 + minor;
     device->has_tma = major >= 9;
@@ -79,8 +83,8 @@ static int read_device(struct fa_driver *driver, int ordinal)
 
 static int read_devices(struct fa_driver *driver)
 {
-    if (FA_CUDA(driver, cuInit, (0)) < 0 ||
-        FA_CUDA(driver, cuDeviceGetCount, (&driver->device_count)) < 0)
+    if (FA_DRIVER_CALL(driver, cuInit, (0)) < 0 ||
+        FA_DRIVER_CALL(driver, cuDeviceGetCount, (&driver->device_count)) < 0)
         return -1;
     if (driver->device_count > FA_MAX_DEVICES)
         driver->device_count = FA_MAX_DEVICES;
@@ -95,15 +99,18 @@ int fa_driver_open(struct fa_driver *driver, const char *path)
     if (driver->library)
         return 0;
     char reason[512];
-    path = path && *path ? path : FA_CUDA_DRIVER_NAME;
+    const bool is_named = path && *path;
+    path = is_named ? path : FA_CUDA_DRIVER_NAME;
     void *library = fa_library_open(path, reason, sizeof reason);
     if (!library) {
-        PyErr_Format(PyExc_RuntimeError, "no CUDA driver: %s cannot be opened (%s)", path, reason);
+        PyErr_Format(PyExc_RuntimeError, "no CUDA driver: %.80s cannot be opened (%.80s)", path,
+                     reason);
         return -1;
     }
     if (load_symbols(driver, library, path) < 0 || read_devices(driver) < 0)
         return -1;
     driver->library = library;
+    driver->takes_ptx = is_named;
     return 0;
 }
 
@@ -121,13 +128,13 @@ int fa_driver_enter(struct fa_driver *driver, struct fa_cuda_device *device, boo
     CUcontext current;
     *pushed = false;
     if (!device->context &&
-        FA_CUDA(driver, cuDevicePrimaryCtxRetain, (&device->context, device->handle)) < 0)
+        FA_DRIVER_CALL(driver, cuDevicePrimaryCtxRetain, (&device->context, device->handle)) < 0)
         return -1;
-    if (FA_CUDA(driver, cuCtxGetCurrent, (&current)) < 0)
+    if (FA_DRIVER_CALL(driver, cuCtxGetCurrent, (&current)) < 0)
         return -1;
     if (current == device->context)
         return 0;
-    if (FA_CUDA(driver, cuCtxPushCurrent, (device->context)) < 0)
+    if (FA_DRIVER_CALL(driver, cuCtxPushCurrent, (device->context)) < 0)
         return -1;
     *pushed = true;
     return 0;

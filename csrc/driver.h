@@ -7,7 +7,7 @@
 #include <stddef.h>
 
 #include "../kernels/params.h"
-#include "plan.h"
+#include "device.h"
 
 /* ---- ABI (CUDA Driver API reference, 12.x) --------------------------------------------------- */
 
@@ -97,8 +97,9 @@ struct fa_cuda_device {
 };
 
 struct fa_driver {
-    void *library; /* NULL until opened */
-    int version;   /* 13000 is CUDA 13.0 */
+    void *library;  /* NULL until opened */
+    int version;    /* 13000 is CUDA 13.0 */
+    bool takes_ptx; /* a library in place of the driver: it is given PTX, not machine code */
     int device_count;
     struct fa_cuda_device devices[FA_MAX_DEVICES];
 #define FA_POINTER(entry, symbol, parameters) CUresult(*entry) parameters;
@@ -122,6 +123,7 @@ void fa_driver_leave(struct fa_driver *driver, bool pushed);
 int fa_driver_check(struct fa_driver *driver, CUresult result, const char *call);
 
 /* Calls an entry point of the driver: 0, or -1 with the exception set. */
-#define FA_CUDA(driver, call, arguments) fa_driver_check(driver, (driver)->call arguments, #call)
+#define FA_DRIVER_CALL(driver, call, arguments)                                                    \
+    fa_driver_check(driver, (driver)->call arguments, #call)
 
 #endif

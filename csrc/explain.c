@@ -1,103 +1,125 @@
 #include "explain.h"
 
-#include "launch.h"
-#include "platform.h"
-#include "state.h"
+#include "cpu_threads.h"
+#include "planning.h"
+
+/* Steals the reference to `value`. 0, or -1 with the exception set. */
+static int set_item(PyObject *dict, const char *name, PyObject *value)
+{
+    const int status = value ? PyDict_SetItemString(dict, name, value) : -1;
+    Py_XDECREF(value);
+    return status;
+}
 
 static PyObject *reasons_of(const struct fa_plan *plan)
 {
     PyObject *reasons = PyDict_New();
-    for (int i = 0; reasons && i < plan->reason_count; i++) {
-        PyObject *why = PyUnicode_FromString(plan->reasons[i].why);
-        if (!why || PyDict_SetItemString(reasons, plan->reasons[i].choice, why) < 0)
+    for (int i = 0; reasons && i < plan->reason_count; i++)
+        if (set_item(reasons, plan->reasons[i].choice, PyUnicode_FromString(plan->reasons[i].why)) <
+            0)
             Py_CLEAR(reasons);
-        Py_XDECREF(why);
-    }
     return reasons;
+}
+
+/* (kernel, variant, options, blocks, threads): what the compiler makes a kernel of, and its grid.
+ */
+static PyObject *step_of(const struct fa_step *step)
+{
+    char name[FA_VARIANT_NAME_SIZE];
+    fa_variant_name(&step->variant, name);
+    return Py_BuildValue("(ssNii)", fa_variant_kernel(&step->variant), name,
+                         fa_variant_options(&step->variant), step->blocks, step->threads);
+}
+
+static PyObject *steps_of(const struct fa_plan *plan)
+{
+    PyObject *steps = PyList_New(plan->step_count);
+    for (int i = 0; steps && i < plan->step_count; i++) {
+        PyObject *step = step_of(&plan->steps[i]);
+        if (!step || PyList_SetItem(steps, i, step) < 0)
+            Py_CLEAR(steps);
+    }
+    return steps;
+}
+
+/* The plan's numbers by name; those of the other direction are not there. */
+static int set_numbers(PyObject *dict, enum fa_direction direction, const struct fa_plan *plan)
+{
+    const struct fa_step *main = &plan->steps[plan->main];
+    const struct fa_variant *variant = &main->variant;
+    const bool is_forward = direction == FA_FORWARD;
+    const struct {
+        const char *name;
+        long long value;
+        bool is_there;
+    } numbers[] = {
+        {"main_step", plan->main, true},
+        {"tile_m", plan->tile_m, true},
+        {"tile_n", plan->tile_n, true},
+        {"warps", variant->warps, true},
+        {"stages", variant->stages, true},
+        {"group_heads", plan->group_heads, is_forward},
+        {"num_splits", plan->splits, is_forward},
+        {"q_splits", plan->splits, !is_forward},
+        {"smem_bytes", plan->smem_bytes, true},
+        {"smem_request", main->smem_request, true},
+        {"blocks_per_sm", plan->blocks_per_sm, true},
+        {"workspace_bytes", (long long)plan->workspace.size * 4, true},
+    };
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++)
+        if (numbers[i].is_there &&
+            set_item(dict, numbers[i].name, PyLong_FromLongLong(numbers[i].value)) < 0)
+            return -1;
+    if (is_forward && set_item(dict, "pack_gqa", PyBool_FromLong(variant->pack_gqa)) < 0)
+        return -1;
+    const bool tma = is_forward ? variant->kernel == FA_KERNEL_FORWARD_TMA : variant->tma;
+    return set_item(dict, "tma", PyBool_FromLong(tma));
+}
+
+static PyObject *explain_plan(enum fa_direction direction, const struct fa_plan *plan)
+{
+    PyObject *dict = PyDict_New();
+    if (!dict || set_item(dict, "steps", steps_of(plan)) < 0 ||
+        set_numbers(dict, direction, plan) < 0 || set_item(dict, "reasons", reasons_of(plan)) < 0)
+        Py_CLEAR(dict);
+    return dict;
 }
 
 static PyObject *explain_cpu(void)
 {
-    return Py_BuildValue("{s:s,s:i,s:{s:s,s:s,s:s}}", "kernel", "cpu", "threads", fa_cpu_count(),
-                         "reasons", "kernel", "CPU tensors run the reference implementation in C",
-                         "num_splits", "the reference implementation splits no keys", "pack_gqa",
-                         "of no concern: it never changes a result, and here no speed");
+    const int threads = fa_cpu_thread_count();
+    if (threads < 0)
+        return NULL;
+    return Py_BuildValue("{s:i,s:{s:s}}", "threads", threads, "reasons", "kernel",
+                         "CPU tensors run the reference implementation in C, which has no tiles, "
+                         "splits nothing and packs nothing");
 }
 
-/* (kernel, variant, options): what the compiler makes a kernel of. */
-static PyObject *kernel_of(const struct fa_variant *variant)
+static PyObject *explain_nothing(void)
 {
-    char name[FA_VARIANT_NAME_SIZE];
-    fa_variant_name(variant, name);
-    return Py_BuildValue("(ssN)", fa_variant_kernel(variant), name, fa_kernels_options(variant));
+    return Py_BuildValue("{s:{s:s}}", "reasons", "kernel",
+                         "no query meets a key: gradients are zeros, and nothing is launched");
 }
 
-static PyObject *explain_plan(const struct fa_plan *plan)
+PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem,
+                     enum fa_direction direction)
 {
-    const bool split = plan->parts > 1;
-    const int64_t floats = split ? plan->combine.out_floats + plan->combine.lse_floats : 0;
-    char name[FA_VARIANT_NAME_SIZE];
-    fa_variant_name(&plan->variant, name);
-    return Py_BuildValue("{s:s,s:s,s:N,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:N,s:O,s:N}",
-                         "kernel", fa_variant_kernel(&plan->variant), "variant", name, "options",
-                         fa_kernels_options(&plan->variant), "tile_m", plan->tile_m, "tile_n",
-                         plan->variant.tile_n, "warps", plan->variant.warps, "stages",
-                         plan->variant.stages, "blocks", plan->blocks, "group_heads",
-                         plan->group_heads, "smem_bytes", plan->smem_bytes, "smem_request",
-                         plan->smem_request, "blocks_per_sm", plan->blocks_per_sm, "num_splits",
-                         plan->parts, "workspace_bytes", (long long)floats * 4, "combine",
-                         split ? kernel_of(&plan->combine.variant) : Py_NewRef(Py_None), "pack_gqa",
-                         plan->variant.pack_gqa ? Py_True : Py_False, "reasons", reasons_of(plan));
-}
-
-PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem, int arch)
-{
-    if (!arch && problem->q.device_type == FA_CPU)
+    const int arch = problem->options.arch;
+    if (!arch && problem->q.device_type == FA_DEVICE_CPU)
         return explain_cpu();
+    if (direction == FA_BACKWARD && fa_shape_is_empty(&problem->shape))
+        return explain_nothing();
+    const struct fa_plan_input input = fa_planning_input(problem, direction, NULL);
     struct fa_plan plan;
-    if (fa_launch_plan(state, &problem->shape, problem->q.device_id, arch, &plan) < 0)
+    if (fa_planning_make(state, &input, problem->q.device_id, arch, &plan) < 0)
         return NULL;
-    return explain_plan(&plan);
+    return explain_plan(direction, &plan);
 }
 
-/* [(kernel, variant, options), ...] of the steps that are needed. */
-static PyObject *kernels_of(const struct fa_backward_plan *plan)
+PyObject *fa_explain_counts(const struct fa_state *state)
 {
-    const struct fa_step *const steps[] = {&plan->preprocess, &plan->main, &plan->dq,
-                                           &plan->dk,         &plan->dv,   &plan->dsink};
-    PyObject *kernels = PyList_New(0);
-    for (size_t i = 0; kernels && i < sizeof steps / sizeof *steps; i++) {
-        if (steps[i]->blocks == 0)
-            continue;
-        PyObject *kernel = kernel_of(&steps[i]->variant);
-        if (!kernel || PyList_Append(kernels, kernel) < 0)
-            Py_CLEAR(kernels);
-        Py_XDECREF(kernel);
-    }
-    return kernels;
-}
-
-PyObject *fa_explain_backward(struct fa_state *state, const struct fa_problem *problem,
-                              bool deterministic, int arch)
-{
-    const struct fa_tensor *q = &problem->q;
-    if ((!arch && q->device_type == FA_CPU) || fa_shape_is_empty(&problem->shape))
-        return Py_BuildValue("{s:[]}", "kernels");
-    const struct fa_backward_options options = {
-        .deterministic = deterministic,
-        .tma_strides = fa_tensor_has_tma_strides(q),
-        .has_sink = problem->sink.object,
-    };
-    struct fa_backward_plan plan;
-    if (fa_launch_plan_backward(state, &problem->shape, &options, q->device_id, arch, &plan) < 0)
-        return NULL;
-    const struct fa_variant *main = &plan.main.variant;
-    return Py_BuildValue("{s:N,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:i,s:L,s:O}", "kernels",
-                         kernels_of(&plan), "tile_m", main->tile_m, "tile_n", plan.tile_n, "warps",
-                         main->warps, "blocks", plan.main.blocks, "parts", plan.q_splits,
-                         "smem_bytes", plan.smem_bytes, "smem_request", plan.main.smem_request,
-                         "blocks_per_sm", plan.blocks_per_sm, "workspace_bytes",
-                         (long long)plan.workspace * 4, "tma", main->tma ? Py_True : Py_False);
+    return Py_BuildValue("{s:L,s:n}", "plans", state->plans.made, "kernels",
+                         (Py_ssize_t)state->kernels.count);
 }
 
 PyObject *fa_explain_devices(struct fa_state *state)

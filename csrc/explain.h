@@ -2,19 +2,17 @@
 #ifndef FA_EXPLAIN_H
 #define FA_EXPLAIN_H
 
-#include <Python.h>
-
+#include "plan.h"
 #include "problem.h"
+#include "state.h"
 
-struct fa_state;
+/* A dict of the plan of `problem` in a direction, on its own device or, where the options name one,
+ * on an architecture without a card. In the backward dO is taken to lie like a new tensor. */
+PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem,
+                     enum fa_direction direction);
 
-/* A dict of the plan of `problem` on its own device, or on an architecture (arch > 0) without a
- * card. */
-PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem, int arch);
-
-/* The same of the backward of `problem`, whose dout is taken to lie like a new tensor. */
-PyObject *fa_explain_backward(struct fa_state *state, const struct fa_problem *problem,
-                              bool deterministic, int arch);
+/* {"plans": n, "kernels": n}: what calls have planned and loaded so far. */
+PyObject *fa_explain_counts(const struct fa_state *state);
 
 /* (driver version, [{name, arch, sms, smem_per_block, smem_per_sm, l2_bytes}, ...]). */
 PyObject *fa_explain_devices(struct fa_state *state);

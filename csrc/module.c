@@ -2,139 +2,68 @@
 #include <Python.h>
 #include <string.h>
 
-#include "cpu/backward.h"
-#include "cpu/forward.h"
+#include "attention.h"
 #include "explain.h"
-#include "launch.h"
-#include "platform.h"
-#include "problem.h"
 #include "state.h"
-#include "use_tiles.h"
+#include "tile_rows.h"
 
-PyObject *fa_state_import(PyObject **slot, const char *name)
+/* ---- arguments ------------------------------------------------------------------------------- */
+
+/* A method's arguments: tensors by position, options by name. */
+struct method {
+    const char *name;
+    enum fa_method_kind kind;
+    int tensors;
+};
+
+/* The options of a call into a zeroed problem. 0, or -1 with the exception set. */
+static int read_options(struct fa_state *state, const struct method *method,
+                        PyObject *const *arguments, Py_ssize_t count, PyObject *kwnames,
+                        struct fa_problem *problem)
 {
-    if (!*slot)
-        *slot = PyImport_ImportModule(name);
-    return *slot;
+    memset(problem, 0, sizeof *problem);
+    if (count != method->tensors) {
+        PyErr_Format(PyExc_TypeError, "%s() takes %d positional arguments, got %d", method->name,
+                     method->tensors, (int)count);
+        return -1;
+    }
+    return fa_options_read(&state->option_names, method->name, method->kind, arguments + count,
+                           kwnames, &problem->options);
 }
 
 /* ---- methods --------------------------------------------------------------------------------- */
 
-static int check_count(const char *function, Py_ssize_t count, int expected)
+static PyObject *forward(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
+                         PyObject *kwnames)
 {
-    if (count == expected)
-        return 0;
-    PyErr_Format(PyExc_TypeError, "%s() takes %d arguments, got %d", function, expected,
-                 (int)count);
-    return -1;
-}
-
-/* What every method of a call is given: q, k and v from `tensors` on, and from `options` on how to
- * compute with them. */
-static struct fa_arguments arguments_of(PyObject *const *tensors, PyObject *const *options)
-{
-    return (struct fa_arguments){.q = tensors[0],
-                                 .k = tensors[1],
-                                 .v = tensors[2],
-                                 .softmax_scale = options[0],
-                                 .causal = options[1],
-                                 .window_size = options[2],
-                                 .softcap = options[3],
-                                 .sink = options[4]};
-}
-
-/* The positional arguments that forward() and explain() share; one of their own follows. */
-#define SHARED_ARGUMENTS 10
-
-/* Reads the shared arguments. 0, or -1 with the exception set; fa_problem_release in both cases. */
-static int read_call(PyObject *module, const char *function, PyObject *const *args,
-                     Py_ssize_t count, struct fa_problem *problem)
-{
-    memset(problem, 0, sizeof *problem);
-    if (check_count(function, count, SHARED_ARGUMENTS + 1) < 0)
-        return -1;
-    struct fa_arguments arguments = arguments_of(args, args + 3);
-    arguments.num_splits = args[8];
-    arguments.pack_gqa = args[9];
-    return fa_problem_read(PyModule_GetState(module), &arguments, problem);
-}
-
-static int run_forward(struct fa_state *state, const struct fa_problem *problem)
-{
-    if (problem->q.device_type == FA_CUDA)
-        return fa_launch_forward(state, problem);
-    int status;
-    Py_BEGIN_ALLOW_THREADS
-    status = fa_cpu_forward(problem, fa_cpu_count());
-    Py_END_ALLOW_THREADS
-    if (status < 0)
-        PyErr_NoMemory();
-    return status;
-}
-
-static PyObject *forward(PyObject *module, PyObject *const *args, Py_ssize_t count)
-{
+    static const struct method METHOD = {"forward", FA_METHOD_FORWARD, 3};
     struct fa_state *state = PyModule_GetState(module);
     struct fa_problem problem;
     PyObject *result = NULL;
-    if (read_call(module, "forward", args, count, &problem) < 0)
-        goto done;
-    int return_lse = PyObject_IsTrue(args[SHARED_ARGUMENTS]);
-    if (return_lse >= 0 && fa_problem_allocate(state, return_lse, &problem) == 0 &&
-        run_forward(state, &problem) == 0)
-        result = PyTuple_Pack(2, problem.out.object, return_lse ? problem.lse.object : Py_None);
-done:
+    if (read_options(state, &METHOD, arguments, count, kwnames, &problem) == 0 &&
+        fa_problem_read(&state->dlpack, arguments, FA_READ_DATA, &problem) == 0 &&
+        fa_problem_set_results(&state->dlpack, &problem) == 0 &&
+        fa_attention_forward(state, &problem) == 0)
+        result =
+            PyTuple_Pack(2, problem.out.object, problem.lse.object ? problem.lse.object : Py_None);
     fa_problem_release(&problem);
     return result;
 }
 
-#define BACKWARD_ARGUMENTS 13
-
-/* Reads the arguments of backward(). 0, or -1 with the exception set; both structs are to be
- * released in both cases. */
-static int read_backward(struct fa_state *state, PyObject *const *args, Py_ssize_t count,
-                         struct fa_problem *problem, struct fa_gradients *gradients)
+static PyObject *backward(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
+                          PyObject *kwnames)
 {
-    memset(problem, 0, sizeof *problem);
-    memset(gradients, 0, sizeof *gradients);
-    if (check_count("backward", count, BACKWARD_ARGUMENTS) < 0)
-        return -1;
-    const struct fa_arguments arguments = arguments_of(args + 1, args + 7);
-    const struct fa_gradient_arguments others = {.dout = args[0],
-                                                 .out = args[4],
-                                                 .lse = args[5],
-                                                 .dlse = args[6],
-                                                 .deterministic = args[12]};
-    if (fa_problem_read(state, &arguments, problem) < 0)
-        return -1;
-    return fa_gradients_read(state, &others, problem, gradients);
-}
-
-static int run_backward(struct fa_state *state, const struct fa_problem *problem,
-                        const struct fa_gradients *gradients)
-{
-    if (fa_shape_is_empty(&problem->shape))
-        return 0;
-    if (problem->q.device_type == FA_CUDA)
-        return fa_launch_backward(state, problem, gradients);
-    int status;
-    Py_BEGIN_ALLOW_THREADS
-    status = fa_cpu_backward(problem, gradients, fa_cpu_count());
-    Py_END_ALLOW_THREADS
-    if (status < 0)
-        PyErr_NoMemory();
-    return status;
-}
-
-static PyObject *backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
-{
+    static const struct method METHOD = {"backward", FA_METHOD_BACKWARD, 7};
     struct fa_state *state = PyModule_GetState(module);
     struct fa_problem problem;
-    struct fa_gradients gradients;
+    struct fa_gradients gradients = {0};
     PyObject *result = NULL;
-    if (read_backward(state, args, count, &problem, &gradients) == 0 &&
-        fa_gradients_allocate(state, &problem, &gradients) == 0 &&
-        run_backward(state, &problem, &gradients) == 0)
+    if (read_options(state, &METHOD, arguments, count, kwnames, &problem) == 0 &&
+        fa_problem_read(&state->dlpack, arguments + 1, FA_READ_DATA, &problem) == 0 &&
+        fa_gradients_read(&state->dlpack, arguments[0], arguments[4], arguments[5], arguments[6],
+                          &problem, &gradients) == 0 &&
+        fa_gradients_allocate(&state->dlpack, &problem, &gradients) == 0 &&
+        fa_attention_backward(state, &problem, &gradients) == 0)
         result = PyTuple_Pack(4, gradients.dq.object, gradients.dk.object, gradients.dv.object,
                               gradients.dsink.object ? gradients.dsink.object : Py_None);
     fa_gradients_release(&gradients);
@@ -142,40 +71,43 @@ static PyObject *backward(PyObject *module, PyObject *const *args, Py_ssize_t co
     return result;
 }
 
-static PyObject *explain(PyObject *module, PyObject *const *args, Py_ssize_t count)
+static PyObject *explain_direction(PyObject *module, const struct method *method,
+                                   enum fa_direction direction, PyObject *const *arguments,
+                                   Py_ssize_t count, PyObject *kwnames)
 {
+    struct fa_state *state = PyModule_GetState(module);
     struct fa_problem problem;
     PyObject *result = NULL;
-    if (read_call(module, "explain", args, count, &problem) < 0)
-        goto done;
-    long arch = PyLong_AsLong(args[SHARED_ARGUMENTS]);
-    if (!PyErr_Occurred())
-        result = fa_explain(PyModule_GetState(module), &problem, (int)arch);
-done:
+    if (read_options(state, method, arguments, count, kwnames, &problem) == 0 &&
+        fa_problem_read(&state->dlpack, arguments, FA_READ_LAYOUT, &problem) == 0)
+        result = fa_explain(state, &problem, direction);
     fa_problem_release(&problem);
     return result;
 }
 
-static PyObject *explain_backward(PyObject *module, PyObject *const *args, Py_ssize_t count)
+static PyObject *explain(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
+                         PyObject *kwnames)
 {
-    struct fa_state *state = PyModule_GetState(module);
-    struct fa_problem problem = {0};
-    PyObject *result = NULL;
-    if (check_count("explain_backward", count, 10) < 0)
-        return NULL;
-    const struct fa_arguments arguments = arguments_of(args, args + 3);
-    const int deterministic = PyObject_IsTrue(args[8]);
-    const long arch = deterministic < 0 ? -1 : PyLong_AsLong(args[9]);
-    if (!PyErr_Occurred() && fa_problem_read(state, &arguments, &problem) == 0)
-        result = fa_explain_backward(state, &problem, deterministic, (int)arch);
-    fa_problem_release(&problem);
-    return result;
+    static const struct method METHOD = {"explain", FA_METHOD_EXPLAIN, 3};
+    return explain_direction(module, &METHOD, FA_FORWARD, arguments, count, kwnames);
+}
+
+static PyObject *explain_backward(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
+                                  PyObject *kwnames)
+{
+    static const struct method METHOD = {"explain_backward", FA_METHOD_EXPLAIN, 3};
+    return explain_direction(module, &METHOD, FA_BACKWARD, arguments, count, kwnames);
 }
 
 static PyObject *devices(PyObject *module, PyObject *Py_UNUSED(unused))
 {
     struct fa_state *state = PyModule_GetState(module);
     return fa_explain_devices(state);
+}
+
+static PyObject *counts(PyObject *module, PyObject *Py_UNUSED(unused))
+{
+    return fa_explain_counts(PyModule_GetState(module));
 }
 
 static PyObject *use_tiles(PyObject *module, PyObject *rows)
@@ -196,68 +128,60 @@ static PyObject *tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(un
     return fa_tile_fields();
 }
 
+/* ---- the method table ------------------------------------------------------------------------ */
+
+/* Signatures as inspect.signature() reads them. */
+#define CALL_OPTIONS   FA_CALL_OPTIONS(FA_OPTION_SIGNATURE)
+#define RESULT_OPTIONS FA_RESULT_OPTIONS(FA_OPTION_SIGNATURE)
+#define PLAN_OPTIONS   FA_PLAN_OPTIONS(FA_OPTION_SIGNATURE)
+#define FAST_METHOD(name, doc)                                                                     \
+    {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS, doc}
+
 static PyMethodDef METHODS[] = {
-    {"forward", (PyCFunction)(void (*)(void))forward, METH_FASTCALL,
-     "forward(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, num_splits, "
-     "pack_gqa, return_lse) -> (out, lse)"},
-    {"backward", (PyCFunction)(void (*)(void))backward, METH_FASTCALL,
-     "backward(dout, q, k, v, out, lse, dlse, softmax_scale, causal, window_size, softcap, "
-     "learnable_sink, deterministic) -> (dq, dk, dv, dsink)"},
-    {"explain", (PyCFunction)(void (*)(void))explain, METH_FASTCALL,
-     "explain(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, num_splits, "
-     "pack_gqa, "
-     "arch) -> dict"},
-    {"explain_backward", (PyCFunction)(void (*)(void))explain_backward, METH_FASTCALL,
-     "explain_backward(q, k, v, softmax_scale, causal, window_size, softcap, learnable_sink, "
-     "deterministic, arch) -> dict"},
-    {"devices", devices, METH_NOARGS, "devices() -> (driver version, [device, ...])"},
-    {"use_tiles", use_tiles, METH_O, "use_tiles(rows) -> None"},
-    {"tiles", tiles, METH_NOARGS, "tiles() -> [row, ...]"},
-    {"tile_fields", tile_fields, METH_NOARGS, "tile_fields() -> (name, ...)"},
+    FAST_METHOD(forward, "forward($module, q, k, v, /, *" CALL_OPTIONS RESULT_OPTIONS ")\n--\n\n"
+                         "(out, lse) of a call; the options are those of flash_attn_func."),
+    FAST_METHOD(backward, "backward($module, dout, q, k, v, out, lse, dlse, /, *" CALL_OPTIONS
+                          ")\n--\n\n(dq, dk, dv, dsink) of a call; dlse and dsink may be None."),
+    FAST_METHOD(explain, "explain($module, q, k, v, /, *" CALL_OPTIONS PLAN_OPTIONS ")\n--\n\n"
+                         "The plan of the forward of a call: a dict."),
+    FAST_METHOD(explain_backward,
+                "explain_backward($module, q, k, v, /, *" CALL_OPTIONS PLAN_OPTIONS ")\n--\n\n"
+                "The plan of the backward of a call: a dict."),
+    {"devices", devices, METH_NOARGS,
+     "devices($module, /)\n--\n\n(driver version, [device, ...])."},
+    {"counts", counts, METH_NOARGS,
+     "counts($module, /)\n--\n\nHow many plans calls have made, and kernels loaded, so far."},
+    {"use_tiles", use_tiles, METH_O,
+     "use_tiles($module, rows, /)\n--\n\nPuts rows before those of csrc/tiles.c."},
+    {"tiles", tiles, METH_NOARGS, "tiles($module, /)\n--\n\nThe rows of csrc/tiles.c."},
+    {"tile_fields", tile_fields, METH_NOARGS,
+     "tile_fields($module, /)\n--\n\nThe names of a row's numbers."},
     {NULL, NULL, 0, NULL},
 };
 
 /* ---- the module ------------------------------------------------------------------------------ */
 
-static int exec_module(PyObject *module)
-{
-    struct fa_state *state = PyModule_GetState(module);
-    memset(state, 0, sizeof *state);
-    return 0;
-}
+static int exec_module(PyObject *module) { return fa_state_init(PyModule_GetState(module)); }
 
 static int traverse_module(PyObject *module, visitproc visit, void *arg)
 {
     struct fa_state *state = PyModule_GetState(module);
-    if (!state)
-        return 0;
-    Py_VISIT(state->python_producers);
-    Py_VISIT(state->python_jit);
-    for (int i = 0; i < state->producers.count; i++)
-        Py_VISIT(state->producers.seen[i].type);
-    return 0;
+    return state ? fa_state_traverse(state, visit, arg) : 0;
 }
 
 static int clear_module(PyObject *module)
 {
     struct fa_state *state = PyModule_GetState(module);
-    if (!state)
-        return 0;
-    Py_CLEAR(state->python_producers);
-    Py_CLEAR(state->python_jit);
-    while (state->producers.count > 0)
-        Py_CLEAR(state->producers.seen[--state->producers.count].type);
+    if (state)
+        fa_state_clear(state);
     return 0;
 }
 
 static void free_module(void *module)
 {
     struct fa_state *state = PyModule_GetState(module);
-    clear_module(module);
-    if (!state)
-        return;
-    fa_kernels_clear(&state->kernels, &state->driver);
-    fa_tiles_clear(&state->tiles);
+    if (state)
+        fa_state_free(state);
 }
 
 static PyModuleDef_Slot SLOTS[] = {

@@ -1,52 +1,91 @@
-/* How a call is carried out: struct fa_shape + device -> struct fa_plan. Pure C, no Python, no
- * CUDA, so it answers for any architecture on any machine. */
+/* How a call is carried out, in either direction: what it depends on -> kernels one after the
+ * other. Pure C, no Python, no CUDA, so it answers for any architecture on any machine. */
 #ifndef FA_PLAN_H
 #define FA_PLAN_H
 
 #include <stdbool.h>
+#include <stdint.h>
 
-#include "problem.h"
+#include "device.h"
 #include "tiles.h"
 #include "variant.h"
 
-/* What a plan needs to know of a device. */
-struct fa_device {
-    int arch;           /* compute capability, major * 10 + minor; FA_SM120_PLAN_AS changes it */
-    bool has_tma;       /* which it cannot change */
-    int sms;            /* multiprocessors */
-    int smem_per_block; /* bytes of shared memory that one block may ask for */
-    int smem_per_sm;    /* and that the blocks of one multiprocessor share */
-    int l2_bytes;
+enum fa_direction { FA_FORWARD, FA_BACKWARD };
+
+/* No tile has fewer keys, or other than whole multiples of them. */
+#define FA_KEY_STEP 16
+
+/* All that a plan depends on beside the device. Ints alone, without padding: inputs compare and
+ * hash as bytes. What only reaches a kernel's parameters (the exact number of keys, the scale) is
+ * not here, so that a decoding loop whose keys grow finds its plan again. */
+struct fa_plan_input {
+    int direction; /* enum fa_direction */
+    int dtype;     /* enum fa_dtype */
+    int batch;
+    int seqlen_q;
+    int seqlen_k; /* rounded up to FA_KEY_STEP */
+    int heads_q, heads_kv;
+    int head_dim, head_dim_v;
+    int window_left, window_right;
+    int mask_right, mask_left; /* whether the window hides any key, on either side */
+    int softcap;               /* whether scores are capped */
+    int sink;                  /* whether there is one */
+    int num_splits;            /* 0: as the plan chooses; else at most as many parts of the keys */
+    int pack_gqa;              /* enum fa_pack_gqa */
+    int deterministic;
+    int tma_strides; /* tensor maps can describe K and V; in the backward Q and dO */
 };
 
-#define FA_MAX_REASONS 8
+/* What a launch computes. It tells which struct of kernels/params.h the kernel takes. */
+enum fa_job {
+    FA_JOB_FORWARD,
+    FA_JOB_COMBINE,
+    FA_JOB_PREPROCESS,
+    FA_JOB_BACKWARD,
+    FA_JOB_DQ,
+    FA_JOB_DK,
+    FA_JOB_DV,
+    FA_JOB_DSINK,
+};
+
+/* One launch. */
+struct fa_step {
+    enum fa_job job;
+    struct fa_variant variant;
+    int blocks; /* the grid; 0: nothing to launch */
+    int threads;
+    int smem_request; /* more than smem_bytes where FA_SM120_LIMITS pads it */
+};
+
+#define FA_MAX_REASONS 12
 struct fa_reason {
     const char *choice, *why; /* "kernel", "float16 and bfloat16 run on ..." */
     bool dropped;             /* although the caller asked for it */
 };
 
-/* The second kernel of a split call, which puts the parts together. */
-struct fa_combine_plan {
-    struct fa_variant variant;
-    int slices;         /* of the parts of a row, each for threads of its own */
-    int blocks;         /* the grid */
-    int threads;        /* per block */
-    int64_t out_floats; /* that the parts of out take in the workspace */
-    int64_t lse_floats; /* and those of lse, behind them */
+/* Where things start in the workspace, in units of four bytes. */
+struct fa_workspace {
+    int64_t out_parts, lse_parts; /* of a split forward */
+    int64_t dq_accum, dk_accum, dv_accum;
+    int64_t dq_semaphores, dkv_semaphores, block_counter;
+    int64_t zeros; /* from here on it has to be zero before the backward's main kernel runs */
+    int64_t size;
 };
 
+#define FA_MAX_STEPS 6
 struct fa_plan {
-    struct fa_variant variant;
-    int tile_m;
-    int m_blocks;      /* tiles of query rows per (batch, head), a KV head where they are packed */
-    int group_heads;   /* such pairs that run together, to share K and V in the L2 */
-    int parts;         /* that the keys of a block are divided into, a thread block for each */
-    int blocks;        /* the grid */
-    int threads;       /* per block */
-    int smem_bytes;    /* that a block uses */
-    int smem_request;  /* that the launch asks for: more where FA_SM120_LIMITS pads it */
-    int blocks_per_sm; /* by shared memory and warps; registers may allow fewer */
-    struct fa_combine_plan combine; /* only where parts > 1 */
+    struct fa_step steps[FA_MAX_STEPS]; /* in the order of their launches */
+    int step_count;
+    int main;               /* the step that multiplies matrices */
+    int tile_m, tile_n;     /* queries and keys of a tile of the main kernel */
+    int m_blocks, n_blocks; /* tiles of query rows per head (a KV head where packed), and of keys */
+    int group_heads;        /* forward: (batch, head) pairs that run together, sharing the L2 */
+    int splits;         /* forward: parts of the keys of a block of queries, a thread block each; */
+                        /* backward: thread blocks that share a tile of keys */
+    int combine_slices; /* of the parts of a row, each summed up by threads of its own */
+    int smem_bytes;     /* that a block of the main kernel uses */
+    int blocks_per_sm;  /* of the main kernel; in the forward registers may allow fewer */
+    struct fa_workspace workspace;
     struct fa_reason reasons[FA_MAX_REASONS];
     int reason_count;
 };
@@ -57,28 +96,40 @@ struct fa_plan_error {
     const char *message;
 };
 
-/* The published figures of an architecture, for planning without the card. */
-struct fa_device fa_device_of_arch(int arch);
+/* What a plan is made for. */
+struct fa_plan_target {
+    struct fa_device device;
+    int limits_arch;                  /* as in struct fa_settings */
+    const struct fa_tile_list *tiles; /* rows that come before those of tiles.c */
+};
 
-/* What kernels of both directions cannot do: 0, or -1 with `error` filled. */
-int fa_plan_supports(const struct fa_shape *shape, const struct fa_device *device,
-                     struct fa_plan_error *error);
+/* Plans either direction; the backward of a call that has queries and keys. 0, or -1 with `error`
+ * filled. */
+int fa_plan_make(const struct fa_plan_input *input, const struct fa_plan_target *target,
+                 struct fa_plan *plan, struct fa_plan_error *error);
 
-/* Whether a mask hides any key. Causal decoding of one query does not, nor does a window as long as
- * the sequence: then the kernel without the mask computes the same. */
-bool fa_shape_has_right_mask(const struct fa_shape *shape);
-bool fa_shape_has_left_mask(const struct fa_shape *shape);
+/* ---- shared by plan_forward.c and plan_backward.c -------------------------------------------- */
 
-/* The shared memory that blocks ask for: more than they use where limits_arch allows fewer of them
- * on a multiprocessor than the device. *blocks_per_sm: so many are resident, by shared memory and
- * warps. */
-int fa_plan_smem(const struct fa_device *device, int limits_arch, int smem_bytes, int threads,
-                 int *blocks_per_sm);
+int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_target *target,
+                    struct fa_plan *plan, struct fa_plan_error *error);
+int fa_plan_backward(const struct fa_plan_input *input, const struct fa_plan_target *target,
+                     struct fa_plan *plan, struct fa_plan_error *error);
 
-/* Plans `shape` on `device`; limits_arch as in struct fa_settings; the rows `own` come before those
- * of tiles.c. 0, or -1 with `error` filled. */
-int fa_plan_forward(const struct fa_shape *shape, const struct fa_device *device, int limits_arch,
-                    const struct fa_tile_list *own, struct fa_plan *plan,
-                    struct fa_plan_error *error);
+/* Adds a reason for a choice. */
+void fa_plan_because(struct fa_plan *plan, const char *choice, const char *why);
+
+/* And one for what the caller asked for, and cannot have. */
+void fa_plan_drop(struct fa_plan *plan, const char *choice, const char *why);
+
+/* Adds a launch. */
+struct fa_step *fa_plan_add(struct fa_plan *plan, struct fa_step step);
+
+/* Fills `error`; -1. */
+int fa_plan_refuse(struct fa_plan_error *error, bool unsupported, const char *message);
+
+static inline int fa_plan_heads_per_kv(const struct fa_plan_input *input)
+{
+    return input->heads_q / input->heads_kv;
+}
 
 #endif

@@ -3,118 +3,9 @@
 #include "problem.h"
 
 #include <math.h>
-#include <string.h>
 
-#include "state.h"
-
-#define FA_MAX_HEAD_DIM 256
-
-/* ---- scalars --------------------------------------------------------------------------------- */
-
-/* A finite float. 0 or -1. */
-static int read_float(PyObject *object, const char *name, float *out)
-{
-    double value = PyFloat_AsDouble(object);
-    if (value == -1.0 && PyErr_Occurred()) {
-        if (PyErr_ExceptionMatches(PyExc_TypeError))
-            PyErr_Format(PyExc_TypeError, "%s must be a number, got %R", name, object);
-        return -1;
-    }
-    *out = (float)value;
-    if (!isfinite(*out)) {
-        PyErr_Format(PyExc_ValueError, "%s must be finite, got %R", name, object);
-        return -1;
-    }
-    return 0;
-}
-
-/* One side of the window: None is unbounded, negative values are legal. What is beyond any sequence
- * counts as unbounded, or as the largest negative bound. */
-static int read_window_side(PyObject *object, int *out)
-{
-    if (object == Py_None) {
-        *out = FA_UNBOUNDED;
-        return 0;
-    }
-    if (!PyLong_Check(object)) {
-        PyErr_Format(PyExc_TypeError, "window_size must hold integers or None, got %R", object);
-        return -1;
-    }
-    int overflow;
-    long value = PyLong_AsLongAndOverflow(object, &overflow);
-    if (overflow > 0 || value > 2 * FA_MAX_SIZE)
-        value = FA_UNBOUNDED;
-    else if (overflow < 0 || value < -2 * FA_MAX_SIZE)
-        value = -2 * FA_MAX_SIZE;
-    *out = (int)value;
-    return 0;
-}
-
-static int read_window(PyObject *window_size, PyObject *causal, struct fa_shape *shape)
-{
-    if (!PyTuple_Check(window_size) || PyTuple_Size(window_size) != 2) {
-        PyErr_Format(PyExc_TypeError, "window_size must be a tuple (left, right), got %R",
-                     window_size);
-        return -1;
-    }
-    int is_causal = PyObject_IsTrue(causal);
-    if (is_causal < 0 ||
-        read_window_side(PyTuple_GetItem(window_size, 0), &shape->window_left) < 0 ||
-        read_window_side(PyTuple_GetItem(window_size, 1), &shape->window_right) < 0)
-        return -1;
-    if (is_causal)
-        shape->window_right = 0;
-    return 0;
-}
-
-/* What is beyond any number of keys counts as so many. */
-static int read_num_splits(PyObject *object, int *out)
-{
-    if (!PyLong_Check(object)) {
-        PyErr_Format(PyExc_TypeError, "num_splits must be an integer, got %R", object);
-        return -1;
-    }
-    int overflow;
-    const long value = PyLong_AsLongAndOverflow(object, &overflow);
-    if (overflow < 0 || (overflow == 0 && value < 0)) {
-        PyErr_Format(
-            PyExc_ValueError,
-            "num_splits must be 0 (as the plan chooses), 1 (never split) or larger, got %R",
-            object);
-        return -1;
-    }
-    *out = overflow || value > FA_MAX_SIZE ? FA_MAX_SIZE : (int)value;
-    return 0;
-}
-
-static int read_pack_gqa(PyObject *object, enum fa_pack_gqa *out)
-{
-    if (object != Py_None && !PyBool_Check(object)) {
-        PyErr_Format(PyExc_TypeError, "pack_gqa must be True, False or None, got %R", object);
-        return -1;
-    }
-    *out = object == Py_None ? FA_PACK_AUTO : object == Py_True ? FA_PACK_ALWAYS : FA_PACK_NEVER;
-    return 0;
-}
-
-static int read_scalars(const struct fa_arguments *arguments, struct fa_shape *shape)
-{
-    if (arguments->softmax_scale == Py_None)
-        shape->softmax_scale = 1.0f / sqrtf((float)shape->head_dim);
-    else if (read_float(arguments->softmax_scale, "softmax_scale", &shape->softmax_scale) < 0)
-        return -1;
-    if (read_float(arguments->softcap, "softcap", &shape->softcap) < 0)
-        return -1;
-    if (shape->softcap < 0) {
-        PyErr_Format(PyExc_ValueError, "softcap must be 0 (none) or positive, got %R",
-                     arguments->softcap);
-        return -1;
-    }
-    if ((arguments->num_splits && read_num_splits(arguments->num_splits, &shape->num_splits) < 0) ||
-        (arguments->pack_gqa && read_pack_gqa(arguments->pack_gqa, &shape->pack_gqa) < 0))
-        return -1;
-    return read_window(arguments->window_size, arguments->causal, shape);
-}
+#include "import.h"
+#include "overlap.h"
 
 /* ---- tensors --------------------------------------------------------------------------------- */
 
@@ -204,6 +95,7 @@ static int check_shapes(const struct fa_tensor *q, const struct fa_tensor *k,
 static void set_shape(struct fa_problem *problem)
 {
     struct fa_shape *shape = &problem->shape;
+    const struct fa_options *options = &problem->options;
     shape->dtype = problem->q.dtype;
     shape->batch = (int)problem->q.shape[0];
     shape->seqlen_q = (int)problem->q.shape[1];
@@ -212,41 +104,44 @@ static void set_shape(struct fa_problem *problem)
     shape->seqlen_k = (int)problem->k.shape[1];
     shape->heads_kv = (int)problem->k.shape[2];
     shape->head_dim_v = (int)problem->v.shape[3];
+    shape->window_left = options->window_size.left;
+    shape->window_right = options->window_size.right;
+    shape->softmax_scale = isnan(options->softmax_scale) ? 1.0f / sqrtf((float)shape->head_dim)
+                                                         : options->softmax_scale;
+    shape->softcap = options->softcap;
 }
 
-static int read_sink(struct fa_state *state, PyObject *object, struct fa_problem *problem)
+static int read_sink(struct fa_dlpack *dlpack, struct fa_problem *problem)
 {
-    if (object == Py_None)
-        return 0;
     struct fa_tensor *sink = &problem->sink;
-    if (fa_tensor_read(state, object, "learnable_sink", 1, sink) < 0 ||
-        check_size(sink, "learnable_sink", 0, "q's heads", problem->shape.heads_q) < 0 ||
-        check_device(&problem->q, sink, "learnable_sink") < 0)
+    if (!problem->options.learnable_sink)
+        return 0;
+    if (fa_tensor_read(dlpack, problem->options.learnable_sink, "learnable_sink", 1, sink) < 0 ||
+        check_size(sink, "learnable_sink", 0, "q's heads", problem->shape.heads_q) < 0)
         return -1;
-    return fa_tensor_ensure_readable(state, "learnable_sink", sink);
+    return check_device(&problem->q, sink, "learnable_sink");
 }
 
 /* A tensor of the forward's output or its gradient: [batch, seqlen_q, heads_q, head_dim_v]. */
-static int read_like_out(struct fa_state *state, PyObject *object, const char *name,
+static int read_like_out(struct fa_dlpack *dlpack, PyObject *object, const char *name,
                          const struct fa_problem *problem, struct fa_tensor *tensor)
 {
     const struct fa_shape *shape = &problem->shape;
-    if (fa_tensor_read(state, object, name, 4, tensor) < 0 ||
+    if (fa_tensor_read(dlpack, object, name, 4, tensor) < 0 ||
         check_dtype(&problem->q, tensor, name) < 0 || check_device(&problem->q, tensor, name) < 0 ||
         check_size(tensor, name, 0, "q's batch", shape->batch) < 0 ||
         check_size(tensor, name, 1, "q's seqlen", shape->seqlen_q) < 0 ||
-        check_size(tensor, name, 2, "q's heads", shape->heads_q) < 0 ||
-        check_size(tensor, name, 3, "v's head_dim", shape->head_dim_v) < 0)
+        check_size(tensor, name, 2, "q's heads", shape->heads_q) < 0)
         return -1;
-    return fa_tensor_ensure_readable(state, name, tensor);
+    return check_size(tensor, name, 3, "v's head_dim", shape->head_dim_v);
 }
 
 /* The log-sum-exp or its gradient: [batch, heads_q, seqlen_q] fp32. */
-static int read_like_lse(struct fa_state *state, PyObject *object, const char *name,
+static int read_like_lse(struct fa_dlpack *dlpack, PyObject *object, const char *name,
                          const struct fa_problem *problem, struct fa_tensor *tensor)
 {
     const struct fa_shape *shape = &problem->shape;
-    if (fa_tensor_read(state, object, name, 3, tensor) < 0)
+    if (fa_tensor_read(dlpack, object, name, 3, tensor) < 0)
         return -1;
     if (tensor->dtype != FA_FLOAT32) {
         PyErr_Format(PyExc_TypeError, "%s must be float32, got %s", name,
@@ -255,56 +150,112 @@ static int read_like_lse(struct fa_state *state, PyObject *object, const char *n
     }
     if (check_device(&problem->q, tensor, name) < 0 ||
         check_size(tensor, name, 0, "q's batch", shape->batch) < 0 ||
-        check_size(tensor, name, 1, "q's heads", shape->heads_q) < 0 ||
-        check_size(tensor, name, 2, "q's seqlen", shape->seqlen_q) < 0)
+        check_size(tensor, name, 1, "q's heads", shape->heads_q) < 0)
         return -1;
-    return fa_tensor_ensure_contiguous(state, name, tensor);
+    return check_size(tensor, name, 2, "q's seqlen", shape->seqlen_q);
 }
+
+/* ---- results that the caller allocated ------------------------------------------------------- */
+
+static int refuse_result(const char *name, const char *why)
+{
+    PyErr_Format(PyExc_ValueError, "%s %s", name, why);
+    return -1;
+}
+
+/* Whether a result can be written in place: it is never written to a copy. 0 or -1. */
+static int check_writable(const struct fa_problem *problem, const struct fa_tensor *result,
+                          const char *name, bool has_layout, const char *layout)
+{
+    const struct fa_tensor *const inputs[] = {&problem->q, &problem->k, &problem->v,
+                                              &problem->sink};
+    static const char *const names[] = {"overlaps q", "overlaps k", "overlaps v",
+                                        "overlaps learnable_sink"};
+    if (result->is_read_only)
+        return refuse_result(name, "is read-only");
+    if (!has_layout)
+        return refuse_result(name, layout);
+    if (fa_tensor_overlaps_itself(result))
+        return refuse_result(name, "has elements that share memory");
+    for (int i = 0; i < 4; i++)
+        if (inputs[i]->object && fa_tensors_overlap(result, inputs[i]))
+            return refuse_result(name, names[i]);
+    return 0;
+}
+
+static int set_out(struct fa_dlpack *dlpack, struct fa_problem *problem)
+{
+    const struct fa_shape *shape = &problem->shape;
+    const int64_t sizes[] = {shape->batch, shape->seqlen_q, shape->heads_q, shape->head_dim_v};
+    struct fa_tensor *out = &problem->out;
+    if (!problem->options.out)
+        return fa_tensor_empty(dlpack, &problem->q, shape->dtype, 4, sizes, out);
+    if (read_like_out(dlpack, problem->options.out, "out", problem, out) < 0)
+        return -1;
+    return check_writable(problem, out, "out", fa_tensor_is_readable(out),
+                          "must have contiguous rows at multiples of 16 bytes");
+}
+
+static int set_lse(struct fa_dlpack *dlpack, struct fa_problem *problem)
+{
+    const struct fa_shape *shape = &problem->shape;
+    const int64_t sizes[] = {shape->batch, shape->heads_q, shape->seqlen_q};
+    struct fa_tensor *lse = &problem->lse;
+    if (!problem->options.lse)
+        return problem->options.return_lse
+                   ? fa_tensor_empty(dlpack, &problem->q, FA_FLOAT32, 3, sizes, lse)
+                   : 0;
+    if (read_like_lse(dlpack, problem->options.lse, "lse", problem, lse) < 0)
+        return -1;
+    if (problem->options.out && fa_tensors_overlap(lse, &problem->out))
+        return refuse_result("lse", "overlaps out");
+    return check_writable(problem, lse, "lse", fa_tensor_is_contiguous(lse), "must be contiguous");
+}
+
+/* ---- gradients ------------------------------------------------------------------------------- */
 
 /* dsink where no query meets a key: the sink alone makes the lse, and whatever flows into that
  * flows on into the sink. 0 or -1. */
-static int sink_gradient_without_keys(struct fa_state *state, const struct fa_tensor *dlse,
+static int sink_gradient_without_keys(struct fa_dlpack *dlpack, const struct fa_tensor *dlse,
                                       struct fa_tensor *dsink)
 {
-    PyObject *producers = fa_state_import(&state->python_producers, "flash_attn_sm120.producers");
+    PyObject *frameworks = fa_import(&dlpack->frameworks, "flash_attn_sm120.frameworks");
     PyObject *sums =
-        producers ? PyObject_CallMethod(producers, "sums_of_heads", "(O)", dlse->object) : NULL;
-    int status = sums ? fa_tensor_read(state, sums, "dsink", 1, dsink) : -1;
+        frameworks ? PyObject_CallMethod(frameworks, "sums_of_heads", "(O)", dlse->object) : NULL;
+    int status = sums ? fa_tensor_read(dlpack, sums, "dsink", 1, dsink) : -1;
     Py_XDECREF(sums);
     return status;
 }
 
 /* ---- the interface --------------------------------------------------------------------------- */
 
-int fa_problem_read(struct fa_state *state, const struct fa_arguments *arguments,
+int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_read read,
                     struct fa_problem *problem)
 {
-    struct fa_tensor *q = &problem->q, *k = &problem->k, *v = &problem->v;
-    if (fa_tensor_read(state, arguments->q, "q", 4, q) < 0 ||
-        fa_tensor_read(state, arguments->k, "k", 4, k) < 0 ||
-        fa_tensor_read(state, arguments->v, "v", 4, v) < 0 || check_shapes(q, k, v) < 0)
+    static const char *const names[] = {"q", "k", "v", "learnable_sink"};
+    struct fa_tensor *const tensors[] = {&problem->q, &problem->k, &problem->v, &problem->sink};
+    for (int i = 0; i < 3; i++)
+        if (fa_tensor_read(dlpack, qkv[i], names[i], 4, tensors[i]) < 0)
+            return -1;
+    if (check_shapes(&problem->q, &problem->k, &problem->v) < 0)
         return -1;
     set_shape(problem);
-    if (read_scalars(arguments, &problem->shape) < 0 ||
-        read_sink(state, arguments->sink, problem) < 0)
+    if (read_sink(dlpack, problem) < 0)
         return -1;
-    if (fa_tensor_ensure_readable(state, "q", q) < 0 ||
-        fa_tensor_ensure_readable(state, "k", k) < 0 ||
-        fa_tensor_ensure_readable(state, "v", v) < 0)
-        return -1;
-    problem->shape.tma_strides = fa_tensor_has_tma_strides(k) && fa_tensor_has_tma_strides(v);
+    for (int i = 0; i < 4; i++) {
+        if (!tensors[i]->object)
+            continue;
+        if (read == FA_READ_LAYOUT)
+            fa_tensor_assume_readable(tensors[i]);
+        else if (fa_tensor_ensure_readable(dlpack, names[i], tensors[i]) < 0)
+            return -1;
+    }
     return 0;
 }
 
-int fa_problem_allocate(struct fa_state *state, bool return_lse, struct fa_problem *problem)
+int fa_problem_set_results(struct fa_dlpack *dlpack, struct fa_problem *problem)
 {
-    const struct fa_shape *shape = &problem->shape;
-    const int64_t out_shape[] = {shape->batch, shape->seqlen_q, shape->heads_q, shape->head_dim_v};
-    const int64_t lse_shape[] = {shape->batch, shape->heads_q, shape->seqlen_q};
-    if (fa_tensor_empty(state, &problem->q, shape->dtype, 4, out_shape, &problem->out) < 0)
-        return -1;
-    return return_lse ? fa_tensor_empty(state, &problem->q, FA_FLOAT32, 3, lse_shape, &problem->lse)
-                      : 0;
+    return set_out(dlpack, problem) < 0 ? -1 : set_lse(dlpack, problem);
 }
 
 static void release(struct fa_tensor *const *tensors, int count)
@@ -320,51 +271,47 @@ void fa_problem_release(struct fa_problem *problem)
             6);
 }
 
-int fa_gradients_read(struct fa_state *state, const struct fa_gradient_arguments *arguments,
-                      struct fa_problem *problem, struct fa_gradients *gradients)
+int fa_gradients_read(struct fa_dlpack *dlpack, PyObject *dout, PyObject *out, PyObject *lse,
+                      PyObject *dlse, struct fa_problem *problem, struct fa_gradients *gradients)
 {
-    if (read_like_out(state, arguments->dout, "dout", problem, &gradients->dout) < 0 ||
-        read_like_out(state, arguments->out, "out", problem, &problem->out) < 0 ||
-        read_like_lse(state, arguments->lse, "lse", problem, &problem->lse) < 0)
+    if (read_like_out(dlpack, dout, "dout", problem, &gradients->dout) < 0 ||
+        read_like_out(dlpack, out, "out", problem, &problem->out) < 0 ||
+        read_like_lse(dlpack, lse, "lse", problem, &problem->lse) < 0)
         return -1;
-    if (arguments->dlse != Py_None &&
-        read_like_lse(state, arguments->dlse, "dlse", problem, &gradients->dlse) < 0)
+    if (dlse != Py_None && read_like_lse(dlpack, dlse, "dlse", problem, &gradients->dlse) < 0)
         return -1;
-    const int deterministic = PyObject_IsTrue(arguments->deterministic);
-    gradients->deterministic = deterministic > 0;
-    return deterministic < 0 ? -1 : 0;
-}
-
-bool fa_shape_is_empty(const struct fa_shape *shape)
-{
-    return shape->batch == 0 || shape->seqlen_q == 0 || shape->seqlen_k == 0;
+    if (fa_tensor_ensure_readable(dlpack, "dout", &gradients->dout) < 0 ||
+        fa_tensor_ensure_readable(dlpack, "out", &problem->out) < 0 ||
+        fa_tensor_ensure_contiguous(dlpack, "lse", &problem->lse) < 0)
+        return -1;
+    return dlse == Py_None ? 0 : fa_tensor_ensure_contiguous(dlpack, "dlse", &gradients->dlse);
 }
 
 /* Of an empty problem it is 0. */
-static int allocate_gradient(struct fa_state *state, const struct fa_tensor *like,
+static int allocate_gradient(struct fa_dlpack *dlpack, const struct fa_tensor *like,
                              enum fa_dtype dtype, int ndim, const int64_t *shape, bool empty,
                              struct fa_tensor *gradient)
 {
-    return empty ? fa_tensor_zeros(state, like, dtype, ndim, shape, gradient)
-                 : fa_tensor_empty(state, like, dtype, ndim, shape, gradient);
+    return empty ? fa_tensor_zeros(dlpack, like, dtype, ndim, shape, gradient)
+                 : fa_tensor_empty(dlpack, like, dtype, ndim, shape, gradient);
 }
 
-int fa_gradients_allocate(struct fa_state *state, const struct fa_problem *problem,
+int fa_gradients_allocate(struct fa_dlpack *dlpack, const struct fa_problem *problem,
                           struct fa_gradients *gradients)
 {
     const struct fa_tensor *const inputs[] = {&problem->q, &problem->k, &problem->v};
     struct fa_tensor *const outputs[] = {&gradients->dq, &gradients->dk, &gradients->dv};
     const bool empty = fa_shape_is_empty(&problem->shape);
     for (int i = 0; i < 3; i++)
-        if (allocate_gradient(state, inputs[i], inputs[i]->dtype, 4, inputs[i]->shape, empty,
+        if (allocate_gradient(dlpack, inputs[i], inputs[i]->dtype, 4, inputs[i]->shape, empty,
                               outputs[i]) < 0)
             return -1;
     if (!problem->sink.object)
         return 0;
     if (empty && gradients->dlse.object)
-        return sink_gradient_without_keys(state, &gradients->dlse, &gradients->dsink);
+        return sink_gradient_without_keys(dlpack, &gradients->dlse, &gradients->dsink);
     const int64_t heads = problem->shape.heads_q;
-    return allocate_gradient(state, &problem->q, FA_FLOAT32, 1, &heads, empty, &gradients->dsink);
+    return allocate_gradient(dlpack, &problem->q, FA_FLOAT32, 1, &heads, empty, &gradients->dsink);
 }
 
 void fa_gradients_release(struct fa_gradients *gradients)

@@ -2,11 +2,10 @@
 #ifndef FA_STATE_H
 #define FA_STATE_H
 
-#include <Python.h>
-
 #include "driver.h"
-#include "kernels.h"
-#include "plans.h"
+#include "kernel_table.h"
+#include "options.h"
+#include "plan_cache.h"
 #include "settings.h"
 #include "tensor.h"
 
@@ -14,18 +13,22 @@
 
 struct fa_state {
     struct fa_settings settings;
-    struct fa_producers producers;
+    struct fa_option_names option_names;
+    struct fa_dlpack dlpack;
     struct fa_driver driver;
-    struct fa_kernels kernels;
-    struct fa_plans plans;
+    struct fa_kernel_table kernels;
+    struct fa_plan_cache plans;
     struct fa_tile_list tiles;           /* those of use_tiles() */
     const char *warned[FA_MAX_WARNINGS]; /* reasons of plan.c that callers have been warned of */
     int warned_count;
-    PyObject *python_producers; /* flash_attn_sm120.producers, imported when first needed */
-    PyObject *python_jit;       /* flash_attn_sm120.jit, likewise */
 };
 
-/* A borrowed reference to one of the two modules above. NULL with the exception set. */
-PyObject *fa_state_import(PyObject **slot, const char *name);
+/* 0, or -1 with the exception set. */
+int fa_state_init(struct fa_state *state);
+
+/* For the garbage collector, and at the end of the interpreter. */
+int fa_state_traverse(struct fa_state *state, visitproc visit, void *arg);
+void fa_state_clear(struct fa_state *state);
+void fa_state_free(struct fa_state *state);
 
 #endif

@@ -6,7 +6,7 @@
 #include <string.h>
 
 #include "dlpack.h"
-#include "state.h"
+#include "import.h"
 
 size_t fa_dtype_size(enum fa_dtype dtype) { return dtype == FA_FLOAT32 ? 4 : 2; }
 
@@ -18,8 +18,8 @@ const char *fa_dtype_name(enum fa_dtype dtype)
 
 void fa_device_name(const struct fa_tensor *tensor, char name[FA_DEVICE_NAME_SIZE])
 {
-    snprintf(name, FA_DEVICE_NAME_SIZE, "%s:%d", tensor->device_type == FA_CPU ? "cpu" : "cuda",
-             tensor->device_id);
+    snprintf(name, FA_DEVICE_NAME_SIZE, "%s:%d",
+             tensor->device_type == FA_DEVICE_CPU ? "cpu" : "cuda", tensor->device_id);
 }
 
 static void set_type_error(const char *name, PyObject *object)
@@ -32,26 +32,48 @@ static void set_type_error(const char *name, PyObject *object)
     Py_XDECREF(type_name);
 }
 
+static PyObject *import_frameworks(struct fa_dlpack *dlpack)
+{
+    return fa_import(&dlpack->frameworks, "flash_attn_sm120.frameworks");
+}
+
 /* ---- what the producer gave -> struct fa_tensor ---------------------------------------------- */
 
-static int read_dtype(DLDataType dtype, const char *name, enum fa_dtype *out)
+/* Types narrower than 16 bits, DLPack's codes 7 to 17. */
+static const char *narrow_type(unsigned code)
+{
+    static const char *const names[] = {"float8_e3m4",     "float8_e4m3",     "float8_e4m3b11fnuz",
+                                        "float8_e4m3fn",   "float8_e4m3fnuz", "float8_e5m2",
+                                        "float8_e5m2fnuz", "float8_e8m0fnu",  "float6_e2m3fn",
+                                        "float6_e3m2fn",   "float4_e2m1fn"};
+    return code >= 7 && code - 7 < sizeof names / sizeof *names ? names[code - 7] : NULL;
+}
+
+static int refuse_dtype(DLDataType dtype, const char *name)
 {
     static const char *const codes[] = {"int",    "uint",    "float", "handle",
                                         "bfloat", "complex", "bool"};
+    const char *narrow = narrow_type(dtype.code);
+    if (narrow)
+        PyErr_Format(PyExc_NotImplementedError, "%s is %s, which is not supported yet", name,
+                     narrow);
+    else
+        PyErr_Format(PyExc_TypeError, "%s must be float16, bfloat16 or float32, got %s%d%s", name,
+                     dtype.code < sizeof codes / sizeof *codes ? codes[dtype.code] : "unknown",
+                     dtype.bits, dtype.lanes == 1 ? "" : " in vectors");
+    return -1;
+}
+
+static int read_dtype(DLDataType dtype, const char *name, enum fa_dtype *out)
+{
     if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 32)
         *out = FA_FLOAT32;
     else if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 16)
         *out = FA_FLOAT16;
     else if (dtype.lanes == 1 && dtype.code == kDLBfloat && dtype.bits == 16)
         *out = FA_BFLOAT16;
-    else {
-        const char *code = dtype.code < sizeof codes / sizeof *codes ? codes[dtype.code] : "type ";
-        PyErr_Format(
-            PyExc_TypeError,
-            "%s must be float16, bfloat16 or float32, got %s%d (DLPack type code %d, %d lanes)",
-            name, code, dtype.bits, dtype.code, dtype.lanes);
-        return -1;
-    }
+    else
+        return refuse_dtype(dtype, name);
     return 0;
 }
 
@@ -59,16 +81,16 @@ static int read_device(DLDevice device, const char *name, struct fa_tensor *tens
 {
     switch (device.device_type) {
     case kDLCPU:
-    case kDLCUDAHost: tensor->device_type = FA_CPU; break;
+    case kDLCUDAHost: tensor->device_type = FA_DEVICE_CPU; break;
     case kDLCUDA:
-    case kDLCUDAManaged: tensor->device_type = FA_CUDA; break;
+    case kDLCUDAManaged: tensor->device_type = FA_DEVICE_CUDA; break;
     default:
         PyErr_Format(PyExc_ValueError,
                      "%s must be on the CPU or a CUDA device, got DLPack device type %d", name,
                      device.device_type);
         return -1;
     }
-    tensor->device_id = tensor->device_type == FA_CPU ? 0 : device.device_id;
+    tensor->device_id = tensor->device_type == FA_DEVICE_CPU ? 0 : device.device_id;
     return 0;
 }
 
@@ -151,7 +173,7 @@ static const DLPackExchangeAPI *open_exchange_capsule(PyObject *capsule)
                                                                                          : NULL;
 }
 
-static const DLPackExchangeAPI *look_up_exchange_api(struct fa_producers *producers, PyObject *type)
+static const DLPackExchangeAPI *look_up_exchange_api(struct fa_dlpack *dlpack, PyObject *type)
 {
     const DLPackExchangeAPI *api = NULL;
     PyObject *capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
@@ -160,21 +182,20 @@ static const DLPackExchangeAPI *look_up_exchange_api(struct fa_producers *produc
     else
         PyErr_Clear();
     Py_XDECREF(capsule);
-    if (producers->count < FA_MAX_PRODUCERS) {
-        producers->seen[producers->count].type = Py_NewRef(type);
-        producers->seen[producers->count++].api = api;
+    if (dlpack->type_count < FA_MAX_DLPACK_TYPES) {
+        dlpack->types[dlpack->type_count].type = Py_NewRef(type);
+        dlpack->types[dlpack->type_count++].api = api;
     }
     return api;
 }
 
-static const DLPackExchangeAPI *exchange_api(struct fa_state *state, PyObject *object)
+static const DLPackExchangeAPI *exchange_api(struct fa_dlpack *dlpack, PyObject *object)
 {
-    struct fa_producers *producers = &state->producers;
     PyObject *type = (PyObject *)Py_TYPE(object);
-    for (int i = 0; i < producers->count; i++)
-        if (producers->seen[i].type == type)
-            return producers->seen[i].api;
-    return look_up_exchange_api(producers, type);
+    for (int i = 0; i < dlpack->type_count; i++)
+        if (dlpack->types[i].type == type)
+            return dlpack->types[i].api;
+    return look_up_exchange_api(dlpack, type);
 }
 
 static void release_versioned(void *managed)
@@ -215,6 +236,7 @@ static int read_by_exchange(const DLPackExchangeAPI *api, PyObject *object, cons
         if (api->managed_tensor_from_py_object_no_sync(object, &managed) == 0) {
             tensor->managed = managed;
             tensor->release = release_versioned;
+            tensor->is_read_only = managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY;
             return read_dltensor(&managed->dl_tensor, name, ndim, tensor);
         }
     }
@@ -244,6 +266,7 @@ static int consume_versioned(PyObject *capsule, const char *name, int ndim,
         take(capsule, "dltensor_versioned", "used_dltensor_versioned", release_versioned, tensor);
     if (!managed)
         return -1;
+    tensor->is_read_only = managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY;
     if (managed->version.major == DLPACK_MAJOR_VERSION)
         return read_dltensor(&managed->dl_tensor, name, ndim, tensor);
     PyErr_Format(PyExc_TypeError, "%s uses DLPack %u.%u; version %d is supported", name,
@@ -273,7 +296,7 @@ static int consume_capsule(PyObject *capsule, const char *name, int ndim, struct
     return -1;
 }
 
-static int read_by_capsule(struct fa_state *state, PyObject *object, const char *name, int ndim,
+static int read_by_capsule(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                            struct fa_tensor *tensor)
 {
     if (PyCapsule_CheckExact(object))
@@ -282,10 +305,10 @@ static int read_by_capsule(struct fa_state *state, PyObject *object, const char 
         set_type_error(name, object);
         return -1;
     }
-    PyObject *producers = fa_state_import(&state->python_producers, "flash_attn_sm120.producers");
-    if (!producers)
+    PyObject *frameworks = import_frameworks(dlpack);
+    if (!frameworks)
         return -1;
-    PyObject *capsule = PyObject_CallMethod(producers, "export", "(O)", object);
+    PyObject *capsule = PyObject_CallMethod(frameworks, "export", "(O)", object);
     if (!capsule) {
         set_export_error(name);
         return -1;
@@ -301,14 +324,14 @@ static int read_by_capsule(struct fa_state *state, PyObject *object, const char 
 
 /* ---- the interface --------------------------------------------------------------------------- */
 
-int fa_tensor_read(struct fa_state *state, PyObject *object, const char *name, int ndim,
+int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                    struct fa_tensor *tensor)
 {
     memset(tensor, 0, sizeof *tensor);
     tensor->object = Py_NewRef(object);
-    const DLPackExchangeAPI *api = exchange_api(state, object);
+    const DLPackExchangeAPI *api = exchange_api(dlpack, object);
     int status = api ? read_by_exchange(api, object, name, ndim, tensor)
-                     : read_by_capsule(state, object, name, ndim, tensor);
+                     : read_by_capsule(dlpack, object, name, ndim, tensor);
     if (status < 0)
         fa_tensor_release(tensor);
     return status;
@@ -339,9 +362,7 @@ void fa_tensor_release(struct fa_tensor *tensor)
     PyErr_Restore(type, value, traceback);
 }
 
-/* Rows of the innermost dimension lie contiguous and, for the 16-byte loads of the kernels,
- * aligned. */
-static bool is_readable(const struct fa_tensor *tensor)
+bool fa_tensor_is_readable(const struct fa_tensor *tensor)
 {
     const int last = tensor->ndim - 1;
     const int64_t size = (int64_t)fa_dtype_size(tensor->dtype);
@@ -355,7 +376,7 @@ static bool is_readable(const struct fa_tensor *tensor)
     return true;
 }
 
-static bool is_contiguous(const struct fa_tensor *tensor)
+bool fa_tensor_is_contiguous(const struct fa_tensor *tensor)
 {
     int64_t compact = 1;
     if (is_empty(tensor))
@@ -369,27 +390,27 @@ static bool is_contiguous(const struct fa_tensor *tensor)
 }
 
 /* Replaces the tensor by a contiguous copy. 0 or -1. */
-static int copy_contiguous(struct fa_state *state, const char *name, struct fa_tensor *tensor)
+static int copy_contiguous(struct fa_dlpack *dlpack, const char *name, struct fa_tensor *tensor)
 {
-    PyObject *producers = fa_state_import(&state->python_producers, "flash_attn_sm120.producers");
+    PyObject *frameworks = import_frameworks(dlpack);
     PyObject *copy =
-        producers ? PyObject_CallMethod(producers, "contiguous", "(O)", tensor->object) : NULL;
+        frameworks ? PyObject_CallMethod(frameworks, "contiguous", "(O)", tensor->object) : NULL;
     if (!copy)
         return -1;
     const int ndim = tensor->ndim;
     fa_tensor_release(tensor);
-    int status = fa_tensor_read(state, copy, name, ndim, tensor);
+    int status = fa_tensor_read(dlpack, copy, name, ndim, tensor);
     Py_DECREF(copy);
     return status;
 }
 
-int fa_tensor_ensure_readable(struct fa_state *state, const char *name, struct fa_tensor *tensor)
+int fa_tensor_ensure_readable(struct fa_dlpack *dlpack, const char *name, struct fa_tensor *tensor)
 {
-    if (is_readable(tensor))
+    if (fa_tensor_is_readable(tensor))
         return 0;
-    if (copy_contiguous(state, name, tensor) < 0)
+    if (copy_contiguous(dlpack, name, tensor) < 0)
         return -1;
-    if (is_readable(tensor))
+    if (fa_tensor_is_readable(tensor))
         return 0;
     PyErr_Format(PyExc_ValueError, "%s could not be made contiguous with rows aligned to 16 bytes",
                  name);
@@ -397,25 +418,38 @@ int fa_tensor_ensure_readable(struct fa_state *state, const char *name, struct f
     return -1;
 }
 
-int fa_tensor_ensure_contiguous(struct fa_state *state, const char *name, struct fa_tensor *tensor)
+void fa_tensor_assume_readable(struct fa_tensor *tensor)
 {
-    if (is_contiguous(tensor))
+    int64_t compact = 1;
+    if (fa_tensor_is_readable(tensor))
+        return;
+    for (int i = tensor->ndim - 1; i >= 0; i--) {
+        tensor->stride[i] = compact;
+        compact = (int64_t)((uint64_t)compact * (uint64_t)tensor->shape[i]); /* may wrap */
+    }
+    tensor->data = NULL; /* aligned, and not to be read */
+}
+
+int fa_tensor_ensure_contiguous(struct fa_dlpack *dlpack, const char *name,
+                                struct fa_tensor *tensor)
+{
+    if (fa_tensor_is_contiguous(tensor))
         return 0;
-    if (copy_contiguous(state, name, tensor) < 0)
+    if (copy_contiguous(dlpack, name, tensor) < 0)
         return -1;
-    if (is_contiguous(tensor))
+    if (fa_tensor_is_contiguous(tensor))
         return 0;
     PyErr_Format(PyExc_ValueError, "%s could not be made contiguous", name);
     fa_tensor_release(tensor);
     return -1;
 }
 
-/* Allocates by the function of that name in producers.py. 0 or -1. */
-static int allocate(struct fa_state *state, const char *function, const struct fa_tensor *like,
+/* Allocates by the function of that name in frameworks.py. 0 or -1. */
+static int allocate(struct fa_dlpack *dlpack, const char *function, const struct fa_tensor *like,
                     enum fa_dtype dtype, int ndim, const int64_t *shape, struct fa_tensor *tensor)
 {
-    PyObject *producers = fa_state_import(&state->python_producers, "flash_attn_sm120.producers");
-    PyObject *sizes = producers ? PyTuple_New(ndim) : NULL;
+    PyObject *frameworks = import_frameworks(dlpack);
+    PyObject *sizes = frameworks ? PyTuple_New(ndim) : NULL;
     if (!sizes)
         return -1;
     int status = -1;
@@ -425,32 +459,32 @@ static int allocate(struct fa_state *state, const char *function, const struct f
         if (!size || PyTuple_SetItem(sizes, i, size) < 0)
             goto done;
     }
-    object = PyObject_CallMethod(producers, function, "OOsii", like->object, sizes,
+    object = PyObject_CallMethod(frameworks, function, "OOsii", like->object, sizes,
                                  fa_dtype_name(dtype), like->device_type, like->device_id);
     if (object)
-        status = fa_tensor_read(state, object, "out", ndim, tensor);
+        status = fa_tensor_read(dlpack, object, "out", ndim, tensor);
 done:
     Py_XDECREF(object);
     Py_DECREF(sizes);
     return status;
 }
 
-int fa_tensor_empty(struct fa_state *state, const struct fa_tensor *like, enum fa_dtype dtype,
+int fa_tensor_empty(struct fa_dlpack *dlpack, const struct fa_tensor *like, enum fa_dtype dtype,
                     int ndim, const int64_t *shape, struct fa_tensor *tensor)
 {
-    return allocate(state, "empty", like, dtype, ndim, shape, tensor);
+    return allocate(dlpack, "empty", like, dtype, ndim, shape, tensor);
 }
 
-int fa_tensor_zeros(struct fa_state *state, const struct fa_tensor *like, enum fa_dtype dtype,
+int fa_tensor_zeros(struct fa_dlpack *dlpack, const struct fa_tensor *like, enum fa_dtype dtype,
                     int ndim, const int64_t *shape, struct fa_tensor *tensor)
 {
-    return allocate(state, "zeros", like, dtype, ndim, shape, tensor);
+    return allocate(dlpack, "zeros", like, dtype, ndim, shape, tensor);
 }
 
-int fa_tensor_workspace(struct fa_state *state, const struct fa_tensor *like, int64_t floats,
+int fa_tensor_workspace(struct fa_dlpack *dlpack, const struct fa_tensor *like, int64_t floats,
                         struct fa_tensor *workspace)
 {
-    if (fa_tensor_empty(state, like, FA_FLOAT32, 1, &floats, workspace) == 0)
+    if (fa_tensor_empty(dlpack, like, FA_FLOAT32, 1, &floats, workspace) == 0)
         return 0;
     PyObject *type, *value, *traceback; /* the framework's own exception is the best to catch */
     PyErr_Fetch(&type, &value, &traceback);
@@ -462,14 +496,15 @@ int fa_tensor_workspace(struct fa_state *state, const struct fa_tensor *like, in
     return -1;
 }
 
-int fa_tensor_stream(struct fa_state *state, const struct fa_tensor *tensor, void **stream)
+int fa_tensor_stream(struct fa_dlpack *dlpack, const struct fa_tensor *tensor, void **stream)
 {
-    const DLPackExchangeAPI *api = exchange_api(state, tensor->object);
+    const DLPackExchangeAPI *api = exchange_api(dlpack, tensor->object);
     if (api)
         return api->current_work_stream(kDLCUDA, tensor->device_id, stream) == 0 ? 0 : -1;
-    PyObject *producers = fa_state_import(&state->python_producers, "flash_attn_sm120.producers");
+    PyObject *frameworks = import_frameworks(dlpack);
     PyObject *handle =
-        producers ? PyObject_CallMethod(producers, "current_stream", "i", tensor->device_id) : NULL;
+        frameworks ? PyObject_CallMethod(frameworks, "current_stream", "i", tensor->device_id)
+                   : NULL;
     if (!handle)
         return -1;
     *stream = PyLong_AsVoidPtr(handle);

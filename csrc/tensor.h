@@ -10,7 +10,7 @@
 
 #define FA_MAX_NDIM 4
 
-enum fa_device_type { FA_CPU = 1, FA_CUDA = 2 }; /* DLPack's numbers */
+enum fa_device_type { FA_DEVICE_CPU = 1, FA_DEVICE_CUDA = 2 }; /* DLPack's numbers */
 
 struct fa_tensor {
     void *data;
@@ -20,35 +20,57 @@ struct fa_tensor {
     enum fa_dtype dtype;
     enum fa_device_type device_type;
     int device_id;
+    bool is_read_only;              /* its producer says so */
     PyObject *object;               /* what it was read from, a strong reference; NULL: no tensor */
     void *managed;                  /* the producer's DLPack struct, where a capsule was consumed */
     void (*release)(void *managed); /* and how to give it back */
 };
 
-struct fa_state;
+/* What tensor.c keeps between calls: the exchange API of each tensor type that it has met. */
+#define FA_MAX_DLPACK_TYPES 16
+struct fa_dlpack {
+    struct {
+        PyObject *type;  /* a reference, so that its address is not used again by another type */
+        const void *api; /* DLPackExchangeAPI; NULL: the type has none */
+    } types[FA_MAX_DLPACK_TYPES];
+    int type_count;
+    PyObject *frameworks; /* flash_attn_sm120.frameworks, imported when first needed */
+};
 
 /* Reads `object` (an argument called `name` that must have `ndim` dimensions) without copying.
  * 0, or -1 with TypeError or ValueError set and nothing held. */
-int fa_tensor_read(struct fa_state *state, PyObject *object, const char *name, int ndim,
+int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                    struct fa_tensor *tensor);
 
+/* Whether rows of the innermost dimension lie contiguous and, for the 16-byte accesses of the
+ * kernels, aligned. */
+bool fa_tensor_is_readable(const struct fa_tensor *tensor);
+
+/* Whether it is contiguous in all dimensions. */
+bool fa_tensor_is_contiguous(const struct fa_tensor *tensor);
+
 /* Makes the tensor contiguous where the kernels could not read its layout in place. 0 or -1. */
-int fa_tensor_ensure_readable(struct fa_state *state, const char *name, struct fa_tensor *tensor);
+int fa_tensor_ensure_readable(struct fa_dlpack *dlpack, const char *name, struct fa_tensor *tensor);
+
+/* Gives it the strides of a contiguous copy where the kernels could not read it in place; no data
+ * is touched. */
+void fa_tensor_assume_readable(struct fa_tensor *tensor);
 
 /* Makes the tensor contiguous in all dimensions. 0 or -1. */
-int fa_tensor_ensure_contiguous(struct fa_state *state, const char *name, struct fa_tensor *tensor);
+int fa_tensor_ensure_contiguous(struct fa_dlpack *dlpack, const char *name,
+                                struct fa_tensor *tensor);
 
 /* A new tensor of the framework and device of `like`; its elements are uninitialised, or 0. 0 or
  * -1. */
-int fa_tensor_empty(struct fa_state *state, const struct fa_tensor *like, enum fa_dtype dtype,
+int fa_tensor_empty(struct fa_dlpack *dlpack, const struct fa_tensor *like, enum fa_dtype dtype,
                     int ndim, const int64_t *shape, struct fa_tensor *tensor);
-int fa_tensor_zeros(struct fa_state *state, const struct fa_tensor *like, enum fa_dtype dtype,
+int fa_tensor_zeros(struct fa_dlpack *dlpack, const struct fa_tensor *like, enum fa_dtype dtype,
                     int ndim, const int64_t *shape, struct fa_tensor *tensor);
 
 /* Room for so many floats, of the framework of `like`. It can be given back once the kernels that
  * use it are enqueued: whoever gets that memory next uses it after them, on the same stream. 0, or
  * -1 with the framework's own exception, which tells the size, too. */
-int fa_tensor_workspace(struct fa_state *state, const struct fa_tensor *like, int64_t floats,
+int fa_tensor_workspace(struct fa_dlpack *dlpack, const struct fa_tensor *like, int64_t floats,
                         struct fa_tensor *workspace);
 
 /* Whether the TMA can step over the dimensions: in multiples of 16 bytes below 2^40, no less than a
@@ -56,7 +78,7 @@ int fa_tensor_workspace(struct fa_state *state, const struct fa_tensor *like, in
 bool fa_tensor_has_tma_strides(const struct fa_tensor *tensor);
 
 /* The stream on which the framework of `tensor` works now (CUDA only). 0 or -1. */
-int fa_tensor_stream(struct fa_state *state, const struct fa_tensor *tensor, void **stream);
+int fa_tensor_stream(struct fa_dlpack *dlpack, const struct fa_tensor *tensor, void **stream);
 
 /* Drops what the tensor holds; safe on a zeroed one. */
 void fa_tensor_release(struct fa_tensor *tensor);
@@ -67,15 +89,5 @@ void fa_device_name(const struct fa_tensor *tensor, char name[FA_DEVICE_NAME_SIZ
 
 size_t fa_dtype_size(enum fa_dtype dtype);
 const char *fa_dtype_name(enum fa_dtype dtype); /* "float32", "float16", "bfloat16" */
-
-/* What tensor.c keeps between calls: the exchange API of each tensor type it has met. */
-#define FA_MAX_PRODUCERS 16
-struct fa_producers {
-    struct {
-        PyObject *type;  /* a reference, so that its address is not used again by another type */
-        const void *api; /* DLPackExchangeAPI; NULL: the type has none */
-    } seen[FA_MAX_PRODUCERS];
-    int count;
-};
 
 #endif

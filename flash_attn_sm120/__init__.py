@@ -1,17 +1,21 @@
 """FlashAttention for consumer Blackwell and every NVIDIA GPU since Ampere."""
 
-from flash_attn_sm120 import tiles
-from flash_attn_sm120.interface import (
-    BackwardPlan,
-    Plan,
-    explain,
-    explain_backward,
-    flash_attn_func,
-)
-from flash_attn_sm120.variants import warmup
+from flash_attn_sm120 import tuned_tiles
+from flash_attn_sm120.common_kernels import warmup
+from flash_attn_sm120.interface import flash_attn_func, flash_attn_varlen_func
+from flash_attn_sm120.plan import Kernel, Plan, Step, explain, explain_backward
 
 __version__ = "0.1.0"
 
-__all__ = ["BackwardPlan", "Plan", "explain", "explain_backward", "flash_attn_func", "warmup"]
+__all__ = [
+    "Kernel",
+    "Plan",
+    "Step",
+    "explain",
+    "explain_backward",
+    "flash_attn_func",
+    "flash_attn_varlen_func",
+    "warmup",
+]
 
-tiles.load()
+tuned_tiles.load()

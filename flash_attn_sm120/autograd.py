@@ -3,28 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from flash_attn_sm120 import _C
-
-
-class Options(NamedTuple):
-    """What forward and backward are told beside their tensors."""
-
-    softmax_scale: float | None
-    causal: bool
-    window_size: tuple[int | None, int | None]
-    softcap: float
-
-
-class Choices(NamedTuple):
-    """How they are to compute it, which changes results by rounding alone."""
-
-    num_splits: int  # the forward
-    pack_gqa: bool | None
-    deterministic: bool  # the backward
+from flash_attn_sm120.plan import ScalarOptions
 
 
 def attend(
@@ -32,8 +16,7 @@ def attend(
     k: torch.Tensor,
     v: torch.Tensor,
     learnable_sink: torch.Tensor | None,
-    options: Options,
-    choices: Choices,
+    options: ScalarOptions,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``(out, lse)`` of a call that autograd is to record; lse is None without ``return_lse``."""
@@ -43,9 +26,16 @@ def attend(
                 f"{name} must be a torch.Tensor where a gradient is wanted, got {type(x).__name__}"
             )
     results = _Attention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, learnable_sink, options, choices, return_lse
+        q, k, v, learnable_sink, options, return_lse
     )
     return results if return_lse else (results, None)
+
+
+def written_in_place(*tensors: Any) -> None:
+    """Counts a change of torch tensors that the call wrote to, as torch's own functions do."""
+    for x in tensors:
+        if isinstance(x, torch.Tensor) and not x.is_inference():
+            torch.autograd.graph.increment_version(x)
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -74,14 +64,13 @@ class _Attention(torch.autograd.Function):
         k: torch.Tensor,
         v: torch.Tensor,
         sink: torch.Tensor | None,
-        options: Options,
-        choices: Choices,
+        options: ScalarOptions,
         return_lse: bool,
     ) -> Any:
-        out, lse = _C.forward(q, k, v, *options, sink, choices.num_splits, choices.pack_gqa, True)
+        out, lse = _C.forward(q, k, v, learnable_sink=sink, return_lse=True, **options)
         ctx.save_for_backward(q, k, v, sink, out, lse)
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.deterministic = options, choices.deterministic
+        ctx.options = options
         return (out, lse) if return_lse else out
 
     @staticmethod
@@ -92,9 +81,9 @@ class _Attention(torch.autograd.Function):
         gradients_of: Callable[..., Any] = (
             _Gradients.apply if torch.is_grad_enabled() else _gradients
         )
-        gradients = gradients_of(dout, dlse, *ctx.saved_tensors, ctx.options, ctx.deterministic)
+        gradients = gradients_of(dout, dlse, *ctx.saved_tensors, ctx.options)
         wanted = zip(gradients, ctx.needs_input_grad[:4], strict=True)
-        return (*(gradient if needed else None for gradient, needed in wanted), None, None, None)
+        return (*(gradient if needed else None for gradient, needed in wanted), None, None)
 
 
 def _gradients(
@@ -106,13 +95,12 @@ def _gradients(
     sink: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
-    options: Options,
-    deterministic: bool,
+    options: ScalarOptions,
 ) -> tuple[torch.Tensor | None, ...]:
     """Those of q, k, v and the sink."""
     if dout is None:  # only lse has been used
         dout = torch.zeros_like(out)
-    dq, dk, dv, dsink = _C.backward(dout, q, k, v, out, lse, dlse, *options, sink, deterministic)
+    dq, dk, dv, dsink = _C.backward(dout, q, k, v, out, lse, dlse, learnable_sink=sink, **options)
     return dq, dk, dv, None if sink is None else dsink.to(sink.dtype)
 
 

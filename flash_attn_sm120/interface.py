@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NoReturn
 
 import torch
 
 from flash_attn_sm120 import _C, autograd
-
-Tensor = Any  # torch.Tensor, numpy.ndarray, or any other object with __dlpack__
-Window = tuple[int | None, int | None]
+from flash_attn_sm120.plan import ScalarOptions, Tensor, Window
 
 
 def flash_attn_func(
@@ -36,6 +33,10 @@ def flash_attn_func(
     block_sparse_tensors: Any = None,
     block_sparse_tensors_bwd: Any = None,
     return_lse: bool = False,
+    *,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    **unsupported: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention: ``softmax(softmax_scale * q @ k.T) @ v`` per head, in one pass over the keys.
 
@@ -53,7 +54,9 @@ def flash_attn_func(
         causal: query ``i`` sees the keys ``j <= i + seqlen_k - seqlen_q`` (aligned bottom right).
         window_size: ``(left, right)``: query ``i`` sees ``i + seqlen_k - seqlen_q - left <= j`` and
             ``j <= i + seqlen_k - seqlen_q + right``. None is unbounded, negative values are legal,
-            ``causal`` makes ``right`` 0.
+            ``causal`` makes ``right`` 0. A window that hides every key from every query
+            (``left + right < 0``, as in FlashAttention-2's ``(-1, -1)``) is none, as in
+            FlashAttention-4; ``causal`` stays.
         learnable_sink: ``(heads_q,)``: one more logit per head that takes part in the softmax and
             has no value (Xiao et al. 2023, https://arxiv.org/abs/2309.17453). float32, float16 or
             bfloat16; -inf is none.
@@ -71,9 +74,16 @@ def flash_attn_func(
         deterministic: the backward is bitwise reproducible too, as the forward always is. On an
             H200 that takes 3 to 30% of its speed, most with few heads and short sequences.
         return_lse: also return the log-sum-exp of the scores, through which gradients flow, too.
+        out: ``(batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``, to write the result
+            to. Any strides with a contiguous, 16-byte-aligned last dimension are written in place;
+            others are refused, and so is memory that overlaps an input or itself.
+        lse: ``(batch, heads_q, seqlen_q)`` float32, contiguous, to write the log-sum-exp to; it is
+            returned, whether or not ``return_lse`` asks for it.
         qv, gather_kv_indices, score_mod, score_mod_bwd, mask_mod,
             aux_tensors, aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd: as in
             FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
+        unsupported: ``page_table``, ``seqused_k``, ``dropout_p`` and other parameters of
+            FlashAttention's functions: NotImplementedError by name, unless they ask for nothing.
 
     Returns:
         ``(out, lse)``: ``out (batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``; ``lse
@@ -90,7 +100,7 @@ def flash_attn_func(
         TypeError: not a tensor, or a dtype other than the above.
         ValueError: shapes, sizes, devices or scalars out of range.
         NotImplementedError: valid, but not supported yet; the message says what.
-        RuntimeError: the driver or the compiler.
+        RuntimeError: the driver or the compiler; ``out`` or ``lse`` where a gradient is wanted.
     """
     if (
         qv is not None
@@ -102,6 +112,7 @@ def flash_attn_func(
         or aux_scalars is not None
         or block_sparse_tensors is not None
         or block_sparse_tensors_bwd is not None
+        or unsupported
     ):
         _reject_unsupported(
             qv=qv,
@@ -113,6 +124,7 @@ def flash_attn_func(
             aux_scalars=aux_scalars,
             block_sparse_tensors=block_sparse_tensors,
             block_sparse_tensors_bwd=block_sparse_tensors_bwd,
+            **unsupported,
         )
     if torch._C._is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v)
@@ -122,173 +134,72 @@ def flash_attn_func(
         or getattr(v, "requires_grad", None) is True
         or getattr(learnable_sink, "requires_grad", None) is True
     ):
-        options = autograd.Options(softmax_scale, causal, window_size, softcap)
-        choices = autograd.Choices(num_splits, pack_gqa, deterministic)
-        return autograd.attend(q, k, v, learnable_sink, options, choices, return_lse)
-    return _C.forward(
+        if out is not None or lse is not None:
+            raise RuntimeError(
+                "flash_attn_func(..., out=, lse=) does not support automatic differentiation, but "
+                "an argument requires grad: call it under torch.no_grad()"
+            )
+        options: ScalarOptions = {
+            "softmax_scale": softmax_scale,
+            "causal": causal,
+            "window_size": window_size,
+            "softcap": softcap,
+            "num_splits": num_splits,
+            "pack_gqa": pack_gqa,
+            "deterministic": deterministic,
+        }
+        return autograd.attend(q, k, v, learnable_sink, options, return_lse)
+    results = _C.forward(
         q,
         k,
         v,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        learnable_sink,
-        num_splits,
-        pack_gqa,
-        return_lse,
+        softmax_scale=softmax_scale,
+        causal=causal,
+        window_size=window_size,
+        learnable_sink=learnable_sink,
+        softcap=softcap,
+        num_splits=num_splits,
+        pack_gqa=pack_gqa,
+        return_lse=return_lse,
+        out=out,
+        lse=lse,
     )
+    if out is not None or lse is not None:
+        autograd.written_in_place(out, lse)
+    return results
 
 
-def _reject_unsupported(**arguments: Any) -> NoReturn:
-    names = ", ".join(name for name, value in arguments.items() if value is not None)
-    raise NotImplementedError(f"flash_attn_func does not support {names} yet")
-
-
-class Kernel(NamedTuple):
-    """What the compiler makes a kernel of."""
-
-    kernel: str  # the source of that name
-    variant: str  # canonical name
-    options: tuple[str, ...]  # compile-time constants
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a call is carried out. Bytes and counts; None where a CPU call has no use for it."""
-
-    kernel: str  # "cpu", or the kernel source of that name
-    threads: int | None = None  # CPU: cores used
-    variant: str | None = None  # canonical name of the compiled kernel
-    options: tuple[str, ...] = ()  # its compile-time constants
-    tile_m: int | None = None  # query rows per block
-    tile_n: int | None = None  # keys per stage
-    warps: int | None = None
-    stages: int | None = None
-    blocks: int | None = None  # the grid
-    group_heads: int | None = None  # (batch, head) pairs that run together
-    smem_bytes: int | None = None  # shared memory that a block uses
-    smem_request: int | None = None  # and asks for: more where FA_SM120_LIMITS pads it
-    blocks_per_sm: int | None = None
-    num_splits: int | None = None  # parts of the keys, a block for each
-    workspace_bytes: int | None = None  # for the parts
-    combine: Kernel | None = None  # puts them together
-    pack_gqa: bool | None = None  # the query heads of one KV head share blocks
-    reasons: dict[str, str] = field(default_factory=dict)  # choice -> why
-
-    @property
-    def kernels(self) -> tuple[Kernel, ...]:
-        """All that the call launches, in order; none on the CPU."""
-        if self.variant is None:
-            return ()
-        first = Kernel(self.kernel, self.variant, self.options)
-        return (first, self.combine) if self.combine else (first,)
-
-    def __str__(self) -> str:
-        skipped = ("reasons", "options")
-        facts = {k: v for k, v in vars(self).items() if v is not None and k not in skipped}
-        if self.combine:
-            facts["combine"] = self.combine.variant
-        lines = [f"{name:14} {value}" for name, value in facts.items()]
-        return "\n".join(lines + [f"  {choice}: {why}" for choice, why in self.reasons.items()])
-
-
-def explain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Window = (None, None),
-    learnable_sink: Tensor | None = None,
-    softcap: float = 0.0,
-    num_splits: int = 0,
-    pack_gqa: bool | None = None,
-    arch: int | None = None,
-) -> Plan:
-    """The plan of ``flash_attn_func(q, k, v, ...)``, with the reason for every choice.
-
-    Args:
-        q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap, num_splits, pack_gqa:
-            as in :func:`flash_attn_func`.
-        arch: plan for this compute capability (120, 90, ...) instead of the device of ``q``, which
-            needs no GPU.
+def flash_attn_varlen_func(*_: Any, **__: Any) -> NoReturn:
+    """Attention of packed sequences: not supported yet.
 
     Raises:
-        The exceptions of :func:`flash_attn_func`.
+        NotImplementedError: always.
     """
-    plan = _C.explain(
-        q,
-        k,
-        v,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        learnable_sink,
-        num_splits,
-        pack_gqa,
-        arch or 0,
-    )
-    combine = plan.pop("combine", None)
-    return Plan(**plan, combine=combine and Kernel(*combine))
+    raise NotImplementedError("flash_attn_varlen_func is not supported yet: packed sequences")
 
 
-@dataclass(frozen=True)
-class BackwardPlan:
-    """How the gradients of a call are computed. Counts, and bytes; None on the CPU."""
-
-    kernels: tuple[Kernel, ...]  # all that it launches, in order; none on the CPU
-    tile_m: int | None = None  # queries at a time
-    tile_n: int | None = None  # keys per block
-    warps: int | None = None
-    blocks: int | None = None  # the grid of the main kernel
-    parts: int | None = None  # blocks that share a tile of keys
-    smem_bytes: int | None = None  # shared memory that a block uses
-    smem_request: int | None = None  # and asks for: more where FA_SM120_LIMITS pads it
-    blocks_per_sm: int | None = None
-    workspace_bytes: int | None = None
-    tma: bool | None = None  # the TMA brings queries; else cp.async
-
-    @property
-    def main(self) -> Kernel | None:
-        """The kernel that multiplies matrices; None where nothing is launched."""
-        return next((kernel for kernel in self.kernels if kernel.kernel == "backward"), None)
+# Parameters of FlashAttention-2, -3 and -4 that are not supported yet, and what asks for nothing.
+_NOT_YET = {
+    **dict.fromkeys(("qv", "gather_kv_indices", "score_mod", "score_mod_bwd", "mask_mod")),
+    **dict.fromkeys(("aux_tensors", "aux_scalars")),
+    **dict.fromkeys(("block_sparse_tensors", "block_sparse_tensors_bwd")),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")),
+    **dict.fromkeys(("seqused_q", "seqused_k", "page_table", "block_table", "cache_seqlens")),
+    **dict.fromkeys(("q_descale", "k_descale", "v_descale", "alibi_slopes")),
+    "dropout_p": 0.0,
+    "return_attn_probs": False,
+}
 
 
-def explain_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: Window = (None, None),
-    learnable_sink: Tensor | None = None,
-    softcap: float = 0.0,
-    deterministic: bool = False,
-    arch: int | None = None,
-) -> BackwardPlan:
-    """The plan of the backward of ``flash_attn_func(q, k, v, ...)``, of a dense gradient.
-
-    Args:
-        q, k, v, softmax_scale, causal, window_size, learnable_sink, softcap, deterministic: as in
-            :func:`flash_attn_func`.
-        arch: as in :func:`explain`.
-
-    Raises:
-        The exceptions of :func:`flash_attn_func`.
-    """
-    plan = _C.explain_backward(
-        q,
-        k,
-        v,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        learnable_sink,
-        deterministic,
-        arch or 0,
-    )
-    kernels = tuple(Kernel(*kernel) for kernel in plan.pop("kernels"))
-    return BackwardPlan(kernels, **plan)
+def _reject_unsupported(**arguments: Any) -> None:
+    for name in arguments:
+        if name not in _NOT_YET:
+            raise TypeError(f"flash_attn_func() got an unexpected keyword argument {name!r}")
+    asked = [
+        name
+        for name, value in arguments.items()
+        if value is not _NOT_YET[name]
+        and not (isinstance(value, (bool, int, float)) and value == _NOT_YET[name])
+    ]
+    if asked:
+        raise NotImplementedError(f"flash_attn_func does not support {', '.join(asked)} yet")

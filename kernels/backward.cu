@@ -20,7 +20,7 @@
  * backward_preprocess.cu computes delta before, backward_postprocess.cu writes dQ after.
  *
  * One source, compiled once per set of constants:
- *   DTYPE_BF16             1: bf16, 0: fp16
+ *   DTYPE                  enum fa_dtype in params.h, of all tensors
  *   HEAD_DIM, HEAD_DIM_V   of Q and K, of V and O: multiples of 8 up to 256
  *   WARPS, WARP_N          warps of both groups; keys per warp, a multiple of 16
  *   TILE_M, SUB_M          queries: TILE_M at a time in shared memory, SUB_M through registers
@@ -36,7 +36,7 @@
 
 #include "backward_products.cuh"
 #include "backward_queries.cuh"
-#include "softcap.cuh"
+#include "score.cuh"
 
 /* Products 1 and 3 of warp group 0: P^T to shared memory, and dV. `word_smem` is the address of
  * this lane's first word of P^T, `key` that word's key. MASKED: some query of the tile does not see
@@ -61,8 +61,7 @@ compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][4], const unsigned (&K_rmem)[N_F
         mma_ABt<Q_layout, D_STEPS, M_FRAGS>(S_rmem, K_rmem,
                                             not_before(tile.Q_smem + columns_first<Q_layout>()) +
                                                 m0 * Q_layout::ROW_BYTES);
-        if (SOFTCAP)
-            cap(S_rmem, params.scale_in_cap);
+        softcap(S_rmem, params.scale_in_cap);
         if (MASKED && SOFTCAP)
             mask_scores(S_rmem, params, key, tile.query0 + m0 + 2 * quad_lane());
 

@@ -7,9 +7,9 @@
 
 /* In bf16, P is scaled by 2^P_SHIFT, and with it the accumulators of all gradients until they are
  * stored: only exponents change. P goes from warp group 0 to group 1 in fp16, which has three bits
- * more than bf16 but few exponents: scaled, small P stay normal numbers. 2^14, as P <= 1 must stay
- * below the largest fp16, 2^16. */
-constexpr float P_SHIFT = DTYPE_BF16 ? 14.0f : 0.0f;
-constexpr float P_SCALE = DTYPE_BF16 ? 16384.0f : 1.0f;
+ * more than bf16 but few exponents: scaled, small P stay normal numbers. By 2^14, which leaves P <=
+ * 1 a factor of 4 below the largest fp16. */
+constexpr float P_SHIFT = fa_p_shift(DTYPE);
+constexpr float P_SCALE = 1 << fa_p_shift(DTYPE);
 
 #endif

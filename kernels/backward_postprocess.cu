@@ -1,13 +1,13 @@
 /* After backward.cu: an accumulator of dQ, dK or dV, see params.h, to the rows of its tensor. A
  * warp takes a fragment of 16 rows.
  *
- * Constants: DTYPE_BF16, HEAD_DIM (of the tensor). */
+ * Constants: DTYPE, HEAD_DIM (of the tensor). */
 #include "params.h"
 
 #include "backward.cuh"
 #include "division.cuh"
 
-constexpr int WARPS_PER_BLOCK = 4;
+constexpr int WARPS_PER_BLOCK = FA_POSTPROCESS_WARPS;
 constexpr int FRAGS = HEAD_DIM / 8;
 
 extern "C" __global__ void __launch_bounds__(WARPS_PER_BLOCK * 32)

@@ -2,12 +2,12 @@
  * accumulators and semaphores. A block takes a tile of queries [TILE_M], and a share of what is
  * zeroed.
  *
- * Constants as in backward.cu: DTYPE_BF16, HEAD_DIM_V, TILE_M. */
+ * Constants as in backward.cu: DTYPE, HEAD_DIM_V, TILE_M. */
 #include "params.h"
 
 #include "backward.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = FA_PREPROCESS_THREADS;
 
 /* Lanes that share a row, with one chunk each: a power of two, for the shuffles. */
 constexpr int row_lanes(int chunks)

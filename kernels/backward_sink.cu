@@ -2,12 +2,12 @@
  * probability of the sink, which has no value. One block per head adds in a fixed order: the result
  * is reproducible, and does not depend on the grids of the other kernels.
  *
- * Constants as in backward.cu: DTYPE_BF16, TILE_M. */
+ * Constants as in backward.cu: DTYPE, TILE_M. */
 #include "params.h"
 
 #include "backward.cuh"
 
-constexpr int THREADS = 256;
+constexpr int THREADS = FA_SINK_THREADS;
 
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_sink(const __grid_constant__ struct fa_backward_params params)

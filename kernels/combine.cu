@@ -6,17 +6,18 @@
  * A part without keys has lse_i = -inf and out_i = 0, and so no weight; a row without any gets
  * those very values. The order of the sums depends on nothing but the number of parts and slices.
  *
- *   DTYPE_BF16   of out, 1: bf16, 0: fp16
+ *   DTYPE        of out, enum fa_dtype in params.h
  *   HEAD_DIM_V   a multiple of 8 up to 256
  *   WARPS        of a block */
 #include "params.h"
 
+#include "geometry.h"
 #include "division.cuh"
 #include "sink.cuh"
 
 constexpr int THREADS = WARPS * 32;
-constexpr int LANES = HEAD_DIM_V / 4;  /* threads of a row, 16 bytes of each part for each */
-constexpr int SLOTS = THREADS / LANES; /* slices of rows in a block */
+constexpr int LANES = fa_combine_lanes(HEAD_DIM_V);          /* threads of a row */
+constexpr int SLOTS = fa_combine_slots(THREADS, HEAD_DIM_V); /* slices of rows in a block */
 constexpr int AHEAD = 4;
 
 /* m lies so far above the largest lse_i that the sum of 2^16 parts of the largest bf16 values is

@@ -16,72 +16,31 @@
 #ifndef FA_FORWARD_CUH
 #define FA_FORWARD_CUH
 
-#include "mask.cuh"
-
-/* The rows of this thread, and which part of their keys. Blocks that run at the same time should
- * share K and V in the L2: so group_heads (batch, head) pairs go through all their query blocks
- * together, heads fastest. With a right diagonal the last queries see the most keys: these blocks
- * start first, and the short ones fill the gaps at the end. The parts of a block, which are equally
- * long, start together. */
-struct query_place {
-    int pair, batch;                   /* pair = batch * heads + the block's head */
-    int head, head_kv;                 /* the query head of row 0 */
-    int block_row, warp_row, lane_row; /* first rows; the lane has every eighth after it */
-    int part;
-
-    __device__ __forceinline__ explicit query_place(const fa_forward_params &params)
-    {
-        const unsigned thread = read_thread_index();
-        const divided by_pairs = divide(read_block_index(), params.group_heads);
-        const divided by_parts =
-            SPLIT ? divide(by_pairs.quotient, params.parts) : divided{by_pairs.quotient, 0};
-        const divided by_ranks = divide(by_parts.quotient, params.m_blocks);
-        const int group = by_ranks.quotient, rank = by_ranks.rest;
-        pair = group * params.group_heads.number + by_pairs.rest;
-        part = by_parts.rest;
-        const divided by_heads = divide(pair, params.heads);
-        batch = by_heads.quotient;
-        head = by_heads.rest;
-        head_kv = PACK_GQA ? head : divide(head, params.heads_per_kv).quotient;
-        head *= PACK_GQA ? params.heads_per_kv.number : 1;
-        block_row = (MASK_RIGHT ? params.m_blocks.number - 1 - rank : rank) * TILE_M;
-        /* The shuffle tells the compiler that the number is the same in all of the warp. */
-        const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
-        warp_row = block_row + warp * WARP_M;
-        lane_row = warp_row + thread % 32 / 4;
-    }
-};
+#include "nonfinite.cuh"
+#include "softmax.cuh"
 
 /* Q [WARP_M, HEAD_DIM] from global memory into the layout of the mma's A operand. Missing rows
  * are zeros, and so is the second half of the last step if HEAD_DIM is not a multiple of 16. */
 __device__ __forceinline__ void load_queries(unsigned (&Q_rmem)[M_FRAGS][D_STEPS][4],
                                              const fa_forward_params &params)
 {
-    const query_place at(params);
-    const element *Q_gmem = static_cast<const element *>(params.q) +
-                            at.batch * params.q_stride.batch + at.head * params.q_stride.head;
+    const forward_block block(params);
+    const element *Q_gmem =
+        static_cast<const element *>(params.q) + block.seq.q_offset(params.q_stride, block.head);
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int row = at.lane_row + 16 * m + 8 * half;
+            const int row = block.lane_row + 16 * m + 8 * half;
             const element *Q_row =
-                Q_gmem + row_offset(params, params.q_stride, row) + quad_lane() * 2;
+                Q_gmem + block.row_offset(params.q_stride, row) + quad_lane() * 2;
 #pragma unroll
             for (int chunk = 0; chunk < 2 * D_STEPS; chunk++) {
-                const bool exists = chunk < HEAD_DIM / 8 && row < row_count(params);
+                const bool exists = chunk < HEAD_DIM / 8 && row < block.row_count();
                 Q_rmem[m][chunk / 2][chunk % 2 * 2 + half] =
                     exists ? *reinterpret_cast<const unsigned *>(Q_row + chunk * 8) : 0;
             }
         }
-}
-
-/* The sink of the head of a packed row; of rows beyond the last, of some head. */
-__device__ __forceinline__ float sink_of_row(const fa_forward_params &params,
-                                             const query_place &place, int row)
-{
-    const int head = row - query_of(params, row) * params.heads_per_kv.number;
-    return load_sink(params.sink, params.sink_dtype, place.head + head);
 }
 
 /* Makes [begin, end) one of its parts, which differ by one tile at most. */
@@ -98,18 +57,18 @@ __device__ __forceinline__ void store_part(const fa_forward_params &params,
                                            const float (&l_rmem)[M_FRAGS][2],
                                            const float (&m_rmem)[M_FRAGS][2], unsigned left_out)
 {
-    const query_place place(params); /* computed again: see read_block_index() */
-    const fa_int64 part_rows = fa_int64{params.batch} * params.heads.number * row_count(params);
+    const forward_block block(params);
+    const fa_int64 split_offset = block.split_offset();
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const float l = quad_sum(l_rmem[m][half]);
             const float inverse = l == 0.0f ? 0.0f : 1.0f / l; /* 0: no keys */
-            const int row = place.lane_row + 16 * m + 8 * half;
-            if (row >= row_count(params) || left_out >> 2 * m + half & 1)
+            const int row = block.lane_row + 16 * m + 8 * half;
+            if (row >= block.row_count() || left_out >> 2 * m + half & 1)
                 continue;
-            const fa_int64 at = place.part * part_rows + lse_offset(params, place.pair, row);
+            const fa_int64 at = split_offset + block.lse_offset(row);
             float *out_row = static_cast<float *>(params.out) + at * HEAD_DIM_V;
 #pragma unroll
             for (int n = 0; n < O_FRAGS; n++) {
@@ -128,26 +87,28 @@ __device__ __forceinline__ void store_rows(const fa_forward_params &params,
                                            float (&l_rmem)[M_FRAGS][2], float (&m_rmem)[M_FRAGS][2],
                                            unsigned left_out)
 {
-    const query_place to(params); /* computed again: see read_block_index() */
-    element *out_gmem = static_cast<element *>(params.out) + to.batch * params.out_stride.batch +
-                        to.head * params.out_stride.head;
+    const forward_block block(params);
+    element *out_gmem =
+        static_cast<element *>(params.out) + block.seq.q_offset(params.out_stride, block.head);
     float *lse_gmem = quad_lane() == 0 ? params.lse : nullptr;
-    const float sink0 = load_sink(params.sink, params.sink_dtype, to.head);
+    const float sink0 = load_sink(params.sink, params.sink_dtype, block.head);
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int row = to.lane_row + 16 * m + 8 * half;
-            const bool stores = row < row_count(params) && !(left_out >> 2 * m + half & 1);
-            const float sink = PACK_GQA ? sink_of_row(params, to, row) : sink0;
+            const int row = block.lane_row + 16 * m + 8 * half;
+            const bool stores = row < block.row_count() && !(left_out >> 2 * m + half & 1);
+            const float sink = PACK_GQA ? load_sink(params.sink, params.sink_dtype,
+                                                    block.head + block.head_of(row))
+                                        : sink0;
             float &l = l_rmem[m][half];
             l = quad_sum(l);
             const float rescale = add_sink(l, m_rmem[m][half], sink);
             const float inverse = l == 0.0f ? 0.0f : rescale * (1.0f / l); /* 0: no keys */
-            store_row<O_FRAGS>(out_gmem + row_offset(params, params.out_stride, row), O_rmem[m],
-                               half, inverse, stores);
+            element *out_row = out_gmem + block.row_offset(params.out_stride, row);
+            store_row<O_FRAGS>(out_row, O_rmem[m], half, inverse, stores);
             if (lse_gmem && stores)
-                lse_gmem[lse_offset(params, to.pair, row)] =
+                lse_gmem[block.lse_offset(row)] =
                     l == 0.0f ? sink : (m_rmem[m][half] + log2_approx(l)) * LN2;
         }
 }
@@ -174,21 +135,20 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
 #pragma unroll(OWN_CODE ? 2 : 1)
     for (bool again = false;; again = true) {
         /* ---- 1. Which queries. */
-        const query_place at(params);
-        const int block_row1 = min(at.block_row + TILE_M, row_count(params)) - 1; /* the last one */
+        const forward_block at(params);
 
         /* ---- 2. Which keys: any row sees those of the tiles [tile_begin, tile_end), every row
          * all those of [inner_begin, inner_end), or if START_KEYS is 1 all but the last. From the
          * last to the first: careful at the right edge and for one of those tiles, so that every
          * row has an m, see rows_at_edge(); then fast; then careful at the left edge, where rows
          * are masked alone. The length can cut short the last tile alone, which comes first. */
-        const key_mask mask(params);
-        int tile_begin = mask.begin(at.block_row) / TILE_N;
-        int tile_end = max(tile_begin, ceil_div(mask.end(block_row1), TILE_N));
-        int inner_begin = min(ceil_div(mask.begin(block_row1), TILE_N), tile_end);
-        int inner_end = max((mask.end(at.block_row) + TILE_N - START_KEYS) / TILE_N, inner_begin);
+        int tile_begin = at.keys_of(at.block_row).begin / TILE_N;
+        int tile_end = max(tile_begin, ceil_div(at.keys_of(at.last_row).end, TILE_N));
+        int inner_begin = min(ceil_div(at.keys_of(at.last_row).begin, TILE_N), tile_end);
+        int inner_end =
+            max((at.keys_of(at.block_row).end + TILE_N - START_KEYS) / TILE_N, inner_begin);
         if (SPLIT) { /* of all these the tiles of one part, which may be none */
-            take_part(tile_begin, tile_end, at.part, params.parts);
+            take_part(tile_begin, tile_end, at.split, params.parts);
             inner_begin = min(max(inner_begin, tile_begin), tile_end);
             inner_end = min(max(inner_end, inner_begin), tile_end);
         }
@@ -197,7 +157,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
         int careful_end = again ? tiles : min(tile_end - inner_end + 1, tiles);
 
         /* ---- 3. Start the ring. A warp that only feeds it has nothing else to do. */
-        ring.start({at.batch, at.head_kv, tile_end, tiles});
+        ring.start({at.seq.batch, at.head_kv, tile_end, tiles});
         if (ring.is_producer()) {
             ring.feed();
             redo = 0;
@@ -222,23 +182,30 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                     for (int n = 0; n < TILE_N; n += SUB_N) {
                         const int tile_key = (tile_end - 1 - i) * TILE_N, key = tile_key + n;
                         const int row = not_before(at.lane_row);
-                        if (key + SUB_N <= mask.begin(at.warp_row) ||
-                            key >= mask.end(at.warp_row + WARP_M - 1))
+                        if (key + SUB_N <= at.keys_of(at.warp_row).begin ||
+                            key >= at.keys_of(at.warp_row + WARP_M - 1).end)
                             continue;
                         const unsigned K_sub_smem = ring.K_smem + n * K_layout::ROW_BYTES;
                         const unsigned V_sub_smem = ring.V_smem + n * V_layout::ROW_BYTES;
                         float S_rmem[M_FRAGS][S_FRAGS][4];
                         unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
                         scores(S_rmem, Q_rmem, K_sub_smem);
-                        if (SOFTCAP)
-                            cap(S_rmem, params.scale_in_cap);
-                        mask_scores(S_rmem, mask, row, key + 2 * quad_lane(), params.hidden_score);
+                        softcap(S_rmem, params.scale_in_cap);
+                        const int lane_key = key + 2 * quad_lane();
+                        const auto coords_of = [&](int r, int c) {
+                            return at.coords(row + r, lane_key + c);
+                        };
+                        score_mod(S_rmem, coords_of);
+                        mask_scores<MASK_LEFT, true>(S_rmem, params.masked_score, [&](int r) {
+                            return at.keys_of(row + r) - lane_key;
+                        });
                         const unsigned raised =
-                            again ? ~0u : rows_at_edge(mask, row, tile_key, tile_end * TILE_N);
+                            again ? ~0u : rows_at_edge(at, row, tile_key, tile_end * TILE_N);
                         raise_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2, raised);
-                        exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, raised);
+                        exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, raised,
+                                     coords_of);
                         if (nonfinite) {
-                            add_values_seen(O_rmem, P_rmem, V_sub_smem, mask, row, key);
+                            add_values_seen(O_rmem, P_rmem, V_sub_smem, at, row, key);
                             load_queries(Q_rmem, params); /* again: that took Q's registers */
                         } else
                             add_values(O_rmem, P_rmem, V_sub_smem);
@@ -257,9 +224,14 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                         float S_rmem[M_FRAGS][S_FRAGS][4];
                         unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
                         scores(S_rmem, Q_rmem, ring.K_smem + n * K_layout::ROW_BYTES);
-                        if (SOFTCAP)
-                            cap(S_rmem, params.scale_in_cap);
-                        exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2);
+                        softcap(S_rmem, params.scale_in_cap);
+                        const int lane_key = (tile_end - 1 - i) * TILE_N + n + 2 * quad_lane();
+                        const auto coords_of = [&](int r, int c) {
+                            return at.coords(at.lane_row + r, lane_key + c);
+                        };
+                        score_mod(S_rmem, coords_of);
+                        exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, 0,
+                                     coords_of);
                         add_values(O_rmem, P_rmem, ring.V_smem + n * V_layout::ROW_BYTES);
                     }
                     ring.advance();

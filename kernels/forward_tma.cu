@@ -1,10 +1,7 @@
 /* Attention forward, as forward.cu, with K and V brought by the TMA: for every GPU since 9.0.
  *
  * Its constants are those of forward.cu, and
- *   PRODUCER               who refills the ring, and how it knows that a stage is free:
- *                          0: thread 0, after a barrier of the block
- *                          1: thread 0, once all warps have arrived at the stage's mbarrier
- *                          2: a warp that does nothing else, likewise */
+ *   PRODUCER               enum fa_producer in geometry.h: who refills the ring */
 #include "params.h"
 
 #include "ptx.cuh"

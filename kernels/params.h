@@ -50,7 +50,7 @@ struct fa_forward_params {
     int window_left;    /* keys a query sees before its diagonal; read only where MASK_LEFT */
     int window_right;   /* and after it; read only where MASK_RIGHT, 0 for causal */
     float scale_log2;   /* softmax_scale * log2(e), softcap * log2(e) where SOFTCAP; not 0 */
-    float hidden_score; /* of a key that a query does not see: scaled, it is -inf */
+    float masked_score; /* of a key that a query does not see: scaled, it is -inf */
     float scale_in_cap; /* softmax_scale / softcap; read only where SOFTCAP */
     int sink_dtype;     /* enum fa_dtype */
     /* Of these, `heads` is what blocks go over: heads_q, or heads_kv where PACK_GQA; m_blocks

@@ -7,11 +7,7 @@
 #ifndef FA_PTX_CUH
 #define FA_PTX_CUH
 
-#if DTYPE_BF16
-#define FA_PTX_TYPE "bf16"
-#else
-#define FA_PTX_TYPE "f16"
-#endif
+#include "element.cuh"
 
 /* blockIdx.x and threadIdx.x, read anew at every call: what is computed from them can then be
  * computed again where it is needed, instead of occupying registers in between. */
@@ -325,7 +321,7 @@ __device__ __forceinline__ float2 unpack_fp16(unsigned x)
 /* The two numbers of a pair, the lower half first. */
 __device__ __forceinline__ float2 unpack(unsigned x)
 {
-    if (DTYPE_BF16) /* the upper half of a float */
+    if (IS_BF16) /* the upper half of a float */
         return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
     return unpack_fp16(x);
 }

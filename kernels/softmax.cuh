@@ -7,13 +7,12 @@
 #ifndef FA_SOFTMAX_CUH
 #define FA_SOFTMAX_CUH
 
+#include "forward_block.cuh"
 #include "sink.cuh"
-#include "tile.cuh"
-#include "softcap.cuh"
 
 /* m lies so far above the maximum that the sum of 2^16 of the largest bf16 values is still in the
  * range of fp32. bf16 has exponents to spare for p; those of fp16 are few, and its values small. */
-constexpr float ABOVE_MAXIMUM = DTYPE_BF16 ? 16.0f : 0.0f;
+constexpr float ABOVE_MAXIMUM = IS_BF16 ? 16.0f : 0.0f;
 
 /* The m of a row that has not seen any key. Finite, so that nothing becomes NaN: a hidden key
  * (-inf) has p = 0, and a visible one, where m stays as it is, a p of +inf: out of range. */
@@ -25,7 +24,7 @@ constexpr float SUM_LIMIT = 1.329228e36f; /* 2^120 */
 
 /* A row's m is the maximum of at least so many keys, if it sees as many. In bf16 a later p may be
  * 2^136 times that of the first key; fp16, with 2^16, is better off with the maximum of a tile. */
-constexpr int START_KEYS = DTYPE_BF16 ? 1 : TILE_N;
+constexpr int START_KEYS = IS_BF16 ? 1 : TILE_N;
 
 /* Sets of rows: of a lane, whose row of fragment m and half h is bit 2 * m + h, and of a warp, four
  * bits for each quad, whose lanes share their rows. */
@@ -52,13 +51,28 @@ __device__ __forceinline__ void clear(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
     }
 }
 
+/* The rows of this lane that raise m at the tile whose first key is `key`, having seen fewer than
+ * START_KEYS keys before: those at their right edge, or where SPLIT at that of their part, before
+ * the key `part_end`. */
+__device__ __forceinline__ unsigned rows_at_edge(const forward_block &block, int row, int key,
+                                                 int part_end)
+{
+    unsigned rows = 0;
+#pragma unroll
+    for (int r = 0; r < 2 * M_FRAGS; r++)
+        rows |= ((SPLIT && part_end < key + TILE_N + START_KEYS) ||
+                 block.keys_of(row + 8 * r).end < key + TILE_N + START_KEYS)
+                << r;
+    return rows;
+}
+
 /* P = 2^(S * scale - m), in the layout of the A operand of the next mma, and l += its row sums. The
  * rows of the set `scaled` are that already. */
-__device__ __forceinline__ void exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4],
-                                             float (&l_rmem)[M_FRAGS][2],
-                                             const float (&S_rmem)[M_FRAGS][S_FRAGS][4],
-                                             const float (&m_rmem)[M_FRAGS][2], float scale,
-                                             unsigned scaled = 0)
+template <class F>
+__device__ __forceinline__ void
+exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4], float (&l_rmem)[M_FRAGS][2],
+             const float (&S_rmem)[M_FRAGS][S_FRAGS][4], const float (&m_rmem)[M_FRAGS][2],
+             float scale, unsigned scaled, F coords_of)
 {
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
@@ -71,7 +85,10 @@ __device__ __forceinline__ void exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS
                 const float p1 =
                     exp2_approx(S_rmem[m][n][2 * half + 1] * row_scale - m_rmem[m][half]);
                 l_rmem[m][half] += p0 + p1;
-                P_rmem[m][n / 2][n % 2 * 2 + half] = pack(p0, p1);
+                const int row = 16 * m + 8 * half, key = 8 * n;
+                const float weight0 = dropout(p0, coords_of(row, key));
+                const float weight1 = dropout(p1, coords_of(row, key + 1));
+                P_rmem[m][n / 2][n % 2 * 2 + half] = pack(weight0, weight1);
             }
         }
 }

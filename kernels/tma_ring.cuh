@@ -13,8 +13,8 @@ static_assert(K_layout::BYTES % 1024 == 0 && V_layout::BYTES % 1024 == 0,
               "every tile starts where the pattern of the swizzle does");
 
 struct tma_ring : ring_place {
-    static constexpr bool HAS_PRODUCER_WARP = PRODUCER == 2;
-    static constexpr bool HAS_EMPTY_MBARRIERS = PRODUCER != 0;
+    static constexpr bool HAS_PRODUCER_WARP = PRODUCER == FA_PRODUCER_WARP;
+    static constexpr bool HAS_EMPTY_MBARRIERS = PRODUCER != FA_PRODUCER_BARRIER;
     static constexpr int BLOCK_THREADS = THREADS + (HAS_PRODUCER_WARP ? 32 : 0);
     static constexpr int COMPUTING_THREADS = 1; /* the named barrier that the producer is not in */
 
@@ -41,9 +41,12 @@ struct tma_ring : ring_place {
     /* The mbarriers of a stage lie behind the ring. */
     __device__ __forceinline__ unsigned full(unsigned stage) const
     {
-        return smem + RING_BYTES + stage / STAGE_BYTES * 16;
+        return smem + RING_BYTES + stage / STAGE_BYTES * FA_STAGE_MBARRIER_BYTES;
     }
-    __device__ __forceinline__ unsigned empty(unsigned stage) const { return full(stage) + 8; }
+    __device__ __forceinline__ unsigned empty(unsigned stage) const
+    {
+        return full(stage) + FA_MBARRIER_BYTES;
+    }
 
     template <class layout>
     __device__ __forceinline__ void load_tile(unsigned tile, const fa_tensor_map &map,
@@ -51,8 +54,8 @@ struct tma_ring : ring_place {
     {
 #pragma unroll
         for (int c = 0; c < layout::PADDED; c += layout::COLS)
-            tma_load_4d(tile + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier, c * 8, key,
-                        walk.head_kv, walk.batch);
+            tma_load_4d(tile + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier,
+                        c * CHUNK_ELEMENTS, key, walk.head_kv, walk.batch);
     }
 
     /* Puts the i-th tile on its way. Keys after the last, and the chunk that pads a row, become

@@ -1,0 +1,273 @@
+#include "arguments.h"
+
+#include <float.h>
+#include <math.h>
+
+#include "arithmetic.h"
+
+/* ---- parts of an argument -------------------------------------------------------------------- */
+
+/* The numbers that take a score s to the exponent of 2, as kernels/params.h has them. They keep
+ * away from the ends of fp32: 0 times the infinite value of a masked score is NaN, the smallest
+ * number times any other score rounds away; and no score is near a cap of 2^100, which then
+ * changes none. */
+struct scales {
+    float scale_log2, masked_score, scale_in_cap;
+};
+static struct scales scales_of(const struct fa_shape *shape)
+{
+    const double log2_e = 1.4426950408889634;
+    struct scales scales = {0};
+    float factor = shape->softmax_scale;
+    if (shape->softcap != 0) {
+        factor = fminf(shape->softcap, 0x1p100f);
+        scales.scale_in_cap = fmaxf(fminf(shape->softmax_scale / factor, FLT_MAX), -FLT_MAX);
+    }
+    const float scale_log2 = (float)(factor * log2_e);
+    scales.scale_log2 = scale_log2 != 0 ? scale_log2 : FLT_TRUE_MIN;
+    scales.masked_score = scales.scale_log2 > 0 ? -INFINITY : INFINITY;
+    return scales;
+}
+
+static struct fa_strides outer_strides(const struct fa_tensor *tensor)
+{
+    return (struct fa_strides){tensor->stride[0], tensor->stride[1], tensor->stride[2]};
+}
+
+/* `number`, which is not negative, for kernels to divide by; 0 is allowed and never divided by. */
+static struct fa_divisor divisor_of(int number)
+{
+    int shift = 0;
+    while (INT64_C(1) << shift < number)
+        shift++;
+    const int64_t multiplier = CEIL_DIV(INT64_C(1) << (31 + shift), MAX(number, 1));
+    return (struct fa_divisor){number, (unsigned)multiplier, shift};
+}
+
+/* A tensor [batch, seqlen, heads, head_dim] in boxes of `rows` of the sequence and as many dims as
+ * tile_layout in kernels/layout.cuh puts in a row of a segment. 0 or -1. */
+static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,
+                             struct fa_tensor_map *map)
+{
+    const int chunk = fa_chunk_elements(tensor->dtype); /* in elements */
+    const int padded = fa_padded_dim((int)tensor->shape[3], fa_mma_k(tensor->dtype));
+    const int cols = fa_segment_chunks(padded / chunk);
+    const int swizzle = cols == 8   ? CU_TENSOR_MAP_SWIZZLE_128B
+                        : cols == 4 ? CU_TENSOR_MAP_SWIZZLE_64B
+                                    : CU_TENSOR_MAP_SWIZZLE_32B;
+    static const int order[] = {3, 1, 2, 0}; /* head_dim, seqlen, heads, batch */
+    uint64_t sizes[4], strides[4];
+    for (int i = 0; i < 4; i++) {
+        sizes[i] = (uint64_t)tensor->shape[order[i]];
+        strides[i] = (uint64_t)fa_element_bytes(tensor->dtype) *
+                     (sizes[i] > 1 ? (uint64_t)tensor->stride[order[i]] : sizes[0]);
+    }
+    const uint32_t box[] = {(uint32_t)(cols * chunk), (uint32_t)rows, 1, 1};
+    static const uint32_t ones[] = {1, 1, 1, 1};
+    return FA_DRIVER_CALL(driver, cuTensorMapEncodeTiled,
+                          (map,
+                           tensor->dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                        : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                           4, tensor->data, sizes, strides + 1, box, ones,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_128B,
+                           CU_TENSOR_MAP_OOB_FILL_ZEROS));
+}
+
+/* A tensor's memory; NULL where there is none. */
+static void *data_of(const struct fa_tensor *tensor)
+{
+    return tensor->object ? tensor->data : NULL;
+}
+
+/* ---- forward --------------------------------------------------------------------------------- */
+
+static struct fa_forward_params forward_params(const struct fa_problem *problem,
+                                               const struct fa_plan *plan, float *workspace)
+{
+    const struct fa_shape *shape = &problem->shape;
+    const struct scales scales = scales_of(shape);
+    const struct fa_variant *variant = &plan->steps[plan->main].variant;
+    const bool is_split = plan->splits > 1;
+    return (struct fa_forward_params){
+        .q = problem->q.data,
+        .k = problem->k.data,
+        .v = problem->v.data,
+        .out = is_split ? workspace + plan->workspace.out_parts : problem->out.data,
+        .lse = is_split ? workspace + plan->workspace.lse_parts : data_of(&problem->lse),
+        .sink = data_of(&problem->sink),
+        .q_stride = outer_strides(&problem->q),
+        .k_stride = outer_strides(&problem->k),
+        .v_stride = outer_strides(&problem->v),
+        .out_stride = outer_strides(&problem->out),
+        .batch = shape->batch,
+        .seqlen_q = shape->seqlen_q,
+        .seqlen_k = shape->seqlen_k,
+        .window_left = shape->window_left,
+        .window_right = shape->window_right,
+        .scale_log2 = scales.scale_log2,
+        .masked_score = scales.masked_score,
+        .scale_in_cap = scales.scale_in_cap,
+        .sink_dtype = (int)problem->sink.dtype,
+        .heads = divisor_of(variant->pack_gqa ? shape->heads_kv : shape->heads_q),
+        .heads_per_kv = divisor_of(fa_heads_per_kv(shape)),
+        .m_blocks = divisor_of(plan->m_blocks),
+        .group_heads = divisor_of(plan->group_heads),
+        .parts = divisor_of(plan->splits),
+    };
+}
+
+static struct fa_combine_params combine_params(const struct fa_problem *problem,
+                                               const struct fa_plan *plan, const float *workspace)
+{
+    const struct fa_shape *shape = &problem->shape;
+    return (struct fa_combine_params){
+        .out_parts = workspace + plan->workspace.out_parts,
+        .lse_parts = workspace + plan->workspace.lse_parts,
+        .out = problem->out.data,
+        .lse = data_of(&problem->lse),
+        .sink = data_of(&problem->sink),
+        .out_stride = outer_strides(&problem->out),
+        .rows = (unsigned)(shape->batch * shape->heads_q * shape->seqlen_q),
+        .parts = plan->splits,
+        .sink_dtype = (int)problem->sink.dtype,
+        .heads_q = divisor_of(shape->heads_q),
+        .seqlen_q = divisor_of(shape->seqlen_q),
+        .slices = divisor_of(plan->combine_slices),
+    };
+}
+
+static int make_forward(struct fa_driver *driver, const struct fa_problem *problem,
+                        const struct fa_plan *plan, float *workspace,
+                        struct fa_forward_arguments *arguments)
+{
+    arguments->main.forward = forward_params(problem, plan, workspace);
+    if (plan->splits > 1)
+        arguments->combine = combine_params(problem, plan, workspace);
+    if (plan->steps[plan->main].variant.kernel != FA_KERNEL_FORWARD_TMA)
+        return 0;
+    if (encode_tensor_map(driver, &problem->k, plan->tile_n, &arguments->main.k_map) < 0)
+        return -1;
+    return encode_tensor_map(driver, &problem->v, plan->tile_n, &arguments->main.v_map);
+}
+
+/* ---- backward -------------------------------------------------------------------------------- */
+
+static struct fa_backward_params backward_params(const struct fa_problem *problem,
+                                                 const struct fa_gradients *gradients,
+                                                 const struct fa_plan *plan, float *workspace)
+{
+    const struct fa_shape *shape = &problem->shape;
+    const struct fa_workspace *at = &plan->workspace;
+    const struct scales scales = scales_of(shape);
+    const int64_t zero_chunks = (at->size - at->zeros) / 4;
+    return (struct fa_backward_params){
+        .q = problem->q.data,
+        .k = problem->k.data,
+        .v = problem->v.data,
+        .out = problem->out.data,
+        .dout = gradients->dout.data,
+        .lse = problem->lse.data,
+        .dlse = data_of(&gradients->dlse),
+        .sink = data_of(&problem->sink),
+        .dk = gradients->dk.data,
+        .dv = gradients->dv.data,
+        .dsink = data_of(&gradients->dsink),
+        .lse_delta = workspace,
+        .dq_accum = workspace + at->dq_accum,
+        .dk_accum = workspace + at->dk_accum,
+        .dv_accum = workspace + at->dv_accum,
+        .dq_semaphores = (int *)(workspace + at->dq_semaphores),
+        .dkv_semaphores = (int *)(workspace + at->dkv_semaphores),
+        .block_counter = (int *)(workspace + at->block_counter),
+        .zeros = workspace + at->zeros,
+        .zero_chunks = zero_chunks,
+        .q_stride = outer_strides(&problem->q),
+        .k_stride = outer_strides(&problem->k),
+        .v_stride = outer_strides(&problem->v),
+        .out_stride = outer_strides(&problem->out),
+        .dout_stride = outer_strides(&gradients->dout),
+        .dk_stride = outer_strides(&gradients->dk),
+        .dv_stride = outer_strides(&gradients->dv),
+        .batch = shape->batch,
+        .heads_q = shape->heads_q,
+        .heads_kv = shape->heads_kv,
+        .heads_per_kv = fa_heads_per_kv(shape),
+        .seqlen_q = shape->seqlen_q,
+        .seqlen_k = shape->seqlen_k,
+        .m_blocks = plan->m_blocks,
+        .n_blocks = plan->n_blocks,
+        .q_splits = plan->splits,
+        .window_left = shape->window_left,
+        .window_right = shape->window_right,
+        .sink_dtype = (int)problem->sink.dtype,
+        .scale_log2 = scales.scale_log2,
+        .masked_score = scales.masked_score,
+        .scale_in_cap = scales.scale_in_cap,
+        .softmax_scale = shape->softmax_scale,
+        .zero_share = CEIL_DIV(zero_chunks, MAX(plan->steps[0].blocks, 1)),
+    };
+}
+
+/* An accumulator, or several added up, to a gradient of `rows` rows per head in it. */
+static struct fa_postprocess_params postprocess_params(const float *accum, int buffers, int rows,
+                                                       float scale,
+                                                       const struct fa_tensor *gradient)
+{
+    return (struct fa_postprocess_params){
+        .accum = accum,
+        .tensor = gradient->data,
+        .stride = outer_strides(gradient),
+        .batch = (int)gradient->shape[0],
+        .seqlen = (int)gradient->shape[1],
+        .buffers = buffers,
+        .scale = scale,
+        .heads = divisor_of((int)gradient->shape[2]),
+        .row_frags = divisor_of(rows / 16),
+    };
+}
+
+static int make_backward(struct fa_driver *driver, const struct fa_problem *problem,
+                         const struct fa_gradients *gradients, const struct fa_plan *plan,
+                         float *workspace, struct fa_backward_arguments *arguments)
+{
+    const struct fa_variant *variant = &plan->steps[plan->main].variant;
+    const struct fa_workspace *at = &plan->workspace;
+    const int queries = plan->m_blocks * plan->tile_m, keys = plan->n_blocks * plan->tile_n;
+    const float scale = problem->shape.softmax_scale;
+    arguments->main = backward_params(problem, gradients, plan, workspace);
+    arguments->dq = postprocess_params(workspace + at->dq_accum, variant->dq_buffers, queries,
+                                       scale, &gradients->dq);
+    arguments->dk = postprocess_params(workspace + at->dk_accum, 1, keys, scale, &gradients->dk);
+    arguments->dv = postprocess_params(workspace + at->dv_accum, 1, keys, 1, &gradients->dv);
+    if (!variant->tma)
+        return 0;
+    if (encode_tensor_map(driver, &problem->q, plan->tile_m, &arguments->main.q_map) < 0)
+        return -1;
+    return encode_tensor_map(driver, &gradients->dout, plan->tile_m, &arguments->main.dout_map);
+}
+
+/* ---- the interface --------------------------------------------------------------------------- */
+
+int fa_arguments_make(struct fa_driver *driver, const struct fa_problem *problem,
+                      const struct fa_gradients *gradients, const struct fa_plan *plan,
+                      float *workspace, union fa_arguments *arguments)
+{
+    return gradients
+               ? make_backward(driver, problem, gradients, plan, workspace, &arguments->backward)
+               : make_forward(driver, problem, plan, workspace, &arguments->forward);
+}
+
+void *fa_arguments_of(union fa_arguments *arguments, enum fa_job job)
+{
+    switch (job) {
+    case FA_JOB_FORWARD: return &arguments->forward.main;
+    case FA_JOB_COMBINE: return &arguments->forward.combine;
+    case FA_JOB_DQ: return &arguments->backward.dq;
+    case FA_JOB_DK: return &arguments->backward.dk;
+    case FA_JOB_DV: return &arguments->backward.dv;
+    case FA_JOB_PREPROCESS:
+    case FA_JOB_BACKWARD:
+    case FA_JOB_DSINK: break;
+    }
+    return &arguments->backward.main;
+}

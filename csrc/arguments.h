@@ -1,0 +1,32 @@
+/* Problem + plan + workspace -> the arguments of the plan's kernels, kernels/params.h. */
+#ifndef FA_ARGUMENTS_H
+#define FA_ARGUMENTS_H
+
+#include "driver.h"
+#include "plan.h"
+#include "problem.h"
+
+/* The arguments of all kernels of a call. */
+struct fa_forward_arguments {
+    struct fa_forward_tma_params main; /* forward takes what forward_tma's begins with */
+    struct fa_combine_params combine;
+};
+struct fa_backward_arguments {
+    struct fa_backward_params main; /* of the preprocess and of dsink, too */
+    struct fa_postprocess_params dq, dk, dv;
+};
+union fa_arguments {
+    struct fa_forward_arguments forward;
+    struct fa_backward_arguments backward;
+};
+
+/* Fills what the steps of `plan` take; gradients NULL in the forward. 0, or -1 with the exception
+ * set. */
+int fa_arguments_make(struct fa_driver *driver, const struct fa_problem *problem,
+                      const struct fa_gradients *gradients, const struct fa_plan *plan,
+                      float *workspace, union fa_arguments *arguments);
+
+/* The one that a job's kernel takes. */
+void *fa_arguments_of(union fa_arguments *arguments, enum fa_job job);
+
+#endif

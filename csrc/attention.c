@@ -1,0 +1,29 @@
+#include "attention.h"
+
+#include "cpu/backward.h"
+#include "cpu/forward.h"
+#include "cpu_threads.h"
+#include "launch.h"
+
+int fa_attention_forward(struct fa_state *state, const struct fa_problem *problem)
+{
+    if (problem->q.device_type == FA_DEVICE_CUDA)
+        return fa_launch(state, problem, NULL);
+    struct fa_threads threads;
+    if (fa_cpu_threads_begin(&threads) < 0)
+        return -1;
+    return fa_cpu_threads_end(&threads, fa_cpu_forward(problem, &threads));
+}
+
+int fa_attention_backward(struct fa_state *state, const struct fa_problem *problem,
+                          const struct fa_gradients *gradients)
+{
+    if (fa_shape_is_empty(&problem->shape))
+        return 0; /* fa_gradients_allocate made them zero */
+    if (problem->q.device_type == FA_DEVICE_CUDA)
+        return fa_launch(state, problem, gradients);
+    struct fa_threads threads;
+    if (fa_cpu_threads_begin(&threads) < 0)
+        return -1;
+    return fa_cpu_threads_end(&threads, fa_cpu_backward(problem, gradients, &threads));
+}

@@ -1,0 +1,16 @@
+/* A validated call, computed where its tensors are: by the reference implementation in cpu/, or on
+ * a CUDA device. */
+#ifndef FA_ATTENTION_H
+#define FA_ATTENTION_H
+
+#include "problem.h"
+#include "state.h"
+
+/* Fills out, and lse where it is wanted. 0, or -1 with the exception set. */
+int fa_attention_forward(struct fa_state *state, const struct fa_problem *problem);
+
+/* Fills the gradients. 0, or -1 with the exception set. */
+int fa_attention_backward(struct fa_state *state, const struct fa_problem *problem,
+                          const struct fa_gradients *gradients);
+
+#endif

@@ -1,0 +1,57 @@
+#include "device.h"
+
+#include <stddef.h>
+
+#include "arithmetic.h"
+
+/* CUDA reserves 1 KB of a multiprocessor's shared memory for each resident block: CUDA C++
+ * programming guide, "Shared Memory" of compute capability 8.x. */
+#define SMEM_RESERVED_PER_BLOCK 1024
+
+/* Shared memory is given out in steps of 128 bytes, from the same place. */
+#define SMEM_STEP 128
+
+/* Shared memory per architecture: CUDA C++ programming guide, table "Technical specifications per
+ * compute capability". Multiprocessors and L2: of the largest card of the kind that the project
+ * knows. */
+static const struct fa_device DEVICES[] = {
+    {80, false, 108, 163 << 10, 164 << 10, 40 << 20},  /* A100 */
+    {86, false, 84, 99 << 10, 100 << 10, 6 << 20},     /* RTX 3090 class */
+    {89, false, 128, 99 << 10, 100 << 10, 72 << 20},   /* RTX 4090 */
+    {90, true, 132, 227 << 10, 228 << 10, 50 << 20},   /* H100, H200 */
+    {100, true, 148, 227 << 10, 228 << 10, 126 << 20}, /* B200 */
+    {120, true, 170, 99 << 10, 100 << 10, 96 << 20},   /* RTX 5090 */
+    {121, true, 48, 99 << 10, 100 << 10, 24 << 20},    /* DGX Spark */
+};
+
+/* Warps that are resident on a multiprocessor at most, from the same table. */
+static int warps_per_sm(int arch) { return arch == 80 || arch == 90 || arch == 100 ? 64 : 48; }
+
+struct fa_device fa_device_of_arch(int arch)
+{
+    struct fa_device device = DEVICES[0];
+    for (size_t i = 0; i < sizeof DEVICES / sizeof *DEVICES; i++)
+        if (DEVICES[i].arch <= arch)
+            device = DEVICES[i];
+    device.arch = arch;
+    return device;
+}
+
+static int blocks_that_fit(const struct fa_device *device, int smem_bytes, int threads)
+{
+    const int by_smem = device->smem_per_sm / (smem_bytes + SMEM_RESERVED_PER_BLOCK);
+    return MAX(1, MIN(by_smem, warps_per_sm(device->arch) * 32 / threads));
+}
+
+int fa_device_smem_request(const struct fa_device *device, int limits_arch, int smem_bytes,
+                           int threads, int *blocks_per_sm)
+{
+    *blocks_per_sm = blocks_that_fit(device, smem_bytes, threads);
+    if (!limits_arch)
+        return smem_bytes;
+    const struct fa_device limits = fa_device_of_arch(limits_arch);
+    *blocks_per_sm = MIN(*blocks_per_sm, blocks_that_fit(&limits, smem_bytes, threads));
+    const int one_too_many = device->smem_per_sm / (*blocks_per_sm + 1) - SMEM_RESERVED_PER_BLOCK;
+    const int padded = (one_too_many / SMEM_STEP + 1) * SMEM_STEP;
+    return MIN(MAX(smem_bytes, padded), device->smem_per_block);
+}

@@ -1,0 +1,71 @@
+/* The options of a call, a row each: from this table come argument parsing, the methods' signatures
+ * and what the readers check. A new option is a row here, and its use where it belongs. */
+#ifndef FA_OPTIONS_H
+#define FA_OPTIONS_H
+
+#include <Python.h>
+#include <stdbool.h>
+
+#include "shape.h"
+
+struct fa_window {
+    int left, right; /* keys before and after the diagonal; FA_UNBOUNDED: all */
+};
+
+/* X(name, type of the field, reader in options.c, default in C, default in Python)
+ *
+ * What they mean is told to users by the docstring of flash_attn_func. PyObject fields are borrowed
+ * from the caller's arguments; NULL where they are None. */
+#define FA_CALL_OPTIONS(X)                                                                         \
+    X(softmax_scale, float, scale, NAN, "None")                                                    \
+    X(causal, bool, flag, false, "False")                                                          \
+    X(window_size, struct fa_window, window, ((struct fa_window){FA_UNBOUNDED, FA_UNBOUNDED}),     \
+      "(None, None)")                                                                              \
+    X(learnable_sink, PyObject *, object, NULL, "None")                                            \
+    X(softcap, float, softcap, 0, "0.0")                                                           \
+    X(num_splits, int, count, 0, "0")                                                              \
+    X(pack_gqa, enum fa_pack_gqa, choice, FA_PACK_AUTO, "None")                                    \
+    X(deterministic, bool, flag, false, "False")
+
+/* Those of the forward alone. */
+#define FA_RESULT_OPTIONS(X)                                                                       \
+    X(return_lse, bool, flag, false, "False")                                                      \
+    X(out, PyObject *, object, NULL, "None")                                                       \
+    X(lse, PyObject *, object, NULL, "None")
+
+/* And those of the two that explain. */
+#define FA_PLAN_OPTIONS(X) X(arch, int, arch, 0, "None")
+
+#define FA_OPTIONS(X) FA_CALL_OPTIONS(X) FA_RESULT_OPTIONS(X) FA_PLAN_OPTIONS(X)
+
+struct fa_options {
+#define FA_FIELD(name, type, reader, value, text) type name;
+    FA_OPTIONS(FA_FIELD)
+#undef FA_FIELD
+};
+
+#define FA_ID(name, type, reader, value, text) FA_OPTION_##name,
+enum fa_option_id { FA_OPTIONS(FA_ID) FA_OPTION_COUNT };
+#undef FA_ID
+
+/* The part of a method's signature that the table makes: ", softmax_scale=None, causal=False". */
+#define FA_OPTION_SIGNATURE(name, type, reader, value, text) ", " #name "=" text
+
+/* Which options a method takes: rows from the first on. */
+enum fa_method_kind { FA_METHOD_FORWARD, FA_METHOD_BACKWARD, FA_METHOD_EXPLAIN };
+
+/* The names as Python's interned strings, which calls pass by the same address. */
+struct fa_option_names {
+    PyObject *names[FA_OPTION_COUNT];
+};
+
+/* 0, or -1 with the exception set. */
+int fa_option_names_make(struct fa_option_names *names);
+
+/* Reads the keyword arguments of `method`: `values` in the order of `kwnames`, a tuple or NULL;
+ * causal is resolved into the window. 0, or -1 with TypeError or ValueError set. */
+int fa_options_read(const struct fa_option_names *names, const char *method,
+                    enum fa_method_kind kind, PyObject *const *values, PyObject *kwnames,
+                    struct fa_options *options);
+
+#endif

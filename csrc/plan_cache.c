@@ -1,0 +1,31 @@
+#include "plan_cache.h"
+
+#include <string.h>
+
+#include "hash.h"
+
+/* Keys are hashed and compared as bytes. */
+_Static_assert(sizeof(struct fa_plan_input) % sizeof(int) == 0 &&
+                   sizeof(struct fa_plan_key) == sizeof(struct fa_plan_input) + 2 * sizeof(int),
+               "a key has no padding");
+
+static size_t slot(const struct fa_plan_key *key)
+{
+    return fa_hash(key, sizeof *key, 0) % FA_PLAN_SLOTS;
+}
+
+bool fa_plan_cache_find(const struct fa_plan_cache *cache, const struct fa_plan_key *key,
+                        struct fa_planned *planned)
+{
+    const struct fa_plan_entry *entry = &cache->entries[slot(key)];
+    if (!entry->is_used || memcmp(&entry->key, key, sizeof *key) != 0)
+        return false;
+    *planned = entry->planned;
+    return true;
+}
+
+void fa_plan_cache_keep(struct fa_plan_cache *cache, const struct fa_plan_key *key,
+                        const struct fa_planned *planned)
+{
+    cache->entries[slot(key)] = (struct fa_plan_entry){true, *key, *planned};
+}

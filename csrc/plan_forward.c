@@ -1,0 +1,331 @@
+/* The forward: tile lookup, packing, grid, splits. Pure C. */
+#include <stdint.h>
+
+#include "arithmetic.h"
+#include "plan.h"
+#include "shape.h"
+#include "split.h"
+
+static int forward_smem(const struct fa_plan_input *input, const struct fa_tile *tile)
+{
+    const int stage_bytes =
+        fa_forward_stage_bytes(input->head_dim, input->head_dim_v, tile->tile_n, input->dtype);
+    return fa_forward_smem(stage_bytes, tile->stages, tile->kernel == FA_KERNEL_FORWARD_TMA);
+}
+
+/* Query rows of all heads for each multiprocessor; expanded tensors can have more than 2^63. */
+static double rows_per_sm(const struct fa_plan_input *input, const struct fa_device *device)
+{
+    return (double)input->batch * input->heads_q * input->seqlen_q / MAX(1, device->sms);
+}
+
+static bool serves(const struct fa_tile_row *row, const struct fa_plan_input *input,
+                   const struct fa_device *device)
+{
+#define WITHIN(bound, value)                                                                       \
+    ((row->bound == FA_ANY || (value) <= row->bound) &&                                            \
+     (row->above.bound == 0 || (value) > row->above.bound))
+#define SAME(wanted, value) ((wanted) == FA_ANY || (wanted) == (value))
+    return (row->arch == FA_ANY || row->arch / 10 == device->arch / 10) &&
+           WITHIN(head_dim, input->head_dim) && WITHIN(head_dim_v, input->head_dim_v) &&
+           WITHIN(heads_per_kv, fa_plan_heads_per_kv(input)) && WITHIN(seqlen_q, input->seqlen_q) &&
+           WITHIN(rows_per_sm, rows_per_sm(input, device)) &&
+           SAME(row->mask_right, input->mask_right) && SAME(row->mask_left, input->mask_left);
+#undef WITHIN
+#undef SAME
+}
+
+/* Whether kernels/forward_tma.cu can do what a row asks of it, and if not why. Any head dims,
+ * equal or not, any masks, and any lengths but 0 are fine. */
+static bool tma_can_implement(const struct fa_plan_input *input, const struct fa_device *device,
+                              const struct fa_tile *tile, int smem_per_block, const char **why)
+{
+    if (!device->has_tma)
+        *why = "the TMA came with compute capability 9.0";
+    else if (input->seqlen_k == 0)
+        *why = "no tensor map describes K and V without keys";
+    else if (!input->tma_strides)
+        *why = "the TMA needs K and V at strides that are multiples of 16 bytes, from a row up to "
+               "2^40: neither expanded nor flipped";
+    else if (tile->tile_n % 32 != 0)
+        *why = "a tile is one box of the TMA: keys in multiples of 32";
+    else if (forward_smem(input, tile) > smem_per_block)
+        *why = "its stages and mbarriers need more than the shared memory";
+    else
+        return true;
+    return false;
+}
+
+/* The tile of the first of some rows that serves the call within the shared memory, stages
+ * included. Where the TMA cannot bring K and V, which *why_not_tma tells, cp.async does. */
+static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
+                              const struct fa_plan_input *input, const struct fa_device *device,
+                              struct fa_tile *tile, const char **why_not_tma)
+{
+    /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds
+     * on 12.x. */
+    const int smem_per_block = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
+    for (size_t i = 0; i < count; i++) {
+        if (!serves(&rows[i], input, device))
+            continue;
+        *tile = rows[i].tile;
+        if (tile->kernel == FA_KERNEL_FORWARD_TMA &&
+            !tma_can_implement(input, device, tile, smem_per_block, why_not_tma)) {
+            tile->kernel = FA_KERNEL_FORWARD;
+            tile->producer = 0;
+        }
+        if (forward_smem(input, tile) <= smem_per_block)
+            return true;
+    }
+    return false;
+}
+
+static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_target *target,
+                        struct fa_plan *plan, struct fa_tile *tile)
+{
+    const struct fa_device *device = &target->device;
+    const struct fa_tile_list *own = target->tiles;
+    const char *why_not_tma = NULL;
+    const bool is_own = first_that_serves(own->rows, own->count, input, device, tile, &why_not_tma);
+    if (!is_own && !first_that_serves(FA_TILES, FA_TILE_COUNT, input, device, tile, &why_not_tma))
+        return false;
+    const bool is_tma = tile->kernel == FA_KERNEL_FORWARD_TMA;
+    fa_plan_because(plan, "kernel",
+                    is_tma
+                        ? "forward_tma: mma.sync fed by the TMA, as the tile's row asks"
+                        : "forward: mma.sync fed by cp.async, the path of every device from 8.0");
+    if (why_not_tma && !is_tma)
+        fa_plan_because(plan, "not forward_tma", why_not_tma);
+    fa_plan_because(
+        plan, "tile",
+        is_own ? "first row of use_tiles() that serves the call and fits the shared memory"
+               : "first row of csrc/tiles.c that serves the call and fits the shared memory");
+    return true;
+}
+
+/* ---- packing --------------------------------------------------------------------------------- */
+
+/* Query rows for which blocks go over K and V once: of a head, or of all that share a KV head. */
+static int64_t rows(const struct fa_plan_input *input, bool packed)
+{
+    return (int64_t)input->seqlen_q * (packed ? fa_plan_heads_per_kv(input) : 1);
+}
+
+/* Whether a call that may be packed gains from it: where it takes noticeably fewer blocks, because
+ * those of a single head are partly empty. Each goes over all of K and V, so its time hardly
+ * depends on how many of its rows there are. The rule and the 0.9 are those of FlashAttention-3
+ * (should_pack_gqa() in hopper/heuristics.h): packed rows lie further apart in memory. */
+static bool packing_pays(const struct fa_plan_input *input, int tile_m)
+{
+    const int64_t packed = CEIL_DIV(rows(input, true), tile_m);
+    const int64_t unpacked = CEIL_DIV(rows(input, false), tile_m) * fa_plan_heads_per_kv(input);
+    return 10 * packed < 9 * unpacked;
+}
+
+/* Why the call cannot be packed; NULL: it can. */
+static const char *why_not_packed(const struct fa_plan_input *input)
+{
+    if (fa_plan_heads_per_kv(input) == 1)
+        return "not packed: each KV head has one query head";
+    if (rows(input, true) > FA_MAX_SIZE)
+        return "not packed: of 2^28 rows or more, which are counted in 32 bits";
+    return NULL;
+}
+
+static bool choose_packing(const struct fa_plan_input *input, int tile_m, struct fa_plan *plan)
+{
+    const char *why_not = why_not_packed(input);
+    if (input->pack_gqa == FA_PACK_ALWAYS && why_not) {
+        fa_plan_drop(plan, "pack_gqa", why_not);
+        return false;
+    }
+    if (input->pack_gqa != FA_PACK_AUTO) {
+        const bool packed = input->pack_gqa == FA_PACK_ALWAYS;
+        fa_plan_because(plan, "pack_gqa",
+                        packed ? "packed, as the call asks" : "not packed, as the call asks");
+        return packed;
+    }
+    const bool packed = !why_not && packing_pays(input, tile_m);
+    fa_plan_because(plan, "pack_gqa",
+                    why_not  ? why_not
+                    : packed ? "packed: blocks of one query head would be partly empty"
+                             : "not packed: blocks of one query head are full enough");
+    return packed;
+}
+
+/* ---- the main kernel ------------------------------------------------------------------------- */
+
+static struct fa_variant variant_of(const struct fa_plan_input *input, const struct fa_tile *tile,
+                                    bool packed)
+{
+    return (struct fa_variant){
+        .kernel = tile->kernel,
+        .dtype = input->dtype,
+        .head_dim = input->head_dim,
+        .head_dim_v = input->head_dim_v,
+        .tile_n = tile->tile_n,
+        .sub_n = tile->sub_n,
+        .warps = tile->warps,
+        .warp_m = tile->warp_m,
+        .stages = tile->stages,
+        .producer = tile->producer,
+        .mask_right = input->mask_right,
+        .mask_left = input->mask_left,
+        .softcap = input->softcap,
+        .pack_gqa = packed,
+    };
+}
+
+static void set_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
+                     const struct fa_tile *tile, struct fa_plan *plan)
+{
+    plan->tile_m = tile->warps * tile->warp_m;
+    plan->tile_n = tile->tile_n;
+    plan->smem_bytes = forward_smem(input, tile);
+    const int threads = (tile->warps + (tile->producer == FA_PRODUCER_WARP)) * 32;
+    const int smem_request = fa_device_smem_request(
+        &target->device, target->limits_arch, plan->smem_bytes, threads, &plan->blocks_per_sm);
+    const bool packed = choose_packing(input, plan->tile_m, plan);
+    if (target->limits_arch)
+        fa_plan_because(plan, "smem_request", "padded to the blocks per SM of FA_SM120_LIMITS");
+    fa_plan_add(plan, (struct fa_step){.job = FA_JOB_FORWARD,
+                                       .variant = variant_of(input, tile, packed),
+                                       .threads = threads,
+                                       .smem_request = smem_request});
+}
+
+/* Blocks run group by group, so that the K and V that a group reads fill at most half of the L2.
+ * All groups are equal: a smaller last one would leave multiprocessors idle at the end. */
+static int group_heads(const struct fa_plan_input *input, const struct fa_device *device,
+                       bool packed)
+{
+    const int64_t kv_heads = (int64_t)input->batch * input->heads_kv;
+    const int64_t kv_bytes = (int64_t)input->seqlen_k * (input->head_dim + input->head_dim_v) * 2;
+    const int64_t fit = MAX(1, device->l2_bytes / 2 / MAX(1, kv_bytes));
+    int64_t in_group = MIN(kv_heads, fit);
+    while (in_group > 1 && kv_heads % in_group != 0)
+        in_group--;
+    return (int)(in_group * (packed ? 1 : fa_plan_heads_per_kv(input)));
+}
+
+static int set_grid(const struct fa_plan_input *input, const struct fa_device *device,
+                    struct fa_plan *plan, struct fa_plan_error *error)
+{
+    struct fa_step *main = &plan->steps[plan->main];
+    const bool packed = main->variant.pack_gqa;
+    const int64_t heads = (int64_t)input->batch * (packed ? input->heads_kv : input->heads_q);
+    plan->m_blocks = (int)CEIL_DIV(rows(input, packed), plan->tile_m);
+    plan->n_blocks = CEIL_DIV(input->seqlen_k, plan->tile_n);
+    if (heads > INT32_MAX || heads * plan->m_blocks > INT32_MAX)
+        return fa_plan_refuse(error, false,
+                              "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
+    main->blocks = (int)(heads * plan->m_blocks);
+    plan->group_heads = group_heads(input, device, packed);
+    fa_plan_because(plan, "group_heads",
+                    plan->group_heads == heads ? "K and V of all heads fit in half of the L2"
+                                               : "as many heads at a time as keep K and V in half "
+                                                 "of the L2, in equal groups");
+    return 0;
+}
+
+/* ---- splits of the keys ---------------------------------------------------------------------- */
+
+/* The tiles of keys that the longest block of queries goes through, or one more. */
+static int longest_walk(const struct fa_plan_input *input, const struct fa_plan *plan)
+{
+    /* The windows of all rows of a block together, which may start and end within a tile. */
+    const int64_t keys =
+        (int64_t)input->window_left + input->window_right + MIN(plan->tile_m, input->seqlen_q);
+    if (keys <= 0)
+        return 0;
+    return (int)MIN(plan->n_blocks, (keys - 1 + plan->tile_n - 1) / plan->tile_n + 1);
+}
+
+/* So many parts as take the least time. */
+static int choose_splits(const struct fa_device *device, int tiles, struct fa_plan *plan)
+{
+    const struct fa_grid grid = {plan->steps[plan->main].blocks, tiles, plan->tile_n, device->sms,
+                                 plan->blocks_per_sm};
+    const int splits = fa_split_parts(&grid);
+    fa_plan_because(plan, "num_splits",
+                    splits > 1 ? "blocks of queries leave multiprocessors idle: parts of their "
+                                 "keys, a block each, take less time by the rule of csrc/split.c"
+                               : "1: parts would not pay for the second kernel, by the rule of "
+                                 "csrc/split.c");
+    return splits;
+}
+
+/* As many as asked, as far as there are tiles and blocks for them. */
+static int bounded_splits(int asked, int tiles, struct fa_plan *plan)
+{
+    const int splits = (int)MIN(MIN(asked, tiles), INT32_MAX / plan->steps[plan->main].blocks);
+    fa_plan_because(plan, "num_splits",
+                    splits == asked   ? "as asked"
+                    : splits == tiles ? "fewer than asked: a tile of keys for each"
+                                      : "fewer than asked: a grid has 2^31 - 1 blocks at most");
+    return splits;
+}
+
+static int splits_of(const struct fa_plan_input *input, const struct fa_device *device,
+                     struct fa_plan *plan)
+{
+    const int64_t rows = (int64_t)input->batch * input->heads_q * input->seqlen_q;
+    const int tiles = longest_walk(input, plan), asked = input->num_splits;
+    const char *why_one =
+        asked == 1   ? "1: the keys are not split, as asked"
+        : tiles <= 1 ? "1: no block of queries goes through more than a tile of keys"
+        : rows == 0 || rows > INT32_MAX ? "1: from 1 to 2^31 - 1 rows of queries can be split"
+                                        : NULL;
+    if (!why_one)
+        return asked == 0 ? choose_splits(device, tiles, plan) : bounded_splits(asked, tiles, plan);
+    fa_plan_because(plan, "num_splits", why_one);
+    return 1;
+}
+
+/* A row of out takes a thread for every four dims, so a block has room for some rows. Of many parts
+ * these are slices instead: few rows are enough for the whole machine then. */
+static void add_combine(const struct fa_plan_input *input, struct fa_plan *plan)
+{
+    enum { WARPS = 8, PARTS_PER_SLICE = 4 };
+    const int64_t rows = (int64_t)input->batch * input->heads_q * input->seqlen_q;
+    const int slots = fa_combine_slots(WARPS * 32, input->head_dim_v);
+    struct fa_workspace *workspace = &plan->workspace;
+    plan->combine_slices = MIN(CEIL_DIV(plan->splits, PARTS_PER_SLICE), slots);
+    workspace->lse_parts = plan->splits * rows * input->head_dim_v;
+    workspace->size = workspace->lse_parts + plan->splits * rows;
+    fa_plan_add(plan, (struct fa_step){.job = FA_JOB_COMBINE,
+                                       .variant = {.kernel = FA_KERNEL_COMBINE,
+                                                   .dtype = input->dtype,
+                                                   .head_dim_v = input->head_dim_v,
+                                                   .warps = WARPS},
+                                       .blocks = (int)CEIL_DIV(rows, slots / plan->combine_slices),
+                                       .threads = WARPS * 32});
+}
+
+static void set_splits(const struct fa_plan_input *input, const struct fa_device *device,
+                       struct fa_plan *plan)
+{
+    struct fa_step *main = &plan->steps[plan->main];
+    plan->splits = splits_of(input, device, plan);
+    if (plan->splits == 1)
+        return;
+    main->variant.split = 1;
+    main->blocks *= plan->splits;
+    add_combine(input, plan);
+}
+
+/* ---- the interface --------------------------------------------------------------------------- */
+
+int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_target *target,
+                    struct fa_plan *plan, struct fa_plan_error *error)
+{
+    struct fa_tile tile;
+    if (!choose_tile(input, target, plan, &tile))
+        return fa_plan_refuse(error, true,
+                              "no tile fits the shared memory of this device at these head dims");
+    set_main(input, target, &tile, plan);
+    if (set_grid(input, &target->device, plan, error) < 0)
+        return -1;
+    set_splits(input, &target->device, plan);
+    return 0;
+}

@@ -1,0 +1,23 @@
+/* Problem -> plan: what a plan depends on is taken from the problem, the module's state and the
+ * device; errors become exceptions, and what is dropped a warning. */
+#ifndef FA_PLANNING_H
+#define FA_PLANNING_H
+
+#include "plan.h"
+#include "problem.h"
+#include "state.h"
+
+/* What the plan of a problem depends on. In the backward dO is `dout`, or NULL where it is taken to
+ * lie like a new tensor. */
+struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
+                                       enum fa_direction direction, const struct fa_tensor *dout);
+
+/* The plan on CUDA device `ordinal`, or without a device for the architecture `arch` where that is
+ * not 0. 0, or -1 with the exception set. */
+int fa_planning_make(struct fa_state *state, const struct fa_plan_input *input, int ordinal,
+                     int arch, struct fa_plan *plan);
+
+/* Nothing that was asked for is dropped silently: one warning per process and reason. 0 or -1. */
+int fa_planning_warn(struct fa_state *state, const struct fa_plan *plan);
+
+#endif

@@ -1,0 +1,55 @@
+/* What an attention call computes, apart from its tensors. Pure C, no Python, no CUDA. */
+#ifndef FA_SHAPE_H
+#define FA_SHAPE_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "../kernels/params.h" /* enum fa_dtype */
+
+#define FA_UNBOUNDED INT32_MAX /* a window side without an end */
+
+/* Batch, lengths and heads, and packed rows: kernels can then add a few of them, and a window, in
+ * 32 bits. */
+#define FA_MAX_SIZE     (INT32_MAX / 8)
+#define FA_MAX_HEAD_DIM 256
+
+/* Whether the query heads of one KV head share the rows of a block: as the plan chooses, always,
+ * never. */
+enum fa_pack_gqa { FA_PACK_AUTO, FA_PACK_ALWAYS, FA_PACK_NEVER };
+
+struct fa_shape {
+    enum fa_dtype dtype;
+    int batch, seqlen_q, seqlen_k;
+    int heads_q, heads_kv;
+    int head_dim, head_dim_v;
+    /* Query i sees the keys i + seqlen_k - seqlen_q + [-window_left, window_right]. */
+    int window_left, window_right;
+    float softmax_scale;
+    float softcap; /* 0: none */
+};
+
+/* Query heads that share a KV head, of a shape that is not empty. */
+static inline int fa_heads_per_kv(const struct fa_shape *shape)
+{
+    return shape->heads_q / shape->heads_kv;
+}
+
+/* Whether no query meets any key, because there are none. */
+static inline bool fa_shape_is_empty(const struct fa_shape *shape)
+{
+    return shape->batch == 0 || shape->seqlen_q == 0 || shape->seqlen_k == 0;
+}
+
+/* Whether a mask hides any key. Causal decoding of one query does not, nor does a window as long as
+ * the sequence: then the kernel without the mask computes the same. */
+static inline bool fa_shape_has_right_mask(const struct fa_shape *shape)
+{
+    return shape->window_right < shape->seqlen_q - 1; /* of the first query, which sees the least */
+}
+static inline bool fa_shape_has_left_mask(const struct fa_shape *shape)
+{
+    return shape->window_left < shape->seqlen_k - 1; /* of the last query */
+}
+
+#endif

@@ -1,0 +1,37 @@
+#include "state.h"
+
+#include <string.h>
+
+#include "tile_rows.h"
+
+int fa_state_init(struct fa_state *state)
+{
+    memset(state, 0, sizeof *state);
+    return fa_option_names_make(&state->option_names);
+}
+
+int fa_state_traverse(struct fa_state *state, visitproc visit, void *arg)
+{
+    Py_VISIT(state->dlpack.frameworks);
+    Py_VISIT(state->kernels.jit);
+    for (int i = 0; i < state->dlpack.type_count; i++)
+        Py_VISIT(state->dlpack.types[i].type);
+    return 0;
+}
+
+void fa_state_clear(struct fa_state *state)
+{
+    Py_CLEAR(state->dlpack.frameworks);
+    Py_CLEAR(state->kernels.jit);
+    while (state->dlpack.type_count > 0)
+        Py_CLEAR(state->dlpack.types[--state->dlpack.type_count].type);
+}
+
+void fa_state_free(struct fa_state *state)
+{
+    fa_state_clear(state);
+    for (int i = 0; i < FA_OPTION_COUNT; i++)
+        Py_CLEAR(state->option_names.names[i]);
+    fa_kernel_table_clear(&state->kernels, &state->driver);
+    fa_tile_rows_clear(&state->tiles);
+}

@@ -1,0 +1,576 @@
+"""Matrix instructions of the emulator: PTX by hand, placed by the tables of the PTX ISA."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+
+from emulator import EmulatorError, emulator, ptx_module, unavailable
+
+pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+
+LANES = 32
+ROW_BYTES = 16
+FLOATS = {
+    "bf16": torch.bfloat16,
+    "f16": torch.float16,
+    "e4m3": torch.float8_e4m3fn,
+    "e5m2": torch.float8_e5m2,
+    "f32": torch.float32,
+}
+INTEGERS = {"s8": torch.int8, "u8": torch.uint8, "s32": torch.int32}
+DTYPES = FLOATS | INTEGERS
+
+
+# ---- PTX -----------------------------------------------------------------------------------------
+
+
+def kernel(parameters, body):
+    """%r0 is the lane, %rd0 four times that, %r1 shared memory, %r2 the block."""
+    preamble = """
+    .reg .pred %p<2>;
+    .reg .b32 %r<8>;
+    .reg .b32 %a<8>;
+    .reg .b32 %b<8>;
+    .reg .b32 %c<8>;
+    .reg .b32 %d<8>;
+    .reg .b64 %rd<8>;
+    mov.u32 %r0, %tid.x;
+    mul.wide.u32 %rd0, %r0, 4;
+    mov.u32 %r1, smem;
+    mov.u32 %r2, %ctaid.x;
+"""
+    return ptx_module(
+        [f".param .u64 {name}" for name in parameters],
+        preamble + body,
+        ".extern .shared .align 1024 .b8 smem[];",
+    )
+
+
+def vector(name, count):
+    return "{" + ", ".join(f"%{name}{i}" for i in range(count)) + "}"
+
+
+def address(name, count):
+    """%rd2: where the lane's words of this block are in parameter `name`, `count` per lane."""
+    return f"""
+    ld.param.u64 %rd2, [{name}];
+    mul.wide.u32 %rd3, %r2, {4 * LANES * count};
+    add.s64 %rd2, %rd2, %rd3;
+    add.s64 %rd2, %rd2, %rd0;
+"""
+
+
+def load(name, count):
+    """Registers %{name}0... from an array [blocks, count, lanes]."""
+    loads = (f"    ld.global.b32 %{name}{i}, [%rd2+{128 * i}];\n" for i in range(count))
+    return address(name, count) + "".join(loads)
+
+
+def store(name, count, register=None):
+    register = register or name
+    stores = (f"    st.global.b32 [%rd2+{128 * i}], %{register}{i};\n" for i in range(count))
+    return address(name, count) + "".join(stores)
+
+
+def refusal(body, parameters=(), *arguments, **launch):
+    """The report of a launch that must not succeed."""
+    with pytest.raises(EmulatorError) as caught:
+        emulator().run(kernel(parameters, body), *arguments, **launch)
+    return str(caught.value)
+
+
+# ---- mma: where the ISA has the elements ---------------------------------------------------------
+
+# Of element i of a lane's fragment, by (shape, bits per element): its row and column. `g` is the
+# ISA's groupID, `t` its threadID_in_group.
+A_TABLES = {
+    ("m16n8k8", 16): lambda g, t, i: (g if i < 2 else g + 8, t * 2 + (i & 1)),
+    ("m16n8k16", 16): lambda g, t, i: (
+        g if 0 <= i < 2 or 4 <= i < 6 else g + 8,
+        t * 2 + (i & 1) if i < 4 else t * 2 + (i & 1) + 8,
+    ),
+    ("m16n8k32", 8): lambda g, t, i: (
+        g if 0 <= i < 4 or 8 <= i < 12 else g + 8,
+        t * 4 + (i & 3) if i < 8 else t * 4 + (i & 3) + 16,
+    ),
+}
+B_TABLES = {
+    ("m16n8k8", 16): lambda g, t, i: (t * 2 + i, g),
+    ("m16n8k16", 16): lambda g, t, i: (t * 2 + (i & 1) if i < 2 else t * 2 + (i & 1) + 8, g),
+    ("m16n8k32", 8): lambda g, t, i: (t * 4 + (i & 3) if i < 4 else t * 4 + (i & 3) + 16, g),
+}
+
+
+def c_table(g, t, i):
+    return (g if i < 2 else g + 8, t * 2 + (i & 1))
+
+
+def places(table, count):
+    """Row and column [count, lanes] of every element of every lane's fragment."""
+    lanes = [(lane >> 2, lane % 4) for lane in range(LANES)]
+    rows_and_columns = [[table(g, t, i) for g, t in lanes] for i in range(count)]
+    return tuple(np.moveaxis(np.array(rows_and_columns), -1, 0))
+
+
+def pack(matrices, table):
+    """Registers [blocks, registers, lanes] of matrices [blocks, rows, columns]."""
+    per_word = 4 // matrices.itemsize
+    raw = matrices.contiguous().view(torch.uint8).numpy().view(f"u{matrices.itemsize}")
+    rows, columns = places(table, raw[0].size // LANES)
+    words = raw[:, rows, columns].reshape(len(raw), -1, per_word, LANES).astype(np.uint32)
+    shifts = np.arange(per_word, dtype=np.uint32)[:, None] * np.uint32(32 // per_word)
+    return np.ascontiguousarray(np.bitwise_or.reduce(words << shifts, axis=2))
+
+
+def unpack(registers, dtype):
+    """D [blocks, 16, 8] of registers [blocks, registers, lanes]."""
+    per_word = 4 // dtype.itemsize
+    elements = torch.from_numpy(registers).view(dtype).unflatten(2, (LANES, per_word))
+    rows, columns = places(c_table, 4)
+    d = torch.empty(len(registers), 16, 8, dtype=dtype)
+    d[:, rows, columns] = elements.movedim(3, 2).reshape(len(registers), 4, LANES)
+    return d
+
+
+# ---- mma: what it computes -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Mma:
+    name: str
+    shape: str
+    a: str
+    b: str
+    c: str
+
+    @property
+    def k(self):
+        return int(self.shape.rpartition("k")[2])
+
+    @property
+    def tables(self):
+        key = self.shape, 8 * DTYPES[self.a].itemsize
+        return A_TABLES[key], B_TABLES[key]
+
+    @property
+    def counts(self):
+        """Registers of A, B and C."""
+        sizes = (16 * self.k * DTYPES[self.a].itemsize, self.k * 8 * DTYPES[self.b].itemsize)
+        return *(size // 4 // LANES for size in sizes), 128 * DTYPES[self.c].itemsize // 4 // LANES
+
+    def __str__(self):
+        return self.name.removeprefix("mma.sync.aligned.")
+
+
+def every_mma():
+    for shape in ("m16n8k8", "m16n8k16"):
+        for c, a in (("f32", "bf16"), ("f32", "f16"), ("f16", "f16")):
+            name = f"mma.sync.aligned.{shape}.row.col.{c}.{a}.{a}.{c}"
+            yield Mma(name, shape, a, a, c)
+    spellings = "m16n8k32.row.col", "m16n8k32.row.col.kind::f8f6f4", "kind::f8f6f4.m16n8k32.row.col"
+    for spelling, c in itertools.product(spellings, ("f32", "f16")):
+        for a, b in itertools.product(("e4m3", "e5m2"), repeat=2):
+            yield Mma(f"mma.sync.aligned.{spelling}.{c}.{a}.{b}.{c}", "m16n8k32", a, b, c)
+    for a, b in itertools.product(("s8", "u8"), repeat=2):
+        yield Mma(f"mma.sync.aligned.m16n8k32.row.col.s32.{a}.{b}.s32", "m16n8k32", a, b, "s32")
+
+
+MMAS = {str(mma): mma for mma in every_mma()}
+FLOAT_MMAS = {name: mma for name, mma in MMAS.items() if mma.c in FLOATS and "kind" not in name}
+every = pytest.mark.parametrize("mma", MMAS.values(), ids=str)
+every_float = pytest.mark.parametrize("mma", FLOAT_MMAS.values(), ids=str)
+
+
+def registers_of(mma, a, b, c):
+    """D's registers after D = A B + C, one product per block."""
+    (a_table, b_table), (a_count, b_count, c_count) = mma.tables, mma.counts
+    operands = pack(a, a_table), pack(b, b_table), pack(c, c_table)
+    assert [x.shape[1] for x in operands] == [a_count, b_count, c_count]
+    d = np.zeros((len(a), c_count, LANES), np.uint32)
+    vectors = [vector("d", c_count), vector("a", a_count), vector("b", b_count)]
+    body = load("a", a_count) + load("b", b_count) + load("c", c_count)
+    body += f"    {mma.name} {', '.join([*vectors, vector('c', c_count)])};\n"
+    ptx = kernel("abcd", body + store("d", c_count))
+    emulator().run(ptx, *operands, d, grid=len(a))
+    return d
+
+
+def product(mma, a, b, c):
+    return unpack(registers_of(mma, a, b, c), DTYPES[mma.c])
+
+
+def exact(a, b, c):
+    a, b, c = a.double(), b.double(), c.double()
+    return (a[:, :, :, None] * b[:, None, :, :]).sum(2) + c
+
+
+def bound(mma, a, b, c):
+    """How far from the exact result rounding may lead: of each sum, and of what comes out."""
+    magnitude = exact(*(x.double().abs() for x in (a, b, c)))
+    error = magnitude * (mma.k + 1) * 2.0**-24
+    return error + (magnitude * 2.0**-11 + 2.0**-24 if mma.c == "f16" else 0)
+
+
+def drawn(mma, blocks, draw):
+    """A, B and C of numbers that `draw` draws, in the types of an mma."""
+    shapes = (16, mma.k), (mma.k, 8), (16, 8)
+    types = mma.a, mma.b, mma.c
+    return [
+        draw(blocks, *shape).to(DTYPES[type]) for shape, type in zip(shapes, types, strict=True)
+    ]
+
+
+@every
+def test_every_element_is_where_the_isa_has_it(mma):
+    """Integers, so that no sum is rounded."""
+    low = 0 if "u8" in (mma.a, mma.b) else -4
+    a, b, c = drawn(mma, 8, lambda *shape: torch.randint(low, 5, shape))
+    assert torch.equal(product(mma, a, b, c).double(), exact(a, b, c))
+
+
+@every_float
+def test_random_numbers(mma):
+    a, b, c = drawn(mma, 8, lambda *shape: torch.randn(shape))
+    error = (product(mma, a, b, c).double() - exact(a, b, c)).abs()
+    assert (error <= bound(mma, a, b, c)).all()
+
+
+@every_float
+def test_sums_run_up_k_in_float(mma):
+    """The same bits on every machine: products are exact, each addition rounds to a float."""
+    a, b, c = drawn(mma, 8, lambda *shape: torch.randn(shape))
+    sums = c.float()
+    for k in range(mma.k):
+        sums = sums + a[:, :, k, None].float() * b[:, None, k, :].float()
+    assert torch.equal(product(mma, a, b, c), sums.to(DTYPES[mma.c]))
+
+
+@every_float
+@pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan], ids=str)
+def test_infinity_and_nan(mma, special):
+    """They reach what they should: infinity times zero and infinity minus infinity are NaN."""
+    a, b, c = drawn(mma, 16, lambda *shape: torch.randint(-4, 5, shape))
+    c[torch.rand(c.shape) < 0.1] = special
+    for matrix, type in ((a, mma.a), (b, mma.b)):
+        value = torch.nan if type == "e4m3" else special  # e4m3 has no infinity
+        hit = torch.rand(matrix.shape) < 0.01
+        matrix.copy_(torch.where(hit, value, matrix.float()))
+    expected = exact(a, b, c)
+    assert expected.isnan().any() and expected.isinf().any() == (special == special)
+    d = product(mma, a, b, c).double()
+    assert torch.equal(d.isnan(), expected.isnan())
+    assert torch.equal(d[~d.isnan()], expected[~d.isnan()])
+
+
+@pytest.mark.parametrize("type, bits", [("f32", 0x7FFFFFFF), ("f16", 0x7FFF)])
+def test_there_is_one_nan(type, bits):
+    mma = MMAS[f"m16n8k16.row.col.{type}.f16.f16.{type}"]
+    a, b, c = drawn(mma, 1, lambda *shape: torch.zeros(shape))
+    c[:] = -torch.nan
+    c.view(torch.int16)[:, ::2] |= 1
+    d = product(mma, a, b, c).view({4: torch.int32, 2: torch.int16}[c.itemsize])
+    assert (d == bits).all()
+
+
+def patterns(type):
+    """Every number of a type."""
+    raw = {1: torch.uint8, 2: torch.int16}[DTYPES[type].itemsize]
+    low = torch.iinfo(raw).min
+    return torch.arange(low, torch.iinfo(raw).max + 1).to(raw).view(DTYPES[type])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["m16n8k16.row.col.f32.bf16.bf16.f32", "m16n8k16.row.col.f32.f16.f16.f32"]
+    + [f"m16n8k32.row.col.f32.{a}.{a}.f32" for a in ("e4m3", "e5m2")],
+)
+def test_every_number_there_is(name):
+    """Times one: as elements of A, then of B, one in each row or column."""
+    mma = MMAS[name]
+    numbers = patterns(mma.a)
+    for rows in (16, 8):
+        blocks = len(numbers) // rows
+        a, b, c = drawn(mma, blocks, lambda *shape: torch.zeros(shape))
+        if rows == 16:
+            a[:, :, 1], b[:, 1, :] = numbers.view(blocks, 16), 1
+            expected = numbers.view(blocks, 16, 1).float()
+        else:
+            a[:, :, 1], b[:, 1, :] = 1, numbers.view(blocks, 8)
+            expected = numbers.view(blocks, 1, 8).float()
+        d = product(mma, a, b, c)
+        assert torch.equal(d.nan_to_num(torch.pi), expected.expand_as(d).nan_to_num(torch.pi))
+
+
+def test_every_f16_passes_as_an_accumulator():
+    mma = MMAS["m16n8k16.row.col.f16.f16.f16.f16"]
+    numbers = patterns("f16").view(-1, 16, 8)
+    a, b, _ = drawn(mma, len(numbers), lambda *shape: torch.zeros(shape))
+    d = product(mma, a, b, numbers)
+    assert torch.equal(d.isnan(), numbers.isnan())
+    assert torch.equal(d.nan_to_num(), numbers.nan_to_num())
+
+
+def test_f16_sums_are_rounded_to_the_nearest():
+    """Single products, exact in float: to even at a tie, to subnormals and to infinity."""
+    mma = MMAS["m16n8k16.row.col.f16.f16.f16.f16"]
+    a, b, c = drawn(mma, 512, lambda *shape: torch.zeros(shape))
+    a[:, :, 0] = torch.randn(512, 16) * torch.logspace(-4, 3, 512)[:, None]
+    b[:, 0, :] = torch.randn(512, 8) * torch.logspace(-4, 3, 512)[:, None]
+    products = a[:, :, :1].float().numpy() * b[:, :1, :].float().numpy()
+    with np.errstate(over="ignore"):
+        expected = torch.from_numpy(products.astype(np.float16))
+    assert expected.isinf().any() and ((expected != 0) & (expected.abs() < 2**-14)).any()
+    assert torch.equal(product(mma, a, b, c), expected)
+
+
+@pytest.mark.parametrize("a, b", [*itertools.product(("s8", "u8"), repeat=2)])
+def test_integer_sums_are_exact_and_wrap(a, b):
+    mma = MMAS[f"m16n8k32.row.col.s32.{a}.{b}.s32"]
+    limits = [torch.iinfo(DTYPES[type]) for type in (a, b, "s32")]
+    operands = drawn(mma, 64, torch.zeros)
+    for operand, limit in zip(operands, limits, strict=True):
+        operand[:] = torch.randint(limit.min, limit.max + 1, operand.shape)
+    for operand, limit in zip(operands, limits, strict=True):
+        operand[:2] = limit.max
+        operand[2:4] = limit.min
+    a, b, c = (operand.long() for operand in operands)
+    expected = (a[:, :, :, None] * b[:, None, :, :]).sum(2) + c
+    assert (expected > limits[2].max).any()
+    assert torch.equal(product(mma, *operands), expected.int())
+
+
+@pytest.mark.parametrize(
+    "d", ["a0 a1 a2 a3", "c0 c1 c2 c3", "c2 c3 c0 c1", "c1 c0 c3 c2", "b0 a3 c3 b1"]
+)
+@pytest.mark.parametrize("types", ["f32.f16.f16.f32", "s32.s8.s8.s32"])
+def test_results_may_replace_any_operand(d, types):
+    """All operands are read before the first result is written."""
+    mma = next(mma for mma in reversed(MMAS.values()) if mma.name.endswith(types))
+    assert mma.counts == (4, 2, 4)
+    a, b, c = drawn(mma, 1, lambda *shape: torch.randint(-4, 5, shape))
+    operands = [pack(x, table) for x, table in zip((a, b, c), (*mma.tables, c_table), strict=True)]
+    results = np.zeros((1, 4, LANES), np.uint32)
+    names = [f"%{name}" for name in d.split()]
+    vectors = ["{" + ", ".join(names) + "}", vector("a", 4), vector("b", 2), vector("c", 4)]
+    body = load("a", 4) + load("b", 2) + load("c", 4) + f"    {mma.name} {', '.join(vectors)};\n"
+    body += "".join(f"    mov.b32 %d{i}, {name};\n" for i, name in enumerate(names))
+    emulator().run(kernel("abcd", body + store("d", 4)), *operands, results)
+    assert torch.equal(unpack(results, DTYPES[mma.c]).double(), exact(a, b, c))
+
+
+# ---- ldmatrix, stmatrix, movmatrix ---------------------------------------------------------------
+
+SLOTS = 64  # rows of 16 bytes in shared memory
+IMAGE = np.arange(1, SLOTS * ROW_BYTES // 2 + 1, dtype=np.uint16)  # no two elements are the same
+
+OWN_WORDS = "    shl.b32 %r3, %r0, 2;\n    add.s32 %r3, %r3, %r1;\n"
+
+
+def each_own_word(*instructions):
+    """Instructions on %d0 for all of the image, a word of each 128 bytes per lane."""
+    ats = range(0, SLOTS * ROW_BYTES, 4 * LANES)
+    return "".join(f"    {text.format(at)};\n" for at in ats for text in instructions)
+
+
+FILL = OWN_WORDS + address("image", 0)
+FILL += each_own_word("ld.global.b32 %d0, [%rd2+{}]", "st.shared.b32 [%r3+{}], %d0")
+FILL += "    bar.sync 0;\n"
+DUMP = "    bar.sync 0;\n" + address("image", 0)
+DUMP += each_own_word("ld.shared.b32 %d0, [%r3+{}]", "st.global.b32 [%rd2+{}], %d0")
+
+# %r4: shared memory's address, and the lane's offset in it
+ROW_ADDRESS = load("offsets", 0) + "    ld.global.b32 %r4, [%rd2];\n    add.s32 %r4, %r4, %r1;\n"
+
+counts = pytest.mark.parametrize("count", [1, 2, 4])
+transposed = pytest.mark.parametrize("trans", ["", ".trans"], ids=["rows", "columns"])
+spaces = pytest.mark.parametrize("space", ["shared", "shared::cta"])
+
+
+def offsets_of(slots, count):
+    """The offsets that the lanes give: those that the instruction must not use are nowhere."""
+    offsets = np.full(LANES, 0x7FFFFFF1, np.uint32)
+    offsets[: 8 * count] = np.asarray(slots)[: 8 * count] * ROW_BYTES
+    return offsets
+
+
+def element(lane, half, trans):
+    """Row and column of the 8 x 8 matrix, of a half of a lane's word."""
+    return (2 * (lane % 4) + half, lane // 4) if trans else (lane // 4, 2 * (lane % 4) + half)
+
+
+def halves(registers):
+    """[registers, lanes, 2]"""
+    return registers.view(np.uint16).reshape(*registers.shape, 2)
+
+
+@counts
+@transposed
+@spaces
+def test_ldmatrix(count, trans, space):
+    slots = np.random.default_rng(count).permutation(SLOTS)
+    registers = np.zeros((count, LANES), np.uint32)
+    name = f"ldmatrix.sync.aligned.m8n8.x{count}{trans}.{space}.b16"
+    body = FILL + ROW_ADDRESS + f"    {name} {vector('a', count)}, [%r4];\n"
+    ptx = kernel(("image", "offsets", "out"), body + store("out", count, "a"))
+    emulator().run(ptx, IMAGE, offsets_of(slots, count), registers, shared=IMAGE.nbytes)
+    rows = IMAGE.reshape(SLOTS, 8)
+    for m, lane, half in itertools.product(range(count), range(LANES), range(2)):
+        row, column = element(lane, half, trans)
+        assert halves(registers)[m, lane, half] == rows[slots[8 * m + row], column]
+
+
+@counts
+@transposed
+@spaces
+def test_stmatrix(count, trans, space):
+    slots = np.random.default_rng(count).permutation(SLOTS)
+    registers = np.arange(0x8000, 0x8000 + 2 * count * LANES, dtype=np.uint16).view(np.uint32)
+    registers = registers.reshape(count, LANES)
+    name = f"stmatrix.sync.aligned.m8n8.x{count}{trans}.{space}.b16"
+    body = FILL + ROW_ADDRESS + load("a", count)
+    body += f"    {name} [%r4], {vector('a', count)};\n"
+    image, expected = IMAGE.copy(), IMAGE.copy().reshape(SLOTS, 8)
+    ptx = kernel(("image", "offsets", "a"), body + DUMP)
+    emulator().run(ptx, image, offsets_of(slots, count), registers, shared=image.nbytes)
+    for m, lane, half in itertools.product(range(count), range(LANES), range(2)):
+        row, column = element(lane, half, trans)
+        expected[slots[8 * m + row], column] = halves(registers)[m, lane, half]
+    assert np.array_equal(image.reshape(SLOTS, 8), expected)
+
+
+@pytest.mark.parametrize("d", ["d0", "a0"])
+def test_movmatrix(d):
+    source = np.arange(2 * LANES, dtype=np.uint16).view(np.uint32).reshape(1, LANES)
+    target = np.zeros_like(source)
+    body = load("a", 1) + f"    movmatrix.sync.aligned.m8n8.trans.b16 %{d}, %a0;\n"
+    body += f"    mov.b32 %d0, %{d};\n" + store("d", 1)
+    emulator().run(kernel("ad", body), source, target)
+    matrix = halves(source).reshape(8, 8)
+    assert np.array_equal(halves(target).reshape(8, 8), matrix.T)
+
+
+# ---- bank conflicts ------------------------------------------------------------------------------
+
+
+STRIDES = {16: 1, 144: 1, 48: 1, 0: 1, 32: 2, 96: 2, 64: 4, 128: 8, 256: 8}  # -> passes
+
+
+@pytest.mark.parametrize(
+    "instruction, stride",
+    [("ldmatrix", stride) for stride in STRIDES]
+    + [("stmatrix", stride) for stride in STRIDES if stride],
+)
+@counts
+def test_bank_conflicts(instruction, stride, count):
+    """Rows of a matrix that are `stride` bytes apart: one pass per matrix at best."""
+    matrix, row = np.divmod(np.arange(LANES), 8)
+    offsets = (matrix * 16 * 128 + row * stride).astype(np.uint32)
+    size = 4 * 16 * 128
+    operands = ["[%r4]", vector("a", count)]
+    operands = operands if instruction == "stmatrix" else operands[::-1]
+    words = range(0, size, 4 * LANES)
+    fill = OWN_WORDS + "".join(f"    st.shared.b32 [%r3+{at}], %r0;\n" for at in words)
+    body = fill + "    bar.sync 0;\n" + ROW_ADDRESS
+    body += "".join(f"    mov.b32 %a{i}, {i};\n" for i in range(count))
+    body += f"    {instruction}.sync.aligned.m8n8.x{count}.shared.b16 {', '.join(operands)};\n"
+    emulator().run(kernel(["offsets"], body), offsets, shared=size)
+    counters = emulator().counters()
+    assert counters.instructions[instruction] == 1
+    assert counters.wavefronts[instruction] == STRIDES[stride] * count
+    assert counters.wavefronts_ideal[instruction] == count
+
+
+# ---- what is refused -----------------------------------------------------------------------------
+
+MMA = "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32"
+ZEROS = "".join(f"    mov.b32 %{name}{i}, 0;\n" for name in "abcd" for i in range(4))
+LDMATRIX = "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%a0, %a1, %a2, %a3}, [%r4];\n"
+STMATRIX = "stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r4], {%a0, %a1, %a2, %a3};\n"
+OPERANDS = {
+    f"{MMA} {{%d0, %d1, %d2, %d3}}, {{%a0, %a1, %a2, %a3}}, {{%b0, %b1}}, {{%c0, %c1, %c2, %c3}};",
+    LDMATRIX,
+    STMATRIX,
+    "movmatrix.sync.aligned.m8n8.trans.b16 %d0, %a0;",
+}
+
+
+@pytest.mark.parametrize("instruction", sorted(OPERANDS), ids=lambda text: text.split(".")[0])
+@pytest.mark.parametrize("active", [1, 31])
+def test_a_diverged_warp(instruction, active):
+    body = ZEROS + FILL + "    shl.b32 %r4, %r0, 4;\n    add.s32 %r4, %r4, %r1;\n"
+    body += f"    setp.lt.u32 %p0, %r0, {active};\n    @%p0 {instruction}\n"
+    report = refusal(body, ["image"], IMAGE, shared=IMAGE.nbytes)
+    assert "all 32 lanes" in report and f"lane {active}" in report
+    assert instruction.split(" ")[0] in report
+
+
+@pytest.mark.parametrize("instruction", [LDMATRIX, STMATRIX], ids=["ldmatrix", "stmatrix"])
+@pytest.mark.parametrize(
+    "lane, offset, words",
+    [
+        (9, 8, "multiple of 16"),
+        (31, 2, "multiple of 16"),
+        (17, SLOTS * ROW_BYTES, f"the block's {SLOTS * ROW_BYTES}"),
+        (0, -16, f"the block's {SLOTS * ROW_BYTES}"),
+    ],
+)
+def test_a_wrong_row_address(instruction, lane, offset, words):
+    offsets = offsets_of(np.arange(LANES), 4)
+    offsets[lane] = np.uint32(offset % 2**32)
+    body = ZEROS + FILL + ROW_ADDRESS + instruction
+    report = refusal(body, ("image", "offsets"), IMAGE, offsets, shared=IMAGE.nbytes)
+    assert words in report and f"lane {lane}" in report
+
+
+def test_rows_that_nobody_wrote():
+    """One word of one row is enough."""
+    body = OWN_WORDS + "    setp.lt.u32 %p0, %r0, 31;\n    mov.b32 %a0, 0;\n"
+    body += "".join(f"    st.shared.b32 [%r3+{128 * i}], %a0;\n" for i in range(3))
+    body += "    @%p0 st.shared.b32 [%r3+384], %a0;\n    bar.sync 0;\n" + ROW_ADDRESS
+    offsets = offsets_of(np.arange(LANES), 4)
+    report = refusal(body + LDMATRIX, ["offsets"], offsets, shared=512)
+    assert "nobody has written" in report and "lane 31" in report
+
+
+def test_a_row_that_is_written_again_too_early():
+    """Every lane has read every row."""
+    body = FILL + ROW_ADDRESS + LDMATRIX + "    st.shared.b32 [%r3], %a0;\n"
+    offsets = offsets_of(np.arange(LANES), 4)
+    report = refusal(body, ("image", "offsets"), IMAGE, offsets, shared=IMAGE.nbytes)
+    assert "with no bar.warp.sync between" in report
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mma.sync.aligned.m16n8k16.row.row.f32.bf16.bf16.f32",
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.f16.f32",
+        "mma.sync.aligned.m16n8k16.row.col.f16.bf16.bf16.f16",
+        "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32",
+        "mma.sync.aligned.m16n8k32.row.col.kind::f8f6f4.f32.e2m1.e2m1.f32",
+        "mma.sync.m16n8k16.row.col.f32.bf16.bf16.f32",
+    ],
+)
+def test_an_unknown_mma(name):
+    vectors = [vector("d", 4), vector("a", 4), vector("b", 2), vector("c", 4)]
+    assert name in refusal(f"    {name} {', '.join(vectors)};\n")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ldmatrix.sync.aligned.m8n8.x4.b16",
+        "ldmatrix.sync.aligned.x4.m8n8.shared.b16",
+        "ldmatrix.sync.aligned.m16n16.x2.trans.shared.b8",
+        "stmatrix.sync.aligned.m16n8.x4.trans.shared.b8",
+    ],
+)
+def test_an_unknown_move(name):
+    operands = [vector("a", 4), "[%r4]"]
+    operands = operands if name.startswith("ld") else operands[::-1]
+    assert name in refusal(f"    {name} {', '.join(operands)};\n")

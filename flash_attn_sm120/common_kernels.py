@@ -1,0 +1,127 @@
+"""The common kernels: what ``warmup`` compiles ahead, wheels ship, and CI gates."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from flash_attn_sm120 import _C, jit, tuned_tiles
+from flash_attn_sm120.plan import Kernel, Plan, explain, explain_backward
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+# (head_dim, head_dim_v) of Llama, Qwen, Mistral, Gemma, Phi and DeepSeek (MLA).
+COMMON_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+HEADS = 8
+
+
+def common_plans(arch: int, head_dims: Iterable[tuple[int, int]] | None = None) -> Iterator[Plan]:
+    """The plans of the common forward calls on compute capability ``arch``; needs no GPU.
+
+    Each kernel once: of calls that fill the machine, of short ones, and of those between.
+    """
+    seen = set()
+    for dtype, dims, seqlen, causal in itertools.product(
+        DTYPES, head_dims or COMMON_HEAD_DIMS, (16384, 2048, 512), (False, True)
+    ):
+        qkv = _qkv(dtype, dims, seqlen, seqlen)
+        plan = explain(*qkv, causal=causal, num_splits=1, arch=arch)
+        if plan.variant not in seen:
+            seen.add(plan.variant)
+            yield plan
+
+
+def decoding_plans(arch: int) -> Iterator[Plan]:
+    """The plans of common calls of one query, whose keys are split; needs no GPU."""
+    for dtype, dims in itertools.product(DTYPES, COMMON_HEAD_DIMS):
+        yield explain(*_qkv(dtype, dims, 1, 8192), arch=arch)
+
+
+def backward_plans(arch: int, head_dims: Iterable[tuple[int, int]] | None = None) -> Iterator[Plan]:
+    """The plans of the gradients of common calls; needs no GPU.
+
+    Of calls that need every step: those of few keys, which blocks share, and of a sink. Not of
+    ``deterministic=True``: few ask for it, and it would double the kernels.
+    """
+    sink = torch.empty(HEADS)
+    for dtype, dims, causal in itertools.product(
+        DTYPES, head_dims or COMMON_HEAD_DIMS, (False, True)
+    ):
+        qkv = _qkv(dtype, dims, 512, 512)
+        yield explain_backward(*qkv, causal=causal, learnable_sink=sink, arch=arch)
+
+
+def _qkv(
+    dtype: torch.dtype, dims: tuple[int, int], seqlen_q: int, seqlen_k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    # Nobody touches this memory: plans look at shapes and strides alone.
+    q = torch.empty(1, seqlen_q, HEADS, dims[0], dtype=dtype)
+    k, v = (torch.empty(1, seqlen_k, HEADS, dim, dtype=dtype) for dim in dims)
+    return q, k, v
+
+
+def common_kernels(arch: int) -> list[Kernel]:
+    """What the common calls launch on compute capability ``arch``, each kernel once.
+
+    Those of the forward come first, so that a warm-up that is interrupted serves inference.
+    """
+    plans: Iterable[Plan] = itertools.chain(
+        common_plans(arch), decoding_plans(arch), backward_plans(arch)
+    )
+    return list(dict.fromkeys(kernel for plan in plans for kernel in plan.kernels))
+
+
+def warmup(
+    arch: int | None = None, progress: Callable[[Iterable[Kernel]], Iterable[Kernel]] = iter
+) -> int:
+    """Compiles the common kernels of both directions into the disk cache, over all cores.
+
+    Args:
+        arch: compute capability; default that of the first CUDA device.
+        progress: wraps the iterable of finished kernels, say ``tqdm``.
+
+    Returns:
+        How many kernels are ready.
+
+    Raises:
+        RuntimeError: no device, or a kernel that does not compile.
+    """
+    driver_version = 0
+    if arch is None:
+        driver_version, devices = _C.devices()
+        if not devices:
+            raise RuntimeError("there is no CUDA device to compile for: name an architecture")
+        arch = devices[0]["arch"]
+    chosen: int = arch
+
+    def ready(kernel: Kernel) -> Kernel:
+        jit.compile(*kernel, chosen, driver_version)
+        return kernel
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return sum(1 for _ in progress(pool.map(ready, common_kernels(chosen))))
+
+
+def prebuild(directory: Path, architectures: Iterable[str]) -> None:
+    """Compiles the common kernels into ``directory`` for a wheel to ship.
+
+    Args:
+        directory: ``prebuilt/`` of the package that the wheel is made of.
+        architectures: as NVRTC names them, say ``"sm_120f"``.
+
+    Raises:
+        RuntimeError: a name that is none, or a kernel that does not compile.
+    """
+    for arch in architectures:
+        number = re.fullmatch(r"sm_(\d+)[af]?", arch)
+        if not number:
+            raise RuntimeError(f"an architecture is named like sm_120f, got {arch!r}")
+        with tuned_tiles.using(()):  # a wheel is for others: without what was tuned here
+            kernels = common_kernels(int(number[1]))
+        jit.prebuild(directory, kernels, arch)

@@ -1,0 +1,156 @@
+"""Plans: how a call is carried out, with the reason for every choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
+
+from flash_attn_sm120 import _C
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Tensor = Any  # torch.Tensor, numpy.ndarray, or any other object with __dlpack__
+Window = Sequence[int | None] | None
+
+
+class ScalarOptions(TypedDict, total=False):
+    """The options of a call in both directions that are no tensors."""
+
+    softmax_scale: float | None
+    causal: bool
+    window_size: Window
+    softcap: float
+    num_splits: int
+    pack_gqa: bool | None
+    deterministic: bool
+
+
+class CallOptions(ScalarOptions, total=False):
+    """The options of a call in both directions: see :func:`flash_attn_func`."""
+
+    learnable_sink: Tensor | None
+
+
+class Kernel(NamedTuple):
+    """What the compiler makes a kernel of."""
+
+    kernel: str  # the source of that name
+    variant: str  # canonical name
+    options: tuple[str, ...]  # compile-time constants
+
+
+class Step(NamedTuple):
+    """One launch."""
+
+    kernel: str
+    variant: str
+    options: tuple[str, ...]
+    blocks: int  # the grid; 0: nothing is launched
+    threads: int  # per block
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is carried out in one direction. Bytes and counts; None where of no concern."""
+
+    direction: str  # "forward" or "backward"
+    steps: tuple[Step, ...] = ()  # in the order of their launches; none on the CPU
+    main_step: int = 0  # the one that multiplies matrices
+    threads: int | None = None  # CPU: cores used
+    tile_m: int | None = None  # query rows of a tile
+    tile_n: int | None = None  # keys of a tile
+    warps: int | None = None
+    stages: int | None = None  # of K and V; in the backward of Q
+    tma: bool | None = None  # the TMA brings tiles; else cp.async
+    group_heads: int | None = None  # forward: (batch, head) pairs that run together
+    num_splits: int | None = None  # forward: parts of the keys, a block for each
+    q_splits: int | None = None  # backward: blocks that share a tile of keys
+    pack_gqa: bool | None = None  # forward: the query heads of one KV head share blocks
+    smem_bytes: int | None = None  # shared memory that a block of the main kernel uses
+    smem_request: int | None = None  # and asks for: more where FA_SM120_LIMITS pads it
+    blocks_per_sm: int | None = None
+    workspace_bytes: int | None = None
+    reasons: dict[str, str] = field(default_factory=dict)  # choice -> why
+
+    @property
+    def kernel(self) -> str:
+        """The main kernel's source; "cpu" for the reference implementation; "" for nothing."""
+        if self.steps:
+            return self.steps[self.main_step].kernel
+        return "" if self.threads is None else "cpu"
+
+    @property
+    def variant(self) -> str | None:
+        """The main kernel's canonical name."""
+        return self.steps[self.main_step].variant if self.steps else None
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """The main kernel's compile-time constants."""
+        return self.steps[self.main_step].options if self.steps else ()
+
+    @property
+    def blocks(self) -> int | None:
+        """The main kernel's grid."""
+        return self.steps[self.main_step].blocks if self.steps else None
+
+    @property
+    def main(self) -> Kernel | None:
+        """The main kernel; None where nothing is launched."""
+        return Kernel(*self.steps[self.main_step][:3]) if self.steps else None
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """All that the compiler has to make, in the order of launches."""
+        return tuple(Kernel(*step[:3]) for step in self.steps)
+
+    def __str__(self) -> str:
+        lines = [f"{self.direction} by {self.kernel or 'no kernel'}"]
+        lines += [f"  {s.variant}: {s.blocks} blocks of {s.threads} threads" for s in self.steps]
+        skipped = ("direction", "steps", "main_step", "reasons")
+        facts = {k: v for k, v in vars(self).items() if v is not None and k not in skipped}
+        lines += [f"{name:16} {value}" for name, value in facts.items()]
+        return "\n".join(lines + [f"  {choice}: {why}" for choice, why in self.reasons.items()])
+
+
+def explain(
+    q: Tensor, k: Tensor, v: Tensor, *, arch: int | None = None, **options: Unpack[CallOptions]
+) -> Plan:
+    """The plan of ``flash_attn_func(q, k, v, **options)``, with the reason for every choice.
+
+    Nothing is computed or copied: tensors that a call would copy first are taken to lie as their
+    copies would.
+
+    Args:
+        q, k, v: as in :func:`flash_attn_func`.
+        arch: plan for this compute capability (120, 90, ...) instead of the device of ``q``, which
+            needs no GPU.
+        options: ``softmax_scale``, ``causal``, ``window_size``, ``learnable_sink``, ``softcap``,
+            ``num_splits``, ``pack_gqa``, ``deterministic``, as in :func:`flash_attn_func`.
+
+    Raises:
+        The exceptions of :func:`flash_attn_func`.
+    """
+    return _plan("forward", _C.explain(q, k, v, arch=arch, **options))
+
+
+def explain_backward(
+    q: Tensor, k: Tensor, v: Tensor, *, arch: int | None = None, **options: Unpack[CallOptions]
+) -> Plan:
+    """The plan of the backward of ``flash_attn_func(q, k, v, **options)``, of a dense gradient.
+
+    Args:
+        q, k, v, arch, options: as in :func:`explain`; ``num_splits`` and ``pack_gqa`` concern the
+            forward alone.
+
+    Raises:
+        The exceptions of :func:`flash_attn_func`.
+    """
+    return _plan("backward", _C.explain_backward(q, k, v, arch=arch, **options))
+
+
+def _plan(direction: str, plan: dict[str, Any]) -> Plan:
+    steps = tuple(Step(*step) for step in plan.pop("steps", ()))
+    return Plan(direction, steps, **plan)

@@ -1,0 +1,155 @@
+"""What ptxas makes of every common kernel: the gates that a kernel must pass to land. No GPU needed."""
+
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from flash_attn_sm120 import common_kernels, explain, explain_backward, jit
+from helpers import builds
+from helpers.shapes import SM120_SMEM
+from helpers.tiles import PRODUCERS, tile_row, use_tiles
+
+pytest.importorskip("cuda.bindings.nvrtc")
+
+SPILLED_BEYOND_128 = {120: 16, 90: 68, 80: 0}  # head_dim 256, outside the loops: see test_sass.py
+REGISTERS_PER_SM = 64 * 1024
+
+
+def build_all(plans, arch):
+    """[(plan, what ptxas says, a line for the report), ...]"""
+
+    def built(plan):
+        kernel = plan.main
+        build = builds.build(*kernel, arch)
+        line = (
+            f"{kernel.variant:56} {build.registers:4} registers {build.spill_bytes:5} B spilled "
+            f"{plan.smem_bytes:6} B shared {build.seconds:5.2f} s"
+        )
+        return plan, build, line
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = list(pool.map(built, plans))
+    print(arch, *(line for *_, line in results), sep="\n")
+    return results
+
+
+@pytest.mark.parametrize("compute_capability", [120, 90, 80])
+def test_common_forward_variants(compute_capability):
+    """No spills up to head_dim 128, within 99 KB, and the registers allow the blocks that are planned.
+
+    In fp16, whose kernels differ in a few constants and the names of the types, the most crowded ones.
+    """
+    plans = list(common_kernels.common_plans(compute_capability))
+    assert len(plans) >= 2 * 2 * len(common_kernels.COMMON_HEAD_DIMS)
+    plans = [p for p in plans if re.search("_bf16_|_d128_dv128|_d256", p.variant)]
+    assert len(plans) >= 2 * (len(common_kernels.COMMON_HEAD_DIMS) + 2)
+    for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
+        head_dims = [int(n) for n in re.findall(r"_dv?(\d+)", plan.variant)]
+        allowed = 0 if max(head_dims) <= 128 else SPILLED_BEYOND_128[compute_capability]
+        assert build.spill_bytes <= allowed, line
+        assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, line
+        assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line
+
+
+def test_decoding_variants():
+    """The forward of parts needs no more than that of whole rows, and combine fits six times in an SM."""
+    plans = [p for p in common_kernels.decoding_plans(120) if "-DDTYPE=2" in p.options]
+    for _, build, line in build_all(plans, "sm_120f"):
+        assert build.spill_bytes == 0, line
+    combines = dict.fromkeys(plan.kernels[1] for plan in plans)
+    for kernel in combines:
+        build = builds.build(*kernel, "sm_120f")
+        assert build.spill_bytes == 0 and build.registers * 256 * 6 <= REGISTERS_PER_SM, kernel
+        assert 6 * (build.shared_bytes + 1024) <= SM120_SMEM, kernel
+
+
+def crowded_calls(seqlen=256):
+    """(q, k, v), options: the head dims and masks that come closest to spilling."""
+    for dim, dim_v in ((104, 120), (104, 128), (112, 112), (120, 120), (120, 128), (128, 128)):
+        q = torch.empty(1, seqlen, 1, dim, dtype=torch.bfloat16)
+        v = torch.empty(1, seqlen, 1, dim_v, dtype=torch.bfloat16)
+        for window_size in ((None, None), (None, 0), (50, 0), (50, None)):
+            yield (q, q, v), {"window_size": window_size}
+
+
+@pytest.mark.parametrize("compute_capability", [120, 90, 80])
+def test_crowded_forward_variants(compute_capability):
+    """Of calls of few, of some and of many query rows per multiprocessor; elsewhere of many."""
+    sizes = (256, 16384, 65536) if compute_capability == 120 else (65536,)
+    calls = [call for seqlen in sizes for call in crowded_calls(seqlen)]
+    plans = [explain(*x, **options, arch=compute_capability) for x, options in calls]
+    each_once = {plan.variant: plan for plan in plans}.values()
+    for _, build, line in build_all(each_once, jit.architecture(compute_capability)):
+        assert build.spill_bytes == 0, line
+
+
+@pytest.mark.parametrize("features", [{"softcap": 30.0}, {"pack_gqa": True}], ids=str)
+def test_features_take_no_more(features, compute_capability=120):
+    """As above: a cap and packed rows keep within the same registers."""
+    plans = []
+    for head_dim in (64, 128, 256):
+        q, k = (torch.empty(1, 4096, heads, head_dim).bfloat16() for heads in (32, 8))
+        plans += [
+            explain(q, k, k, causal=causal, arch=compute_capability, **features)
+            for causal in (False, True)
+        ]
+    for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
+        head_dim = int(re.search(r"_d(\d+)", plan.variant)[1])
+        assert build.spill_bytes <= (0 if head_dim <= 128 else 64), line
+
+
+def tma_plan(x, options, compute_capability, **tile):
+    """The plan of a call with its own tile, or with `tile`, where the TMA feeds it."""
+    row = {} if "tile_n" in tile else {"plan": explain(*x, **options, arch=compute_capability)}
+    with use_tiles(tile_row(**row, **tile, kernel="forward_tma")):
+        plan = explain(*x, **options, arch=compute_capability)
+    assert plan.kernel == "forward_tma"
+    return plan
+
+
+@pytest.mark.parametrize("compute_capability", [120, 90])
+@pytest.mark.parametrize("producer", [p for p in PRODUCERS if p != "warp"])
+def test_tma_forward_variants(compute_capability, producer):
+    """As above, of the kernel that the TMA feeds: the same tiles, and next to no spills."""
+    calls = [*crowded_calls()] if producer == "thread" else []
+    for head_dim, head_dim_v in common_kernels.COMMON_HEAD_DIMS:
+        q, v = (torch.empty(1, 256, 1, d).bfloat16() for d in (head_dim, head_dim_v))
+        calls += [((q, q, v), {"causal": causal}) for causal in (False, True)]
+    plans = [tma_plan(*call, compute_capability, producer=producer) for call in calls]
+    for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
+        assert build.spill_bytes <= (60 if "_d256" in plan.variant else 0), line
+        assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, line
+        assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line
+
+
+@pytest.mark.parametrize("compute_capability", [120, 90])
+@pytest.mark.parametrize("warps, head_dim", [(4, 64), (4, 128), (8, 64), (8, 128)])
+def test_tma_forward_with_a_producer_warp(compute_capability, warps, head_dim):
+    """A ninth warp leaves 168 registers to each: for 16 rows per warp enough up to D 64, and nearly beyond."""
+    q = torch.empty(1, 256, 1, head_dim).bfloat16()
+    tile = {"tile_n": 64, "sub_n": 32, "warps": warps, "warp_m": 16, "stages": 3}
+    plans = [
+        tma_plan((q, q, q), {"causal": causal}, compute_capability, **tile, producer="warp")
+        for causal in (False, True)
+    ]
+    for _, build, line in build_all(plans, jit.architecture(compute_capability)):
+        assert build.spill_bytes <= (104 if (warps, head_dim) == (8, 128) else 0), line
+
+
+@pytest.mark.parametrize("compute_capability", [120, 90])
+def test_backward_variants(compute_capability):
+    """Within 99 KB and the registers of a multiprocessor; up to D 80 no spills, at D 128 some ten words."""
+    plans = []
+    for head_dim, head_dim_v in common_kernels.COMMON_HEAD_DIMS:
+        q, v = (torch.empty(1, 4096, 8, d, dtype=torch.bfloat16) for d in (head_dim, head_dim_v))
+        for options in ({}, {"causal": True, "deterministic": True}):
+            plans.append(explain_backward(q, q, v, **options, arch=compute_capability))
+
+    for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
+        head_dims = [int(n) for n in re.findall(r"_dv?(\d+)", plan.main.variant)]
+        assert build.spill_bytes <= (0 if max(head_dims) <= 80 else 128), line
+        assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, line
+        assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line

@@ -1,0 +1,45 @@
+"""Other processes for tests. Python is forked from one that has imported torch, which takes seconds."""
+
+import multiprocessing
+import os
+import subprocess
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["numpy", "torch"])
+
+
+def _run(code, environment, outputs):
+    os.environ.clear()
+    os.environ.update(environment)
+    for fd, path in zip((1, 2), outputs, strict=True):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), fd)
+    exec(compile(code, "<test>", "exec"), {"__name__": "__main__"})
+
+
+def run_python(code, directory, timeout=300, **environment):
+    """What came of ``code``; its outputs go to files in ``directory``. The package is not imported yet."""
+    outputs = [directory / "stdout", directory / "stderr"]
+    for path in outputs:
+        path.write_text("")
+    arguments = (code, {**os.environ, **environment}, outputs)
+    process = _processes.Process(target=_run, args=arguments, daemon=True)
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+    return subprocess.CompletedProcess(
+        code, process.exitcode, *(path.read_text() for path in outputs)
+    )
+
+
+def run_command(*command, cwd=None, timeout=600, **environment):
+    """What came of a command."""
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

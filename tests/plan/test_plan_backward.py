@@ -1,0 +1,119 @@
+"""How the backward is carried out, for any architecture: planned without a GPU."""
+
+import itertools
+
+import pytest
+import torch
+
+from flash_attn_sm120 import common_kernels, explain_backward
+from helpers.shapes import EVERY_HEAD_DIM, SM120_SMEM, shapes
+
+pytestmark = pytest.mark.quick
+
+
+def plan(seqlen=1024, heads=(32, 8), head_dims=(128, 128), batch=1, arch=120, **options):
+    call = shapes(*head_dims, seqlen_q=seqlen, heads=heads, batch=batch, tma=True)
+    return explain_backward(*call, **options, arch=arch)
+
+
+def names(planned):
+    return [kernel.kernel for kernel in planned.kernels]
+
+
+@pytest.mark.parametrize("arch", [80, 90, 120, 121])
+def test_all_head_dims_fit(arch):
+    for head_dims in itertools.product(EVERY_HEAD_DIM, EVERY_HEAD_DIM):
+        assert plan(head_dims=head_dims, arch=arch).smem_bytes <= SM120_SMEM, head_dims
+
+
+def test_steps():
+    whole = plan(16384, heads=(32, 32))
+    assert whole.q_splits == 1
+    assert names(whole) == ["backward_preprocess", "backward", "backward_postprocess"]
+    shared = plan(512, heads=(28, 4))
+    assert shared.q_splits > 1 and shared.blocks % shared.q_splits == 0
+    assert names(shared) == ["backward_preprocess", "backward"] + 3 * ["backward_postprocess"]
+    assert names(plan(learnable_sink=torch.zeros(32)))[-1] == "backward_sink"
+
+
+def test_common_plans_have_every_step():
+    """What is compiled ahead is all that later calls of these head dims launch."""
+    for arch in (80, 90, 120, 121):
+        ahead = {kernel for p in common_kernels.backward_plans(arch) for kernel in p.kernels}
+        for head_dims, seqlen in itertools.product(
+            common_kernels.COMMON_HEAD_DIMS, (1, 300, 16384)
+        ):
+            for causal in (False, True):
+                later = plan(seqlen, (28, 4), head_dims, arch=arch, causal=causal and seqlen > 1)
+                assert later.main in later.kernels and set(later.kernels) <= ahead
+
+
+def test_blocks_of_many_registers_have_a_multiprocessor_each():
+    for head_dims in common_kernels.COMMON_HEAD_DIMS:
+        assert plan(head_dims=head_dims).blocks_per_sm == 1
+
+
+def test_the_tma_needs_a_device_that_has_it_and_its_strides():
+    assert plan().tma and plan(arch=90).tma and not plan(arch=80).tma
+    q, k = (torch.empty(1, 256, heads, 128, dtype=torch.bfloat16) for heads in (32, 8))
+    assert not explain_backward(q[:, :1].expand(-1, 256, -1, -1), k, k, arch=120).tma
+
+
+@pytest.mark.parametrize("heads", [(32, 32), (32, 8), (28, 4), (6, 1)])
+def test_turns_are_taken_by_whole_heads(heads):
+    """Else a block of keys waits for what another one comes to at its end. Not all as many."""
+    for seqlen, causal in itertools.product((128, 512, 1024, 4096), (False, True)):
+        planned = plan(seqlen, heads, causal=causal, deterministic=True)
+        assert planned.q_splits <= heads[0] // heads[1]
+        assert "-DDETERMINISTIC=1" in planned.main.options
+
+
+def test_the_workspace_depends_on_no_multiprocessors():
+    """Those of an RTX 5090 and of a DGX Spark: 170 and 48."""
+    sizes = {
+        plan(4096, (32, 32), arch=arch, deterministic=True).workspace_bytes for arch in (120, 121)
+    }
+    queries = 32 * 4096
+    turns = 4 * (queries // 64 + 4)
+    assert sizes == {4 * queries * (128 + 2) + turns}
+
+
+def test_few_heads_have_two_sums_of_dq():
+    """Blocks of the same head would wait for each other."""
+    for heads, sums in ((32, 1), (16, 2), (4, 2)):
+        planned = plan(4096, (heads, heads), deterministic=True)
+        assert f"-DDQ_BUFFERS={sums}" in planned.main.options
+        queries = heads * 4096
+        turns = 4 * (sums * queries // 64 + 4)
+        assert planned.workspace_bytes == 4 * queries * (sums * 128 + 2) + turns
+        assert "-DDQ_BUFFERS=1" in plan(4096, (heads, heads)).main.options
+
+
+def test_nothing_is_launched_for_nothing():
+    assert plan(0).kernels == ()
+    q = torch.empty(1, 16, 2, 64)
+    assert explain_backward(q, q, q).kernels == ()  # the CPU
+    assert explain_backward(q, q, q).main is None
+
+
+def test_what_cannot_be_is_refused():
+    q = torch.empty(1, 16, 2, 64)
+    with pytest.raises(NotImplementedError, match="float32"):
+        explain_backward(q, q, q, arch=120)
+    q = q.bfloat16()
+    with pytest.raises(NotImplementedError, match=r"before compute capability 8\.0"):
+        explain_backward(q, q, q, arch=75)
+    with pytest.raises(ValueError, match="heads"):
+        explain_backward(q, q[:, :, :1].expand(-1, -1, 3, -1), q, arch=120)
+    many = q[:1, :1].expand(2**20, 2**20, -1, -1)
+    with pytest.raises(ValueError, match="thread blocks"):
+        explain_backward(many, many, many, arch=120)
+
+
+def test_arguments_are_counted():
+    from flash_attn_sm120 import _C
+
+    with pytest.raises(
+        TypeError, match=r"explain_backward\(\) takes 3 positional arguments, got 1"
+    ):
+        _C.explain_backward(1)

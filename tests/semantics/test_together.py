@@ -1,0 +1,126 @@
+"""Every feature with all others at once: calls drawn at random, forward and gradients.
+
+Each run draws the same calls. `pytest tests/semantics/test_together.py --examples 500` draws as many others.
+"""
+
+import warnings
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from flash_attn_sm120 import _C, flash_attn_func
+from helpers.checks import assert_all_equal, dlse_for
+from helpers.inputs import LAYOUTS, random_tensor
+from helpers.reference import assert_close, assert_gradients_close
+
+# Each call on the emulator compiles some four kernels.
+EXAMPLES = {"cpu": 60, "cuda": 30, "cuda-large": 30, "emulator": 10, "emulator-large": 10}
+
+# Around the edges of tiles, and anywhere.
+LENGTHS = st.sampled_from((0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129)) | st.integers(0, 300)
+HEAD_DIMS = st.sampled_from((64, 128)) | st.integers(1, 32).map(lambda eighth: 8 * eighth)
+EDGE_OF_WINDOW = st.none() | st.integers(-150, 150)
+
+SHAPES = st.fixed_dictionaries(
+    {
+        "batch": st.integers(1, 2),
+        "seqlen_q": LENGTHS,
+        "seqlen_k": LENGTHS,
+        "heads_kv": st.integers(1, 2),
+        "heads_per_kv": st.sampled_from((1, 2, 3, 4, 7)),
+        "head_dim": HEAD_DIMS,
+        "head_dim_v": st.none() | HEAD_DIMS,  # None: head_dim
+        "mean": st.sampled_from((0.0, 0.0, 1.0)),
+    }
+)
+OPTIONS = st.fixed_dictionaries(
+    {
+        "softmax_scale": st.sampled_from((None, None, 0.0, -0.2, 0.5)),
+        "causal": st.booleans(),
+        "window_size": st.just((None, None)) | st.tuples(EDGE_OF_WINDOW, EDGE_OF_WINDOW),
+        "softcap": st.sampled_from((0.0, 0.0, 0.7, 20.0)),
+    }
+)
+# What a result means, in the order of _C; with the sink, which is drawn for the heads of the call.
+MEANING = ("softmax_scale", "causal", "window_size", "softcap", "learnable_sink")
+CHOICES = st.fixed_dictionaries(  # that change how a result is computed, and not what it is
+    {
+        "num_splits": st.sampled_from((0, 1, 2, 3, 9)),
+        "pack_gqa": st.sampled_from((None, False, True)),
+        "deterministic": st.booleans(),
+    }
+)
+LAYOUTS_OF_EACH = st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 4)
+SINKS = st.none() | st.sampled_from((torch.float32, torch.bfloat16, torch.float16))
+
+
+def explored(device, examples):
+    """A decorator that calls a test with a device's number of random calls, or with `examples` others."""
+
+    def decorate(test):
+        settings = hypothesis.settings(
+            max_examples=examples or EXAMPLES[device.name],
+            derandomize=not examples,
+            deadline=None,  # some calls compile
+            database=None,
+        )
+        return settings(hypothesis.given(st.data())(test))
+
+    return decorate
+
+
+def random_tensors(device, dtype, shape, layouts):
+    """q, k, v and dout, each in a layout of its own."""
+    batch, head_dim, heads_kv = shape["batch"], shape["head_dim"], shape["heads_kv"]
+    head_dim_v = shape["head_dim_v"] or head_dim
+    queries = (batch, shape["seqlen_q"], heads_kv * shape["heads_per_kv"])
+    keys = (batch, shape["seqlen_k"], heads_kv)
+    shapes = ((*queries, head_dim), (*keys, head_dim), (*keys, head_dim_v), (*queries, head_dim_v))
+    return [
+        random_tensor(device, x, dtype, shape["mean"], layout)
+        for x, layout in zip(shapes, layouts, strict=True)
+    ]
+
+
+@pytest.mark.quick("cpu")
+def test_everything_together(device, request, outputs_full_of_nan):
+    @explored(device, request.config.getoption("--examples"))
+    def check(data):
+        dtype = data.draw(st.sampled_from(device.dtypes), "dtype")
+        shape, options, choices = (data.draw(each) for each in (SHAPES, OPTIONS, CHOICES))
+        layouts = data.draw(LAYOUTS_OF_EACH, "layouts")
+        sink_dtype = data.draw(SINKS, "sink")
+        torch.manual_seed(data.draw(st.integers(0, 2**32 - 1), "seed"))
+        q, k, v, dout = random_tensors(device, dtype, shape, layouts)
+        sink = None if sink_dtype is None else device.place(torch.randn(q.shape[2]).to(sink_dtype))
+        dlse = dlse_for(device, q) if data.draw(st.booleans(), "dlse") else None
+        right(q, k, v, dout, dlse, {**options, "learnable_sink": sink}, **choices)
+
+    check()
+
+
+def right(q, k, v, dout, dlse, options, num_splits, pack_gqa, deterministic):
+    """One call and its gradients, held against the reference; what must be is the same twice."""
+
+    def forward():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "pack_gqa was asked for and is dropped")
+            return flash_attn_func(
+                q, k, v, **options, num_splits=num_splits, pack_gqa=pack_gqa, return_lse=True
+            )
+
+    def backward():
+        gradients = _C.backward(
+            dout, q, k, v, out, lse, dlse, **options, deterministic=deterministic
+        )
+        return [x for x in gradients if x is not None]
+
+    out, lse = forward()
+    assert_close(out, lse, q, k, v, **options)
+    assert_all_equal(forward(), (out, lse))
+    gradients = backward()
+    assert_gradients_close(gradients, q, k, v, dout, dlse, **options)
+    if deterministic:
+        assert_all_equal(backward(), gradients)
