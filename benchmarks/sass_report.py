@@ -5,18 +5,19 @@
 
 Static figures: nothing here has run on the card. Each kernel is compiled for the architecture,
 disassembled by nvdisasm (`pip install nvidia-cuda-nvdisasm`), and the main loop's instructions are
-priced by the table below. Left out are stalls (latencies, barriers, bank conflicts) and work outside
-the SM's pipes: the TMA's writes to shared memory, and atomic additions in the L2. So the figures
-say which pipe a kernel cannot be faster than, not how fast it is.
+priced by the table below. Left out are stalls (latencies, barriers, bank conflicts) and what works
+outside the SM's pipes: the TMA's writes to shared memory, and atomic additions in the L2. So the
+figures say which pipe a kernel cannot be faster than, not how fast it is.
 
 How the main loop is found. A loop is a branch back to an instruction that dominates it (divergent
 warps branch back, too, but not to such an instruction); its body is the instructions that lead to
-that branch. A *tile loop* holds tensor instructions, waits for its tile at a barrier or an mbarrier,
-and holds no other such loop. The forward has two: masked iterations, which update the row max, and
-unmasked ones; with masks, the second pass has masked iterations as well. A loop inside that holds
-tensor instructions runs once per sub-tile (TILE_N / SUB_N times), any other (polling an mbarrier)
-counts once; branches that skip code, such as the copies of tiles beyond the end, are not taken. The
-main loop is the tile loop that issues the fewest instructions for each tensor instruction.
+that branch. A *tile loop* holds tensor instructions, waits for its tile at a barrier or an
+mbarrier, and holds no other such loop. The forward has two: masked iterations, which update the row
+max, and unmasked ones; with masks, the second pass has masked iterations as well. A loop inside
+that holds tensor instructions runs once per sub-tile (TILE_N / SUB_N times), any other (polling an
+mbarrier) counts once; branches that skip code, such as the copies of tiles beyond the end, are not
+taken. The main loop is the tile loop that issues the fewest instructions for each tensor
+instruction.
 
 The backward has one tile loop, with several paths in its body: the warps that hold K, with a mask
 and without; the warps that hold V; then all warps for a part of dQ. A *path* is everything before
