@@ -227,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (!is_group_0)
         barrier_arrive<THREADS>(UPPER_FREE);
     const copy_place<K_layout, THREADS> share;
-    share.copy(smem + K_OFFSET,
+    share.copy(smem + SMEM.k,
                share.first_chunk(params.k, params.k_stride, coords.batch, coords.head_kv, key0),
                params.k_stride.seqlen, params.seqlen_k - key0);
     if (walk.begin < walk.end) {
@@ -248,9 +248,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     /* P^T and dS^T of this warp's keys: this lane's row for ldmatrix, and its first word. */
     const unsigned operand_smem =
-        smem + DS_OFFSET + rows_first<dS_layout>() + warp_row * dS_layout::ROW_BYTES;
+        smem + SMEM.ds + rows_first<dS_layout>() + warp_row * dS_layout::ROW_BYTES;
     const int lane_row = warp_row + thread % 32 / 4;
-    const unsigned word_smem = smem + DS_OFFSET + dS_layout::offset(lane_row, 0) + quad_lane() * 4;
+    const unsigned word_smem = smem + SMEM.ds + dS_layout::offset(lane_row, 0) + quad_lane() * 4;
 
     cp_async_wait_all();
     __syncthreads(); /* K, and without the TMA the first queries, have landed */
@@ -318,8 +318,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int dim_frag = group_warp % DQ_DIM_WARPS * DQ_DIM_FRAGS;
         float dQ_rmem[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4];
         set_to_zero(dQ_rmem);
-        const unsigned dS_smem = not_before(smem + DS_OFFSET + columns_first<dS_layout>());
-        const unsigned K_smem = not_before(smem + K_OFFSET + rows_first<K_layout>());
+        const unsigned dS_smem = not_before(smem + SMEM.ds + columns_first<dS_layout>());
+        const unsigned K_smem = not_before(smem + SMEM.k + rows_first<K_layout>());
 #pragma unroll
         for (int k = 0; k < TILE_N / 16; k++) {
             unsigned dS_rmem[DQ_ROW_FRAGS][1][4];
