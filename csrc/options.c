@@ -128,18 +128,17 @@ static int read_window(PyObject *object, const char *name, void *field)
     struct fa_window *window = field;
     if (object == Py_None)
         return 0;
-    if (!PySequence_Check(object) || PySequence_Size(object) != 2) {
+    PyObject *sides = PyTuple_CheckExact(object) ? Py_NewRef(object) : PySequence_Tuple(object);
+    if (!sides || PyTuple_Size(sides) != 2) {
+        Py_XDECREF(sides);
         PyErr_Clear();
         PyErr_Format(PyExc_TypeError, "%s must be (left, right), got %.80R", name, object);
         return -1;
     }
-    PyObject *left = PySequence_GetItem(object, 0), *right = PySequence_GetItem(object, 1);
-    const int status = left && right && read_window_side(left, name, &window->left) == 0 &&
-                               read_window_side(right, name, &window->right) == 0
-                           ? 0
-                           : -1;
-    Py_XDECREF(left);
-    Py_XDECREF(right);
+    int status = read_window_side(PyTuple_GetItem(sides, 0), name, &window->left);
+    if (status == 0)
+        status = read_window_side(PyTuple_GetItem(sides, 1), name, &window->right);
+    Py_DECREF(sides);
     return status;
 }
 
