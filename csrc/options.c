@@ -129,6 +129,8 @@ static int read_window(PyObject *object, const char *name, void *field)
     if (object == Py_None)
         return 0;
     PyObject *sides = PyTuple_CheckExact(object) ? Py_NewRef(object) : PySequence_Tuple(object);
+    if (!sides && !PyErr_ExceptionMatches(PyExc_TypeError))
+        return -1;
     if (!sides || PyTuple_Size(sides) != 2) {
         Py_XDECREF(sides);
         PyErr_Clear();
