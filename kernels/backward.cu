@@ -38,6 +38,19 @@
 #include "backward_queries.cuh"
 #include "score.cuh"
 
+/* The mask of S^T [WARP_N, SUB_M], whose rows are keys. `key` and `query` are those of
+ * S_rmem[0][0][0]. */
+__device__ __forceinline__ void mask_sub_tile(float (&S_rmem)[N_FRAGS][M_FRAGS][4],
+                                              const fa_backward_params &params, int key, int query)
+{
+    const attention_mask mask(sequence<fa_backward_params>{params, 0});
+    mask_scores<true, MASK_LEFT>(S_rmem, params.masked_score, [&](int row) -> range {
+        const int row_key = key + row;
+        return {row_key < params.seqlen_k ? mask.queries_of(row_key).begin - query : SUB_M,
+                mask.queries_of(row_key).end - query};
+    });
+}
+
 /* Products 1 and 3 of warp group 0: P^T to shared memory, and dV. `word_smem` is the address of
  * this lane's first word of P^T, `key` that word's key. MASKED: some query of the tile does not see
  * some key of the block. */
@@ -57,13 +70,13 @@ compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][4], const unsigned (&K_rmem)[N_F
         unsigned P_rmem[N_FRAGS][M_FRAGS / 2][4];
         set_to_zero(S_rmem);
         if (MASKED && !SOFTCAP)
-            mask_scores(S_rmem, params, key, tile.query0 + m0 + 2 * quad_lane());
+            mask_sub_tile(S_rmem, params, key, tile.query0 + m0 + 2 * quad_lane());
         mma_ABt<Q_layout, D_STEPS, M_FRAGS>(S_rmem, K_rmem,
                                             not_before(tile.Q_smem + columns_first<Q_layout>()) +
                                                 m0 * Q_layout::ROW_BYTES);
         softcap(S_rmem, params.scale_in_cap);
         if (MASKED && SOFTCAP)
-            mask_scores(S_rmem, params, key, tile.query0 + m0 + 2 * quad_lane());
+            mask_sub_tile(S_rmem, params, key, tile.query0 + m0 + 2 * quad_lane());
 
         /* P^T = 2^(S^T * scale_log2 - lse_log2), and for group 1, which computes dS^T from it, P^T
          * times the derivative of the cap. */
@@ -211,10 +224,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         __syncthreads();
     }
     const tile_coords coords(params, block);
-    const query_mask mask(params);
+    const sequence<fa_backward_params> seq{params, coords.batch};
+    const attention_mask mask(seq);
     const int key0 = coords.n_block * TILE_N, key1 = key0 + TILE_N;
-    const int m_begin = mask.begin(key0) / TILE_M;
-    const int m_end = max(ceil_div(mask.end(key1 - 1), TILE_M), m_begin);
+    const int m_begin = mask.queries_of(key0).begin / TILE_M;
+    const int m_end = max(ceil_div(mask.queries_of(key1 - 1).end, TILE_M), m_begin);
     query_walk<DETERMINISTIC> walk(params, coords, m_begin, m_end);
 
     /* ---- 2. Prologue: K to shared memory, for product 5; the first queries to shared memory; K or
@@ -263,9 +277,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         next.advance();
         const int query0 = walk.m_block * TILE_M;
         const query_tile tile(smem, count, query0);
-        const bool masked = key1 > params.seqlen_k ||
-                            (MASK_RIGHT && mask.begin(key1 - 1) > query0) ||
-                            (MASK_LEFT && mask.end(key0) < min(query0 + TILE_M, params.seqlen_q));
+        const bool masked =
+            key1 > params.seqlen_k || (MASK_RIGHT && mask.queries_of(key1 - 1).begin > query0) ||
+            (MASK_LEFT && mask.queries_of(key0).end < min(query0 + TILE_M, params.seqlen_q));
 
         if (STAGES == 2 && !last)
             queries.load_Q(stage ^ 1, next.head, next.m_block);
@@ -335,7 +349,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
         /* ---- 6. Add dQ to its accumulator, after the blocks before this one. */
         if (DETERMINISTIC)
-            while (added != (coords.n_block - mask.first_n_block(query0)) / DQ_BUFFERS)
+            while (added != (coords.n_block - mask.keys_of(query0).begin / TILE_N) / DQ_BUFFERS)
                 added = semaphore_load(semaphore);
         float *accum = params.dq_accum + dq_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
 #pragma unroll
