@@ -189,8 +189,7 @@ __device__ __forceinline__ void store_gradient(const float (&C_rmem)[N_FRAGS][MA
                                                const fa_backward_params &params)
 {
     const fa_int64 pair = static_cast<fa_int64>(block.seq.batch) * params.heads_kv + block.head_kv;
-    element *gmem = static_cast<element *>(tensor) + block.seq.batch * stride.batch +
-                    block.head_kv * stride.head;
+    element *gmem = static_cast<element *>(tensor) + block.seq.k_offset(stride, block.head_kv);
 #pragma unroll
     for (int n = 0; n < N_FRAGS; n++) {
         const int key = key0 + 16 * n + quad_row();
