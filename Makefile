@@ -19,7 +19,7 @@ HAS_CUDA_TORCH = $(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_ava
 # Warnings are errors here, and never where pip builds.
 build $(VENV)/.ready: export FA_SM120_CFLAGS := -Wall -Wextra -Werror $(FA_SM120_CFLAGS)
 
-.PHONY: demo test build bench docs lint format asan warmup clean cross-compilers
+.PHONY: demo test quick build bench docs lint format asan warmup clean cross-compilers
 
 demo: build
 	$(RUN) -m flash_attn_sm120 demo
@@ -52,8 +52,11 @@ docs: build
 	$(RUN) docs/make_api.py
 	$(RUN) benchmarks/where_it_stands.py
 
+quick: build
+	$(RUN) -m pytest -q -m quick
+
 lint: build
-	$(RUN) -m pytest -q tests/gates/test_source.py
+	$(RUN) -m pytest -q tests/gates/test_source.py tests/gates/test_layers.py
 
 format: $(READY)
 	$(RUN) -m ruff format flash_attn_sm120 emulator tests benchmarks docs examples conftest.py setup.py

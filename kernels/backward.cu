@@ -164,26 +164,6 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
     }
 }
 
-/* Product 5, all warps: dQ = dS [16 * DQ_ROW_FRAGS, TILE_N] * K [TILE_N, 8 * DQ_DIM_FRAGS], the
- * warp's part of dQ [TILE_M, HEAD_DIM], whose first fragment of queries and of dims are row_frag
- * and dim_frag. */
-__device__ __forceinline__ void compute_dQ(float (&dQ_rmem)[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4],
-                                           unsigned smem, int row_frag, int dim_frag)
-{
-    set_to_zero(dQ_rmem);
-    const unsigned dS_smem = not_before(smem + DS_OFFSET + columns_first<dS_layout>());
-    const unsigned K_smem = not_before(smem + K_OFFSET + rows_first<K_layout>());
-#pragma unroll
-    for (int k = 0; k < TILE_N / 16; k++) {
-        unsigned dS_rmem[DQ_ROW_FRAGS][1][4];
-#pragma unroll
-        for (int m = 0; m < DQ_ROW_FRAGS; m++)
-            ldmatrix_x4_trans(dS_rmem[m][0], dS_layout::moved(dS_smem, 16 * k, 2 * (row_frag + m)));
-        mma_AB<K_layout, 1, DQ_DIM_FRAGS>(dQ_rmem, dS_rmem, K_layout::moved(K_smem, 16 * k, 0),
-                                          dim_frag);
-    }
-}
-
 /* dK or dV of this warp's keys: to the tensor, or to the accumulator of all blocks that share the
  * keys. */
 template <int DIM>
@@ -219,10 +199,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int warp = __shfl_sync(0xffffffff, thread / 32, 0); /* uniform, as the compiler sees */
     const bool is_group_0 = warp < GROUP_WARPS;
 
-    /* ---- 1. Which keys, and which queries see them. */
+    /* ---- 1. Tile coordinates: which keys, and which queries see them. */
     int block = read_block_index();
     if (DETERMINISTIC) {
-        /* Blocks wait for those with a lower number. Numbered as they start, these are running. */
+        /* Blocks wait for blocks with lower numbers. They are numbered in the order of their start,
+         * so that a block never waits for one that cannot start before it has ended. */
         if (thread == 0)
             st_shared(smem, atomic_add(params.block_counter, 1));
         __syncthreads();
@@ -236,7 +217,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int m_end = max(ceil_div(mask.end(key1 - 1), TILE_M), m_begin);
     query_walk<DETERMINISTIC> walk(params, coords, m_begin, m_end);
 
-    /* ---- 2. K to shared memory, K or V to registers, the first queries to shared memory. */
+    /* ---- 2. Prologue: K to shared memory, for product 5; the first queries to shared memory; K or
+     * V to registers, for products 1 and 2. */
     const query_loader queries{params, smem, thread, coords.batch};
     if (TMA) {
         queries.init_mbarriers();
@@ -245,7 +227,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (!is_group_0)
         barrier_arrive<THREADS>(UPPER_FREE);
     const copy_place<K_layout, THREADS> share;
-    share.copy(smem + K_OFFSET,
+    share.copy(smem + SMEM.k,
                share.first_chunk(params.k, params.k_stride, coords.batch, coords.head_kv, key0),
                params.k_stride.seqlen, params.seqlen_k - key0);
     if (walk.begin < walk.end) {
@@ -266,9 +248,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     /* P^T and dS^T of this warp's keys: this lane's row for ldmatrix, and its first word. */
     const unsigned operand_smem =
-        smem + DS_OFFSET + rows_first<dS_layout>() + warp_row * dS_layout::ROW_BYTES;
+        smem + SMEM.ds + rows_first<dS_layout>() + warp_row * dS_layout::ROW_BYTES;
     const int lane_row = warp_row + thread % 32 / 4;
-    const unsigned word_smem = smem + DS_OFFSET + dS_layout::offset(lane_row, 0) + quad_lane() * 4;
+    const unsigned word_smem = smem + SMEM.ds + dS_layout::offset(lane_row, 0) + quad_lane() * 4;
 
     cp_async_wait_all();
     __syncthreads(); /* K, and without the TMA the first queries, have landed */
@@ -288,7 +270,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (STAGES == 2 && !last)
             queries.load_Q(stage ^ 1, next.head, next.m_block);
 
-        /* ---- 3. Products 1 and 3: P^T and dV. Products 2 and 4: dS^T and dK. */
+        /* ---- 3. Products 1 and 3 in group 0: P^T and dV. 2 and 4 in group 1: dS^T and dK. */
         if (!is_group_0)
             compute_dK(dKV_rmem, KV_rmem, tile, word_smem, operand_smem);
         else if (masked)
@@ -296,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         else
             compute_dV<false>(dKV_rmem, KV_rmem, tile, word_smem, key0 + lane_row, params);
 
-        /* ---- 4. The next tile of queries, as soon as neither group reads this one any more. */
+        /* ---- 4. Load the next tile of queries, once both groups have read this one. */
         if (!TMA)
             __syncthreads();
         else if (is_group_0)
@@ -311,37 +293,50 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (is_group_0)
             barrier_sync<THREADS>(LOWER_FULL);
 
-        /* ---- 5. Product 5: this warp's part of dQ.
+        /* ---- 5. Product 5: dQ [16 * DQ_ROW_FRAGS, 8 * DQ_DIM_FRAGS], this warp's part, = dS * K.
+         * It stands here because in a function it compiles to other code at HEAD_DIM 256.
          *
          * With ordered accumulation a semaphore counts the blocks of keys that have added to a tile
          * of dQ, and a block waits until all before it have. The count is read before the product,
          * which hides the latency of the L2; mostly it is right by then. A block adds itself to the
-         * count one tile late, while it computes the next: thread 0 has then passed the barriers
-         * LOWER_FREE and LOWER_FULL of that tile, which all warps reach after their additions to
-         * this one. So no barrier is needed for that alone, and as the additions have long landed,
-         * the release has nothing to wait for. */
+         * count one tile late, while it computes the next. By then thread 0 has passed LOWER_FREE
+         * and LOWER_FULL of that tile, at which the warps of group 0 and of group 1 arrive after
+         * their additions to this one: no other barrier is needed. And the additions have landed
+         * by then, so that the release has nothing to wait for. */
         const int dq_batch = coords.n_block % DQ_BUFFERS * params.batch + coords.batch;
         const fa_int64 dq_tile = query_tile_index(params, dq_batch, walk.head, walk.m_block);
         int added = 0;
         if (DETERMINISTIC) {
             if (semaphore && thread == 0)
-                end_turn(semaphore);
+                semaphore_release(semaphore);
             semaphore = params.dq_semaphores + dq_tile;
-            added = turns_ended(semaphore);
+            added = semaphore_load(semaphore);
         }
         const int group_warp = warp % GROUP_WARPS;
         const int row_frag =
             (is_group_0 ? 0 : HALF_FRAGS) + group_warp / DQ_DIM_WARPS * DQ_ROW_FRAGS;
         const int dim_frag = group_warp % DQ_DIM_WARPS * DQ_DIM_FRAGS;
         float dQ_rmem[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4];
-        compute_dQ(dQ_rmem, smem, row_frag, dim_frag);
+        set_to_zero(dQ_rmem);
+        const unsigned dS_smem = not_before(smem + SMEM.ds + columns_first<dS_layout>());
+        const unsigned K_smem = not_before(smem + SMEM.k + rows_first<K_layout>());
+#pragma unroll
+        for (int k = 0; k < TILE_N / 16; k++) {
+            unsigned dS_rmem[DQ_ROW_FRAGS][1][4];
+#pragma unroll
+            for (int m = 0; m < DQ_ROW_FRAGS; m++)
+                ldmatrix_x4_trans(dS_rmem[m][0],
+                                  dS_layout::moved(dS_smem, 16 * k, 2 * (row_frag + m)));
+            mma_AB<K_layout, 1, DQ_DIM_FRAGS>(dQ_rmem, dS_rmem, K_layout::moved(K_smem, 16 * k, 0),
+                                              dim_frag);
+        }
         if (!is_group_0 && !last)
             barrier_arrive<THREADS>(UPPER_FREE);
 
-        /* ---- 6. Add it to the accumulator, in order. */
+        /* ---- 6. Add dQ to its accumulator, after the blocks before this one. */
         if (DETERMINISTIC)
             while (added != (coords.n_block - mask.first_n_block(query0)) / DQ_BUFFERS)
-                added = turns_ended(semaphore);
+                added = semaphore_load(semaphore);
         float *accum = params.dq_accum + dq_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
 #pragma unroll
         for (int m = 0; m < DQ_ROW_FRAGS; m++)
@@ -355,17 +350,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
 
     if (DETERMINISTIC) {
-        __syncthreads(); /* all warps have added */
+        __syncthreads(); /* all warps have added to the last tile */
         if (semaphore && thread == 0)
-            end_turn(semaphore);
+            semaphore_release(semaphore);
     }
 
-    /* ---- 7. dV and dK out. */
+    /* ---- 7. Epilogue: dV and dK out. The blocks that share the keys add in the order of their
+     * splits. */
     if (DETERMINISTIC && params.q_splits > 1) {
         const fa_int64 pair =
             static_cast<fa_int64>(coords.batch) * params.heads_kv + coords.head_kv;
         semaphore = params.dkv_semaphores + pair * params.n_blocks + coords.n_block;
-        while (turns_ended(semaphore) != coords.q_split)
+        while (semaphore_load(semaphore) != coords.q_split)
             ;
     }
     if (is_group_0)
@@ -377,6 +373,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (DETERMINISTIC && params.q_splits > 1) {
         __syncthreads(); /* all warps have added */
         if (thread == 0)
-            end_turn(semaphore);
+            semaphore_release(semaphore);
     }
 }

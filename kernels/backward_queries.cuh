@@ -148,12 +148,12 @@ struct query_tile {
         : query0(query0)
     {
         const unsigned stage = count % STAGES;
-        Q_smem = smem + Q_OFFSET + stage * Q_layout::BYTES;
-        dO_smem = smem + DO_OFFSET;
-        lse_smem = smem + LSE_DELTA_OFFSET + stage * LSE_DELTA_BYTES;
-        Q_mbarrier = smem + Q_MBARRIERS_OFFSET + stage * MBARRIER_STRIDE;
+        Q_smem = smem + SMEM.q + stage * Q_layout::BYTES;
+        dO_smem = smem + SMEM.dout;
+        lse_smem = smem + SMEM.lse_delta + stage * LSE_DELTA_BYTES;
+        Q_mbarrier = smem + SMEM.q_mbarriers + stage * FA_BACKWARD_MBARRIER_STRIDE;
         Q_parity = count / STAGES % 2;
-        dO_mbarrier = smem + DO_MBARRIER_OFFSET;
+        dO_mbarrier = smem + SMEM.dout_mbarrier;
         dO_parity = count % 2;
     }
     __device__ __forceinline__ void wait_Q() const
@@ -182,7 +182,7 @@ struct query_loader {
     {
         if (thread == 0) {
             for (int i = 0; i < STAGES + 1; i++) /* those of the stages of Q, and that of dO */
-                mbarrier_init(smem + Q_MBARRIERS_OFFSET + i * MBARRIER_STRIDE, 1);
+                mbarrier_init(smem + SMEM.q_mbarriers + i * FA_BACKWARD_MBARRIER_STRIDE, 1);
             fence_mbarrier_init();
         }
     }
@@ -190,13 +190,14 @@ struct query_loader {
     /* Q, lse_log2 and delta. */
     __device__ __forceinline__ void load_Q(int stage, int head, int m_block) const
     {
-        const unsigned Q_smem = smem + Q_OFFSET + stage * Q_layout::BYTES;
-        const unsigned lse_smem = smem + LSE_DELTA_OFFSET + stage * LSE_DELTA_BYTES;
+        const unsigned Q_smem = smem + SMEM.q + stage * Q_layout::BYTES;
+        const unsigned lse_smem = smem + SMEM.lse_delta + stage * LSE_DELTA_BYTES;
         const float *lse_gmem =
             params.lse_delta + query_tile_index(params, batch, head, m_block) * 2 * TILE_M;
         if (TMA) {
             if (asks_tma()) {
-                const unsigned mbarrier = smem + Q_MBARRIERS_OFFSET + stage * MBARRIER_STRIDE;
+                const unsigned mbarrier =
+                    smem + SMEM.q_mbarriers + stage * FA_BACKWARD_MBARRIER_STRIDE;
                 mbarrier_expect(mbarrier, Q_layout::BYTES + LSE_DELTA_BYTES);
                 load_boxes<Q_layout>(Q_smem, params.q_map, mbarrier, m_block * TILE_M, head, batch);
                 bulk_load(lse_smem, lse_gmem, LSE_DELTA_BYTES, mbarrier);
@@ -215,16 +216,16 @@ struct query_loader {
     {
         if (TMA) {
             if (asks_tma()) {
-                const unsigned mbarrier = smem + DO_MBARRIER_OFFSET;
+                const unsigned mbarrier = smem + SMEM.dout_mbarrier;
                 mbarrier_expect(mbarrier, dO_layout::BYTES);
-                load_boxes<dO_layout>(smem + DO_OFFSET, params.dout_map, mbarrier, m_block * TILE_M,
+                load_boxes<dO_layout>(smem + SMEM.dout, params.dout_map, mbarrier, m_block * TILE_M,
                                       head, batch);
             }
             return;
         }
         const copy_place<dO_layout, THREADS> share;
         share.copy(
-            smem + DO_OFFSET,
+            smem + SMEM.dout,
             share.first_chunk(params.dout, params.dout_stride, batch, head, m_block * TILE_M),
             params.dout_stride.seqlen, params.seqlen_q - m_block * TILE_M);
     }
