@@ -40,9 +40,10 @@ static int sorted_dimensions(const struct fa_tensor *tensor, struct dimension *d
     int count = 0;
     *begin = (uintptr_t)tensor->data;
     for (int i = 0; i < tensor->ndim; i++) {
-        const int64_t size = tensor->shape[i], step = tensor->stride[i] * element;
+        const int64_t size = tensor->shape[i];
         if (size <= 1)
-            continue;
+            continue; /* its stride may be any number */
+        const int64_t step = tensor->stride[i] * element;
         if (step < 0)
             *begin -= (uintptr_t)(-step * (size - 1));
         dimensions[count++] = (struct dimension){size, step < 0 ? -step : step};
