@@ -62,7 +62,7 @@ WINDOWS = [
     (20, -2),
     (-40, None),
     (None, -40),
-    (-3, 2),  # nothing is visible
+    (-3, 2),  # would hide all from all: these two are no window
     (2, -3),
     (-1000, 2000),
     (-(2**31) + 1, None),
