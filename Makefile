@@ -16,7 +16,7 @@ endif
 # Where a GPU answers and the interpreter already has a CUDA build of torch, the venv sees that one.
 HAS_CUDA_TORCH = $(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())" 2>/dev/null
 
-.PHONY: demo test build bench docs lint format asan warmup clean
+.PHONY: demo test quick build bench docs lint format asan warmup clean
 
 demo: build
 	$(RUN) -m flash_attn_sm120 demo
@@ -49,8 +49,11 @@ docs: build
 	$(RUN) docs/make_api.py
 	$(RUN) benchmarks/where_it_stands.py
 
+quick: build
+	$(RUN) -m pytest -q -m quick
+
 lint: build
-	$(RUN) -m pytest -q tests/gates/test_source.py
+	$(RUN) -m pytest -q tests/gates/test_source.py tests/gates/test_layers.py
 
 format: $(READY)
 	$(RUN) -m ruff format flash_attn_sm120 emulator tests benchmarks docs examples conftest.py setup.py

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,11 +20,10 @@ import grid
 import harness
 import torch
 import torch.nn.functional as F
-from grid import CUDNN, FLASH
-from harness import OURS, Contestant, Problem, WrongResult
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from harness import CUDNN, FLASH, OURS, Contestant, Problem, WrongResult, by_backend
+from torch import Tensor
 
-from flash_attn_sm120 import _C, flash_attn_func
+from flash_attn_sm120 import _C, _measure, flash_attn_func
 
 DETERMINISTIC = "ours-deterministic"
 PEERS = (FLASH, CUDNN)
@@ -35,7 +33,7 @@ NAMES = (OURS, DETERMINISTIC, *PEERS)
 # benchmarks, whatever a kernel computes a second time.
 FLOPS_OF_FORWARD = 2.5
 
-Gradients = Sequence[torch.Tensor]  # of q, k and v, in their shapes
+Gradients = Sequence[Tensor]  # of q, k and v, in their shapes
 
 
 # ----------------------------------------------------------------------------------- contestants
@@ -49,59 +47,46 @@ class Trainer(Contestant):
 
 
 def trainer(
-    name: str,
-    forward: Callable[[], Any],
-    backward: Callable[[Any], Gradients],
-    context: Callable = nullcontext,
-    cannot: tuple[type[Exception], ...] = (NotImplementedError,),
+    name: str, forward: Callable[[], Any], backward: Callable[[Any], Gradients], **options: Any
 ) -> Trainer:
     """`backward` takes what `forward` returns, as often as it is called."""
     kept = functools.cache(forward)  # the first call, in the context that it needs
-    return Trainer(
-        name, lambda: backward(kept()), context, cannot, step=lambda: backward(forward())
-    )
+    return Trainer(name, lambda: backward(kept()), step=lambda: backward(forward()), **options)
 
 
-def by_autograd(problem: Problem, dout: torch.Tensor) -> list[Trainer]:
-    """Everyone as users call them."""
+def by_autograd(problem: Problem, dout: Tensor) -> list[Trainer]:
+    """All implementations as users call them."""
     q, k, v = inputs = [t.detach().requires_grad_() for t in (problem.q, problem.k, problem.v)]
     causal = problem.causal
 
-    def ours(deterministic: bool) -> torch.Tensor:
+    def ours(deterministic: bool) -> Tensor:
         return flash_attn_func(q, k, v, causal=causal, deterministic=deterministic)[0]
 
-    def sdpa() -> torch.Tensor:
-        # (B, H, S, D) are transposed views, of gradients, too: nobody pays for a copy.
+    def sdpa() -> Tensor:
+        # (B, H, S, D) are transposed views, of gradients, too: no copy is timed.
         heads_first = [t.transpose(1, 2) for t in inputs]
         out = F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=True)
         return out.transpose(1, 2)
 
-    def backward(out: torch.Tensor) -> Gradients:
+    def backward(out: Tensor) -> Gradients:
         return torch.autograd.grad(out, inputs, dout, retain_graph=True)
-
-    def backend(name: str, choice: SDPBackend) -> Trainer:
-        # A backend that cannot run a call is a RuntimeError, its reasons are warnings.
-        selected = functools.partial(sdpa_kernel, choice)
-        return trainer(name, sdpa, backward, selected, (RuntimeError,))
 
     return [
         trainer(OURS, lambda: ours(False), backward),
         trainer(DETERMINISTIC, lambda: ours(True), backward),
-        backend(FLASH, SDPBackend.FLASH_ATTENTION),
-        backend(CUDNN, SDPBackend.CUDNN_ATTENTION),
+        *(trainer(name, sdpa, backward, **by_backend(name)) for name in PEERS),
     ]
 
 
-def by_operator(problem: Problem, dout: torch.Tensor) -> list[Trainer]:
+def by_operator(problem: Problem, dout: Tensor) -> list[Trainer]:
     """The same without autograd, whose threads and streams a capture does not follow."""
     q, k, v, causal = problem.q, problem.k, problem.v, problem.causal
     qt, kt, vt, doutt = (t.transpose(1, 2) for t in (q, k, v, dout))
     aten = torch.ops.aten
 
     def ours(deterministic: bool, saved: tuple) -> Gradients:
-        return _C.backward(dout, q, k, v, *saved, None, causal=causal, deterministic=deterministic)[
-            :3
-        ]
+        dlse, options = None, {"causal": causal, "deterministic": deterministic}
+        return _C.backward(dout, q, k, v, *saved, dlse, **options)[:3]
 
     def flash(saved: tuple) -> Gradients:
         out, lse, *sizes, seed, offset, _ = saved
@@ -130,26 +115,28 @@ def by_operator(problem: Problem, dout: torch.Tensor) -> list[Trainer]:
 
 
 def expanded(problem: Problem) -> Problem:
-    """A KV head for each query head, for those who know nothing of GQA: copied by nobody's time."""
+    """A KV head for each query head, for peers that know nothing of GQA; the copy is not timed."""
     group = problem.q.shape[2] // problem.k.shape[2]
     k, v = (t.repeat_interleave(group, dim=2) for t in (problem.k, problem.v))
     return Problem(problem.q, k, v, problem.causal)
 
 
 def admit(
-    problem: Problem, dout: torch.Tensor, graph: bool
+    problem: Problem, dout: Tensor, graph: bool
 ) -> tuple[list[Trainer], dict[str, str], set[str]]:
     """Those found right; why the others are absent; and who had K and V expanded."""
     make = by_operator if graph else by_autograd
     check = Check(problem, dout)
     outputs = (dout, problem.q, problem.k, problem.v)  # out, of the forward before, and gradients
     entrants, absent = harness.admit(make(problem, dout), check, outputs)
-    again = []
-    if problem.q.shape[2] != problem.k.shape[2]:
-        peers = [c for c in make(expanded(problem), dout) if c.name in absent and c.name in PEERS]
-        again, _ = harness.admit(peers, check, outputs)
-    names = {c.name for c in again}
-    return entrants + again, {n: why for n, why in absent.items() if n not in names}, names
+    peers = [name for name in PEERS if name in absent]
+    if not peers or problem.q.shape[2] == problem.k.shape[2]:
+        return entrants, absent, set()
+    again, still = harness.admit(
+        [c for c in make(expanded(problem), dout) if c.name in peers], check, outputs
+    )
+    others = {name: why for name, why in absent.items() if name not in peers}
+    return entrants + again, others | {n: absent[n] for n in still}, {c.name for c in again}
 
 
 # ----------------------------------------------------------------------------------- correctness
@@ -162,13 +149,12 @@ FACTOR = {"cuda": 3, "cpu": 8}
 
 
 class Check:
-    """Compares gradients with an fp32 reference: harness.check_forward's rule, of all blocks, with
-    FACTOR in place of 2.
+    """Compares gradients with an fp32 reference: the tolerance rule with FACTOR, of each block.
 
     Of a few KV heads, each with all the query heads that share it; the reference is computed once.
     """
 
-    def __init__(self, problem: Problem, dout: torch.Tensor) -> None:
+    def __init__(self, problem: Problem, dout: Tensor) -> None:
         self.problem, self.dout = problem, dout
 
     def __call__(self, name: str, gradients: Gradients) -> None:
@@ -183,7 +169,7 @@ class Check:
             for (b, kv_head), of_head in self.references.items():
                 heads = self.query_heads(kv_head) if what == "dq" else slice(kv_head, kv_head + 1)
                 reference, allowed = of_head[what]
-                error = largest_of_blocks(got[b, :, heads].float() - reference)
+                error = by_block(_measure.max_error, got[b, :, heads], reference)
                 if not (error <= allowed).all():  # NaN is wrong too
                     worst = (error - allowed).nan_to_num(torch.inf).argmax().item()
                     raise WrongResult(
@@ -197,19 +183,18 @@ class Check:
         return slice(kv_head * group, (kv_head + 1) * group)
 
     @functools.cached_property
-    def references(self) -> dict[tuple[int, int], dict[str, tuple[torch.Tensor, torch.Tensor]]]:
-        """By batch and KV head: of each gradient the reference, and each block's largest error."""
+    def references(self) -> dict[tuple[int, int], dict[str, tuple[Tensor, Tensor]]]:
+        """By batch and KV head: of each gradient the reference, and what each block allows."""
         batch, _, heads_kv, _ = self.problem.k.shape
         places = [(b, h) for b in sorted({0, batch - 1}) for h in sorted({0, heads_kv - 1})]
         found = {}
         for place in places:
             exact, plain = (self.gradients(*place, dtype) for dtype in (torch.float32, None))
+            allowed = functools.partial(
+                _measure.allowed_error, factor=FACTOR[self.dout.device.type]
+            )
             found[place] = {
-                what: (
-                    ref,
-                    FACTOR[ref.device.type] * largest_of_blocks(pt.float() - ref)
-                    + 2 * largest_of_blocks(ref + 0.3 - 0.3 - ref),
-                )
+                what: (ref, by_block(allowed, ref, pt))
                 for what, ref, pt in zip(("dq", "dk", "dv"), exact, plain, strict=True)
             }
         return found
@@ -227,16 +212,17 @@ class Check:
         dq, dk, dv = [], torch.zeros_like(k), torch.zeros_like(v)
         for head in range(heads.start, heads.stop):
             q = problem.q[b, :, head].detach().to(k.dtype).requires_grad_()
-            out = harness.plain_attention(q, k, v, visible)
+            out = _measure.plain_attention(q, k, v, visible)
             of_q, of_k, of_v = torch.autograd.grad(out, (q, k, v), self.dout[b, :, head].to(out))
             dq.append(of_q)
             dk, dv = dk + of_k, dv + of_v
         return torch.stack(dq, 1), dk[:, None], dv[:, None]
 
 
-def largest_of_blocks(difference: torch.Tensor) -> torch.Tensor:
-    """(S, heads, D) -> (blocks,): the largest magnitude in each."""
-    return torch.stack([block.abs().amax() for block in difference.split(BLOCK_ROWS)])
+def by_block(rule: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """(S, heads, D) each -> (blocks,): a rule, applied to blocks of rows."""
+    pairs = zip(a.split(BLOCK_ROWS), b.split(BLOCK_ROWS), strict=True)
+    return torch.stack([rule(*pair) for pair in pairs])
 
 
 def check_deterministic(entrants: Sequence[Trainer]) -> None:
@@ -251,6 +237,20 @@ def check_deterministic(entrants: Sequence[Trainer]) -> None:
 # ---------------------------------------------------------------------------------------- memory
 
 
+def step_peaks(
+    entrants: Sequence[Trainer], device: str
+) -> tuple[dict[str, float | None], dict[str, str]]:
+    """The peak of each one's training step; and why some are absent: a step takes more memory."""
+    peaks, absent = {}, {}
+    for entrant in entrants:
+        peak, reason = harness.attempt(entrant, functools.partial(peak_mib, entrant, device))
+        if reason:
+            absent[entrant.name] = reason
+        else:
+            peaks[entrant.name] = peak
+    return peaks, absent
+
+
 def peak_mib(entrant: Trainer, device: str) -> float | None:
     """MiB that a training step has allocated at its peak, beyond q, k, v and dout."""
     if device == "cpu":
@@ -258,8 +258,7 @@ def peak_mib(entrant: Trainer, device: str) -> float | None:
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    with entrant.context():
-        entrant.step()
+    entrant.step()
     torch.cuda.synchronize()
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
@@ -267,9 +266,12 @@ def peak_mib(entrant: Trainer, device: str) -> float | None:
 def memory_table(measured: list[dict[str, dict]]) -> str:
     """MiB of a training step, one row per cell."""
 
+    def peak(record: dict) -> str:
+        mib = record.get("step_peak_mib")
+        return "absent" if "absent" in record else "" if mib is None else f"{mib:.0f}"
+
     def row(cell: dict[str, dict]) -> list[object]:
-        peaks = [cell[name].get("step_peak_mib") for name in NAMES]
-        return [*grid.label(cell), *("" if p is None else f"{p:.0f}" for p in peaks)]
+        return [*grid.label(cell), *(peak(cell[name]) for name in NAMES)]
 
     return harness.markdown(("preset", "S", "causal", *NAMES), map(row, measured))
 
@@ -277,34 +279,36 @@ def memory_table(measured: list[dict[str, dict]]) -> str:
 # ----------------------------------------------------------------------------------------- main
 
 
-def measure(args: argparse.Namespace, records: harness.Records) -> None:
-    for problem, cell in grid.cells(args):
-        dout = torch.randn_like(problem.q.new_empty(problem.out_shape))
-        entrants, absent, with_copies = admit(problem, dout, args.graph)
-        check_deterministic(entrants)
-        peaks = {entrant.name: peak_mib(entrant, args.device) for entrant in entrants}
-        timings = harness.time_interleaved(entrants, args.device, args.rounds, args.graph)
-        flops = FLOPS_OF_FORWARD * harness.forward_flops(problem)
-        for name, timing in timings.items():
-            fields = {**harness.timing_fields(timing, flops), "step_peak_mib": peaks[name]}
-            records.add(**cell, contestant=name, expanded_kv=name in with_copies, **fields)
-        for name, reason in absent.items():
-            records.add(**cell, contestant=name, absent=reason)
+def measure(problem: Problem, args: argparse.Namespace) -> dict[str, dict]:
+    """What the records of a cell say of each contestant."""
+    dout = torch.randn_like(problem.q.new_empty(problem.out_shape))
+    entrants, absent, with_copies = admit(problem, dout, args.graph)
+    check_deterministic(entrants)
+    peaks, exhausted = step_peaks(entrants, args.device)
+    entrants = [entrant for entrant in entrants if entrant.name in peaks]
+    timings, without = harness.time_interleaved(entrants, args.device, args.rounds, args.graph)
+    flops = FLOPS_OF_FORWARD * harness.forward_flops(problem)
+    fields = {
+        name: {
+            "expanded_kv": name in with_copies,
+            **harness.timing_fields(timing, flops),
+            "step_peak_mib": peaks[name],
+        }
+        for name, timing in timings.items()
+    }
+    return fields | harness.absent_fields(absent | exhausted | without)
 
 
 def main() -> None:
     args = grid.parse(grid.make_parser(__doc__, "training"))
-    harness.require_device(args.device)
     records = harness.Records(args.output, "backward", args.device)
-    measure(args, records)
-    grid.report("Backward", args, records, NAMES)
-    measured = grid.by_cell(records.cells)
-    print("\nWith deterministic=True:\n", grid.by_preset(measured, DETERMINISTIC), sep="\n")
-    print(
-        "\nPeak MiB of forward and backward, results included:\n", memory_table(measured), sep="\n"
-    )
+    measured = functools.partial(measure, args=args)
+    found = harness.measure_cells(grid.cells(args), measured, NAMES, records, args.device, copies=2)
+    grid.report("Backward", args, records.header, found, NAMES)
+    print("\nWith deterministic=True:\n", grid.by_preset(found, DETERMINISTIC), sep="\n")
+    print("\nPeak MiB of forward and backward, results included:\n", memory_table(found), sep="\n")
     for name in PEERS:
-        cells = sum(cell[name].get("expanded_kv", False) for cell in measured)
+        cells = sum(cell[name].get("expanded_kv", False) for cell in found)
         if cells:
             print(f"{name}: K and V expanded before it in {cells} cells")
 

@@ -1,4 +1,4 @@
-"""How fast the emulator runs the kernels: million warp instructions per second.
+"""How fast does the emulated driver run the kernels? In million warp instructions per second.
 
     python benchmarks/emulator.py
 

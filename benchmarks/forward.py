@@ -14,38 +14,29 @@ import grid
 import harness
 import torch
 import torch.nn.functional as F
-from grid import CUDNN, FLASH
-from harness import OURS, Contestant, Problem
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from harness import CUDNN, FLASH, OURS, Contestant, Problem, by_backend
 
-import flash_attn_sm120
+from flash_attn_sm120 import flash_attn_func
 
 NAMES = (OURS, FLASH, CUDNN)
 
 
 def contestants(problem: Problem) -> list[Contestant]:
-    """Everyone, bound to one problem."""
+    """All implementations, bound to one problem."""
     q, k, v, causal = problem.q, problem.k, problem.v, problem.causal
-    # SDPA's layout is (B, H, S, D): transposed views, nobody pays for a copy. Its causal is
-    # aligned to the top left, which is ours wherever Sq == Sk, as everywhere in this grid.
+    # SDPA's layout is (B, H, S, D): transposed views, no copy is timed. Its causal is aligned to
+    # the top left, which is ours wherever Sq == Sk, as everywhere in this grid.
     qt, kt, vt = (t.transpose(1, 2) for t in (q, k, v))
 
     def ours() -> torch.Tensor:
-        return flash_attn_sm120.flash_attn_func(q, k, v, causal=causal)[0]
+        return flash_attn_func(q, k, v, causal=causal)[0]
 
     def sdpa() -> torch.Tensor:
         out = F.scaled_dot_product_attention(qt, kt, vt, is_causal=causal, enable_gqa=True)
         return out.transpose(1, 2)
 
-    def backend(name: str, choice: SDPBackend) -> Contestant:
-        # A backend that cannot run a call is a RuntimeError, its reasons are warnings.
-        return Contestant(name, sdpa, functools.partial(sdpa_kernel, choice), (RuntimeError,))
-
-    return [
-        Contestant(OURS, ours),
-        backend(FLASH, SDPBackend.FLASH_ATTENTION),
-        backend(CUDNN, SDPBackend.CUDNN_ATTENTION),
-    ]
+    peers = [Contestant(name, sdpa, **by_backend(name)) for name in (FLASH, CUDNN)]
+    return [Contestant(OURS, ours), *peers]
 
 
 def beside_d128(measured: list[dict[str, dict]]) -> str:
@@ -60,23 +51,25 @@ def beside_d128(measured: list[dict[str, dict]]) -> str:
     return harness.markdown(("preset", "S", "causal", "ours/ours at d128"), rows) if rows else ""
 
 
+def measure(problem: Problem, device: str, rounds: int | None, graph: bool) -> dict[str, dict]:
+    """What the records of a cell say of each contestant."""
+    check = functools.partial(harness.check_forward, problem)
+    out = problem.q.new_empty(problem.out_shape)
+    entrants, absent = harness.admit(contestants(problem), check, [out])
+    timings, exhausted = harness.time_interleaved(entrants, device, rounds, graph)
+    flops = harness.forward_flops(problem)
+    fields = {name: harness.timing_fields(timing, flops) for name, timing in timings.items()}
+    return fields | harness.absent_fields(absent | exhausted)
+
+
 @torch.no_grad()
 def main() -> None:
     args = grid.parse(grid.make_parser(__doc__, "shapes"))
-    harness.require_device(args.device)
     records = harness.Records(args.output, "forward", args.device)
-    for problem, cell in grid.cells(args):
-        check = functools.partial(harness.check_forward, problem)
-        out = problem.q.new_empty(problem.out_shape)
-        entrants, absent = harness.admit(contestants(problem), check, [out])
-        timings = harness.time_interleaved(entrants, args.device, args.rounds, args.graph)
-        flops = harness.forward_flops(problem)
-        for name, timing in timings.items():
-            records.add(**cell, contestant=name, **harness.timing_fields(timing, flops))
-        for name, reason in absent.items():
-            records.add(**cell, contestant=name, absent=reason)
-    grid.report("Forward", args, records, NAMES)
-    if beside := beside_d128(grid.by_cell(records.cells)):
+    measured = functools.partial(measure, device=args.device, rounds=args.rounds, graph=args.graph)
+    found = harness.measure_cells(grid.cells(args), measured, NAMES, records, args.device)
+    grid.report("Forward", args, records.header, found, NAMES)
+    if beside := beside_d128(found):
         print("", beside, sep="\n")
 
 

@@ -5,15 +5,11 @@ from __future__ import annotations
 import argparse
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import harness
-from harness import OURS, Preset, Problem
-from tqdm import tqdm
-
-FLASH, CUDNN = "sdpa-flash", "sdpa-cudnn"
+from harness import FLASH, OURS, Cell, Preset
 
 
 @dataclass(frozen=True)
@@ -64,23 +60,19 @@ def make_parser(description: str, grid: str) -> argparse.ArgumentParser:
     parser.add_argument("--causal", nargs="+", type=int, choices=(0, 1), default=(0, 1))
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--dtype", choices=harness.DTYPES, default="bf16")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--rounds", type=int, help="default: as many as fit 0.6 s, 10 to 60")
     parser.add_argument("--graph", action="store_true", help="time replays of CUDA graphs")
     parser.add_argument(
         "--quick", action="store_true", help="llama3-8b and hd64, S 1024 and 4096, 10 rounds"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE.jsonl")
+    harness.add_arguments(parser)
     return parser
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments; `grid` is the Grid that they ask for."""
-    args = parser.parse_args()
+    args = harness.parse(parser)
     if args.quick:
         args.presets, args.seqlens, args.rounds = ["llama3-8b", "hd64"], (1024, 4096), 10
-    if args.rounds is not None and args.rounds < 2:
-        parser.error("--rounds: a spread needs at least 2")
     if args.graph and args.device == "cpu":
         parser.error("--graph needs a CUDA device")
     named = GRIDS[args.grid]
@@ -93,39 +85,31 @@ def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
 # ----------------------------------------------------------------------------------------- cells
 
 
-def cells(args: argparse.Namespace) -> Iterator[tuple[Problem, dict]]:
-    """The problem of each cell, and what a record says of it."""
-    every = list(itertools.product(args.grid.shapes(), args.grid.seqlens, args.causal))
-    # disable=None: no bar where the output is a log
-    with tqdm(every, unit="cell", disable=None) as bar:
-        for (preset, names), seqlen, causal in bar:
-            bar.set_postfix_str(f"{names[0]} S {seqlen} causal {causal}")
-            problem = harness.make_problem(
-                preset, seqlen, causal, args.batch, harness.DTYPES[args.dtype], args.device
-            )
-            yield (
-                problem,
-                {
-                    "presets": names,
-                    "heads_q": preset.heads_q,
-                    "heads_kv": preset.heads_kv,
-                    "head_dim": preset.head_dim,
-                    "head_dim_v": preset.head_dim_v or preset.head_dim,
-                    "batch": args.batch,
-                    "seqlen": seqlen,
-                    "causal": bool(causal),
-                    "dtype": args.dtype,
-                },
-            )
-
-
-def by_cell(records: list[dict]) -> list[dict[str, dict]]:
-    """The records of each cell by contestant, in the order in which they were measured."""
-    found: dict[tuple, dict[str, dict]] = {}
-    for record in records:
-        key = (*record["presets"], record["seqlen"], record["causal"])
-        found.setdefault(key, {})[record["contestant"]] = record
-    return list(found.values())
+def cells(args: argparse.Namespace) -> list[Cell]:
+    """The cells that the arguments ask for."""
+    return [
+        Cell(
+            preset,
+            seqlen,
+            bool(causal),
+            args.batch,
+            harness.DTYPES[args.dtype],
+            fields={
+                "presets": names,
+                "heads_q": preset.heads_q,
+                "heads_kv": preset.heads_kv,
+                "head_dim": preset.head_dim,
+                "head_dim_v": preset.head_dim_v or preset.head_dim,
+                "batch": args.batch,
+                "seqlen": seqlen,
+                "causal": bool(causal),
+                "dtype": args.dtype,
+            },
+        )
+        for (preset, names), seqlen, causal in itertools.product(
+            args.grid.shapes(), args.grid.seqlens, args.causal
+        )
+    ]
 
 
 def ratio(cell: dict[str, dict], name: str = OURS) -> float | None:
@@ -207,20 +191,18 @@ def summary(measured: list[dict[str, dict]]) -> str:
             f"spread (IQR / median of ours or flash): median {statistics.median(spreads):.1%}, "
             f"largest {max(spreads):.1%}",
         ]
-    reasons: dict[tuple[str, str], int] = {}
-    for cell in measured:
-        for name, record in cell.items():
-            if "absent" in record:
-                key = (name, record["absent"])
-                reasons[key] = reasons.get(key, 0) + 1
-    lines += [f"absent in {n} cells: {name}: {why}" for (name, why), n in reasons.items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, harness.why_absent(measured)])
 
 
-def report(what: str, args: argparse.Namespace, records: harness.Records, names: Sequence[str]):
+def report(
+    what: str,
+    args: argparse.Namespace,
+    header: dict,
+    measured: list[dict[str, dict]],
+    names: Sequence[str],
+) -> None:
     """Prints what was measured: cell by cell, preset by preset, and in a few lines."""
-    measured = by_cell(records.cells)
     kind = "CUDA graphs" if args.graph else "single calls"
     print(f"{what}, {args.dtype}, batch {args.batch}, TFLOPS, {kind}")
-    print(harness.headline(records.header))
+    print(harness.headline(header))
     print(table(measured, names), by_preset(measured), summary(measured), sep="\n\n")

@@ -1,45 +1,49 @@
-"""What the benchmarks share: presets, FLOPs, checks, interleaved timing, records.
+"""What the benchmarks share: presets, cells, FLOPs, checks, interleaved timing, records.
 
-The rules, and why they exist:
+Calls are timed by the rules of flash_attn_sm120/_measure.py: in one process, round-robin, after a
+soak, behind a write of the L2. Here is what benchmarks add:
 
-- Contestants are timed in one process, round-robin (A B C, A B C, ...). Clocks, power and the
-  other tenants of a machine drift by more than the differences of interest; neighbours in time
-  see the same drift, so their ratio survives it.
 - Nothing is timed before it has been found right, on the very inputs that are timed.
-- L2 is overwritten before each timed call, so that no contestant starts with its inputs cached.
-- Medians and quartiles are reported, never a best.
+- Where a contestant cannot run, or runs out of memory, its record says so: absent, and why. That
+  holds for ours as for its peers, and for cells that do not fit the free memory at all.
 """
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import functools
 import json
+import math
 import os
 import platform
-import statistics
-import subprocess
+import re
 import sys
-import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
-OURS = "ours"
+from flash_attn_sm120 import _measure
+from flash_attn_sm120._measure import Timed, Timing, synchronize
+
+OURS, FLASH, CUDNN = "ours", "sdpa-flash", "sdpa-cudnn"
+BACKENDS = {FLASH: SDPBackend.FLASH_ATTENTION, CUDNN: SDPBackend.CUDNN_ATTENTION}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
-SOAK_S = 0.3  # clocks and caches of code settle before anything counts
+SOAK_S = 0.3
 TIMED_S = 0.6  # about how long the timed rounds of one cell take
 ROUNDS = (10, 60)  # fewest and most rounds of a cell
 GRAPH_MS, GRAPH_CALLS = 2.0, 50  # a graph holds calls worth this long, and at most so many
 # Several times the largest L2 (128 MB). The write takes some 100 us or more: time for the host to
-# enqueue the timed call behind it, so that launch overhead stays outside the events.
-FLUSH_BYTES = 512 << 20
+# enqueue the timed call behind it.
+FLUSH_BYTES = {"cuda": 512 << 20, "cpu": 64 << 20}
 
 
 # ---------------------------------------------------------------------------------------- shapes
@@ -99,29 +103,46 @@ class Problem:
         return (*self.q.shape[:3], self.v.shape[3])
 
 
-def make_problem(
-    preset: Preset,
-    seqlen: int,
-    causal: bool,
-    batch: int,
-    dtype: torch.dtype,
-    device: str,
-    queries: int | None = None,
-) -> Problem:
-    """Random inputs: zeros would draw less power and run faster than real data.
+@dataclass(frozen=True)
+class Cell:
+    """One call that is measured; `fields` is what its records say of it."""
 
-    As many queries as keys, `seqlen`, if not told otherwise.
-    """
-    generator = torch.Generator(device).manual_seed(seqlen + causal)
+    preset: Preset
+    seqlen: int  # keys, and queries if `queries` is None
+    causal: bool
+    batch: int
+    dtype: torch.dtype
+    queries: int | None = None
+    fields: dict[str, Any] = field(default_factory=dict)
 
-    def randn(length: int, heads: int, head_dim: int) -> torch.Tensor:
-        shape = (batch, length, heads, head_dim)
-        return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+    def __str__(self) -> str:
+        heads, dims = f"{self.preset.heads_q}/{self.preset.heads_kv}", self.preset.head_dim
+        mask = " causal" if self.causal else ""
+        return f"{heads} heads, D {dims}, B {self.batch}, S {self.seqlen}{mask}"
 
-    q = randn(seqlen if queries is None else queries, preset.heads_q, preset.head_dim)
-    k = randn(seqlen, preset.heads_kv, preset.head_dim)
-    v = randn(seqlen, preset.heads_kv, preset.head_dim_v or preset.head_dim)
-    return Problem(q, k, v, bool(causal))
+    def shapes(self) -> list[tuple[int, int, int, int]]:
+        """Of q, k, v and out."""
+        preset, queries = self.preset, self.seqlen if self.queries is None else self.queries
+        head_dim_v = preset.head_dim_v or preset.head_dim
+        return [
+            (self.batch, queries, preset.heads_q, preset.head_dim),
+            (self.batch, self.seqlen, preset.heads_kv, preset.head_dim),
+            (self.batch, self.seqlen, preset.heads_kv, head_dim_v),
+            (self.batch, queries, preset.heads_q, head_dim_v),
+        ]
+
+    def bytes(self) -> int:
+        """Of q, k, v and out."""
+        return sum(math.prod(shape) for shape in self.shapes()) * self.dtype.itemsize
+
+    def problem(self, device: str) -> Problem:
+        """Random inputs: zeros would draw less power and run faster than real data."""
+        generator = torch.Generator(device).manual_seed(self.seqlen + self.causal)
+        q, k, v = (
+            torch.randn(shape, dtype=self.dtype, device=device, generator=generator)
+            for shape in self.shapes()[:3]
+        )
+        return Problem(q, k, v, self.causal)
 
 
 def forward_flops(problem: Problem) -> float:
@@ -145,21 +166,51 @@ def forward_flops(problem: Problem) -> float:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Contestant(Timed):
     """One implementation, bound to the inputs of one cell.
 
-    `call` returns what the check of the cell looks at, of a forward out (B, Sq, Hq, Dv). `context`
-    is entered outside the timed region (selecting an SDPA backend costs host time); exceptions in
-    `cannot` mean that the contestant does not support the cell.
+    `call` returns what the check of the cell looks at, of a forward out (B, Sq, Hq, Dv). Exceptions
+    in `cannot` mean that the contestant does not support the cell.
     """
 
-    name: str
-    call: Callable[[], Any]
-    context: Callable[[], AbstractContextManager] = nullcontext
     cannot: tuple[type[Exception], ...] = (NotImplementedError,)
 
 
 C = TypeVar("C", bound=Contestant)
+T = TypeVar("T")
+
+
+def by_backend(name: str) -> dict[str, Any]:
+    """The context in which SDPA takes a backend, and the exceptions by which that says no.
+
+    A backend that cannot run a call is a RuntimeError, its reasons are warnings.
+    """
+    context = functools.partial(sdpa_kernel, BACKENDS[name])
+    return {"context": context, "cannot": (RuntimeError,)}
+
+
+def attempt(contestant: Timed, step: Callable[[], T]) -> tuple[T | None, str]:
+    """What `step` returns; or None, and why the contestant is absent from the cell."""
+    cannot = getattr(contestant, "cannot", ())
+    result, reason = None, ""
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always")
+        try:
+            with contestant.context():
+                result = step()
+        except Exception as error:
+            reason = out_of_memory(error)
+            if not reason and not isinstance(error, cannot):
+                raise
+            reason = reason or " ".join(
+                [str(error) or repr(error), *(str(note.message) for note in notes)]
+            )
+    if reason:
+        release_memory()  # what the call held, now that its frames are gone
+    else:
+        for note in notes:
+            warnings.warn(f"{contestant.name}: {note.message}", stacklevel=2)
+    return result, reason
 
 
 def admit(
@@ -178,19 +229,48 @@ def admit(
         # nothing would pass. NaN there (the allocator hands the block out again) makes it fail.
         poison = [torch.full_like(output, torch.nan) for output in outputs]
         del poison
-        with warnings.catch_warnings(record=True) as notes:
-            warnings.simplefilter("always")
-            try:
-                with contestant.context():
-                    result = contestant.call()
-            except contestant.cannot as error:
-                absent[contestant.name] = " ".join([str(error), *(str(n.message) for n in notes)])
-                continue
-        for note in notes:
-            warnings.warn(f"{contestant.name}: {note.message}", stacklevel=2)
-        check(contestant.name, result)
-        entrants.append(contestant)
+        result, reason = attempt(contestant, contestant.call)
+        if reason:
+            absent[contestant.name] = reason
+        else:
+            check(contestant.name, result)
+            entrants.append(contestant)
+        del result  # the next one may need its memory
     return entrants, absent
+
+
+# ---------------------------------------------------------------------------------------- memory
+
+
+def out_of_memory(error: BaseException | None) -> str:
+    """In a few words, that memory ran out; "" if the error, and what led to it, says nothing so.
+
+    What led to it: a graph capture in which memory runs out ends with an error that hides that.
+    """
+    if not isinstance(error, RuntimeError):
+        return ""
+    text = str(error)
+    if not re.search("out of memory|can't allocate memory|ALLOC_FAILED", text, re.I):
+        return out_of_memory(error.__context__)
+    tried = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.I)
+    return f"out of memory (a tensor of {tried[1]})" if tried else "out of memory"
+
+
+def release_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def free_bytes(device: str) -> float:
+    """What can be allocated, with what torch keeps for itself."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info()[0] + (
+            torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        )
+    try:
+        return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):  # not on this system
+        return math.inf
 
 
 # ----------------------------------------------------------------------------------- correctness
@@ -206,10 +286,9 @@ CHECK_ROWS = 32  # consecutive query rows of one block; a tolerance holds for a 
 def check_forward(problem: Problem, name: str, out: torch.Tensor) -> None:
     """Compares rows of `out` with an fp32 reference; raises WrongResult.
 
-    The rule: max|out - ref| <= 2 * max|pt - ref| + 2 * max|ref + 0.3 - 0.3 - ref|, pt being plain
-    PyTorch in the input type. It is applied to each block of rows alone: the first rows of a
-    causal problem average few keys, and the errors of their large values would hide the rest.
-    Heads are checked one at a time, so that the reference never needs the whole score matrix.
+    The tolerance rule is applied to each block of rows alone: the first rows of a causal problem
+    average few keys, and the errors of their large values would hide the rest. Heads are checked
+    one at a time, so that the reference never needs the whole score matrix.
     """
     if tuple(out.shape) != problem.out_shape or out.dtype != problem.q.dtype:
         raise WrongResult(
@@ -240,19 +319,10 @@ def block_error(
     visible = torch.ones(len(q), seqlen_k, dtype=torch.bool, device=q.device)
     if problem.causal:
         visible = visible.tril(rows.start + seqlen_k - seqlen_q)
-    ref = plain_attention(q.float(), k.float(), v.float(), visible)
-    pt = plain_attention(q, k, v, visible).float()
-    allowed = 2 * (pt - ref).abs().max() + 2 * (ref + 0.3 - 0.3 - ref).abs().max()
-    return (out[b, rows, head].float() - ref).abs().max().item(), allowed.item()
-
-
-def plain_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor
-) -> torch.Tensor:
-    """Attention of some rows of one head, in the type of its inputs; rows without keys give 0."""
-    scores = (q @ k.T) * q.shape[-1] ** -0.5  # [rows, Sk]
-    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
-    return weights.masked_fill(~visible, 0) @ v  # [rows, Dv]
+    ref = _measure.plain_attention(q.float(), k.float(), v.float(), visible)
+    plain = _measure.plain_attention(q, k, v, visible)
+    error = _measure.max_error(out[b, rows, head], ref)
+    return error.item(), _measure.allowed_error(ref, plain).item()
 
 
 def describe(problem: Problem) -> str:
@@ -264,147 +334,82 @@ def describe(problem: Problem) -> str:
 # ---------------------------------------------------------------------------------------- timing
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one call over the rounds: the median, and the quartiles around it."""
-
-    ms: float
-    ms_q1: float
-    ms_q3: float
-    rounds: int
-    graph_calls: int  # calls in one timed graph; 0: the call was timed as it is
-
-    @property
-    def spread(self) -> float:
-        """The interquartile range as a part of the median."""
-        return (self.ms_q3 - self.ms_q1) / self.ms
-
-
-class HostEvent:
-    """torch.cuda.Event for a CPU: dry runs take the path that measurements take."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def record(self) -> None:
-        self.seconds = time.perf_counter()
-
-    def elapsed_time(self, end: HostEvent) -> float:
-        return (end.seconds - self.seconds) * 1e3
-
-
-def make_event(device: str):
-    return HostEvent() if device == "cpu" else torch.cuda.Event(enable_timing=True)
-
-
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
 @functools.cache
 def flush_buffer(device: str) -> torch.Tensor:
-    size = FLUSH_BYTES if device != "cpu" else FLUSH_BYTES // 8
-    return torch.empty(size, dtype=torch.int8, device=device)
+    return _measure.flush_buffer(device, FLUSH_BYTES[device])
 
 
 def time_interleaved(
-    contestants: Sequence[Contestant], device: str, rounds: int | None = None, graph: bool = False
-) -> dict[str, Timing]:
-    """Times the contestants round-robin; `rounds` None: as many as fit about TIMED_S.
+    contestants: Sequence[Timed], device: str, rounds: int | None = None, graph: bool = False
+) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Times the contestants round-robin; and why some are absent: beside the others they ran out
+    of memory. `rounds` None: as many as fit about TIMED_S.
 
     With `graph`, a timed call is the replay of a CUDA graph of several calls, so host time does
     not count at all; L2 is then cold for the first of them only.
     """
-    if not contestants:
-        return {}
-    round_ms = soak(contestants, device)
+    flush = flush_buffer(device)
+    contestants, absent = prepared(contestants, once_more)
     graph_calls = 0
-    if graph:
+    if contestants:
+        round_ms = _measure.soak(contestants, device, SOAK_S)
+    if contestants and graph:
         graph_calls = clamp(GRAPH_MS * len(contestants) / round_ms, 1, GRAPH_CALLS)
-        contestants = [captured(contestant, graph_calls) for contestant in contestants]
+        capture = functools.partial(_measure.captured, calls=graph_calls)
+        contestants, exhausted = prepared(contestants, capture)
+        absent |= exhausted
         round_ms *= graph_calls
+    if not contestants:
+        return {}, absent
     if rounds is None:
         rounds = clamp(TIMED_S * 1e3 / round_ms, *ROUNDS)
-    samples = timed_rounds(contestants, device, rounds)
-    return {name: summarize(times, graph_calls) for name, times in samples.items()}
+    samples = _measure.round_robin(contestants, device, rounds, flush)
+    timings = (Timing.of(own, graph_calls) for own in samples)
+    return {c.name: t for c, t in zip(contestants, timings, strict=True)}, absent
+
+
+def prepared(
+    contestants: Sequence[Timed], step: Callable[[Timed], Timed]
+) -> tuple[list[Timed], dict[str, str]]:
+    """What a step makes of each contestant, and why some are absent from then on."""
+    ready, absent = [], {}
+    for contestant in contestants:
+        made, reason = attempt(contestant, functools.partial(step, contestant))
+        if made:
+            ready.append(made)
+        else:
+            absent[contestant.name] = reason
+    return ready, absent
+
+
+def once_more(contestant: Timed) -> Timed:
+    """The contestant, after a call in the memory that the others have left."""
+    contestant.call()
+    return contestant
 
 
 def clamp(value: float, low: int, high: int) -> int:
     return max(low, min(high, round(value)))
 
 
-def soak(contestants: Sequence[Contestant], device: str) -> float:
-    """Runs the contestants in turn for SOAK_S; milliseconds of a round, host time included."""
-    rounds, begin = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - begin) < SOAK_S or rounds == 0:
-        for contestant in contestants:
-            with contestant.context():
-                contestant.call()
-        synchronize(device)
-        rounds += 1
-    return elapsed * 1e3 / rounds
-
-
-def captured(contestant: Contestant, calls: int) -> Contestant:
-    """The contestant as the replay of a CUDA graph of `calls` calls."""
-    graph = torch.cuda.CUDAGraph()
-    with contestant.context(), torch.cuda.graph(graph):
-        for _ in range(calls):
-            contestant.call()
-    return replace(contestant, call=graph.replay, context=nullcontext)
-
-
-def timed_rounds(
-    contestants: Sequence[Contestant], device: str, rounds: int
-) -> dict[str, list[float]]:
-    """Milliseconds of every round of every contestant, in the order A B C, A B C, ..."""
-    flush = flush_buffer(device)
-    events = {
-        c.name: [(make_event(device), make_event(device)) for _ in range(rounds)]
-        for c in contestants
-    }
-    synchronize(device)
-    flush.zero_()  # a head start for the host: it then stays ahead of the GPU
-    for i in range(rounds):
-        for contestant in contestants:
-            start, end = events[contestant.name][i]
-            with contestant.context():
-                flush.zero_()
-                start.record()
-                contestant.call()
-                end.record()
-    synchronize(device)
-    return {
-        name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()
-    }
-
-
-def summarize(times: Sequence[float], graph_calls: int) -> Timing:
-    q1, median, q3 = statistics.quantiles(times, n=4, method="inclusive")
-    calls = max(1, graph_calls)
-    return Timing(median / calls, q1 / calls, q3 / calls, len(times), graph_calls)
-
-
 # --------------------------------------------------------------------------------------- records
 
 
 class Records:
-    """JSON lines: a header, then one record per cell and contestant, kept in `cells` too.
+    """JSON lines: a header, then one record per cell and contestant.
 
     Each line is flushed when it is written: a run that is cut short keeps what it measured.
     """
 
     def __init__(self, path: Path | None, benchmark: str, device: str) -> None:
         self.header = header(benchmark, device)
-        self.cells: list[dict] = []
         self._file = path.open("w") if path else None
         self._write(self.header)
 
-    def add(self, **fields) -> None:
+    def add(self, **fields) -> dict:
         record = {"record": "cell", **fields}
-        self.cells.append(record)
         self._write(record)
+        return record
 
     def _write(self, record: dict) -> None:
         if self._file:
@@ -417,10 +422,72 @@ def read_records(path: Path) -> tuple[dict, list[dict]]:
     return lines[0], lines[1:]
 
 
+def measure_cells(
+    cells: Iterable[Cell],
+    measure: Callable[[Problem], dict[str, dict]],
+    names: Sequence[str],
+    records: Records,
+    device: str,
+    copies: int = 1,
+) -> list[dict[str, dict]]:
+    """Adds a record for each cell and contestant: what `measure` returns for it.
+
+    Where a cell as a whole does not fit into memory, all `names` are absent from it.
+
+    Args:
+        copies: how many times q, k, v and out are needed at once; with gradients, twice.
+
+    Returns:
+        The records of each cell by contestant.
+    """
+    measured = []
+    # disable=None: no bar where the output is a log
+    with tqdm(list(cells), unit="cell", disable=None) as bar:
+        for cell in bar:
+            bar.set_postfix_str(str(cell))
+            needed = copies * cell.bytes() + FLUSH_BYTES[device]
+            found = within_memory(
+                lambda cell=cell: measure(cell.problem(device)), names, needed, device
+            )
+            measured.append(
+                {
+                    name: records.add(**cell.fields, contestant=name, **fields)
+                    for name, fields in found.items()
+                }
+            )
+    return measured
+
+
+def within_memory(
+    measure: Callable[[], dict[str, dict]], names: Sequence[str], needed: int, device: str
+) -> dict[str, dict]:
+    """What `measure` returns; or that all are absent, as memory does not do for what is needed."""
+    free = free_bytes(device)
+    if needed > free:
+        reason = f"does not fit: it takes {needed / 2**30:.1f} GiB, {free / 2**30:.1f} are free"
+        return {name: {"absent": reason} for name in names}
+    try:
+        return measure()
+    except RuntimeError as error:
+        if not (reason := out_of_memory(error)):
+            raise
+    release_memory()
+    return {name: {"absent": reason} for name in names}
+
+
 def timing_fields(timing: Timing, flops: float) -> dict:
     """What a record says about a timing."""
     tflops = flops / timing.ms * 1e-9
     return {**asdict(timing), "spread": timing.spread, "tflops": tflops}
+
+
+def absent_fields(absent: dict[str, str]) -> dict[str, dict]:
+    """What the records of those say that are absent."""
+    return {name: {"absent": reason} for name, reason in absent.items()}
+
+
+# --exclude: the commit itself, whatever tags there are
+DESCRIBE = ("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def header(benchmark: str, device: str) -> dict:
@@ -439,8 +506,7 @@ def header(benchmark: str, device: str) -> dict:
         "environment": {k: v for k, v in os.environ.items() if k.startswith("FA_SM120_")},
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": " ".join(["python", *sys.argv]),
-        # --exclude: the commit itself, whatever tags there are
-        "commit": output_of("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"),
+        "commit": _measure.output_of("git", "-C", str(Path(__file__).parent), *DESCRIBE),
     }
 
 
@@ -449,46 +515,25 @@ def device_facts(device: str) -> dict:
     if device == "cpu":
         return {"gpu": None, "device": platform.processor() or platform.machine()}
     properties = torch.cuda.get_device_properties(device)
-    fields = ("clocks.sm", "clocks.max.sm", "power.limit", "driver_version")
     busy()  # an idle GPU would report its idle clock
-    answer = output_of(
-        "nvidia-smi",
-        f"--id=GPU-{properties.uuid}",
-        f"--query-gpu={','.join(fields)}",
-        "--format=csv,noheader",
-    )
-    values = answer.split(", ") if answer else [None] * len(fields)
+    clocks = ("clocks.sm", "clocks.max.sm", "power.limit", "driver_version")
+    facts = _measure.nvidia_smi(*clocks)
     synchronize(device)
     return {
         "gpu": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
-        **dict(zip(fields, values, strict=False)),
+        **facts,
     }
 
 
 def busy(seconds: float = 1.0) -> None:
     """Enqueues matrix products worth some seconds, and returns while they run."""
     a = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    start, end = make_event("cuda"), make_event("cuda")
-    a @ a  # loads the library
-    start.record()
     product = a @ a
-    end.record()
-    torch.cuda.synchronize()
-    for _ in range(min(900, int(seconds * 1e3 / start.elapsed_time(end)))):
+    round_ms = _measure.soak([Timed("product", lambda: torch.mm(a, a, out=product))], "cuda", 0.0)
+    for _ in range(min(900, int(seconds * 1e3 / round_ms))):
         torch.mm(a, a, out=product)
-
-
-def output_of(*command: str) -> str | None:
-    """What a command printed; None where it is missing or fails."""
-    try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=Path(__file__).parent, timeout=20
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def headline(header: dict) -> str:
@@ -500,6 +545,19 @@ def headline(header: dict) -> str:
     return f"{header['gpu']}, {enforced}; torch {header['torch']}, CUDA {header['cuda']}"
 
 
+def why_absent(measured: Iterable[dict[str, dict]]) -> str:
+    """A line for each contestant and reason, with the number of cells."""
+    reasons = Counter(
+        (name, record["absent"])
+        for cell in measured
+        for name, record in cell.items()
+        if "absent" in record
+    )
+    return "\n".join(
+        f"absent in {n} cells: {name}: {reason}" for (name, reason), n in reasons.items()
+    )
+
+
 def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A markdown table that is aligned as plain text too."""
     cells = [list(map(str, row)) for row in (head, *rows)]
@@ -507,6 +565,25 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     lines = [" | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) for row in cells]
     lines.insert(1, " | ".join("-" * w for w in widths))
     return "\n".join(f"| {line} |" for line in lines)
+
+
+# ------------------------------------------------------------------------------------- arguments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that all benchmarks of cells share."""
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--rounds", type=int, help="default: as many as fit 0.6 s, 10 to 60")
+    parser.add_argument("--output", type=Path, metavar="FILE.jsonl")
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments, on a device that is there."""
+    args = parser.parse_args()
+    if args.rounds is not None and args.rounds < 2:
+        parser.error("--rounds: a spread needs at least 2")
+    require_device(args.device)
+    return args
 
 
 def require_device(device: str) -> None:

@@ -10,7 +10,6 @@ out without one, and said.
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import json
 import os
@@ -27,11 +26,10 @@ import harness
 import torch
 import torch.nn.functional as F
 from backward import by_autograd, by_operator
-from grid import FLASH
-from harness import OURS, Contestant, Problem
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from harness import FLASH, OURS, Contestant, Problem, by_backend
 
 import flash_attn_sm120
+from flash_attn_sm120._measure import synchronize
 
 # The GPU finishes a call of this shape about as fast as the host enqueues it, and a launch queue
 # holds some 1000 kernels: CALLS of them, three to a backward, never make the host wait. On a CPU
@@ -76,11 +74,7 @@ def forwards(device: str) -> list[Contestant]:
         Contestant("torch.empty_like", lambda: torch.empty_like(q)),
         Contestant(OURS, lambda: ours(q, q, q)),
         Contestant("ours, return_lse", lambda: ours(q, q, q, return_lse=True)),
-        Contestant(
-            "sdpa-flash",
-            lambda: F.scaled_dot_product_attention(qt, qt, qt),
-            functools.partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION),
-        ),
+        Contestant(FLASH, lambda: F.scaled_dot_product_attention(qt, qt, qt), **by_backend(FLASH)),
     ]
     if device == "cuda":
         op = torch.ops.aten._scaled_dot_product_flash_attention
@@ -93,7 +87,7 @@ def backwards(device: str) -> list[Contestant]:
     q = torch.randn(SHAPE[device], dtype=torch.bfloat16, device=device)
     problem, dout = Problem(q, q, q, causal=False), torch.randn_like(q)
     by = {"operator": by_operator(problem, dout), "autograd": by_autograd(problem, dout)}
-    if device == "cpu":  # there flash has no operator of its own
+    if device == "cpu":  # flash has no such operator there
         by["operator"] = [c for c in by["operator"] if c.name == OURS]
     return [
         replace(contestant, name=f"backward by {how}, {contestant.name}")
@@ -105,19 +99,19 @@ def backwards(device: str) -> list[Contestant]:
 
 def host_us(call: Callable[[], object], device: str) -> float:
     """Microseconds to enqueue one call, averaged over CALLS between two synchronisations."""
-    harness.synchronize(device)
+    synchronize(device)
     begin = time.perf_counter()
     for _ in range(CALLS):
         call()
     elapsed = time.perf_counter() - begin
-    harness.synchronize(device)
+    synchronize(device)
     return elapsed / CALLS * 1e6
 
 
 def per_call(entrants: list[Contestant], device: str, repeats: int) -> dict[str, list[float]]:
     """Samples of each contestant, taken in turn; the first of each warms up and is dropped."""
     samples: dict[str, list[float]] = {}
-    gc.disable()  # a collection would be charged to whoever is being timed
+    gc.disable()  # a collection would be charged to the call that is being timed
     for _ in range(repeats + 1):
         for contestant in entrants:
             with contestant.context():  # not part of a call

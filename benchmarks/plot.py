@@ -8,6 +8,7 @@ TFLOPS per shape, a row of panels for full and one for causal attention; needs n
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import harness
@@ -18,14 +19,14 @@ from matplotlib.axes import Axes
 STYLES = {
     harness.OURS: {"color": "#D55E00", "marker": "o", "linewidth": 2.2, "zorder": 3},
     "ours-deterministic": {"color": "#E69F00", "marker": "o", "linewidth": 1.4, "zorder": 2.5},
-    "sdpa-flash": {"color": "#0072B2", "marker": "s", "linewidth": 1.4},
-    "sdpa-cudnn": {"color": "#7F7F7F", "marker": "^", "linewidth": 1.4, "linestyle": "--"},
+    harness.FLASH: {"color": "#0072B2", "marker": "s", "linewidth": 1.4},
+    harness.CUDNN: {"color": "#7F7F7F", "marker": "^", "linewidth": 1.4, "linestyle": "--"},
 }
 LABELS = {
     harness.OURS: "flash_attn_sm120",
     "ours-deterministic": "flash_attn_sm120, deterministic",
-    "sdpa-flash": "SDPA flash (FlashAttention-2)",
-    "sdpa-cudnn": "SDPA cuDNN",
+    harness.FLASH: "SDPA flash (FlashAttention-2)",
+    harness.CUDNN: "SDPA cuDNN",
 }
 
 
@@ -103,6 +104,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="default: beside the records, .png")
     args = parser.parse_args()
     header, records = harness.read_records(args.records)
+    if not any("tflops" in record for record in records):
+        sys.exit(
+            f"{args.records} has no TFLOPS to draw: it takes a file of forward.py, backward.py"
+        )
     output = args.output or args.records.with_suffix(".png")
     draw(header, records, output)
     print(output)

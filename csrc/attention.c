@@ -2,20 +2,17 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu_threads.h"
 #include "launch.h"
-#include "platform.h"
 
 int fa_attention_forward(struct fa_state *state, const struct fa_problem *problem)
 {
     if (problem->q.device_type == FA_DEVICE_CUDA)
         return fa_launch(state, problem, NULL);
-    int status;
-    Py_BEGIN_ALLOW_THREADS
-    status = fa_cpu_forward(problem, fa_cpu_count());
-    Py_END_ALLOW_THREADS
-    if (status < 0)
-        PyErr_NoMemory();
-    return status;
+    struct fa_threads threads;
+    if (fa_cpu_threads_begin(&threads) < 0)
+        return -1;
+    return fa_cpu_threads_end(&threads, fa_cpu_forward(problem, &threads));
 }
 
 int fa_attention_backward(struct fa_state *state, const struct fa_problem *problem,
@@ -25,11 +22,8 @@ int fa_attention_backward(struct fa_state *state, const struct fa_problem *probl
         return 0; /* fa_gradients_allocate made them zero */
     if (problem->q.device_type == FA_DEVICE_CUDA)
         return fa_launch(state, problem, gradients);
-    int status;
-    Py_BEGIN_ALLOW_THREADS
-    status = fa_cpu_backward(problem, gradients, fa_cpu_count());
-    Py_END_ALLOW_THREADS
-    if (status < 0)
-        PyErr_NoMemory();
-    return status;
+    struct fa_threads threads;
+    if (fa_cpu_threads_begin(&threads) < 0)
+        return -1;
+    return fa_cpu_threads_end(&threads, fa_cpu_backward(problem, gradients, &threads));
 }

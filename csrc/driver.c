@@ -26,13 +26,17 @@ static int load_symbols(struct fa_driver *driver, void *library, const char *pat
     const char *missing = NULL;
 #define FA_LOAD(entry, symbol, parameters)                                                         \
     *(void **)&driver->entry = fa_library_symbol(library, symbol);                                 \
-    if (!driver->entry)                                                                            \
+    if (!driver->entry && !missing)                                                                \
         missing = symbol;
     FA_DRIVER_FUNCTIONS(FA_LOAD)
 #undef FA_LOAD
+    if (!driver->cuInit || !driver->cuDriverGetVersion) {
+        PyErr_Format(PyExc_RuntimeError, "%.100s is not a CUDA driver: no symbol %s", path,
+                     missing);
+        return -1;
+    }
     int version = 0;
-    if (driver->cuDriverGetVersion)
-        driver->cuDriverGetVersion(&version);
+    driver->cuDriverGetVersion(&version);
     if (version < MIN_DRIVER_VERSION) {
         PyErr_Format(PyExc_RuntimeError,
                      "the NVIDIA driver supports CUDA %d.%d; at least CUDA %d.%d is needed: update "
@@ -42,7 +46,7 @@ static int load_symbols(struct fa_driver *driver, void *library, const char *pat
         return -1;
     }
     if (missing) {
-        PyErr_Format(PyExc_RuntimeError, "%s is not a usable CUDA driver: it has no %s", path,
+        PyErr_Format(PyExc_RuntimeError, "%.100s is not a usable CUDA driver: no symbol %s", path,
                      missing);
         return -1;
     }
@@ -99,7 +103,8 @@ int fa_driver_open(struct fa_driver *driver, const char *path)
     path = is_named ? path : FA_CUDA_DRIVER_NAME;
     void *library = fa_library_open(path, reason, sizeof reason);
     if (!library) {
-        PyErr_Format(PyExc_RuntimeError, "no CUDA driver: %s cannot be opened (%s)", path, reason);
+        PyErr_Format(PyExc_RuntimeError, "no CUDA driver: %.80s cannot be opened (%.80s)", path,
+                     reason);
         return -1;
     }
     if (load_symbols(driver, library, path) < 0 || read_devices(driver) < 0)

@@ -1,7 +1,7 @@
 #include "explain.h"
 
+#include "cpu_threads.h"
 #include "planning.h"
-#include "platform.h"
 
 /* Steals the reference to `value`. 0, or -1 with the exception set. */
 static int set_item(PyObject *dict, const char *name, PyObject *value)
@@ -87,7 +87,10 @@ static PyObject *explain_plan(enum fa_direction direction, const struct fa_plan 
 
 static PyObject *explain_cpu(void)
 {
-    return Py_BuildValue("{s:i,s:{s:s}}", "threads", fa_cpu_count(), "reasons", "kernel",
+    const int threads = fa_cpu_thread_count();
+    if (threads < 0)
+        return NULL;
+    return Py_BuildValue("{s:i,s:{s:s}}", "threads", threads, "reasons", "kernel",
                          "CPU tensors run the reference implementation in C, which has no tiles, "
                          "splits nothing and packs nothing");
 }
@@ -111,6 +114,12 @@ PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem,
     if (fa_planning_make(state, &input, problem->q.device_id, arch, &plan) < 0)
         return NULL;
     return explain_plan(direction, &plan);
+}
+
+PyObject *fa_explain_counts(const struct fa_state *state)
+{
+    return Py_BuildValue("{s:L,s:n}", "plans", state->plans.made, "kernels",
+                         (Py_ssize_t)state->kernels.count);
 }
 
 PyObject *fa_explain_devices(struct fa_state *state)

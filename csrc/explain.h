@@ -11,6 +11,9 @@
 PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem,
                      enum fa_direction direction);
 
+/* {"plans": n, "kernels": n}: what calls have planned and loaded so far. */
+PyObject *fa_explain_counts(const struct fa_state *state);
+
 /* (driver version, [{name, arch, sms, smem_per_block, smem_per_sm, l2_bytes}, ...]). */
 PyObject *fa_explain_devices(struct fa_state *state);
 

@@ -1,6 +1,6 @@
 #include "launch.h"
 
-#include "params.h"
+#include "arguments.h"
 #include "planning.h"
 
 /* A call on its way to the stream. */
@@ -28,6 +28,7 @@ static int find_plan(struct call *call)
     call->is_kept = fa_plan_cache_find(&state->plans, &call->key, &call->planned);
     if (call->is_kept)
         return 0;
+    state->plans.made++;
     struct fa_plan *plan = &call->planned.plan;
     if (fa_planning_make(state, &call->key.input, call->ordinal, 0, plan) < 0)
         return -1;

@@ -105,6 +105,11 @@ static PyObject *devices(PyObject *module, PyObject *Py_UNUSED(unused))
     return fa_explain_devices(state);
 }
 
+static PyObject *counts(PyObject *module, PyObject *Py_UNUSED(unused))
+{
+    return fa_explain_counts(PyModule_GetState(module));
+}
+
 static PyObject *use_tiles(PyObject *module, PyObject *rows)
 {
     struct fa_state *state = PyModule_GetState(module);
@@ -144,6 +149,8 @@ static PyMethodDef METHODS[] = {
                 "The plan of the backward of a call: a dict."),
     {"devices", devices, METH_NOARGS,
      "devices($module, /)\n--\n\n(driver version, [device, ...])."},
+    {"counts", counts, METH_NOARGS,
+     "counts($module, /)\n--\n\nHow many plans calls have made, and kernels loaded, so far."},
     {"use_tiles", use_tiles, METH_O,
      "use_tiles($module, rows, /)\n--\n\nPuts rows before those of csrc/tiles.c."},
     {"tiles", tiles, METH_NOARGS, "tiles($module, /)\n--\n\nThe rows of csrc/tiles.c."},

@@ -124,6 +124,10 @@ void fa_plan_drop(struct fa_plan *plan, const char *choice, const char *why);
 /* Adds a launch. */
 struct fa_step *fa_plan_add(struct fa_plan *plan, struct fa_step step);
 
+/* The main kernel's constants that follow from what is computed, the same in both directions; those
+ * of the tile are left 0. */
+struct fa_variant fa_plan_variant(const struct fa_plan_input *input);
+
 /* Fills `error`; -1. */
 int fa_plan_refuse(struct fa_plan_error *error, bool unsupported, const char *message);
 

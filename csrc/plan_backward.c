@@ -52,24 +52,18 @@ static struct fa_variant variant_of(const struct fa_plan_input *input,
                                     const struct fa_device *device,
                                     const struct fa_backward_tile *tile)
 {
-    return (struct fa_variant){
-        .kernel = FA_KERNEL_BACKWARD,
-        .dtype_bf16 = input->dtype == FA_BFLOAT16,
-        .head_dim = input->head_dim,
-        .head_dim_v = input->head_dim_v,
-        .warp_n = tile->warp_n,
-        .tile_m = tile->tile_m,
-        .sub_m = input->softcap ? 16 : tile->sub_m, /* a cap takes registers */
-        .dq_dim_warps = dq_dim_warps(tile, input->head_dim),
-        .warps = tile->warps,
-        .stages = tile->stages,
-        .tma = device->has_tma && input->tma_strides,
-        .mask_right = input->mask_right,
-        .mask_left = input->mask_left,
-        .softcap = input->softcap,
-        .deterministic = input->deterministic,
-        .dq_buffers = dq_buffers_of(input),
-    };
+    struct fa_variant variant = fa_plan_variant(input);
+    variant.kernel = FA_KERNEL_BACKWARD;
+    variant.warp_n = tile->warp_n;
+    variant.tile_m = tile->tile_m;
+    variant.sub_m = input->softcap ? 16 : tile->sub_m; /* a cap takes registers */
+    variant.dq_dim_warps = dq_dim_warps(tile, input->head_dim);
+    variant.warps = tile->warps;
+    variant.stages = tile->stages;
+    variant.tma = device->has_tma && input->tma_strides;
+    variant.deterministic = input->deterministic;
+    variant.dq_buffers = dq_buffers_of(input);
+    return variant;
 }
 
 static int backward_smem(const struct fa_plan_input *input, const struct fa_variant *variant,
@@ -233,7 +227,7 @@ static struct fa_step preprocess(const struct fa_plan_input *input, const struct
     return (struct fa_step){
         .job = FA_JOB_PREPROCESS,
         .variant = {.kernel = FA_KERNEL_BACKWARD_PREPROCESS,
-                    .dtype_bf16 = input->dtype == FA_BFLOAT16,
+                    .dtype = input->dtype,
                     .head_dim_v = input->head_dim_v,
                     .tile_m = plan->tile_m},
         .blocks = input->batch * input->heads_q * plan->m_blocks,
@@ -247,7 +241,7 @@ static void add_postprocess(const struct fa_plan_input *input, enum fa_job job, 
 {
     fa_plan_add(plan, (struct fa_step){.job = job,
                                        .variant = {.kernel = FA_KERNEL_BACKWARD_POSTPROCESS,
-                                                   .dtype_bf16 = input->dtype == FA_BFLOAT16,
+                                                   .dtype = input->dtype,
                                                    .head_dim = head_dim},
                                        .blocks = (int)CEIL_DIV(rows / 16, FA_POSTPROCESS_WARPS),
                                        .threads = FA_POSTPROCESS_WARPS * 32});
@@ -285,7 +279,7 @@ static void set_after(const struct fa_plan_input *input, struct fa_plan *plan)
     if (input->sink)
         fa_plan_add(plan, (struct fa_step){.job = FA_JOB_DSINK,
                                            .variant = {.kernel = FA_KERNEL_BACKWARD_SINK,
-                                                       .dtype_bf16 = input->dtype == FA_BFLOAT16,
+                                                       .dtype = input->dtype,
                                                        .tile_m = plan->tile_m},
                                            .blocks = input->heads_q,
                                            .threads = FA_SINK_THREADS});

@@ -21,6 +21,7 @@ struct fa_planned {
 
 #define FA_PLAN_SLOTS 64 /* a power of two */
 struct fa_plan_cache {
+    long long made; /* plans that were not found here */
     struct fa_plan_entry {
         bool is_used;
         struct fa_plan_key key;

@@ -22,13 +22,14 @@ static double rows_per_sm(const struct fa_plan_input *input, const struct fa_dev
 static bool serves(const struct fa_tile_row *row, const struct fa_plan_input *input,
                    const struct fa_device *device)
 {
-#define WITHIN(bound, value) ((bound) == FA_ANY || (value) <= (bound))
-#define SAME(wanted, value)  ((wanted) == FA_ANY || (wanted) == (value))
+#define WITHIN(bound, value)                                                                       \
+    ((row->bound == FA_ANY || (value) <= row->bound) &&                                            \
+     (row->above.bound == 0 || (value) > row->above.bound))
+#define SAME(wanted, value) ((wanted) == FA_ANY || (wanted) == (value))
     return (row->arch == FA_ANY || row->arch / 10 == device->arch / 10) &&
-           WITHIN(row->head_dim, input->head_dim) && WITHIN(row->head_dim_v, input->head_dim_v) &&
-           WITHIN(row->heads_per_kv, fa_plan_heads_per_kv(input)) &&
-           WITHIN(row->seqlen_q, input->seqlen_q) &&
-           WITHIN(row->rows_per_sm, rows_per_sm(input, device)) &&
+           WITHIN(head_dim, input->head_dim) && WITHIN(head_dim_v, input->head_dim_v) &&
+           WITHIN(heads_per_kv, fa_plan_heads_per_kv(input)) && WITHIN(seqlen_q, input->seqlen_q) &&
+           WITHIN(rows_per_sm, rows_per_sm(input, device)) &&
            SAME(row->mask_right, input->mask_right) && SAME(row->mask_left, input->mask_left);
 #undef WITHIN
 #undef SAME
@@ -157,22 +158,16 @@ static bool choose_packing(const struct fa_plan_input *input, int tile_m, struct
 static struct fa_variant variant_of(const struct fa_plan_input *input, const struct fa_tile *tile,
                                     bool packed)
 {
-    return (struct fa_variant){
-        .kernel = tile->kernel,
-        .dtype_bf16 = input->dtype == FA_BFLOAT16,
-        .head_dim = input->head_dim,
-        .head_dim_v = input->head_dim_v,
-        .tile_n = tile->tile_n,
-        .sub_n = tile->sub_n,
-        .warps = tile->warps,
-        .warp_m = tile->warp_m,
-        .stages = tile->stages,
-        .producer = tile->producer,
-        .mask_right = input->mask_right,
-        .mask_left = input->mask_left,
-        .softcap = input->softcap,
-        .pack_gqa = packed,
-    };
+    struct fa_variant variant = fa_plan_variant(input);
+    variant.kernel = tile->kernel;
+    variant.tile_n = tile->tile_n;
+    variant.sub_n = tile->sub_n;
+    variant.warps = tile->warps;
+    variant.warp_m = tile->warp_m;
+    variant.stages = tile->stages;
+    variant.producer = tile->producer;
+    variant.pack_gqa = packed;
+    return variant;
 }
 
 static void set_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
@@ -294,7 +289,7 @@ static void add_combine(const struct fa_plan_input *input, struct fa_plan *plan)
     workspace->size = workspace->lse_parts + plan->splits * rows;
     fa_plan_add(plan, (struct fa_step){.job = FA_JOB_COMBINE,
                                        .variant = {.kernel = FA_KERNEL_COMBINE,
-                                                   .dtype_bf16 = input->dtype == FA_BFLOAT16,
+                                                   .dtype = input->dtype,
                                                    .head_dim_v = input->head_dim_v,
                                                    .warps = WARPS},
                                        .blocks = (int)CEIL_DIV(rows, slots / plan->combine_slices),

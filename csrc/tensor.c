@@ -5,6 +5,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "arithmetic.h"
 #include "dlpack.h"
 #include "import.h"
 
@@ -109,10 +110,9 @@ static int check_extent(const struct fa_tensor *tensor, const char *name)
     int64_t extent = 0;
     for (int i = 0; i < tensor->ndim; i++) {
         const int64_t stride = tensor->stride[i];
-        int64_t reach;
-        if (stride == INT64_MIN ||
-            __builtin_mul_overflow(stride < 0 ? -stride : stride, tensor->shape[i] - 1, &reach) ||
-            __builtin_add_overflow(extent, reach, &extent) || extent > INT64_MAX / 8) {
+        const int64_t distance = stride >= 0 ? stride : stride > INT64_MIN ? -stride : INT64_MAX;
+        extent = fa_saturating_add(extent, fa_saturating_multiply(distance, tensor->shape[i] - 1));
+        if (extent > INT64_MAX / 8) {
             PyErr_Format(PyExc_ValueError, "%s spans more than 64-bit byte offsets can address",
                          name);
             return -1;
@@ -146,8 +146,8 @@ static int read_dltensor(const DLTensor *source, const char *name, int ndim,
             return -1;
         }
         tensor->stride[i] = source->strides ? source->strides[i] : compact;
-        if (__builtin_mul_overflow(compact, size > 0 ? size : 1, &compact))
-            compact = INT64_MAX; /* check_extent refuses it where it is used */
+        /* What does not fit is refused by check_extent where it is used. */
+        compact = fa_saturating_multiply(compact, MAX(size, 1));
     }
     if (is_empty(tensor))
         return 0;

@@ -3,7 +3,8 @@
 #include <limits.h>
 #include <stdlib.h>
 
-#define FIELD_COUNT (sizeof(struct fa_tile_row) / sizeof(int))
+#define FIELD_COUNT (offsetof(struct fa_tile_row, above) / sizeof(int))
+#define ABOVE_COUNT (sizeof(struct fa_tile_above) / sizeof(int))
 
 PyObject *fa_tile_fields(void)
 {
@@ -47,14 +48,15 @@ PyObject *fa_tiles(void)
 
 static int read_ints(PyObject *row, struct fa_tile_row *into)
 {
-    int *fields = (int *)into;
-    if (!PyTuple_Check(row) || PyTuple_Size(row) != (Py_ssize_t)FIELD_COUNT) {
+    int *fields = (int *)into; /* `above`, which may be missing, comes last */
+    const Py_ssize_t count = PyTuple_Check(row) ? PyTuple_Size(row) : 0;
+    if (count != (Py_ssize_t)FIELD_COUNT && count != (Py_ssize_t)(FIELD_COUNT + ABOVE_COUNT)) {
         PyErr_Format(PyExc_TypeError, "a tile row must be a tuple of %d ints, got %R",
                      (int)FIELD_COUNT, row);
         return -1;
     }
-    for (size_t i = 0; i < FIELD_COUNT; i++) {
-        const long value = PyLong_AsLong(PyTuple_GetItem(row, (Py_ssize_t)i));
+    for (Py_ssize_t i = 0; i < count; i++) {
+        const long value = PyLong_AsLong(PyTuple_GetItem(row, i));
         if (value == -1 && PyErr_Occurred())
             return -1;
         if (value < FA_ANY || value > INT_MAX) {

@@ -9,10 +9,10 @@
  * step. */
 /* clang-format off */
 #define SMALL(head_dim, rows_per_sm, right, ...) \
-    {ANY, head_dim, head_dim, ANY, ANY, rows_per_sm, right, 0, {__VA_ARGS__}}
+    {ANY, head_dim, head_dim, ANY, ANY, rows_per_sm, right, 0, {__VA_ARGS__}, {0}}
 
 #define LARGE(head_dim, head_dim_v, right, left, ...) \
-    {ANY, head_dim, head_dim_v, ANY, ANY, ANY, right, left, {__VA_ARGS__}}
+    {ANY, head_dim, head_dim_v, ANY, ANY, ANY, right, left, {__VA_ARGS__}, {0}}
 
 /* Full and causal calls on 12.x: what others published of their kernels there, as far as registers
  * and shared memory allow it; NOTHING HERE HAS BEEN MEASURED ON A 12.x CARD. SPLIT: 64 rows by 4
@@ -20,7 +20,7 @@
  * 128 rows by 8 warps, a block per SM, after NVIDIA's FROST (RTX PRO 6000). See "Rows of 12.x" in
  * benchmarks/NOTES.md. */
 #define SM120(head_dim, rows_per_sm, ...) \
-    {120, head_dim, head_dim, ANY, ANY, rows_per_sm, ANY, 0, {__VA_ARGS__}}
+    {120, head_dim, head_dim, ANY, ANY, rows_per_sm, ANY, 0, {__VA_ARGS__}, {0}}
 
 #define CP_ASYNC    FA_KERNEL_FORWARD, 0
 #define TMA_THREAD  FA_KERNEL_FORWARD_TMA, FA_PRODUCER_THREAD

@@ -34,9 +34,17 @@ struct fa_tile {
     FA_TILE(FA_INT)
 };
 
+/* Bounds below which a row was not measured: it serves only calls above them. 0: all calls. */
+#define FA_TILE_ABOVE(X) X(head_dim) X(head_dim_v) X(heads_per_kv) X(seqlen_q) X(rows_per_sm)
+
+struct fa_tile_above {
+    FA_TILE_ABOVE(FA_INT)
+};
+
 struct fa_tile_row {
     FA_TILE_KEY(FA_INT)
     struct fa_tile tile;
+    struct fa_tile_above above; /* 0 in the rows of tiles.c */
 };
 #undef FA_INT
 

@@ -22,40 +22,50 @@ enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
 #undef FA_ID
 
 /* The kernels that have a constant: bits 1 << enum fa_kernel_id. */
-#define FA_FORWARDS         (1 << FA_KERNEL_FORWARD | 1 << FA_KERNEL_FORWARD_TMA)
-#define FA_BACKWARDS        (1 << FA_KERNEL_BACKWARD)
-#define FA_MAIN_AND(kernel) (FA_FORWARDS | FA_BACKWARDS | 1 << FA_KERNEL_##kernel)
-#define FA_ALL_KERNELS      ((1 << FA_KERNEL_COUNT) - 1)
+#define FA_ONLY(kernel) (1 << FA_KERNEL_##kernel)
+#define FA_FORWARDS     (FA_ONLY(FORWARD) | FA_ONLY(FORWARD_TMA))
+#define FA_BACKWARDS    FA_ONLY(BACKWARD)
+#define FA_MAIN         (FA_FORWARDS | FA_BACKWARDS)
+#define FA_ALL_KERNELS  ((1 << FA_KERNEL_COUNT) - 1)
 
-/* X(field, the constant's name in the kernel source, the kernels that have it). All are ints, so
- * variants compare as bytes; those that a kernel does not have are 0. */
+/* How a field stands in a variant's name, behind its code. */
+enum fa_code {
+    FA_TYPE,   /* as the name of an enum fa_dtype */
+    FA_NUMBER, /* as a number */
+    FA_FLAG,   /* by the code alone, where it is 1 */
+};
+
+/* X(field, the constant's name in the kernel source, the kernels that have it, its code and how the
+ * value follows). All are ints, so variants compare as bytes; those that a kernel does not have are
+ * 0. The order is that of the name. */
 #define FA_VARIANT_FIELDS(X)                                                                       \
-    X(dtype_bf16, "DTYPE_BF16", FA_ALL_KERNELS)                                                    \
-    X(head_dim, "HEAD_DIM", FA_MAIN_AND(BACKWARD_POSTPROCESS))                                     \
-    X(head_dim_v, "HEAD_DIM_V", FA_MAIN_AND(COMBINE) | 1 << FA_KERNEL_BACKWARD_PREPROCESS)         \
-    X(tile_n, "TILE_N", FA_FORWARDS)                                                               \
-    X(sub_n, "SUB_N", FA_FORWARDS)                                                                 \
-    X(warp_n, "WARP_N", FA_BACKWARDS)                                                              \
-    X(tile_m, "TILE_M",                                                                            \
-      FA_BACKWARDS | 1 << FA_KERNEL_BACKWARD_PREPROCESS | 1 << FA_KERNEL_BACKWARD_SINK)            \
-    X(sub_m, "SUB_M", FA_BACKWARDS)                                                                \
-    X(dq_dim_warps, "DQ_DIM_WARPS", FA_BACKWARDS)                                                  \
-    X(warps, "WARPS", FA_MAIN_AND(COMBINE))                                                        \
-    X(warp_m, "WARP_M", FA_FORWARDS)                                                               \
-    X(stages, "STAGES", FA_FORWARDS | FA_BACKWARDS)                                                \
-    X(producer, "PRODUCER", FA_FORWARDS)                                                           \
-    X(tma, "TMA", FA_BACKWARDS)                                                                    \
-    X(mask_right, "MASK_RIGHT", FA_FORWARDS | FA_BACKWARDS)                                        \
-    X(mask_left, "MASK_LEFT", FA_FORWARDS | FA_BACKWARDS)                                          \
-    X(softcap, "SOFTCAP", FA_FORWARDS | FA_BACKWARDS)                                              \
-    X(pack_gqa, "PACK_GQA", FA_FORWARDS)                                                           \
-    X(split, "SPLIT", FA_FORWARDS)                                                                 \
-    X(deterministic, "DETERMINISTIC", FA_BACKWARDS)                                                \
-    X(dq_buffers, "DQ_BUFFERS", FA_BACKWARDS)
+    X(dtype, "DTYPE", FA_ALL_KERNELS, "_", FA_TYPE)                                                \
+    X(head_dim, "HEAD_DIM", FA_MAIN | FA_ONLY(BACKWARD_POSTPROCESS), "_d", FA_NUMBER)              \
+    X(head_dim_v, "HEAD_DIM_V", FA_MAIN | FA_ONLY(COMBINE) | FA_ONLY(BACKWARD_PREPROCESS), "_dv",  \
+      FA_NUMBER)                                                                                   \
+    X(tile_n, "TILE_N", FA_FORWARDS, "_n", FA_NUMBER)                                              \
+    X(sub_n, "SUB_N", FA_FORWARDS, "x", FA_NUMBER)                                                 \
+    X(tile_m, "TILE_M", FA_BACKWARDS | FA_ONLY(BACKWARD_PREPROCESS) | FA_ONLY(BACKWARD_SINK),      \
+      "_m", FA_NUMBER)                                                                             \
+    X(sub_m, "SUB_M", FA_BACKWARDS, "x", FA_NUMBER)                                                \
+    X(warps, "WARPS", FA_MAIN | FA_ONLY(COMBINE), "_w", FA_NUMBER)                                 \
+    X(warp_m, "WARP_M", FA_FORWARDS, "x", FA_NUMBER)                                               \
+    X(warp_n, "WARP_N", FA_BACKWARDS, "x", FA_NUMBER)                                              \
+    X(stages, "STAGES", FA_MAIN, "_s", FA_NUMBER)                                                  \
+    X(producer, "PRODUCER", FA_ONLY(FORWARD_TMA), "_p", FA_NUMBER)                                 \
+    X(dq_dim_warps, "DQ_DIM_WARPS", FA_BACKWARDS, "_dqw", FA_NUMBER)                               \
+    X(dq_buffers, "DQ_BUFFERS", FA_BACKWARDS, "_dqb", FA_NUMBER)                                   \
+    X(tma, "TMA", FA_BACKWARDS, "_tma", FA_FLAG)                                                   \
+    X(mask_right, "MASK_RIGHT", FA_MAIN, "_right", FA_FLAG)                                        \
+    X(mask_left, "MASK_LEFT", FA_MAIN, "_left", FA_FLAG)                                           \
+    X(softcap, "SOFTCAP", FA_MAIN, "_cap", FA_FLAG)                                                \
+    X(pack_gqa, "PACK_GQA", FA_FORWARDS, "_pack", FA_FLAG)                                         \
+    X(split, "SPLIT", FA_FORWARDS, "_split", FA_FLAG)                                              \
+    X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */
-#define FA_FIELD(field, constant, kernels) int field;
+#define FA_FIELD(field, constant, kernels, code, kind) int field;
     FA_VARIANT_FIELDS(FA_FIELD)
 #undef FA_FIELD
 };
@@ -67,8 +77,8 @@ struct fa_variant {
 /* The kernel's name: its source file, its entry point. */
 const char *fa_variant_kernel(const struct fa_variant *variant);
 
-/* The canonical name, say forward_bf16_d128_dv128_n32x16_w4x32_s3_right. Of forward_tma, _p and
- * the producer come after the stages; of other kernels it is shorter, say combine_bf16_dv128_w8. */
+/* The canonical name: the kernel's, then every field that it has, say
+ * forward_bf16_d128_dv128_n32x16_w4x32_s3_right or combine_bf16_dv128_w8. */
 void fa_variant_name(const struct fa_variant *variant, char name[FA_VARIANT_NAME_SIZE]);
 
 /* The compiler's option for the i-th constant, say -DHEAD_DIM=128; false if the kernel has none. */

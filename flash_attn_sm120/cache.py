@@ -12,8 +12,12 @@ The directory is ``$FA_SM120_CACHE_DIR``, else ``$XDG_CACHE_HOME/flash_attn_sm12
 What was used longest ago is removed beyond MAX_BYTES. To clear the cache, delete the directory:
 that is safe at any time.
 
+Cubins are code: directory and files must be such that other users cannot change them (files.py).
+In a directory of ``FA_SM120_CACHE_DIR`` that users share, each has a subdirectory. What root put
+into a directory that others cannot write, say into an image, serves every user.
+
 A cache that cannot be used never fails a call: the kernel is compiled, and one RuntimeWarning per
-process says why. Cubins are code, so a directory that others may write to counts as unusable.
+process says why.
 """
 
 from __future__ import annotations
@@ -23,11 +27,11 @@ import hashlib
 import os
 import re
 import stat
-import tempfile
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+
+from flash_attn_sm120 import files
 
 try:
     import fcntl
@@ -67,13 +71,12 @@ def make_key(
 
 
 def directory() -> Path:
-    """Where the cache is. Relative only if the process has no home directory."""
-    if chosen := os.environ.get("FA_SM120_CACHE_DIR"):
-        return Path(os.path.abspath(os.path.expanduser(chosen)))
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not os.path.isabs(base):  # the XDG specification: ignore relative paths
-        base = os.path.expanduser("~/.cache")
-    return Path(base, "flash_attn_sm120")
+    """Where the cache is. Relative only if the process has no home or no working directory."""
+    where = _chosen()
+    with contextlib.suppress(OSError):
+        if _why_shared(where):
+            return where / files.private_name()
+    return where
 
 
 def get_or_build(key: str, build: Callable[[], bytes]) -> bytes:
@@ -84,134 +87,158 @@ def get_or_build(key: str, build: Callable[[], bytes]) -> bytes:
     Raises:
         Whatever ``build`` raises; nothing of the cache's own.
     """
-    where = directory()
     try:
-        _prepare(where)
+        opened = _open()
     except OSError as error:
-        _warn(where, error)
+        _warn(directory(), error)
         return build()
-    path = where / f"{key}.cubin"
-    payload = _read(path)
-    if payload is not None:
-        return payload
-    with _locked(where / f"{key}.lock"):
-        payload = _read(path)  # whoever held the lock before may have written it
-        if payload is None:
-            payload = build()
-            try:
-                _write(path, payload)
-            except OSError as error:
-                _warn(where, error)
+    with opened as where:
+        payload = _read(key, where)
+        if payload is not None:
+            return payload
+        with _locked(f"{key}.lock", where):
+            payload = _read(key, where)  # the process that held the lock may have written it
+            if payload is None:
+                payload = build()
+                try:
+                    files.write(_file(key), _seal(key, payload) + payload, where)
+                except OSError as error:
+                    _warn(where.path, error)
+                else:
+                    with contextlib.suppress(OSError):  # other processes remove files too
+                        _trim(where)
     return payload
 
 
 # ---- one file ------------------------------------------------------------------------------------
 
 
-def _seal(path: Path, payload: bytes) -> bytes:
+def _file(key: str) -> str:
+    return f"{key}.cubin"
+
+
+def _seal(key: str, payload: bytes) -> bytes:
     """What stands before the payload; with the key, so that a copy under another name is no hit."""
-    return MAGIC + hashlib.sha256(path.stem.encode() + payload).digest()
+    return MAGIC + hashlib.sha256(key.encode() + payload).digest()
 
 
-def _read(path: Path) -> bytes | None:
+def _read(key: str, where: files.Directory) -> bytes | None:
     try:
-        content = path.read_bytes()
+        content = files.read_trusted(_file(key), where)
     except OSError:
         return None
     header = len(MAGIC) + _DIGEST_BYTES
-    if content[:header] != _seal(path, content[header:]):
+    if content[:header] != _seal(key, content[header:]):
         return None
     with contextlib.suppress(OSError):
         # For _trim(), and by hand, because most file systems record reads once a day at best.
-        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+        path = where.name(_file(key))
+        built = os.stat(path, dir_fd=where.fd).st_mtime_ns
+        os.utime(path, ns=(time.time_ns(), built), dir_fd=where.fd)
     return content[header:]
 
 
-def _write(path: Path, payload: bytes) -> None:
-    """Replaces ``path`` as a whole or not at all."""
-    fd, temporary = tempfile.mkstemp(".tmp", f"{path.stem}.", path.parent)
-    try:
-        with open(fd, "wb") as file:
-            file.write(_seal(path, payload) + payload)
-            file.flush()
-            os.fsync(fd)  # a crash after the rename must not leave a file of zeros
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    with contextlib.suppress(OSError):  # other processes remove files too
-        _trim(path.parent)
-
-
-def _trim(where: Path) -> None:
+def _trim(where: files.Directory) -> None:
     """Removes the cache's files, but no others, beyond the MAX_BYTES used last."""
-    files = [
-        (entry.stat().st_atime_ns, entry.stat().st_size, entry.path)
-        for entry in os.scandir(where)
-        if _OURS.fullmatch(entry.name)
-    ]
+    found = []
+    with os.scandir(where.path if where.fd is None else where.fd) as entries:
+        for entry in entries:
+            status = entry.stat(follow_symlinks=False)
+            if _OURS.fullmatch(entry.name) and stat.S_ISREG(status.st_mode):
+                found.append((status.st_atime_ns, status.st_size, entry.name))
     total = 0
-    for _, size, path in sorted(files, reverse=True):
+    for _, size, name in sorted(found, reverse=True):
         total += size
         if total > MAX_BYTES:
-            os.unlink(path)
+            os.unlink(where.name(name), dir_fd=where.fd)
 
 
 # ---- the directory -------------------------------------------------------------------------------
 
 
-def _prepare(where: Path) -> None:
-    """Creates the directory, and raises OSError if it is not one to trust."""
+def _chosen() -> Path:
+    """The directory that the environment names, whether it can be used or not."""
+    if chosen := os.environ.get("FA_SM120_CACHE_DIR"):
+        path = os.path.expanduser(chosen)
+        with contextlib.suppress(FileNotFoundError):  # the working directory was removed
+            path = os.path.abspath(path)
+        return Path(path)
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not os.path.isabs(base):  # the XDG specification: ignore relative paths
+        base = os.path.expanduser("~/.cache")
+    return Path(base, "flash_attn_sm120")
+
+
+def _why_shared(where: Path) -> str:
+    """Why others can change a directory named on purpose; "" if they cannot, or none is named.
+
+    Raises:
+        OSError: a directory on the way cannot be looked at.
+    """
+    if not os.environ.get("FA_SM120_CACHE_DIR") or not where.is_absolute():
+        return ""
+    return files.why_not_trusted(where)
+
+
+def _open() -> files.Directory:
+    """Creates the directory if it is missing, and opens it if it is one to trust.
+
+    Raises:
+        OSError: it cannot be used.
+    """
+    where = _chosen()
     if not where.is_absolute():
-        raise FileNotFoundError("there is no home directory")
-    where.mkdir(mode=0o700, parents=True, exist_ok=True)
-    reason = _distrust(where.stat())
-    if reason:
-        raise PermissionError(reason)
+        missing = "working" if os.environ.get("FA_SM120_CACHE_DIR") else "home"
+        raise FileNotFoundError(f"{where}: there is no {missing} directory")
+    shared = _why_shared(where)
+    if not shared:
+        return files.open_trusted(where)
+    try:
+        opened = files.open_private(where)
+    except OSError as error:
+        raise PermissionError(
+            f"{shared}, and {error.strerror or error} for a subdirectory"
+        ) from error
+    _warn_once(
+        f"{shared}: compiled kernels are kept in its subdirectory {opened.path.name}, which is "
+        "this user's alone"
+    )
+    return opened
 
 
 def _warn(where: Path, error: OSError) -> None:
+    reason = f"{where}: {error.strerror}" if error.strerror else str(error)
+    _warn_once(
+        f"compiled kernels are not cached: {reason}; every process compiles its own "
+        "(FA_SM120_CACHE_DIR names another directory)"
+    )
+
+
+def _warn_once(message: str) -> None:
     global _warned
     if not _warned:
         _warned = True
-        warnings.warn(
-            f"compiled kernels are not cached in {where}: {error}; every process compiles its own "
-            "(FA_SM120_CACHE_DIR names another directory)",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+        files.warn(message, stacklevel=4)
 
 
-# ---- what differs between platforms --------------------------------------------------------------
-
-
-def _distrust(status: os.stat_result) -> str:
-    """Why not to load code from a directory, or "". Windows guards a user's folders by itself."""
-    if not hasattr(os, "geteuid"):
-        return ""
-    if status.st_uid not in (0, os.geteuid()):  # root could replace this very file
-        return f"it belongs to user {status.st_uid}"
-    if status.st_mode & stat.S_IWOTH:
-        return "every user may write to it"
-    return ""
+# ---- locks ---------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds the lock ``path`` if it can be had: without it, two may compile the same, no more."""
+def _locked(name: str, where: files.Directory) -> Iterator[None]:
+    """Holds a lock if it can be had: without it, two may compile the same, no more."""
     fd = None
     with contextlib.suppress(OSError):
-        fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fd = files.open_lock(name, where)
     held = fd is not None and _acquire(fd)
     try:
         yield
     finally:
         if fd is not None:
             if held:
-                # Whoever waits on the removed file, or locks a new one, looks into the cache again.
+                # Processes that wait on the removed file, or lock a new one, read the cache again.
                 with contextlib.suppress(OSError):
-                    os.unlink(path)
+                    os.unlink(where.name(name), dir_fd=where.fd)
                 # Closing would not do: a child forked meanwhile may have the file open, too.
                 fcntl.flock(fd, fcntl.LOCK_UN)
             os.close(fd)

@@ -15,18 +15,19 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
-import warnings
 from collections.abc import Iterable, Iterator
+from math import inf
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from flash_attn_sm120 import _C, cache
+from flash_attn_sm120 import _C, cache, files
 
 ANY = -1  # FA_ANY of csrc/tiles.h: a bound that is none
 HEAD_DIMS = ("head_dim", "head_dim_v")
 BOUNDS = (*HEAD_DIMS, "heads_per_kv", "seqlen_q", "rows_per_sm")
-MASKS = ("mask_right", "mask_left")
+
+_ORDER = (*HEAD_DIMS, "mask_right", "rows_per_sm")
 
 Row = dict[str, int]  # the fields of csrc/tiles.h
 Table = dict[str, Any]  # of one GPU: what it is, and "rows"
@@ -53,15 +54,14 @@ def load() -> None:
             rows = in_order(entries)
             _C.use_tiles(rows)
         except (OSError, ValueError, OverflowError, RecursionError) as error:
-            rows, problem = [], f"{error}; no row of it is used"
+            rows, problem = [], str(getattr(error, "strerror", None) or error)
+            _C.use_tiles(rows)
     _in_use[:] = rows
-    _C.use_tiles(rows)
     if problem:
-        warnings.warn(
-            f"the tuned tiles in {file}: {problem} (python -m flash_attn_sm120 tune makes them "
-            "anew, tune --reset removes them)",
-            RuntimeWarning,
-            stacklevel=2,
+        which = "some" if rows else "all"
+        files.warn(
+            f"{which} tuned tiles are left out: {files.one_line(problem, 100)}, in {file} "
+            "(tune makes it anew, tune --reset removes it)"
         )
 
 
@@ -90,23 +90,31 @@ def read(file: Path) -> list[Table]:
         OSError: it cannot be read.
         ValueError: it is none of ours; the message says why.
     """
-    content = json.loads(file.read_text())
+    content = json.loads(_bytes_of(file))
     tables = content.get("tables") if isinstance(content, dict) else None
     if not isinstance(tables, list):
-        raise ValueError("it is no table of tiles: it has no list of tables")
+        raise ValueError("a table of tiles has a list of tables, and this has none")
     for table in tables:
         if not isinstance(table, dict) or not isinstance(table.get("rows"), list):
-            raise ValueError("it has a table without a list of rows")
+            raise ValueError(f"a table has a list of rows, got {table!r:.40}")
         if not isinstance(table.get("arch"), int):
-            raise ValueError("it has a table that does not say for which arch it is")
+            raise ValueError(f"a table says for which arch it is, got {table.get('arch')!r:.40}")
         for entry in table["rows"]:
-            parts = [entry.get("row"), entry.get("above")] if isinstance(entry, dict) else []
-            fields = [n for part in parts if isinstance(part, dict) for n in part.items()]
-            if not fields or not all(isinstance(part, dict) for part in parts):
-                raise ValueError(f"a row consists of row and above, got {entry!r:.200}")
-            if not all(type(n) is int for _, n in fields):
-                raise ValueError(f"all fields of a row are whole numbers, got {entry!r:.200}")
+            parts = [entry.get("row"), entry.get("above")] if isinstance(entry, dict) else [None]
+            for part in parts:
+                if not isinstance(part, dict):
+                    raise ValueError(f"a row consists of row and above, got {entry!r:.40}")
+                if not {*map(type, part.values())} <= {int}:
+                    raise ValueError(f"the fields of a row are whole numbers, got {part!r:.40}")
     return tables
+
+
+def _bytes_of(file: Path) -> bytes:
+    """A file that the user named is taken as it is; that of the cache directory must be trusted."""
+    if os.environ.get("FA_SM120_TILES") or file != path():
+        return files.read(file)
+    with files.open_trusted(file.parent) as where:
+        return files.read_trusted(file.name, where)
 
 
 def write(file: Path, table: Table) -> None:
@@ -118,16 +126,10 @@ def write(file: Path, table: Table) -> None:
     others: list[Table] = []
     with contextlib.suppress(OSError, ValueError, RecursionError):  # a broken one is replaced
         others = [t for t in read(file) if t["arch"] // 10 != table["arch"] // 10]
-    file.parent.mkdir(parents=True, exist_ok=True)
-    fd, temporary = tempfile.mkstemp(".tmp", f"{file.stem}.", file.parent)
-    try:
-        with open(fd, "w") as out:
-            json.dump({"tables": [*others, table]}, out, indent=1)
-        os.replace(temporary, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
+    files.make_directory(file.parent)
+    with files.Directory(file.parent) as where:
+        content = json.dumps({"tables": [*others, table]}, indent=1)
+        files.write(file.name, content.encode(), where)
 
 
 def usable(entries: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
@@ -139,46 +141,19 @@ def usable(entries: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], str
         if not difference:
             good.append(entry)
     names = ", ".join(sorted(odd))
-    return good, f"they are of another version, rows that differ in {names} are left out" * bool(
-        odd
-    )
+    return good, f"rows of another version, which differ in {names}" if odd else ""
 
 
 # ---- the rows as csrc/plan.c reads them ----------------------------------------------------------
 
 
 def in_order(entries: Iterable[dict[str, Any]]) -> list[tuple[int, ...]]:
-    """The entries as rows for use_tiles(), of which the first that serves a call is taken.
-
-    A row serves all calls up to its bounds. So before each stand the rows of csrc/tiles.c, cut to
-    the calls that it is not for: those get what they get without a table.
-    """
-    built_in = [dict(zip(_C.tile_fields(), row, strict=True)) for row in _C.tiles()]
-    rows: dict[tuple[int, ...], None] = {}  # in order, each once
-    done: set[tuple[int, ...]] = set()
-    for entry in sorted(entries, key=lambda entry: _smallest_first(entry["row"])):
-        for bound, above in entry["above"].items():
-            region = {**entry["row"], bound: above}
-            if bound in HEAD_DIMS:  # one region for all rows of these head dims
-                region.update(rows_per_sm=ANY, mask_right=ANY, mask_left=ANY)
-            key = tuple(region[name] for name in ("arch", *BOUNDS, *MASKS))
-            if key not in done:
-                rows.update((as_tuple(row), None) for row in _rows_of(region, built_in))
-                done.add(key)
-        rows[as_tuple(entry["row"])] = None
-    return list(rows)
-
-
-def _rows_of(region: Row, rows: Iterable[Row]) -> list[Row]:
-    """Those of some rows that serve calls of a region which none before them serves, cut to it."""
-    cuts: list[Row] = []
-    for row in rows:
-        cut = _cut(row, region)
-        if cut and not any(_covers(earlier, cut) for earlier in cuts):
-            cuts.append(cut)
-            if _covers(cut, region):
-                break
-    return cuts
+    """The entries as rows for use_tiles(), of which the first that serves a call is taken."""
+    numbers, nothing = itemgetter(*_C.tile_fields()), dict.fromkeys(BOUNDS, 0)
+    return [
+        (*numbers(entry["row"]), *(nothing | entry["above"]).values())
+        for entry in sorted(entries, key=lambda entry: _smallest_first(entry["row"]))
+    ]
 
 
 def as_tuple(row: Row) -> tuple[int, ...]:
@@ -187,29 +162,4 @@ def as_tuple(row: Row) -> tuple[int, ...]:
 
 
 def _smallest_first(row: Row) -> list[float]:
-    return [_bound(row[key]) for key in (*HEAD_DIMS, "mask_right", "rows_per_sm")]
-
-
-def _bound(value: int) -> float:
-    return float("inf") if value == ANY else value
-
-
-def _covers(row: Row, other: Row) -> bool:
-    """Whether ``row`` serves all calls that ``other`` serves, of the same architecture."""
-    return all(_bound(row[key]) >= _bound(other[key]) for key in BOUNDS) and all(
-        row[key] in (ANY, other[key]) for key in MASKS
-    )
-
-
-def _cut(row: Row, region: Row) -> Row | None:
-    """``row`` for the calls of ``region`` alone; None where it serves none of them."""
-    if row["arch"] != ANY and row["arch"] // 10 != region["arch"] // 10:
-        return None
-    cut = {**row, "arch": region["arch"]}
-    for key in BOUNDS:
-        cut[key] = min(row[key], region[key], key=_bound)
-    for key in MASKS:
-        if ANY not in (row[key], region[key]) and row[key] != region[key]:
-            return None
-        cut[key] = max(row[key], region[key])
-    return cut
+    return [inf if row[key] == ANY else row[key] for key in _ORDER]

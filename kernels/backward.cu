@@ -12,15 +12,15 @@
  *
  * Warp group 0 owns K, group 1 owns V, in registers, WARP_N keys per warp. The transposed products
  * 1 and 2 leave P^T and dS^T in the layout of the A operand of 3 and 4. P^T goes from group 0 to
- * group 1 through shared memory, in sub-tiles of SUB_M queries, and dS^T takes its place there. Only
- * dQ sums over the keys of all warps, and of all blocks: every warp computes a part of product 5,
- * group 0 the lower half of the queries and group 1 the upper half, and adds it to dq_accum in
+ * group 1 through shared memory, in sub-tiles of SUB_M queries, and dS^T takes its place there.
+ * Only dQ sums over the keys of all warps, and of all blocks: every warp computes a part of product
+ * 5, group 0 the lower half of the queries and group 1 the upper half, and adds it to dq_accum in
  * global memory. So the groups run out of step, and one's additions overlap the other's products.
  *
  * backward_preprocess.cu computes delta before, backward_postprocess.cu writes dQ after.
  *
  * One source, compiled once per set of constants:
- *   DTYPE_BF16             1: bf16, 0: fp16
+ *   DTYPE                  enum fa_dtype in params.h, of all tensors
  *   HEAD_DIM, HEAD_DIM_V   of Q and K, of V and O: multiples of 8 up to 256
  *   WARPS, WARP_N          warps of both groups; keys per warp, a multiple of 16
  *   TILE_M, SUB_M          queries: TILE_M at a time in shared memory, SUB_M through registers
@@ -36,11 +36,11 @@
 
 #include "backward_products.cuh"
 #include "backward_queries.cuh"
-#include "softcap.cuh"
+#include "score.cuh"
 
-/* Products 1 and 3 of warp group 0: P^T to shared memory, and dV. `word_smem` is the address of this
- * lane's first word of P^T, `key` that word's key. MASKED: some query of the tile does not see some
- * key of the block. */
+/* Products 1 and 3 of warp group 0: P^T to shared memory, and dV. `word_smem` is the address of
+ * this lane's first word of P^T, `key` that word's key. MASKED: some query of the tile does not see
+ * some key of the block. */
 template <bool MASKED>
 __device__ __forceinline__ void
 compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][4], const unsigned (&K_rmem)[N_FRAGS][MAX_STEPS][4],
@@ -61,8 +61,7 @@ compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][4], const unsigned (&K_rmem)[N_F
         mma_ABt<Q_layout, D_STEPS, M_FRAGS>(S_rmem, K_rmem,
                                             not_before(tile.Q_smem + columns_first<Q_layout>()) +
                                                 m0 * Q_layout::ROW_BYTES);
-        if (SOFTCAP)
-            cap(S_rmem, params.scale_in_cap);
+        softcap(S_rmem, params.scale_in_cap);
         if (MASKED && SOFTCAP)
             mask_scores(S_rmem, params, key, tile.query0 + m0 + 2 * quad_lane());
 
@@ -200,10 +199,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int warp = __shfl_sync(0xffffffff, thread / 32, 0); /* uniform, as the compiler sees */
     const bool is_group_0 = warp < GROUP_WARPS;
 
-    /* ---- 1. Which keys, and which queries see them. */
+    /* ---- 1. Tile coordinates: which keys, and which queries see them. */
     int block = read_block_index();
     if (DETERMINISTIC) {
-        /* Blocks wait for those with a lower number. Numbered as they start, these are running. */
+        /* Blocks wait for blocks with lower numbers. They are numbered in the order of their start,
+         * so that a block never waits for one that cannot start before it has ended. */
         if (thread == 0)
             st_shared(smem, atomic_add(params.block_counter, 1));
         __syncthreads();
@@ -217,65 +217,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int m_end = max(ceil_div(mask.end(key1 - 1), TILE_M), m_begin);
     query_walk<DETERMINISTIC> walk(params, coords, m_begin, m_end);
 
-    /* ---- 2. K to shared memory, K or V to registers, the first queries to shared memory. */
-    const auto query_tile_index = [&](int batch, int head, int m_block) {
-        return (static_cast<fa_int64>(batch) * params.heads_q + head) * params.m_blocks + m_block;
-    };
-    const auto load_Q = [&](int stage, int head, int m_block) {
-        const unsigned Q_smem = smem + Q_OFFSET + stage * Q_layout::BYTES;
-        const unsigned lse_smem = smem + LSE_DELTA_OFFSET + stage * LSE_DELTA_BYTES;
-        const float *lse_gmem =
-            params.lse_delta + query_tile_index(coords.batch, head, m_block) * 2 * TILE_M;
-        if (TMA) {
-            if (thread == THREADS - 1) {
-                const unsigned mbarrier = smem + Q_MBARRIERS_OFFSET + stage * MBARRIER_STRIDE;
-                mbarrier_expect(mbarrier, Q_layout::BYTES + LSE_DELTA_BYTES);
-                load_boxes<Q_layout>(Q_smem, params.q_map, mbarrier, m_block * TILE_M, head,
-                                     coords.batch);
-                bulk_load(lse_smem, lse_gmem, LSE_DELTA_BYTES, mbarrier);
-            }
-            return;
-        }
-        const copy_place<Q_layout, THREADS> copy;
-        copy.copy(Q_smem,
-                  copy.first_chunk(params.q, params.q_stride, coords.batch, head, m_block * TILE_M),
-                  params.q_stride.seqlen, params.seqlen_q - m_block * TILE_M);
-        if (thread < LSE_DELTA_BYTES / 16)
-            cp_async_16(lse_smem + thread * 16, lse_gmem + thread * 4, 16);
-    };
-    const auto load_dO = [&](int head, int m_block) {
-        if (TMA) {
-            if (thread == THREADS - 1) {
-                const unsigned mbarrier = smem + DO_MBARRIER_OFFSET;
-                mbarrier_expect(mbarrier, dO_layout::BYTES);
-                load_boxes<dO_layout>(smem + DO_OFFSET, params.dout_map, mbarrier, m_block * TILE_M,
-                                      head, coords.batch);
-            }
-            return;
-        }
-        const copy_place<dO_layout, THREADS> copy;
-        copy.copy(
-            smem + DO_OFFSET,
-            copy.first_chunk(params.dout, params.dout_stride, coords.batch, head, m_block * TILE_M),
-            params.dout_stride.seqlen, params.seqlen_q - m_block * TILE_M);
-    };
+    /* ---- 2. Prologue: K to shared memory, for product 5; the first queries to shared memory; K or
+     * V to registers, for products 1 and 2. */
+    const query_loader queries{params, smem, thread, coords.batch};
     if (TMA) {
-        if (thread == 0) {
-            for (int i = 0; i < STAGES + 1; i++)
-                mbarrier_init(smem + Q_MBARRIERS_OFFSET + i * MBARRIER_STRIDE, 1);
-            fence_mbarrier_init();
-        }
+        queries.init_mbarriers();
         __syncthreads(); /* make the mbarrier inits visible before first use */
     }
     if (!is_group_0)
         barrier_arrive<THREADS>(UPPER_FREE);
-    const copy_place<K_layout, THREADS> K_copy;
-    K_copy.copy(smem + K_OFFSET,
-                K_copy.first_chunk(params.k, params.k_stride, coords.batch, coords.head_kv, key0),
-                params.k_stride.seqlen, params.seqlen_k - key0);
+    const copy_place<K_layout, THREADS> share;
+    share.copy(smem + SMEM.k,
+               share.first_chunk(params.k, params.k_stride, coords.batch, coords.head_kv, key0),
+               params.k_stride.seqlen, params.seqlen_k - key0);
     if (walk.begin < walk.end) {
-        load_Q(0, walk.head, walk.m_block);
-        load_dO(walk.head, walk.m_block);
+        queries.load_Q(0, walk.head, walk.m_block);
+        queries.load_dO(walk.head, walk.m_block);
     }
 
     const int warp_row = warp % GROUP_WARPS * WARP_N, warp_key = key0 + warp_row;
@@ -291,9 +248,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
     /* P^T and dS^T of this warp's keys: this lane's row for ldmatrix, and its first word. */
     const unsigned operand_smem =
-        smem + DS_OFFSET + rows_first<dS_layout>() + warp_row * dS_layout::ROW_BYTES;
+        smem + SMEM.ds + rows_first<dS_layout>() + warp_row * dS_layout::ROW_BYTES;
     const int lane_row = warp_row + thread % 32 / 4;
-    const unsigned word_smem = smem + DS_OFFSET + dS_layout::offset(lane_row, 0) + quad_lane() * 4;
+    const unsigned word_smem = smem + SMEM.ds + dS_layout::offset(lane_row, 0) + quad_lane() * 4;
 
     cp_async_wait_all();
     __syncthreads(); /* K, and without the TMA the first queries, have landed */
@@ -305,22 +262,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         query_walk<DETERMINISTIC> next = walk;
         next.advance();
         const int query0 = walk.m_block * TILE_M;
-        const query_tile tile = {smem + Q_OFFSET + stage * Q_layout::BYTES,
-                                 smem + DO_OFFSET,
-                                 smem + LSE_DELTA_OFFSET + stage * LSE_DELTA_BYTES,
-                                 smem + Q_MBARRIERS_OFFSET + stage * MBARRIER_STRIDE,
-                                 count / STAGES % 2,
-                                 smem + DO_MBARRIER_OFFSET,
-                                 count % 2,
-                                 query0};
+        const query_tile tile(smem, count, query0);
         const bool masked = key1 > params.seqlen_k ||
                             (MASK_RIGHT && mask.begin(key1 - 1) > query0) ||
                             (MASK_LEFT && mask.end(key0) < min(query0 + TILE_M, params.seqlen_q));
 
         if (STAGES == 2 && !last)
-            load_Q(stage ^ 1, next.head, next.m_block);
+            queries.load_Q(stage ^ 1, next.head, next.m_block);
 
-        /* ---- 3. Products 1 and 3: P^T and dV. Products 2 and 4: dS^T and dK. */
+        /* ---- 3. Products 1 and 3 in group 0: P^T and dV. 2 and 4 in group 1: dS^T and dK. */
         if (!is_group_0)
             compute_dK(dKV_rmem, KV_rmem, tile, word_smem, operand_smem);
         else if (masked)
@@ -328,7 +278,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         else
             compute_dV<false>(dKV_rmem, KV_rmem, tile, word_smem, key0 + lane_row, params);
 
-        /* ---- 4. The next tile of queries, as soon as neither group reads this one any more. */
+        /* ---- 4. Load the next tile of queries, once both groups have read this one. */
         if (!TMA)
             __syncthreads();
         else if (is_group_0)
@@ -337,21 +287,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_sync<THREADS>(QUERIES_FREE);
         if (!last) {
             if (STAGES == 1)
-                load_Q(0, next.head, next.m_block);
-            load_dO(next.head, next.m_block);
+                queries.load_Q(0, next.head, next.m_block);
+            queries.load_dO(next.head, next.m_block);
         }
         if (is_group_0)
             barrier_sync<THREADS>(LOWER_FULL);
 
-        /* ---- 5. Product 5: this warp's part of dQ. */
+        /* ---- 5. Product 5: dQ [16 * DQ_ROW_FRAGS, 8 * DQ_DIM_FRAGS], this warp's part, = dS * K.
+         * It stands here because in a function it compiles to other code at HEAD_DIM 256.
+         *
+         * With ordered accumulation a semaphore counts the blocks of keys that have added to a tile
+         * of dQ, and a block waits until all before it have. The count is read before the product,
+         * which hides the latency of the L2; mostly it is right by then. A block adds itself to the
+         * count one tile late, while it computes the next. By then thread 0 has passed LOWER_FREE
+         * and LOWER_FULL of that tile, at which the warps of group 0 and of group 1 arrive after
+         * their additions to this one: no other barrier is needed. And the additions have landed
+         * by then, so that the release has nothing to wait for. */
         const int dq_batch = coords.n_block % DQ_BUFFERS * params.batch + coords.batch;
-        const fa_int64 dq_tile = query_tile_index(dq_batch, walk.head, walk.m_block);
+        const fa_int64 dq_tile = query_tile_index(params, dq_batch, walk.head, walk.m_block);
         int added = 0;
         if (DETERMINISTIC) {
             if (semaphore && thread == 0)
-                end_turn(semaphore);
+                semaphore_release(semaphore);
             semaphore = params.dq_semaphores + dq_tile;
-            added = turns_ended(semaphore);
+            added = semaphore_load(semaphore);
         }
         const int group_warp = warp % GROUP_WARPS;
         const int row_frag =
@@ -359,8 +318,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int dim_frag = group_warp % DQ_DIM_WARPS * DQ_DIM_FRAGS;
         float dQ_rmem[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4];
         set_to_zero(dQ_rmem);
-        const unsigned dS_smem = not_before(smem + DS_OFFSET + columns_first<dS_layout>());
-        const unsigned K_smem = not_before(smem + K_OFFSET + rows_first<K_layout>());
+        const unsigned dS_smem = not_before(smem + SMEM.ds + columns_first<dS_layout>());
+        const unsigned K_smem = not_before(smem + SMEM.k + rows_first<K_layout>());
 #pragma unroll
         for (int k = 0; k < TILE_N / 16; k++) {
             unsigned dS_rmem[DQ_ROW_FRAGS][1][4];
@@ -374,10 +333,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (!is_group_0 && !last)
             barrier_arrive<THREADS>(UPPER_FREE);
 
-        /* ---- 6. Add it to the accumulator. */
+        /* ---- 6. Add dQ to its accumulator, after the blocks before this one. */
         if (DETERMINISTIC)
             while (added != (coords.n_block - mask.first_n_block(query0)) / DQ_BUFFERS)
-                added = turns_ended(semaphore);
+                added = semaphore_load(semaphore);
         float *accum = params.dq_accum + dq_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
 #pragma unroll
         for (int m = 0; m < DQ_ROW_FRAGS; m++)
@@ -391,17 +350,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
 
     if (DETERMINISTIC) {
-        __syncthreads(); /* all warps have added */
+        __syncthreads(); /* all warps have added to the last tile */
         if (semaphore && thread == 0)
-            end_turn(semaphore);
+            semaphore_release(semaphore);
     }
 
-    /* ---- 7. dV and dK out. */
+    /* ---- 7. Epilogue: dV and dK out. The blocks that share the keys add in the order of their
+     * splits. */
     if (DETERMINISTIC && params.q_splits > 1) {
         const fa_int64 pair =
             static_cast<fa_int64>(coords.batch) * params.heads_kv + coords.head_kv;
         semaphore = params.dkv_semaphores + pair * params.n_blocks + coords.n_block;
-        while (turns_ended(semaphore) != coords.q_split)
+        while (semaphore_load(semaphore) != coords.q_split)
             ;
     }
     if (is_group_0)
@@ -413,6 +373,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (DETERMINISTIC && params.q_splits > 1) {
         __syncthreads(); /* all warps have added */
         if (thread == 0)
-            end_turn(semaphore);
+            semaphore_release(semaphore);
     }
 }

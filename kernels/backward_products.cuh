@@ -11,8 +11,8 @@ template <class layout> __device__ __forceinline__ unsigned rows_first()
     const int lane = lane_id();
     return layout::offset(lane % 16, lane / 16);
 }
-/* The same in the order [chunk 0, chunk 1] of rows 0-7, then of rows 8-15: a B operand whose columns
- * are rows in memory, or, transposed, an A operand. */
+/* The same in the order [chunk 0, chunk 1] of rows 0-7, then of rows 8-15: a B operand whose
+ * columns are rows in memory, or, transposed, an A operand. */
 template <class layout> __device__ __forceinline__ unsigned columns_first()
 {
     const int lane = lane_id();
@@ -40,8 +40,8 @@ __device__ __forceinline__ void mma_ABt(float (&C_rmem)[FRAGS_M][MAX_FRAGS][4],
         }
 }
 
-/* C [16 * FRAGS_M, 8 * FRAGS] += A [16 * FRAGS_M, 16 * STEPS] * B [16 * STEPS, 8 * FRAGS], where B is
- * in shared memory and starts at the fragment `frag0` of its rows, a multiple of FRAGS. */
+/* C [16 * FRAGS_M, 8 * FRAGS] += A [16 * FRAGS_M, 16 * STEPS] * B [16 * STEPS, 8 * FRAGS], where B
+ * is in shared memory and starts at the fragment `frag0` of its rows, a multiple of FRAGS. */
 template <class layout, int STEPS, int FRAGS, int FRAGS_M, int MAX_FRAGS, int MAX_STEPS>
 __device__ __forceinline__ void mma_AB(float (&C_rmem)[FRAGS_M][MAX_FRAGS][4],
                                        const unsigned (&A_rmem)[FRAGS_M][MAX_STEPS][4],
@@ -106,8 +106,8 @@ template <class F> __device__ __forceinline__ void for_each_word(unsigned word_s
                 f(dS_layout::moved(word_smem, 16 * n + 8 * half, m), n, m, half);
 }
 
-/* K or V [WARP_N, DIM] of one KV head, from key `key0` on, from global memory into the layout of the
- * A operand. Keys after the last, and what pads the head dim, are zeros. */
+/* K or V [WARP_N, DIM] of one KV head, from key `key0` on, from global memory into the layout of
+ * the A operand. Keys after the last, and what pads the head dim, are zeros. */
 template <int DIM>
 __device__ __forceinline__ void load_operand(unsigned (&A_rmem)[N_FRAGS][MAX_STEPS][4],
                                              const void *tensor, const fa_strides &stride,

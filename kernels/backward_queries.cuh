@@ -75,7 +75,8 @@ __device__ __forceinline__ void mask_scores(float (&S_rmem)[N_FRAGS][M_FRAGS][4]
 
 /* The walk of a block over the (query head, tile of queries) pairs that it adds up: of the query
  * heads that share its KV head, the tiles [m_begin, m_end) that see its keys. The q_splits blocks
- * that have the same keys divide these pairs among them; this one takes [begin, end) of its list. */
+ * that have the same keys divide these pairs among them; this one takes [begin, end) of them.
+ */
 template <bool ORDERED> struct query_walk;
 
 /* Head by head, tiles upwards. */
@@ -128,14 +129,33 @@ template <> struct query_walk<true> {
     }
 };
 
-/* A tile of queries in shared memory: Q [TILE_M, HEAD_DIM], dO [TILE_M, HEAD_DIM_V], lse_log2 and
- * delta [TILE_M] each. With the TMA, the mbarriers say when it is there: one for Q, lse_log2 and
- * delta, one for dO. */
+/* The number of a tile of queries in [batch, heads_q, m_blocks]. */
+__device__ __forceinline__ fa_int64 query_tile_index(const fa_backward_params &params, int batch,
+                                                     int head, int m_block)
+{
+    return (static_cast<fa_int64>(batch) * params.heads_q + head) * params.m_blocks + m_block;
+}
+
+/* A tile of queries in shared memory: Q [TILE_M, HEAD_DIM], dO [TILE_M, HEAD_DIM_V], lse_log2
+ * [TILE_M] and behind it delta [TILE_M]. `count` tiles were loaded before it. With the TMA, one
+ * mbarrier says when Q, lse_log2 and delta are there, and one when dO is. */
 struct query_tile {
     unsigned Q_smem, dO_smem, lse_smem;
     unsigned Q_mbarrier, Q_parity, dO_mbarrier, dO_parity;
-    int query0;
+    int query0; /* the first query */
 
+    __device__ __forceinline__ query_tile(unsigned smem, unsigned count, int query0)
+        : query0(query0)
+    {
+        const unsigned stage = count % STAGES;
+        Q_smem = smem + SMEM.q + stage * Q_layout::BYTES;
+        dO_smem = smem + SMEM.dout;
+        lse_smem = smem + SMEM.lse_delta + stage * LSE_DELTA_BYTES;
+        Q_mbarrier = smem + SMEM.q_mbarriers + stage * FA_BACKWARD_MBARRIER_STRIDE;
+        Q_parity = count / STAGES % 2;
+        dO_mbarrier = smem + SMEM.dout_mbarrier;
+        dO_parity = count % 2;
+    }
     __device__ __forceinline__ void wait_Q() const
     {
         if (TMA)
@@ -148,15 +168,80 @@ struct query_tile {
     }
 };
 
-/* Asks the TMA for a tile, in boxes of one segment of the layout each. */
-template <class layout>
-__device__ __forceinline__ void load_boxes(unsigned smem, const fa_tensor_map &map,
-                                           unsigned mbarrier, int row, int head, int batch)
-{
+/* Loads tiles of queries into shared memory: one thread asks the TMA, or all copy with cp.async.
+ * Queries after the last become zeros. */
+struct query_loader {
+    const fa_backward_params &params;
+    unsigned smem;
+    int thread, batch;
+
+    /* A thread of group 1, see QUERIES_FREE. */
+    __device__ __forceinline__ bool asks_tma() const { return thread == THREADS - 1; }
+
+    __device__ __forceinline__ void init_mbarriers() const
+    {
+        if (thread == 0) {
+            for (int i = 0; i < STAGES + 1; i++) /* those of the stages of Q, and that of dO */
+                mbarrier_init(smem + SMEM.q_mbarriers + i * FA_BACKWARD_MBARRIER_STRIDE, 1);
+            fence_mbarrier_init();
+        }
+    }
+
+    /* Q, lse_log2 and delta. */
+    __device__ __forceinline__ void load_Q(int stage, int head, int m_block) const
+    {
+        const unsigned Q_smem = smem + SMEM.q + stage * Q_layout::BYTES;
+        const unsigned lse_smem = smem + SMEM.lse_delta + stage * LSE_DELTA_BYTES;
+        const float *lse_gmem =
+            params.lse_delta + query_tile_index(params, batch, head, m_block) * 2 * TILE_M;
+        if (TMA) {
+            if (asks_tma()) {
+                const unsigned mbarrier =
+                    smem + SMEM.q_mbarriers + stage * FA_BACKWARD_MBARRIER_STRIDE;
+                mbarrier_expect(mbarrier, Q_layout::BYTES + LSE_DELTA_BYTES);
+                load_boxes<Q_layout>(Q_smem, params.q_map, mbarrier, m_block * TILE_M, head, batch);
+                bulk_load(lse_smem, lse_gmem, LSE_DELTA_BYTES, mbarrier);
+            }
+            return;
+        }
+        const copy_place<Q_layout, THREADS> share;
+        share.copy(Q_smem,
+                   share.first_chunk(params.q, params.q_stride, batch, head, m_block * TILE_M),
+                   params.q_stride.seqlen, params.seqlen_q - m_block * TILE_M);
+        if (thread < LSE_DELTA_BYTES / 16)
+            cp_async_16(lse_smem + thread * 16, lse_gmem + thread * 4, 16);
+    }
+
+    __device__ __forceinline__ void load_dO(int head, int m_block) const
+    {
+        if (TMA) {
+            if (asks_tma()) {
+                const unsigned mbarrier = smem + SMEM.dout_mbarrier;
+                mbarrier_expect(mbarrier, dO_layout::BYTES);
+                load_boxes<dO_layout>(smem + SMEM.dout, params.dout_map, mbarrier, m_block * TILE_M,
+                                      head, batch);
+            }
+            return;
+        }
+        const copy_place<dO_layout, THREADS> share;
+        share.copy(
+            smem + SMEM.dout,
+            share.first_chunk(params.dout, params.dout_stride, batch, head, m_block * TILE_M),
+            params.dout_stride.seqlen, params.seqlen_q - m_block * TILE_M);
+    }
+
+  private:
+    /* A tile in boxes of the TMA, each a segment of the layout. */
+    template <class layout>
+    static __device__ __forceinline__ void load_boxes(unsigned tile_smem, const fa_tensor_map &map,
+                                                      unsigned mbarrier, int row, int head,
+                                                      int batch)
+    {
 #pragma unroll
-    for (int c = 0; c < layout::PADDED; c += layout::COLS)
-        tma_load_4d(smem + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier, c * 8, row,
-                    head, batch);
-}
+        for (int c = 0; c < layout::PADDED; c += layout::COLS)
+            tma_load_4d(tile_smem + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier, c * 8,
+                        row, head, batch);
+    }
+};
 
 #endif

@@ -3,12 +3,12 @@
 #ifndef FA_CP_ASYNC_RING_CUH
 #define FA_CP_ASYNC_RING_CUH
 
-#include "tile.cuh"
+#include "kv_source.cuh"
 
 struct cp_async_ring : ring_place {
     const fa_forward_params &params;
-    const element *K_gmem, *V_gmem; /* of the tile that is copied next */
-    fa_int64 K_stride, V_stride;
+    strided_source<K_layout> K_source;
+    strided_source<V_layout> V_source;
     int tiles;
 
     __device__ __forceinline__ cp_async_ring(const fa_forward_params &params, const char *smem)
@@ -18,26 +18,20 @@ struct cp_async_ring : ring_place {
 
     __device__ __forceinline__ void copy_next_tile(unsigned stage, int keys)
     {
-        K_place().copy(smem + stage, K_gmem, K_stride, keys);
-        V_place().copy(smem + stage + K_layout::BYTES, V_gmem, V_stride, keys);
-        K_gmem -= TILE_N * K_stride;
-        V_gmem -= TILE_N * V_stride;
+        K_source.copy_next_tile(smem + stage, keys);
+        V_source.copy_next_tile(smem + stage + K_layout::BYTES, keys);
     }
 
     __device__ __forceinline__ void start(const tile_walk &walk)
     {
-        const int last_key0 = (walk.tile_end - 1) * TILE_N;
+        const sequence<fa_forward_params> seq = {params, walk.batch};
         tiles = walk.tiles;
-        K_stride = params.k_stride.seqlen;
-        V_stride = params.v_stride.seqlen;
-        K_gmem =
-            K_place().first_chunk(params.k, params.k_stride, walk.batch, walk.head_kv, last_key0);
-        V_gmem =
-            V_place().first_chunk(params.v, params.v_stride, walk.batch, walk.head_kv, last_key0);
+        K_source.start(params.k, params.k_stride, walk);
+        V_source.start(params.v, params.v_stride, walk);
 #pragma unroll
         for (int i = 0; i < STAGES - 1; i++) {
-            if (i < tiles)
-                copy_next_tile(i * STAGE_BYTES, i == 0 ? params.seqlen_k - last_key0 : TILE_N);
+            if (i < tiles) /* the length cuts short the last tile alone, which comes first */
+                copy_next_tile(i * STAGE_BYTES, i == 0 ? seq.seqlen_k() - walk.key(0) : TILE_N);
             cp_async_commit(); /* even if empty: the i-th group is the i-th tile */
         }
         rewind();
@@ -46,8 +40,8 @@ struct cp_async_ring : ring_place {
     __device__ __forceinline__ bool is_producer() const { return false; }
     __device__ __forceinline__ void feed() {}
 
-    /* Barrier: every thread's copies of this tile have landed, and all warps are done with the
-     * stage that is refilled. */
+    /* Barrier: every thread's copies of the tile in use have landed, and all warps are done with
+     * the tile before, whose stage is free for the refill. */
     __device__ __forceinline__ void wait_own() { cp_async_wait<STAGES - 2>(); }
     __device__ __forceinline__ void wait_all() { __syncthreads(); }
     __device__ __forceinline__ bool any(bool x) { return __syncthreads_or(x); }

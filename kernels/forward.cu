@@ -5,7 +5,7 @@
  * stream through a ring in shared memory, from the last tile of keys to the first.
  *
  * One source, compiled once per set of constants:
- *   DTYPE_BF16             1: bf16, 0: fp16
+ *   DTYPE                  enum fa_dtype in params.h, of all tensors
  *   HEAD_DIM, HEAD_DIM_V   of Q and K, of V and O: multiples of 8 up to 256
  *   WARPS, WARP_M          queries: WARP_M (16 or 32) rows per warp, TILE_M = WARPS * WARP_M in all
  *   TILE_N, SUB_N          keys: TILE_N per stage of the ring, SUB_N at a time through registers

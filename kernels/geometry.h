@@ -19,9 +19,10 @@ FA_CONSTEXPR int fa_element_bytes(int dtype) { return dtype == FA_FLOAT32 ? 4 : 
 enum { FA_CHUNK_BYTES = 16 };
 FA_CONSTEXPR int fa_chunk_elements(int dtype) { return FA_CHUNK_BYTES / fa_element_bytes(dtype); }
 
-/* The head dim as tiles in shared memory have it: whole steps of mma.m16n8k16, which takes 16
- * elements of a row, or of a multiple of that. */
-enum { FA_MMA_K = 16 };
+/* The elements of a row that one mma takes: two chunks, k16 of 16-bit types. */
+FA_CONSTEXPR int fa_mma_k(int dtype) { return 2 * fa_chunk_elements(dtype); }
+
+/* The head dim as tiles in shared memory have it: whole steps of the mma, or of a multiple. */
 FA_CONSTEXPR int fa_padded_dim(int dim, int align) { return (dim + align - 1) / align * align; }
 
 /* Tiles are cut into segments, as wide as the largest swizzle that the chunks of a row fill: of 8,
@@ -63,8 +64,8 @@ FA_CONSTEXPR int fa_is_power_of_2(int x) { return x > 0 && (x & (x - 1)) == 0; }
 /* A stage of the ring: a K tile [tile_n, head_dim], then a V tile [tile_n, head_dim_v]. */
 FA_CONSTEXPR int fa_forward_stage_bytes(int head_dim, int head_dim_v, int tile_n, int dtype)
 {
-    return fa_tile_bytes(tile_n, fa_padded_dim(head_dim, FA_MMA_K), dtype) +
-           fa_tile_bytes(tile_n, fa_padded_dim(head_dim_v, FA_MMA_K), dtype);
+    return fa_tile_bytes(tile_n, fa_padded_dim(head_dim, fa_mma_k(dtype)), dtype) +
+           fa_tile_bytes(tile_n, fa_padded_dim(head_dim_v, fa_mma_k(dtype)), dtype);
 }
 
 /* Shared memory of the forward: the stages of the ring, and behind them their mbarriers where the
@@ -100,26 +101,31 @@ enum {
 
 /* Where the parts of shared memory of kernels/backward.cu start, and how large all of it is. */
 struct fa_backward_smem {
-    int k;     /* [tile_n, head_dim], padded to whole fragments for each warp that shares rows */
-    int q;     /* [stages, tile_m, head_dim] */
-    int dout;  /* [tile_m, head_dim_v] */
-    int ds;    /* [tile_n, tile_m]: P^T, then dS^T */
-    int stats; /* [stages, 2, tile_m] in fp32: lse and delta */
-    int mbarriers; /* of each stage of Q, and of dO; 16 bytes apart */
+    int k;    /* [tile_n, head_dim], padded to whole fragments for each warp that shares rows */
+    int q;    /* [stages, tile_m, head_dim] */
+    int dout; /* [tile_m, head_dim_v] */
+    int ds;   /* [tile_n, tile_m]: P^T, then dS^T */
+    int lse_delta;   /* [stages, 2, tile_m] in fp32: lse_log2, then delta */
+    int q_mbarriers; /* [stages], FA_BACKWARD_MBARRIER_STRIDE bytes apart */
+    int dout_mbarrier;
     int bytes;
 };
+
+enum { FA_BACKWARD_MBARRIER_STRIDE = 16 };
 
 FA_CONSTEXPR struct fa_backward_smem fa_backward_smem_of(int head_dim, int head_dim_v, int tile_m,
                                                          int tile_n, int stages, int dq_dim_warps,
                                                          int dtype)
 {
-    struct fa_backward_smem at = {0, 0, 0, 0, 0, 0, 0};
-    at.q = at.k + fa_tile_bytes(tile_n, fa_padded_dim(head_dim, FA_MMA_K * dq_dim_warps), dtype);
-    at.dout = at.q + stages * fa_tile_bytes(tile_m, fa_padded_dim(head_dim, FA_MMA_K), dtype);
-    at.ds = at.dout + fa_tile_bytes(tile_m, fa_padded_dim(head_dim_v, FA_MMA_K), dtype);
-    at.stats = at.ds + fa_tile_bytes(tile_n, tile_m, dtype);
-    at.mbarriers = at.stats + stages * 2 * tile_m * 4;
-    at.bytes = at.mbarriers + (stages + 1) * 16;
+    const int step = fa_mma_k(dtype);
+    struct fa_backward_smem at = {0, 0, 0, 0, 0, 0, 0, 0};
+    at.q = at.k + fa_tile_bytes(tile_n, fa_padded_dim(head_dim, step * dq_dim_warps), dtype);
+    at.dout = at.q + stages * fa_tile_bytes(tile_m, fa_padded_dim(head_dim, step), dtype);
+    at.ds = at.dout + fa_tile_bytes(tile_m, fa_padded_dim(head_dim_v, step), dtype);
+    at.lse_delta = at.ds + fa_tile_bytes(tile_n, tile_m, dtype);
+    at.q_mbarriers = at.lse_delta + stages * 2 * tile_m * 4;
+    at.dout_mbarrier = at.q_mbarriers + stages * FA_BACKWARD_MBARRIER_STRIDE;
+    at.bytes = at.dout_mbarrier + FA_BACKWARD_MBARRIER_STRIDE;
     return at;
 }
 

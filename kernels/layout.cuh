@@ -2,17 +2,12 @@
 #ifndef FA_LAYOUT_CUH
 #define FA_LAYOUT_CUH
 
-#include "geometry.h"
 #include "ptx.cuh"
 
 /* This lane, 4g + t in the fragment layouts of ptx.cuh: g is its row, t its column pair. */
 __device__ __forceinline__ unsigned lane_id() { return threadIdx.x % 32; }
 __device__ __forceinline__ unsigned quad_row() { return threadIdx.x % 32 / 4; }
 __device__ __forceinline__ int quad_lane() { return threadIdx.x % 4; }
-
-constexpr int DTYPE = DTYPE_BF16 ? FA_BFLOAT16 : FA_FLOAT16;
-using element = unsigned short; /* of either data type: only the mma knows which */
-constexpr int CHUNK = FA_CHUNK_BYTES;
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -22,24 +17,25 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
  * chunk of 8 rows, which an ldmatrix reads, takes every bank once, and so do the 128 bytes that 8
  * threads copy. Those must be contiguous, conflicts or not: see "columns of chunks" in
  * benchmarks/NOTES.md. */
-template <int DIM, int ROWS_, int ALIGN = 16> struct tile_layout {
+template <int DIM, int ROWS_, int ALIGN = MMA_K> struct tile_layout {
     static constexpr int ROWS = ROWS_;
-    static constexpr int CHUNKS = DIM / 8;
-    static constexpr int PADDED = fa_padded_dim(DIM, ALIGN) / fa_chunk_elements(DTYPE);
+    static constexpr int CHUNKS = DIM / CHUNK_ELEMENTS;
+    static constexpr int PADDED = fa_padded_dim(DIM, ALIGN) / CHUNK_ELEMENTS;
     static constexpr int COLS = fa_segment_chunks(PADDED);
-    static constexpr int ROW_BYTES = COLS * CHUNK;
+    static constexpr int ROW_BYTES = COLS * FA_CHUNK_BYTES;
     static constexpr int SEGMENT_BYTES = ROWS * ROW_BYTES;
-    static constexpr int BYTES = ROWS * PADDED * CHUNK;
+    static constexpr int BYTES = ROWS * PADDED * FA_CHUNK_BYTES;
 
     /* Of a chunk of the first segment. */
     static __device__ __forceinline__ unsigned offset(int row, int chunk)
     {
-        return row * ROW_BYTES + (chunk ^ row / (8 / COLS) % COLS) * CHUNK;
+        return row * ROW_BYTES + (chunk ^ row / (8 / COLS) % COLS) * FA_CHUNK_BYTES;
     }
     /* From the address of chunk 0 or 1 of a row, `row` (a multiple of 8) and `chunk` (even) on. */
     static __device__ __forceinline__ unsigned moved(unsigned address, int row, int chunk)
     {
-        return (address ^ chunk % COLS * CHUNK) + chunk / COLS * SEGMENT_BYTES + row * ROW_BYTES;
+        return (address ^ chunk % COLS * FA_CHUNK_BYTES) + chunk / COLS * SEGMENT_BYTES +
+               row * ROW_BYTES;
     }
 };
 
@@ -80,7 +76,7 @@ template <class layout, int THREADS> struct copy_place {
     first_chunk(const void *tensor, const fa_strides &stride, int batch, int head, int row0) const
     {
         return static_cast<const element *>(tensor) + batch * stride.batch + head * stride.head +
-               (row0 + row) * stride.seqlen + col * 8;
+               (row0 + row) * stride.seqlen + col * CHUNK_ELEMENTS;
     }
 
     /* Copies a tile to `smem`, this thread from `gmem` on. Rows from `rows` on, and the chunks that
@@ -91,7 +87,8 @@ template <class layout, int THREADS> struct copy_place {
         each([&](int r, int c, unsigned offset) {
             const bool padding = c + layout::COLS > layout::CHUNKS && col + c >= layout::CHUNKS;
             const bool exists = !padding && (rows >= layout::ROWS || row + r < rows);
-            cp_async_16(smem + offset, gmem + r * row_stride + c * 8, exists ? 16 : 0);
+            cp_async_16(smem + offset, gmem + r * row_stride + c * CHUNK_ELEMENTS,
+                        exists ? FA_CHUNK_BYTES : 0);
         });
     }
 };

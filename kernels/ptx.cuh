@@ -7,11 +7,7 @@
 #ifndef FA_PTX_CUH
 #define FA_PTX_CUH
 
-#if DTYPE_BF16
-#define FA_PTX_TYPE "bf16"
-#else
-#define FA_PTX_TYPE "f16"
-#endif
+#include "element.cuh"
 
 /* blockIdx.x and threadIdx.x, read anew at every call: what is computed from them can then be
  * computed again where it is needed, instead of occupying registers in between. */
@@ -184,7 +180,7 @@ template <int ID, int COUNT> __device__ __forceinline__ bool barrier_or(bool x)
 
 /* ---- between blocks ------------------------------------------------------------------------- */
 
-/* Adds four floats to sums in global memory, whose order among blocks nobody knows. */
+/* Adds four floats to global memory: atomic, and unordered among blocks. */
 __device__ __forceinline__ void red_add_4(float *sums, const float (&x)[4])
 {
     if (__CUDA_ARCH__ >= 900)
@@ -206,19 +202,19 @@ __device__ __forceinline__ int atomic_add(int *counter, int x)
     return before;
 }
 
-/* How many turns have ended. What was added in them comes before what is added after this. */
-__device__ __forceinline__ int turns_ended(const int *turn)
+/* The value of a semaphore that other blocks increment. */
+__device__ __forceinline__ int semaphore_load(const int *semaphore)
 {
-    int ended;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(ended) : "l"(turn) : "memory");
-    return ended;
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(semaphore) : "memory");
+    return value;
 }
 
-/* Ends a turn: what this thread knows to have been added comes before what is added by whoever sees
- * that. */
-__device__ __forceinline__ void end_turn(int *turn)
+/* Increments a semaphore. Additions to global memory that this thread has made, or that a barrier
+ * orders before this, come before those of a block that has loaded the new value. */
+__device__ __forceinline__ void semaphore_release(int *semaphore)
 {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(semaphore) : "memory");
 }
 
 /* ---- between groups of warps ---------------------------------------------------------------- */
@@ -325,7 +321,7 @@ __device__ __forceinline__ float2 unpack_fp16(unsigned x)
 /* The two numbers of a pair, the lower half first. */
 __device__ __forceinline__ float2 unpack(unsigned x)
 {
-    if (DTYPE_BF16) /* the upper half of a float */
+    if (IS_BF16) /* the upper half of a float */
         return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
     return unpack_fp16(x);
 }

@@ -10,44 +10,24 @@ constexpr int TILE_M = WARPS * WARP_M;  /* queries per block */
 constexpr int M_FRAGS = WARP_M / 16;    /* 16-row fragments per warp */
 constexpr int S_FRAGS = SUB_N / 8;      /* 8-key columns of a sub-tile of scores */
 constexpr int O_FRAGS = HEAD_DIM_V / 8; /* 8-dim columns of the output */
-constexpr int D_STEPS = (HEAD_DIM + 15) / 16;
+constexpr int D_STEPS = ceil_div(HEAD_DIM, MMA_K);
 
 /* Unrolled sub-tiles overlap, which takes registers; wide rows leave none to spare, nor does the
  * tanh of a cap. */
 constexpr bool WIDE = WARP_M == 32 && (HEAD_DIM > 96 || HEAD_DIM_V > 96);
 constexpr int SUB_UNROLL = WIDE || SOFTCAP ? 1 : TILE_N / SUB_N;
 
-static_assert(HEAD_DIM % 8 == 0 && HEAD_DIM_V % 8 == 0, "a row is whole 16-byte chunks");
+static_assert(HEAD_DIM % CHUNK_ELEMENTS == 0 && HEAD_DIM_V % CHUNK_ELEMENTS == 0,
+              "a row is whole 16-byte chunks");
 #define FA_ASSERT(condition, message) static_assert(condition, message);
 FA_FORWARD_TILE_RULES(FA_ASSERT, WARPS, WARP_M, TILE_N, SUB_N, STAGES)
 #undef FA_ASSERT
 
 using K_layout = tile_layout<HEAD_DIM, TILE_N>;
 using V_layout = tile_layout<HEAD_DIM_V, TILE_N>;
-using K_place = copy_place<K_layout, THREADS>;
 using V_place = copy_place<V_layout, THREADS>;
 constexpr int STAGE_BYTES = fa_forward_stage_bytes(HEAD_DIM, HEAD_DIM_V, TILE_N, DTYPE);
 constexpr int RING_BYTES = STAGES * STAGE_BYTES;
-
-/* The tiles that a block goes through: of one KV head, from tile_end - 1 downwards. */
-struct tile_walk {
-    int batch, head_kv, tile_end, tiles;
-};
-
-/* Whether this thread's share of the V tile at `smem` holds an inf or NaN. */
-__device__ __forceinline__ bool holds_nonfinite(unsigned smem)
-{
-    /* Adding one to a full exponent carries into the (cleared) sign bit of its half word. */
-    constexpr unsigned EXPONENT = DTYPE_BF16 ? 0x7f807f80 : 0x7c007c00;
-    constexpr unsigned ONE = DTYPE_BF16 ? 0x00800080 : 0x04000400;
-    unsigned carries = 0;
-    V_place().each([&](int, int, unsigned offset) {
-        const uint4 x = ld_shared_16(smem + offset);
-        carries |= ((x.x & EXPONENT) + ONE) | ((x.y & EXPONENT) + ONE);
-        carries |= ((x.z & EXPONENT) + ONE) | ((x.w & EXPONENT) + ONE);
-    });
-    return carries & 0x80008000;
-}
 
 /* This lane's row for an ldmatrix of 16 keys x 16 dims, whose matrices 0 and 1, then 2 and 3, are
  * the B operand of one mma: of K two chunks of 8 keys, of V two times 8 keys of one chunk. */

@@ -19,11 +19,9 @@
  * reach a gradient. */
 #include "backward.h"
 
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "../platform.h"
 #include "rows.h"
 #include "scores.h"
 
@@ -32,6 +30,7 @@ enum { TILE = 32 }; /* query rows or keys */
 struct task {
     const struct fa_problem *problem;
     const struct fa_gradients *gradients;
+    struct fa_worker *worker;
     int width, width_v; /* head_dim and head_dim_v, padded */
     int64_t batch, head, head_kv;
     struct range rows, keys; /* the tiles at hand */
@@ -90,6 +89,12 @@ static void load_keys(struct task *task, struct range keys)
 static bool meet(const struct task *task, struct range rows, struct range keys)
 {
     return count_of(intersection(visible_to_any(&task->problem->shape, rows), keys)) > 0;
+}
+
+/* Whether a loop over tiles goes on with this one. */
+static bool is_next(const struct task *task, struct range tile)
+{
+    return count_of(tile) > 0 && !fa_has_ended(task->worker);
 }
 
 /* ---- Sums ------------------------------------------------------------------------------------ */
@@ -167,7 +172,7 @@ static void compute_dq(struct task *task, int64_t index)
     load_queries(task, head, rows);
     clear(task, task->sums);
     struct range visible = visible_to_any(shape, rows), tile = tile_from(visible, 0, TILE);
-    for (; count_of(tile) > 0; tile = tile_from(visible, tile.end, TILE)) {
+    for (; is_next(task, tile); tile = tile_from(visible, tile.end, TILE)) {
         load_keys(task, tile);
         clear(task, task->part);
         add_pairs(task, task->part, NULL, NULL);
@@ -187,7 +192,7 @@ static void compute_dk_dv(struct task *task, int64_t index)
     clear(task, task->sums);
     for (int64_t i = 0; i < heads_per_kv; i++) {
         struct range tile = tile_from(all_rows(task), 0, TILE);
-        for (; count_of(tile) > 0; tile = tile_from(all_rows(task), tile.end, TILE)) {
+        for (; is_next(task, tile); tile = tile_from(all_rows(task), tile.end, TILE)) {
             if (!meet(task, tile, keys))
                 continue;
             load_queries(task, task->head_kv * heads_per_kv + i, tile);
@@ -208,7 +213,7 @@ static void compute_dsink(struct task *task, int64_t head)
     double sum = 0;
     for (task->batch = 0; task->batch < shape->batch; task->batch++) {
         struct range tile = tile_from(all_rows(task), 0, TILE);
-        for (; count_of(tile) > 0; tile = tile_from(all_rows(task), tile.end, TILE)) {
+        for (; is_next(task, tile); tile = tile_from(all_rows(task), tile.end, TILE)) {
             load_queries(task, head, tile);
             for (int64_t row = 0; row < count_of(tile); row++)
                 if (task->lse[row] > -INFINITY)
@@ -225,27 +230,22 @@ struct call {
     const struct fa_problem *problem;
     const struct fa_gradients *gradients;
     void (*compute)(struct task *task, int64_t index);
-    atomic_bool out_of_memory;
 };
 
-static void run_task(void *context, int64_t index)
+static int run_task(void *context, int64_t index, struct fa_worker *worker)
 {
     struct call *call = context;
-    if (atomic_load(&call->out_of_memory))
-        return;
-
     struct task task = {
         .problem = call->problem,
         .gradients = call->gradients,
+        .worker = worker,
         .width = fa_width(call->problem->shape.head_dim),
         .width_v = fa_width(call->problem->shape.head_dim_v),
     };
     const int64_t both = TILE * (task.width + task.width_v);
     float *memory = malloc((size_t)(4 * both + 2 * TILE + task.width_v) * sizeof *memory);
-    if (memory == NULL) {
-        atomic_store(&call->out_of_memory, true);
-        return;
-    }
+    if (memory == NULL)
+        return FA_OUT_OF_MEMORY;
     task.Q = memory;
     task.dO = task.Q + TILE * task.width;
     task.K = task.Q + both;
@@ -257,19 +257,23 @@ static void run_task(void *context, int64_t index)
     task.out = task.delta + TILE;
     call->compute(&task, index);
     free(memory);
+    return 0;
 }
 
 int fa_cpu_backward(const struct fa_problem *problem, const struct fa_gradients *gradients,
-                    int threads)
+                    struct fa_threads *threads)
 {
     const struct fa_shape *shape = &problem->shape;
-    const int64_t batch = shape->batch;
+    const int64_t rows = shape->batch * shape->heads_q * tile_count(shape->seqlen_q);
+    const int64_t keys = shape->batch * shape->heads_kv * tile_count(shape->seqlen_k);
     struct call call = {.problem = problem, .gradients = gradients, .compute = compute_dq};
-    fa_parallel_for(batch * shape->heads_q * tile_count(shape->seqlen_q), threads, run_task, &call);
+    int status = fa_parallel_for(rows, threads, run_task, &call);
+    if (status)
+        return status;
     call.compute = compute_dk_dv;
-    fa_parallel_for(batch * shape->heads_kv * tile_count(shape->seqlen_k), threads, run_task,
-                    &call);
+    status = fa_parallel_for(keys, threads, run_task, &call);
+    if (status || !problem->sink.object)
+        return status;
     call.compute = compute_dsink;
-    fa_parallel_for(problem->sink.object ? shape->heads_q : 0, threads, run_task, &call);
-    return atomic_load(&call.out_of_memory) ? -1 : 0;
+    return fa_parallel_for(shape->heads_q, threads, run_task, &call);
 }

@@ -14,11 +14,9 @@
 #include "forward.h"
 
 #include <math.h>
-#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
-#include "../platform.h"
 #include "rows.h"
 #include "scores.h"
 
@@ -38,6 +36,7 @@ struct block { /* what one task works on */
     float *O;                /* [rows, width_v] */
     float *part;             /* [width_v]: one tile's share of a row of O */
     float *lse;              /* [rows] */
+    struct fa_worker *worker;
 };
 
 /* ---- The steps ------------------------------------------------------------------------------- */
@@ -59,12 +58,18 @@ static struct range next_tile(const struct block *block, int64_t from)
     return tile_from(block->keys, from, KEYS);
 }
 
+/* Whether a loop over tiles goes on with this one. */
+static bool is_next(const struct block *block, struct range tile)
+{
+    return count_of(tile) > 0 && !fa_has_ended(block->worker);
+}
+
 /* S = softcap(scale * Q K^T) wherever a row sees a key. */
 static void compute_scores(struct block *block)
 {
     const struct fa_problem *problem = block->problem;
     struct range tile = next_tile(block, 0);
-    for (; count_of(tile) > 0; tile = next_tile(block, tile.end)) {
+    for (; is_next(block, tile); tile = next_tile(block, tile.end)) {
         fa_load_rows(&problem->k, block->batch, tile, block->head_kv, block->tile);
         for (int64_t row = block->rows.begin; row < block->rows.end; row++) {
             const float *q = block->Q + (row - block->rows.begin) * block->width;
@@ -107,7 +112,8 @@ static float softmax(float *scores, int64_t count, float sink)
 static void compute_softmax(struct block *block)
 {
     const float sink = sink_of(block->problem, block->head);
-    for (int64_t row = block->rows.begin; row < block->rows.end; row++) {
+    for (int64_t row = block->rows.begin; row < block->rows.end && !fa_has_ended(block->worker);
+         row++) {
         struct range keys = keys_of(block, row);
         float *scores = scores_of(block, row) + (keys.begin - block->keys.begin);
         block->lse[row - block->rows.begin] = softmax(scores, count_of(keys), sink);
@@ -135,7 +141,7 @@ static void weigh_values(struct block *block)
 {
     memset(block->O, 0, (size_t)(count_of(block->rows) * block->width_v) * sizeof *block->O);
     struct range tile = next_tile(block, 0);
-    for (; count_of(tile) > 0; tile = next_tile(block, tile.end)) {
+    for (; is_next(block, tile); tile = next_tile(block, tile.end)) {
         fa_load_rows(&block->problem->v, block->batch, tile, block->head_kv, block->tile);
         for (int64_t row = block->rows.begin; row < block->rows.end; row++)
             weigh_tile(block, tile, row);
@@ -153,11 +159,6 @@ static void store(const struct block *block)
 }
 
 /* ---- Tasks ----------------------------------------------------------------------------------- */
-
-struct call {
-    const struct fa_problem *problem;
-    atomic_bool out_of_memory;
-};
 
 static int64_t row_blocks(const struct fa_shape *shape)
 {
@@ -183,22 +184,17 @@ static struct block locate(const struct fa_problem *problem, int64_t index)
     return block;
 }
 
-static void compute_block(void *context, int64_t index)
+static int compute_block(void *problem, int64_t index, struct fa_worker *worker)
 {
-    struct call *call = context;
-    if (atomic_load(&call->out_of_memory))
-        return;
-
-    struct block block = locate(call->problem, index);
+    struct block block = locate(problem, index);
     const int64_t rows = count_of(block.rows);
     const int64_t tile_size = KEYS * max64(block.width, block.width_v);
     const int64_t count =
         rows * (block.width + block.width_v + count_of(block.keys) + 1) + tile_size + block.width_v;
     float *memory = malloc((size_t)count * sizeof *memory);
-    if (memory == NULL) {
-        atomic_store(&call->out_of_memory, true);
-        return;
-    }
+    if (memory == NULL)
+        return FA_OUT_OF_MEMORY;
+    block.worker = worker;
     block.Q = memory;
     block.tile = block.Q + rows * block.width;
     block.O = block.tile + tile_size;
@@ -210,15 +206,15 @@ static void compute_block(void *context, int64_t index)
     compute_scores(&block);
     compute_softmax(&block);
     weigh_values(&block);
-    store(&block);
+    if (!fa_has_ended(worker))
+        store(&block);
     free(memory);
+    return 0;
 }
 
-int fa_cpu_forward(const struct fa_problem *problem, int threads)
+int fa_cpu_forward(const struct fa_problem *problem, struct fa_threads *threads)
 {
     const struct fa_shape *shape = &problem->shape;
-    struct call call = {.problem = problem};
     int64_t tasks = shape->batch * row_blocks(shape) * shape->heads_q;
-    fa_parallel_for(tasks, threads, compute_block, &call);
-    return atomic_load(&call.out_of_memory) ? -1 : 0;
+    return fa_parallel_for(tasks, threads, compute_block, (void *)problem);
 }

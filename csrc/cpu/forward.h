@@ -2,10 +2,11 @@
 #ifndef FA_CPU_FORWARD_H
 #define FA_CPU_FORWARD_H
 
+#include "../platform.h"
 #include "../problem.h"
 
-/* Computes problem->out (and lse) on `threads` threads. Pure C: call it with the GIL released.
- * 0, or -1 where scratch memory ran out. */
-int fa_cpu_forward(const struct fa_problem *problem, int threads);
+/* Computes problem->out (and lse). Pure C: call it with the GIL released. 0, or FA_OUT_OF_MEMORY or
+ * FA_INTERRUPTED; then the outputs are not complete. */
+int fa_cpu_forward(const struct fa_problem *problem, struct fa_threads *threads);
 
 #endif

@@ -1,5 +1,5 @@
-/* Which keys a query row sees, and with what scores: what the backward recomputes of the forward.
- */
+/* What happens to a score, in the order of kernels/score.cuh: scale, softcap, score_mod (no call
+ * has one yet), mask. The backward recomputes with these what the forward computed. */
 #ifndef FA_CPU_SCORES_H
 #define FA_CPU_SCORES_H
 
@@ -8,9 +8,10 @@
 #include "../problem.h"
 #include "rows.h"
 
-/* The keys that a query row sees: the window around the key on its diagonal, cut to the keys that
- * exist. FA_UNBOUNDED needs no case of its own: in 64 bits it reaches past every end that 32 bits
- * can hold. Both ends only grow with the row, those of empty ranges too. */
+/* The mask, as attention_mask in kernels/mask.cuh: the keys that a query row sees, a window around
+ * the key on its diagonal, cut to the keys that exist. FA_UNBOUNDED needs no special case: in 64
+ * bits it reaches past every end that 32 bits can hold. Both ends only grow with the row, those of
+ * empty ranges too. */
 static inline struct range visible_keys(const struct fa_shape *shape, int64_t row)
 {
     int64_t diagonal = row + shape->seqlen_k - shape->seqlen_q;
@@ -26,11 +27,16 @@ static inline struct range visible_to_any(const struct fa_shape *shape, struct r
                           visible_keys(shape, rows.end - 1).end};
 }
 
-/* s = softcap(scale * q . k) of two rows in fp32. */
+static inline float softcapped(const struct fa_shape *shape, float score)
+{
+    return shape->softcap > 0 ? shape->softcap * tanhf(score / shape->softcap) : score;
+}
+
+/* The score of two rows in fp32, if the query sees the key. */
 static inline float score_of(const struct fa_shape *shape, const float *q, const float *k)
 {
-    float score = shape->softmax_scale * fa_dot(q, k, fa_width(shape->head_dim));
-    return shape->softcap > 0 ? shape->softcap * tanhf(score / shape->softcap) : score;
+    const float score = shape->softmax_scale * fa_dot(q, k, fa_width(shape->head_dim));
+    return softcapped(shape, score);
 }
 
 /* The score of a head's sink, -inf where there is none: a score that takes its share of the softmax

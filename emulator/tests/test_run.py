@@ -7,7 +7,7 @@ import pytest
 
 from emulator import EmulatorError, emulator, ptx_module, unavailable
 
-pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+pytestmark = [pytest.mark.quick, pytest.mark.skipif(bool(unavailable()), reason=unavailable())]
 
 SCHEDULES = [(seed, late) for seed in range(4) for late in (False, True)]
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import torch
 
@@ -65,21 +63,21 @@ def run(arguments: argparse.Namespace) -> int:
         "v": (a.batch, seqlen_k, heads_kv, a.head_dim_v or a.head_dim),
     }
     make = functools.partial(torch.empty, dtype=DTYPES[a.dtype], device="cuda" if on_gpu else "cpu")
-    options: dict[str, Any] = {
-        "causal": a.causal,
-        "window_size": tuple(a.window),
-        "softcap": a.softcap,
-        "learnable_sink": make(a.heads) if a.sink else None,
-        "arch": arch,
-    }
-    of_direction: Callable[..., object] = explain_backward if a.backward else explain
-    name = "deterministic" if a.backward else "num_splits"
-    options[name] = getattr(a, name)
+    of_direction = explain_backward if a.backward else explain
     try:
-        plan = of_direction(*map(make, shapes.values()), **options)
+        plan = of_direction(
+            *map(make, shapes.values()),
+            arch=arch,
+            causal=a.causal,
+            window_size=a.window,
+            softcap=a.softcap,
+            learnable_sink=make(a.heads) if a.sink else None,
+            num_splits=a.num_splits,
+            deterministic=a.deterministic,
+        )
     except ValueError as error:  # of what the command line asks for
         raise RuntimeError(str(error)) from error
     described = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-    print(f"{'backward' if a.backward else 'forward'}: {described}, {a.dtype}")
+    print(f"{described}, {a.dtype}")
     print(f"on {dotted(arch) if arch else torch.cuda.get_device_name()}\n\n{plan}")
     return 0

@@ -97,8 +97,7 @@ def _qkv(seqlen: int, head_dim: int, head_dim_v: int) -> list[torch.Tensor]:
 
 
 def _tile(plan: Plan) -> str:
-    by_tma = any("tma" in kernel.variant for kernel in plan.kernels)
-    return f"{plan.tile_m} x {plan.tile_n}{', TMA' if by_tma else ''}"
+    return f"{plan.tile_m} x {plan.tile_n}{', TMA' if plan.tma else ''}"
 
 
 def _print_kernels(arch: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from flash_attn_sm120 import files
 from flash_attn_sm120.tune.contest import Contest
 from flash_attn_sm120.tune.grid import Cell
 from flash_attn_sm120.tune.machine import Machine
@@ -63,8 +64,9 @@ class Journal:
 
     def _append(self, record: dict[str, Any]) -> None:
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a+b") as file:
+            files.make_directory(self.path.parent)
+            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+            with open(files.open_regular(self.path, flags), "a+b") as file:
                 torn = file.tell() and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
                 file.write(b"\n" * bool(torn) + json.dumps(record).encode() + b"\n")
         except OSError as error:
@@ -76,7 +78,7 @@ class Journal:
 
     def _read(self) -> Iterator[dict[str, Any]]:
         try:
-            text = self.path.read_text(errors="replace")
+            text = files.read(self.path).decode(errors="replace")
         except FileNotFoundError:
             return
         except OSError as error:

@@ -1,8 +1,8 @@
-"""Python processes for tests, forked from one that has imported torch: that alone takes seconds."""
+"""Other processes for tests. Python is forked from one that has imported torch, which takes seconds."""
 
 import multiprocessing
 import os
-from subprocess import CompletedProcess
+import subprocess
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["numpy", "torch"])
@@ -28,4 +28,18 @@ def run_python(code, directory, timeout=300, **environment):
     if process.exitcode is None:
         process.kill()
         process.join()
-    return CompletedProcess(code, process.exitcode, *(path.read_text() for path in outputs))
+    return subprocess.CompletedProcess(
+        code, process.exitcode, *(path.read_text() for path in outputs)
+    )
+
+
+def run_command(*command, cwd=None, timeout=600, **environment):
+    """What came of a command."""
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

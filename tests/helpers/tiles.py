@@ -31,7 +31,7 @@ def tile_row(plan=None, *, kernel=None, producer=None, **tile):
     fields["kernel"] = KERNELS.index(kernel or (plan.kernel if plan else "forward"))
     if producer:
         fields["producer"] = PRODUCERS.index(producer)
-    if not fields["kernel"]:
+    if not fields["kernel"] or "producer" not in fields:
         fields["producer"] = 0
     return tuple((fields | tile).get(field, -1) for field in FIELDS)
 

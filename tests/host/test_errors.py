@@ -1,15 +1,14 @@
 """Bad input gets the error of the design before anything runs, and the next good call works."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 
 from flash_attn_sm120 import _C, explain, flash_attn_func
+from helpers.children import run_python
 from helpers.devices import CPU
+
+pytestmark = pytest.mark.quick
 
 
 def qkv(
@@ -202,18 +201,8 @@ def test_devices_must_agree(device):
         flash_attn_func(q, k, v, learnable_sink=torch.zeros(4))
 
 
-def run_python(code, **environment):
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.mark.parametrize("variable", ["FA_SM120_LIMITS", "FA_SM120_PLAN_AS"])
-def test_unknown_environment_value(variable):
+def test_unknown_environment_value(variable, tmp_path):
     """The error names the variable; put right, the next call works in the same process."""
     code = f"""
 import os, torch
@@ -226,7 +215,7 @@ except ValueError as error:
 os.environ["{variable}"] = "120"
 print(explain(q, q, q, arch=120).tile_m)
 """
-    done = run_python(code, **{variable: "sm_120"})
+    done = run_python(code, tmp_path, **{variable: "sm_120"})
     assert done.stdout.splitlines() == [
         f'{variable} must be 120 or unset, got "sm_120"',
         "64",

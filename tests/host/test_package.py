@@ -1,9 +1,7 @@
 """The package as it is installed: one wheel, light to import, usable from anywhere."""
 
-import os
 import re
 import shutil
-import subprocess
 import sys
 import venv
 import zipfile
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from flash_attn_sm120 import common_kernels
+from helpers.children import run_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,14 +18,8 @@ pytestmark = pytest.mark.skipif(not (ROOT / "setup.py").exists(), reason="runs i
 
 
 def run(*command, cwd, **environment):
-    done = subprocess.run(
-        [*map(str, command)],
-        cwd=cwd,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    """What a command printed, which must succeed."""
+    done = run_command(*command, cwd=cwd, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -1,8 +1,6 @@
 """What a launch shares with the rest of a process: streams, graphs, threads, devices, forks, memory."""
 
-import os
 import shutil
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +8,7 @@ import pytest
 import torch
 
 from flash_attn_sm120 import explain, flash_attn_func
+from helpers.children import run_command
 from helpers.tiles import KERNELS, tile_row, use_tiles
 
 pytestmark = pytest.mark.usefixtures("cuda")
@@ -181,7 +180,7 @@ if not child:
     os._exit(2)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = run_command(sys.executable, "-c", code, timeout=120)
     assert done.stdout.strip() == "0", done.stderr
 
 
@@ -203,13 +202,9 @@ for head_dim, head_dim_v in ((64, 64), (96, 96), (128, 128), (40, 72), (192, 128
 torch.cuda.synchronize()
 print("ran")
 """
-    done = subprocess.run(
-        [sanitizer, "--tool", "memcheck", "--error-exitcode", "9", sys.executable, "-c", code],
-        env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=500,
-    )
+    memcheck = [sanitizer, "--tool", "memcheck", "--error-exitcode", "9"]
+    command = [*memcheck, sys.executable, "-c", code]
+    done = run_command(*command, timeout=500, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
     if "Device not supported" in done.stdout:
         pytest.skip("compute-sanitizer does not support this machine")
     assert done.returncode == 0 and "ran" in done.stdout, done.stdout[-4000:] + done.stderr[-2000:]

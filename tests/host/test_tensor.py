@@ -15,6 +15,8 @@ from helpers.capsules import Capsule, Producer
 from helpers.devices import EMULATOR
 from helpers.reference import attention_reference
 
+pytestmark = pytest.mark.quick
+
 SHAPE = (2, 5, 4, 16)
 
 

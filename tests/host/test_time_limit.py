@@ -1,11 +1,12 @@
 """Tests on a GPU that hang: conftest.py ends their process and names them. No GPU needed."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from helpers.children import run_command
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,14 +42,9 @@ WITH_THE_GIL = "ctypes.PyDLL(None).sleep(60)"
 def test_a_hang_ends_the_process_and_is_named(tmp_path, hang):
     (tmp_path / "test_hanging.py").write_text(HANGING.format(hang=hang))
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "conftest"]
-    done = subprocess.run(
-        [*command, "--gpu-time-limit", "0.3", "--rootdir", str(tmp_path), str(tmp_path)],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
-        capture_output=True,
-        text=True,
-        timeout=50,
-    )
+    command += ["--gpu-time-limit", "0.3", "--rootdir", str(tmp_path), str(tmp_path)]
+    paths = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    done = run_command(*command, cwd=tmp_path, timeout=50, PYTHONPATH=paths)
     output = done.stdout + done.stderr
     assert done.returncode == 1 and done.stdout.count("PASSED") == 3, output
     assert "in test_kernel" in done.stderr and "test_after" not in done.stdout, output

@@ -1,16 +1,16 @@
 """The dispatcher, for any architecture, on any machine."""
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from flash_attn_sm120 import _C, explain, flash_attn_func
+from helpers.children import run_python
 from helpers.shapes import EVERY_HEAD_DIM, SM120_SMEM, shapes
+
+pytestmark = pytest.mark.quick
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120, 121)
 
@@ -236,10 +236,10 @@ def test_explain_launches_and_changes_nothing():
 
 
 @pytest.mark.parametrize("arch, smem_per_sm", [(90, 228 << 10), (80, 164 << 10), (100, 228 << 10)])
-def test_limits_pad_to_the_blocks_per_sm_of_sm120(arch, smem_per_sm):
+def test_limits_pad_to_the_blocks_per_sm_of_sm120(arch, smem_per_sm, tmp_path):
     """FA_SM120_LIMITS=120: as many blocks fit as on sm_120, and not one more."""
     code = f"""
-import sys; sys.path[:0] = {sys.path!r}
+from helpers.children import run_python
 from helpers.shapes import shapes
 from helpers.tiles import tile_row, use_tiles
 from flash_attn_sm120 import explain
@@ -249,12 +249,7 @@ for head_dim in (64, 96, 128, 192, 256):
         native = explain(*shapes(head_dim, seqlen_q=16384), arch=120)
     print(native.blocks_per_sm, padded.blocks_per_sm, padded.smem_bytes, padded.smem_request)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "FA_SM120_LIMITS": "120"},
-        capture_output=True,
-        text=True,
-    )
+    done = run_python(code, tmp_path, FA_SM120_LIMITS="120")
     rows = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert len(rows) == 5, done.stderr
     for native, padded, needed, request in rows:

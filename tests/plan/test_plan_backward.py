@@ -8,6 +8,8 @@ import torch
 from flash_attn_sm120 import common_kernels, explain_backward
 from helpers.shapes import EVERY_HEAD_DIM, SM120_SMEM, shapes
 
+pytestmark = pytest.mark.quick
+
 
 def plan(seqlen=1024, heads=(32, 8), head_dims=(128, 128), batch=1, arch=120, **options):
     call = shapes(*head_dims, seqlen_q=seqlen, heads=heads, batch=batch, tma=True)

@@ -52,6 +52,7 @@ def sinks(device, dtype=torch.float32):
 # ---- gradients -----------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 def test_gradients_are_those_of_the_reference(device, leaves):
     q, k, v = leaves()
     sink = sinks(device)
@@ -65,6 +66,7 @@ def test_gradients_are_those_of_the_reference(device, leaves):
         assert_close_to(gradient, *expected, factor=3)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "options", [{}, {"causal": True}, {"softcap": 2.0}, {"window_size": (4, 3)}]
 )
@@ -191,6 +193,7 @@ def test_recording_changes_no_bit(leaves):
         assert_all_equal(recorded, flash_attn_func(*inputs, causal=True, return_lse=True))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_options_reach_the_backward(device, leaves, monkeypatch, deterministic):
     calls = []
@@ -248,6 +251,7 @@ def test_empty_calls(leaves):
 # ---- what is kept --------------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_what_is_kept(device, leaves, return_lse):
     """q, k, v, out and lse (and the sink), each of them once."""

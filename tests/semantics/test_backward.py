@@ -44,6 +44,7 @@ EVERYTHING = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("options", EVERYTHING.values(), ids=EVERYTHING)
 def test_reference_agrees_with_finite_differences(options):
     q, k, v = (torch.randn(1, n, h, 4, dtype=torch.float64) for n, h in ((6, 2), (9, 1), (9, 1)))
@@ -75,6 +76,7 @@ def test_reference_agrees_with_sdpa(causal):
         torch.testing.assert_close(gradient, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -102,6 +104,7 @@ def test_rule_notices_what_is_wrong(wrong):
 # ---- shapes --------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("cpu-fp32-14to2-72x40")
 @cases.head_dims
 @cases.heads
 def test_heads_and_head_dims(device, dtype, make_qkv, heads, head_dims):
@@ -118,6 +121,7 @@ def test_every_head_dim(device, make_qkv, head_dim):
     check(device, *make_qkv(1, 40, 70, 2, 1, head_dim, head_dim))
 
 
+@pytest.mark.quick("cpu-fp32-65-*", "*-bf16-65-causal")
 @cases.causal
 @cases.seqlen_q
 def test_lengths(device, dtype, make_qkv, seqlen_q, causal):
@@ -153,6 +157,7 @@ def test_no_pairs(device, dtype, make_qkv, sizes, sink):
 # ---- masks ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("cpu-fp32-*")
 @cases.window_size
 def test_windows(device, dtype, make_qkv, window_size):
     for seqlens in WINDOWED_SEQLENS:
@@ -190,6 +195,7 @@ def test_what_no_query_sees_has_no_gradient(device, dtype, make_qkv):
 # ---- softcap, sink, lse --------------------------------------------------------------------------
 
 
+@pytest.mark.quick("cpu-fp32-5.0-*")
 @cases.mask(MASKS)
 @cases.softcap
 def test_softcap(device, dtype, make_qkv, softcap, mask):
@@ -197,6 +203,7 @@ def test_softcap(device, dtype, make_qkv, softcap, mask):
     check(device, q, k, v, softcap=softcap, **mask)
 
 
+@pytest.mark.quick("cpu-fp32-torch.bfloat16-5.0-*", "*-bf16-torch.float32-5.0-causal")
 @cases.mask(MASKS)
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @cases.sink_dtype
@@ -264,6 +271,7 @@ def test_zeros(device, make_qkv, zero):
 # ---- NaN and inf ---------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("cpu-fp32-*-nan")
 @cases.poison
 @cases.hiding_window
 def test_what_is_masked_stays_out(device, dtype, make_qkv, window_size, poison):
@@ -308,6 +316,7 @@ def test_rows_that_see_no_key_stay_out(device, dtype, make_qkv):
 # ---- layouts -------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("cpu-fp32-*")
 @cases.layout
 @cases.head_dims_of_layouts
 def test_layouts(device, dtype, make_qkv, layout, head_dims):
@@ -346,6 +355,7 @@ def test_offsets_beyond_32_bits(device, dimension):
 # ---- reproducibility -----------------------------------------------------------------------------
 
 
+@pytest.mark.quick("*-causal")
 @cases.mask(MASKS)
 def test_deterministic_runs_are_equal_to_the_bit(device, make_qkv, mask):
     """On a GPU blocks finish in ever new orders; elsewhere threads and warps do, which is quicker seen."""

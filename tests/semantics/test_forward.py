@@ -24,6 +24,7 @@ def sdpa(q, k, v, causal):
 # ---- the oracle itself ---------------------------------------------------------------------------
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("causal", [False, True])
 def test_reference_agrees_with_sdpa(causal, monkeypatch):
     monkeypatch.setattr("helpers.reference.CHUNK_SCORES", 2 * 8 * 50 * 7)  # 7 query rows at a time
@@ -35,6 +36,7 @@ def test_reference_agrees_with_sdpa(causal, monkeypatch):
     torch.testing.assert_close(lse[..., -1], scores.logsumexp(-1))  # the last row sees every key
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -62,6 +64,7 @@ def test_rule_notices_what_is_wrong(wrong):
 # ---- shapes --------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("*-fp32-14to2-72x40")
 @cases.head_dims
 @cases.heads
 def test_heads_and_head_dims(device, dtype, make_qkv, heads, head_dims):
@@ -84,6 +87,7 @@ def test_every_head_dim(device, make_qkv, head_dim):
         check_forward(*make_qkv(1, 40, 70, 2, 1, head_dim, head_dim))
 
 
+@pytest.mark.quick("*-fp32-*", "*-bf16-65-causal")
 @cases.causal
 @cases.seqlen_q
 def test_lengths(device, dtype, make_qkv, seqlen_q, causal):
@@ -97,6 +101,7 @@ def test_long(device, make_qkv):
     check_forward(*make_qkv(1, 3, 10_000, 2, 1, 64), window_size=(9000, 0))
 
 
+@pytest.mark.quick("cpu-fp32-*")
 @cases.sink
 def test_no_keys(device, dtype, make_qkv, sink):
     q, k, v = make_qkv(2, 5, 0, 4, 2, dtype=dtype)
@@ -131,6 +136,7 @@ def test_dtypes_that_the_device_lacks(device, make_qkv, refused):
 # ---- masks ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("cpu-fp32-*-full", "*-bf16-(15, 16)-full")
 @cases.causal
 @cases.window_size
 def test_windows(device, dtype, make_qkv, window_size, causal):
@@ -150,6 +156,7 @@ def test_causal_is_a_window(device, make_qkv):
 # ---- softcap and sink ----------------------------------------------------------------------------
 
 
+@pytest.mark.quick("*-fp32-5.0-*", "*-bf16-5.0-causal")
 @cases.mask(MASKS)
 @cases.softcap
 def test_softcap(device, dtype, make_qkv, softcap, mask):
@@ -174,6 +181,7 @@ def test_softcap_at_the_ends_of_fp32(device, dtype, make_qkv):
         assert_close(out, lse, q, k, v, softmax_scale=0.0, causal=causal)
 
 
+@pytest.mark.quick("*-fp32-torch.bfloat16-5.0-*", "*-bf16-torch.float32-0.0-causal")
 @cases.mask(MASKS)
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
 @cases.sink_dtype
@@ -196,6 +204,7 @@ def test_softmax_scale(device, dtype, make_qkv, scale):
     check_forward(*make_qkv(2, 70, 90, dtype=dtype), softmax_scale=scale, causal=True)
 
 
+@pytest.mark.quick("cpu-fp32-*", "*-bf16-200.0-middle")
 @cases.key_of_spike
 @cases.score_of_spike
 def test_spikes(device, dtype, make_qkv, key, score):
@@ -240,6 +249,7 @@ def assert_same_but_rounding(x, clean):
     torch.testing.assert_close(x, clean, rtol=2 * eps, atol=2 * eps)
 
 
+@pytest.mark.quick("cpu-fp32-*-nan", "*-bf16-(10, 0)-nan")
 @cases.poison
 @cases.hiding_window
 def test_what_is_masked_stays_out(device, dtype, make_qkv, window_size, poison):
@@ -282,6 +292,7 @@ def test_visible_nan_reaches_who_sees_it(device, dtype, make_qkv, where):
 # ---- layouts -------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("cpu-fp32-*", "*-bf16-(64, 64)-in_nan")
 @cases.layout
 @cases.head_dims_of_layouts
 def test_layouts(device, dtype, make_qkv, layout, head_dims):

@@ -30,6 +30,7 @@ def check_packed(device, q, k, v, **options):
 # ---- right ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.quick("*-fp32-14to2-*", "*-bf16-14to2-causal")
 @cases.mask(MASKS)
 @pytest.mark.parametrize("heads", RATIOS, ids=lambda heads: f"{heads[0]}to{heads[1]}")
 def test_ratios(device, dtype, make_qkv, heads, mask):

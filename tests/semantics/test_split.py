@@ -69,6 +69,7 @@ def test_head_dims(device, make_qkv, head_dims, num_splits):
     check_split(device, *make_qkv(2, 37, 900, 2, 1, *head_dims), num_splits, causal=True)
 
 
+@pytest.mark.quick("*-4to2", "*-14to2")
 @cases.heads
 def test_heads(device, make_qkv, heads):
     check_split(device, *make_qkv(3, 70, 300, *heads), 3, causal=True)

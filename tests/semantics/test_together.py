@@ -6,6 +6,7 @@ Each run draws the same calls. `pytest tests/semantics/test_together.py --exampl
 import warnings
 
 import hypothesis
+import pytest
 import torch
 from hypothesis import strategies as st
 
@@ -83,6 +84,7 @@ def random_tensors(device, dtype, shape, layouts):
     ]
 
 
+@pytest.mark.quick("cpu")
 def test_everything_together(device, request, outputs_full_of_nan):
     @explored(device, request.config.getoption("--examples"))
     def check(data):

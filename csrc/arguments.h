@@ -1,6 +1,6 @@
 /* Problem + plan + workspace -> the arguments of the plan's kernels, kernels/params.h. */
-#ifndef FA_PARAMS_OF_CALL_H
-#define FA_PARAMS_OF_CALL_H
+#ifndef FA_ARGUMENTS_H
+#define FA_ARGUMENTS_H
 
 #include "driver.h"
 #include "plan.h"

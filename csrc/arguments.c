@@ -1,4 +1,4 @@
-#include "params.h"
+#include "arguments.h"
 
 #include <float.h>
 #include <math.h>
@@ -50,7 +50,7 @@ static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *t
                              struct fa_tensor_map *map)
 {
     const int chunk = fa_chunk_elements(tensor->dtype); /* in elements */
-    const int padded = fa_padded_dim((int)tensor->shape[3], FA_MMA_K);
+    const int padded = fa_padded_dim((int)tensor->shape[3], fa_mma_k(tensor->dtype));
     const int cols = fa_segment_chunks(padded / chunk);
     const int swizzle = cols == 8   ? CU_TENSOR_MAP_SWIZZLE_128B
                         : cols == 4 ? CU_TENSOR_MAP_SWIZZLE_64B

@@ -1,0 +1,100 @@
+/* Which rows of which head a block of the forward computes, and what they see. */
+#ifndef FA_FORWARD_BLOCK_CUH
+#define FA_FORWARD_BLOCK_CUH
+
+#include "division.cuh"
+#include "score.cuh"
+#include "tile.cuh"
+
+/* The coordinates of this thread's block: sequence, head, rows, and which split of their keys.
+ *
+ * Blocks that run at the same time should share K and V in the L2: so group_heads (batch, head)
+ * pairs go through all their query blocks together, heads fastest. With a right diagonal the last
+ * queries see the most keys: these blocks start first, and the short ones fill the gaps at the end.
+ * The splits of a block, which are equally long, start together.
+ *
+ * Rows are the queries of a head. With PACK_GQA they are those of all query heads of a KV head,
+ * heads fastest: row = query * heads_per_kv + head.
+ *
+ * Constructed anew in each stage that needs it: registers are scarcer than the few divisions, see
+ * read_block_index(). */
+struct forward_block {
+    const fa_forward_params &params;
+    sequence<fa_forward_params> seq;
+    attention_mask mask;
+    int pair;                          /* batch * heads + the block's head */
+    int head, head_kv;                 /* the query head of row 0 */
+    int block_row, warp_row, lane_row; /* first rows; the lane has every eighth after it */
+    int last_row;                      /* of the block */
+    int split;
+
+    __device__ __forceinline__ explicit forward_block(const fa_forward_params &params)
+        : params(params), seq{params, 0}
+    {
+        const unsigned thread = read_thread_index();
+        const divided by_pairs = divide(read_block_index(), params.group_heads);
+        const divided by_splits =
+            SPLIT ? divide(by_pairs.quotient, params.parts) : divided{by_pairs.quotient, 0};
+        const divided by_ranks = divide(by_splits.quotient, params.m_blocks);
+        const int group = by_ranks.quotient, rank = by_ranks.rest;
+        pair = group * params.group_heads.number + by_pairs.rest;
+        split = by_splits.rest;
+        const divided by_heads = divide(pair, params.heads);
+        seq.batch = by_heads.quotient;
+        head = by_heads.rest;
+        head_kv = PACK_GQA ? head : divide(head, params.heads_per_kv).quotient;
+        head *= PACK_GQA ? params.heads_per_kv.number : 1;
+        block_row = (MASK_RIGHT ? params.m_blocks.number - 1 - rank : rank) * TILE_M;
+        /* The shuffle tells the compiler that the number is the same in all of the warp. */
+        const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
+        warp_row = block_row + warp * WARP_M;
+        lane_row = warp_row + thread % 32 / 4;
+        last_row = min(block_row + TILE_M, row_count()) - 1;
+        mask = attention_mask(seq);
+    }
+
+    __device__ __forceinline__ int row_count() const
+    {
+        return PACK_GQA ? seq.seqlen_q() * params.heads_per_kv.number : seq.seqlen_q();
+    }
+    __device__ __forceinline__ int query_of(int row) const
+    {
+        return PACK_GQA ? divide(row, params.heads_per_kv).quotient : row;
+    }
+    /* The query head of a row, counted from `head`; of a row beyond the last any head. */
+    __device__ __forceinline__ int head_of(int row) const
+    {
+        return PACK_GQA ? row - query_of(row) * params.heads_per_kv.number : 0;
+    }
+    /* From row 0 of this block's head to a row of it. */
+    __device__ __forceinline__ fa_int64 row_offset(const fa_strides &stride, int row) const
+    {
+        const int query = query_of(row);
+        const int head = row - query * params.heads_per_kv.number;
+        return query * stride.seqlen + (PACK_GQA ? head * stride.head : 0);
+    }
+    /* From the beginning of lse to a row. */
+    __device__ __forceinline__ fa_int64 lse_offset(int row) const
+    {
+        const fa_int64 first = PACK_GQA ? fa_int64{pair} * params.heads_per_kv.number : pair;
+        return seq.lse_offset(first) + row_offset({0, 1, seq.seqlen_q()}, row);
+    }
+    /* Where a split call writes for combine.cu, [splits, rows in the order of lse]: from the
+     * beginning to this split. */
+    __device__ __forceinline__ fa_int64 split_offset() const
+    {
+        return split * (fa_int64{params.batch} * params.heads.number * row_count());
+    }
+
+    __device__ __forceinline__ score_coords coords(int row, int key) const
+    {
+        return {head + head_of(row), query_of(row), key};
+    }
+    __device__ __forceinline__ range keys_of(int row) const { return mask.keys_of(query_of(row)); }
+    __device__ __forceinline__ bool sees(int row, int key) const
+    {
+        return mask.sees(query_of(row), key);
+    }
+};
+
+#endif

@@ -1,0 +1,240 @@
+"""The benchmarks' own logic, in dry runs on the CPU: what they say where something cannot run."""
+
+import json
+import re
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "benchmarks"
+if not BENCHMARKS.is_dir():
+    pytest.skip("runs in a checkout alone", allow_module_level=True)
+sys.path.insert(0, str(BENCHMARKS))
+
+import backward  # noqa: E402
+import decode  # noqa: E402
+import forward  # noqa: E402
+import grid  # noqa: E402
+import harness  # noqa: E402
+import versus  # noqa: E402
+from harness import OURS, Contestant  # noqa: E402
+
+import flash_attn_sm120  # noqa: E402
+
+TORCH_SAYS = (
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
+    "which 4.02 GiB is free."
+)
+SHORT = "out of memory (a tensor of 20.00 GiB)"
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(harness, "SOAK_S", 0.0)
+    monkeypatch.setattr(harness, "flush_buffer", lambda device: torch.empty(1))
+
+
+def exhausted(*arguments, **options):
+    raise torch.cuda.OutOfMemoryError(TORCH_SAYS)
+
+
+def after(calls, then):
+    """A call that returns 0 for some calls, and then does something else."""
+    left = iter(range(calls))
+    return lambda: 0 if next(left, None) is not None else then()
+
+
+def accept(name, result):
+    pass
+
+
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (torch.cuda.OutOfMemoryError(TORCH_SAYS), SHORT),
+        (RuntimeError("CUDA driver: out of memory"), "out of memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory"),
+        (RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling"), "out of memory"),
+        (RuntimeError("an illegal memory access was encountered"), ""),
+        (ValueError("out of memory"), ""),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error, reason):
+    assert harness.out_of_memory(error) == reason
+
+
+def test_out_of_memory_in_a_capture_is_told_from_what_follows():
+    try:
+        try:
+            exhausted()
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+    except RuntimeError as error:
+        assert harness.out_of_memory(error) == SHORT
+
+
+def test_who_runs_out_of_memory_is_absent_ours_too():
+    contestants = [Contestant(OURS, exhausted), Contestant("peer", lambda: 0)]
+    entrants, absent = harness.admit(contestants, accept, [])
+    assert [c.name for c in entrants] == ["peer"] and absent == {OURS: SHORT}
+
+
+def test_another_error_of_ours_ends_the_run():
+    def broken():
+        raise RuntimeError("an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal"):
+        harness.admit([Contestant(OURS, broken)], accept, [])
+    peer = Contestant("peer", broken, **harness.by_backend(harness.FLASH))
+    assert "illegal" in harness.admit([peer], accept, [])[1]["peer"], "it said so before: cannot"
+
+
+def test_a_wrong_result_ends_the_run():
+    def check(name, result):
+        raise harness.WrongResult(name)
+
+    with pytest.raises(harness.WrongResult):
+        harness.admit([Contestant(OURS, lambda: 0)], check, [])
+
+
+def test_warnings_say_whose_they_are():
+    def warn():
+        warnings.warn("packed nothing", stacklevel=1)
+
+    with pytest.warns(UserWarning, match="ours: packed nothing"):
+        harness.admit([Contestant(OURS, warn)], accept, [])
+
+
+def test_who_runs_out_of_memory_beside_others_is_absent_alone():
+    contestants = [Contestant(OURS, after(0, exhausted)), Contestant("peer", lambda: 0)]
+    timings, absent = harness.time_interleaved(contestants, "cpu", rounds=3)
+    assert list(timings) == ["peer"] and absent == {OURS: SHORT}
+    timings, absent = harness.time_interleaved(contestants[:1], "cpu", rounds=3)
+    assert timings == {} and absent == {OURS: SHORT}
+
+
+def test_cells_that_do_not_fit_are_skipped(monkeypatch):
+    monkeypatch.setattr(harness, "free_bytes", lambda device: 3 << 30)
+    too_much = harness.within_memory(exhausted, ("a", "b"), 5 << 30, "cpu")
+    reason = "does not fit: it takes 5.0 GiB, 3.0 are free"
+    assert too_much == {"a": {"absent": reason}, "b": {"absent": reason}}
+    assert harness.within_memory(exhausted, ("a",), 1, "cpu") == {"a": {"absent": SHORT}}
+    assert harness.within_memory(lambda: {"a": {"ms": 1}}, ("a",), 1, "cpu") == {"a": {"ms": 1}}
+
+
+def test_a_cell_knows_its_bytes():
+    preset = harness.PRESETS["d192-128"]
+    cell = harness.Cell(preset, 256, True, 3, torch.bfloat16, queries=16)
+    problem = cell.problem("cpu")
+    out = problem.q.new_empty(problem.out_shape)
+    assert cell.bytes() == sum(x.nbytes for x in (problem.q, problem.k, problem.v, out))
+
+
+def run(monkeypatch, module, *arguments):
+    monkeypatch.setattr(
+        sys, "argv", [module.__name__, "--device", "cpu", "--rounds", "2", *arguments]
+    )
+    module.main()
+
+
+SMALL = ("--presets", "hd64-gqa", "--seqlens", "16")
+
+
+@pytest.mark.parametrize("module", [forward, backward])
+def test_a_dry_run_of_a_grid(monkeypatch, capsys, tmp_path, module):
+    file = tmp_path / "records.jsonl"
+    run(monkeypatch, module, *SMALL, "--output", str(file))
+    header, *records = map(json.loads, file.read_text().splitlines())
+    assert header["benchmark"] == module.__name__ and header["commit"]
+    assert len(records) == 2 * len(module.NAMES)
+    assert all("ms" in r or "absent" in r for r in records)
+    assert "2 of 2 cells, geomean ours/flash" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [forward, backward])
+def test_ours_out_of_memory_is_a_row(monkeypatch, capsys, module):
+    monkeypatch.setattr(module, "flash_attn_func", exhausted)
+    run(monkeypatch, module, *SMALL)
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^\| hd64-gqa \| 16 +\| [01] +\| absent", said, re.M)) >= 2
+    assert f"absent in 2 cells: ours: {SHORT}" in said
+
+
+@pytest.mark.parametrize("module", [forward, backward, decode])
+def test_where_nothing_fits_all_are_absent(monkeypatch, capsys, module):
+    monkeypatch.setattr(harness, "free_bytes", lambda device: 0)
+    run(monkeypatch, module, "--presets", "hd64", "--seqlens", "16")
+    said = capsys.readouterr().out
+    for name in module.NAMES:
+        assert re.search(rf"absent in \d cells: {name}: does not fit", said)
+
+
+def test_a_dry_run_of_decoding(monkeypatch, capsys):
+    arguments = ("--presets", "hd64", "--seqlens", "32", "--batches", "2")
+    run(monkeypatch, decode, *arguments)
+    assert re.search(r"^\| hd64 +\| 2 +\| 32 ", capsys.readouterr().out, re.M)
+    monkeypatch.setattr(forward, "flash_attn_func", exhausted)
+    run(monkeypatch, decode, *arguments)
+    assert re.search(r"^\| hd64 +\| 2 +\| 32 .*\| absent", capsys.readouterr().out, re.M)
+
+
+def test_without_a_gpu_they_say_so(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    for module in (forward, backward, decode):
+        monkeypatch.setattr(sys, "argv", [module.__name__])
+        with pytest.raises(SystemExit, match="no CUDA device here"):
+            module.main()
+
+
+@pytest.mark.parametrize("wrong", [0.5, float("nan")])
+@pytest.mark.parametrize("which", range(3))
+def test_a_wrong_gradient_is_found(wrong, which):
+    cell = harness.Cell(harness.PRESETS["hd64-gqa"], 200, True, 1, torch.bfloat16)
+    problem = cell.problem("cpu")
+    dout = torch.randn_like(problem.q)
+    ours = backward.by_autograd(problem, dout)[0]
+    check = backward.Check(problem, dout)
+    gradients = list(ours.call())
+    check(OURS, gradients)
+    gradients[which][0, 150, 0, 3] += wrong
+    with pytest.raises(harness.WrongResult, match="rows from 128 on"):
+        check(OURS, gradients)
+
+
+def test_a_wrong_output_is_found():
+    cell = harness.Cell(harness.PRESETS["hd64-gqa"], 64, True, 1, torch.bfloat16)
+    problem = cell.problem("cpu")
+    out = forward.contestants(problem)[0].call()
+    harness.check_forward(problem, OURS, out)
+    out[0, 40, 8, 3] += 0.5
+    with pytest.raises(harness.WrongResult, match="head 8"):
+        harness.check_forward(problem, OURS, out)
+
+
+def test_presets_of_one_shape_are_measured_once():
+    names = [name for _, group in grid.GRIDS["shapes"].shapes() for name in group]
+    assert sorted(names) == sorted(grid.SHAPES)
+    assert len(grid.GRIDS["shapes"].shapes()) < len(grid.SHAPES)
+    assert len(grid.GRIDS["fa2"].shapes()) == len(grid.MODELS)
+
+
+@pytest.mark.parametrize("of_backward", [False, True])
+def test_two_revisions_are_compared(monkeypatch, capsys, of_backward):
+    """Here a package with itself."""
+    monkeypatch.setitem(grid.GRIDS, "tiny", grid.Grid(("hd64",), (16, 32), True))
+    packages = {"this": flash_attn_sm120, "other": flash_attn_sm120}
+    versus.compare_times(packages, "tiny", of_backward, "cpu")
+    said = capsys.readouterr().out
+    assert "4 cells of tiny" in said and "absent" not in said
+    geomean = re.search(r"geomean (\S+)", said)
+    assert 0.1 < float(geomean[1]) < 10
+
+
+def test_readme_says_what_each_script_is_for():
+    readme = (BENCHMARKS / "README.md").read_text()
+    assert [p.name for p in BENCHMARKS.glob("*.py") if f"**`{p.name}`**" not in readme] == []
