@@ -30,6 +30,7 @@
  *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
  *   SOFTCAP                1: scores are capped by a tanh
  *   DETERMINISTIC          1: ordered accumulation: blocks add to dQ in the order of their keys
+ *   DQ_DIRECT              1: one block has all keys, and stores dQ instead of adding to it
  *   DQ_BUFFERS             accumulators of dQ: block n of keys adds to number n % DQ_BUFFERS. With
  *                          ordered accumulation, alternate buffers let adjacent blocks overlap */
 #include "params.h"
@@ -205,6 +206,23 @@ __device__ __forceinline__ void store_gradient(const float (&C_rmem)[N_FRAGS][MA
     }
 }
 
+/* A warp's part of dQ to the tensor: rows from `query` on, dims from fragment `dim_frag` on. */
+__device__ __forceinline__ void store_dQ(const float (&dQ_rmem)[DQ_DIM_FRAGS][4],
+                                         const sequence<fa_backward_params> &seq, int head,
+                                         int query, int dim_frag)
+{
+    const fa_backward_params &params = seq.params;
+    element *gmem =
+        static_cast<element *>(params.dq) + seq.q_offset(params.dq_stride, head) + dim_frag * 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = query + quad_row() + 8 * half;
+        store_row<DQ_DIM_FRAGS>(gmem + row * params.dq_stride.seqlen, dQ_rmem, half,
+                                params.softmax_scale / P_SCALE, row < seq.seqlen_q(),
+                                HEAD_DIM / 8 - dim_frag);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward(const __grid_constant__ struct fa_backward_params params)
 {
@@ -322,7 +340,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int dq_batch = block.n_block % DQ_BUFFERS * params.batch + seq.batch;
         const fa_int64 dq_tile = query_tile_index(params, dq_batch, walk.head, walk.m_block);
         int added = 0;
-        if (DETERMINISTIC) {
+        if (DQ_IS_ORDERED) {
             if (semaphore && thread == 0)
                 semaphore_release(semaphore);
             semaphore = params.dq_semaphores + dq_tile;
@@ -349,15 +367,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (!is_group_0 && !last)
             barrier_arrive<THREADS>(UPPER_FREE);
 
-        /* ---- 6. Add dQ to its accumulator, after the blocks before this one. */
-        if (DETERMINISTIC)
+        /* ---- 6. Add dQ to its accumulator, after the blocks before this one; or store it. */
+        if (DQ_IS_ORDERED)
             while (added != (block.n_block - mask.keys_of(query0).begin / TILE_N) / DQ_BUFFERS)
                 added = semaphore_load(semaphore);
         float *accum = params.dq_accum + dq_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
 #pragma unroll
         for (int m = 0; m < DQ_ROW_FRAGS; m++)
-            add_to_accum<DQ_DIM_FRAGS>(accum + m * (16 * HEAD_DIM), dQ_rmem[m], dim_frag,
-                                       HEAD_DIM / 8);
+            if (DQ_DIRECT)
+                store_dQ(dQ_rmem[m], seq, walk.head, query0 + 16 * (row_frag + m), dim_frag);
+            else
+                add_to_accum<DQ_DIM_FRAGS>(accum + m * (16 * HEAD_DIM), dQ_rmem[m], dim_frag,
+                                           HEAD_DIM / 8);
         if (!TMA) {
             cp_async_wait_all();
             __syncthreads(); /* the next queries have landed */
@@ -365,7 +386,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         walk = next;
     }
 
-    if (DETERMINISTIC) {
+    if (DQ_IS_ORDERED) {
         __syncthreads(); /* all warps have added to the last tile */
         if (semaphore && thread == 0)
             semaphore_release(semaphore);
