@@ -107,7 +107,7 @@ def test_one_tile_of_keys_needs_no_accumulator():
         ((100, 129), {}, False),
         ((128, 100), {}, True),
         ((100, 100), {"causal": True}, True),
-        ((101, 100), {"causal": True}, False),  # query 0 sees no key: nobody would write its dQ
+        ((101, 100), {"causal": True}, False),  # query 0 sees no key: no block would write its dQ
         ((100, 100), {"window_size": (None, -1)}, False),
         ((100, 100), {"window_size": (-1, None)}, False),
         ((100, 100), {"window_size": (0, 0)}, True),
