@@ -39,6 +39,10 @@
 #include "backward_queries.cuh"
 #include "score.cuh"
 
+/* Masked scores may be set before product 1, which adds to them, where no step of score.cuh comes
+ * between it and the mask: then nothing delays the exponentials. */
+constexpr bool MASKS_FIRST = !SOFTCAP;
+
 /* The mask of S^T [WARP_N, SUB_M], whose rows are keys. `key` and `query` are those of
  * S_rmem[0][0][0]. */
 __device__ __forceinline__ void mask_sub_tile(float (&S_rmem)[N_FRAGS][M_FRAGS][4],
@@ -68,22 +72,28 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
         tile.wait_dO();
 #pragma unroll
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
-        /* Product 1: S^T [WARP_N, SUB_M] = K * Q^T. Masked scores are set before it where no cap
-         * comes after: then nothing stands between the product and the exponentials. */
+        const int query = tile.query0 + m0 + 2 * quad_lane(); /* of S_rmem[0][0][0] */
+        const auto coords_of = [&](int row, int column) -> score_coords {
+            return {tile.head, query + column, key + row};
+        };
+
+        /* Product 1: S^T [WARP_N, SUB_M] = K * Q^T, and the steps of score.cuh. */
         float S_rmem[N_FRAGS][M_FRAGS][4];
         unsigned P_rmem[N_FRAGS][M_FRAGS / 2][4];
         set_to_zero(S_rmem);
-        if (MASKED && !SOFTCAP)
-            mask_sub_tile(S_rmem, seq, key, tile.query0 + m0 + 2 * quad_lane());
+        if (MASKED && MASKS_FIRST)
+            mask_sub_tile(S_rmem, seq, key, query);
         mma_ABt<Q_layout, D_STEPS, M_FRAGS>(S_rmem, K_rmem,
                                             not_before(tile.Q_smem + columns_first<Q_layout>()) +
                                                 m0 * Q_layout::ROW_BYTES);
         softcap(S_rmem, params.scale_in_cap);
-        if (MASKED && SOFTCAP)
-            mask_sub_tile(S_rmem, seq, key, tile.query0 + m0 + 2 * quad_lane());
+        score_mod(S_rmem, coords_of);
+        if (MASKED && !MASKS_FIRST)
+            mask_sub_tile(S_rmem, seq, key, query);
 
         /* P^T = 2^(S^T * scale_log2 - lse_log2), and for group 1, which computes dS^T from it, P^T
-         * times the derivative of the cap. */
+         * times the derivative of the cap. A score_mod's derivative belongs there, too, and
+         * dropout's share of dP^T to product 2. */
         float P_group_1[N_FRAGS][M_FRAGS][4];
 #pragma unroll
         for (int m = 0; m < M_FRAGS; m++) {
@@ -94,7 +104,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
                 for (int e = 0; e < 4; e++) {
                     const float s = S_rmem[n][m][e];
                     const float p = exp2_approx(s * params.scale_log2 - (e % 2 ? lse.y : lse.x));
-                    S_rmem[n][m][e] = p;
+                    S_rmem[n][m][e] = dropout(p, coords_of(16 * n + 8 * (e / 2), 8 * m + e % 2));
                     P_group_1[n][m][e] = SOFTCAP ? p * (1.0f - fminf(s * s, 1.0f)) : p;
                 }
         }
@@ -296,7 +306,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         query_walk<DETERMINISTIC> next = walk;
         next.advance();
         const int query0 = walk.m_block * TILE_M;
-        const query_tile tile(smem, count, query0);
+        const query_tile tile(smem, count, walk.head, query0);
         const bool masked =
             key1 > seq.seqlen_k() || (MASK_RIGHT && mask.queries_of(key1 - 1).begin > query0) ||
             (MASK_LEFT && mask.queries_of(key0).end < min(query0 + TILE_M, seq.seqlen_q()));
