@@ -18,7 +18,7 @@ struct fa_tensor {
     int64_t shape[FA_MAX_NDIM];
     int64_t stride[FA_MAX_NDIM]; /* in elements; 0 and negative are legal */
     uintptr_t begin, end;        /* all elements lie in between; both 0 where there are none */
-    enum fa_dtype dtype;
+    enum fa_dtype dtype;         /* of lengths FA_INT32, of all else floating-point */
     enum fa_device_type device_type;
     int device_id;
     bool is_read_only;              /* its producer says so */
@@ -44,6 +44,10 @@ struct fa_dlpack {
 int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                    struct fa_tensor *tensor);
 
+/* The same for lengths: int32 in one dimension. */
+int fa_tensor_read_lengths(struct fa_dlpack *dlpack, PyObject *object, const char *name,
+                           struct fa_tensor *tensor);
+
 /* What is borrowed (read by the exchange API) is good until Python code runs: that may resize or
  * free the memory of an argument that was read before. So a call that has done all that can run
  * Python, and is about to use the memory, reads what is borrowed again: 0, or -1 with ValueError set
@@ -51,6 +55,10 @@ int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name,
 int fa_tensor_recheck(const struct fa_tensor *tensor, const char *name);
 
 bool fa_tensor_is_empty(const struct fa_tensor *tensor);
+
+/* The outer strides of a tensor [batch, seqlen, heads, head_dim], or packed [total, heads, head_dim]:
+ * there is no step from sequence to sequence then. */
+struct fa_strides fa_tensor_strides(const struct fa_tensor *tensor);
 
 /* Whether rows of the innermost dimension lie contiguous and, for the 16-byte accesses of the
  * kernels, aligned. */
@@ -103,6 +111,6 @@ void fa_tensor_release(struct fa_tensor *tensor);
 void fa_device_name(const struct fa_tensor *tensor, char name[FA_DEVICE_NAME_SIZE]);
 
 size_t fa_dtype_size(enum fa_dtype dtype);
-const char *fa_dtype_name(enum fa_dtype dtype); /* "float32", "float16", "bfloat16" */
+const char *fa_dtype_name(enum fa_dtype dtype); /* "float32", "float16", "bfloat16", "int32" */
 
 #endif

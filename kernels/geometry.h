@@ -87,6 +87,11 @@ FA_CONSTEXPR int fa_combine_slots(int threads, int head_dim_v)
     return threads / fa_combine_lanes(head_dim_v);
 }
 
+/* ---- varlen_fill ------------------------------------------------------------------------------ */
+
+/* Of a block of kernels/varlen_fill.cu; the rows are all heads'. */
+enum { FA_FILL_THREADS = 256, FA_FILL_ROWS = 256 };
+
 /* ---- backward -------------------------------------------------------------------------------- */
 
 /* log2 of what P is multiplied by, and with it all sums of gradients until they are written: see
