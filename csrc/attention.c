@@ -2,6 +2,7 @@
 
 #include "cpu/backward.h"
 #include "cpu/forward.h"
+#include "cpu/sequence.h"
 #include "cpu_threads.h"
 #include "launch.h"
 
@@ -10,7 +11,7 @@ int fa_attention_forward(struct fa_state *state, const struct fa_problem *proble
     if (problem->q.device_type == FA_DEVICE_CUDA)
         return fa_launch(state, problem, NULL);
     struct fa_threads threads;
-    if (fa_cpu_threads_begin(&threads) < 0)
+    if (fa_check_lengths(problem) < 0 || fa_cpu_threads_begin(&threads) < 0)
         return -1;
     return fa_cpu_threads_end(&threads, fa_cpu_forward(problem, &threads));
 }
@@ -23,7 +24,7 @@ int fa_attention_backward(struct fa_state *state, const struct fa_problem *probl
     if (problem->q.device_type == FA_DEVICE_CUDA)
         return fa_launch(state, problem, gradients);
     struct fa_threads threads;
-    if (fa_cpu_threads_begin(&threads) < 0)
+    if (fa_check_lengths(problem) < 0 || fa_cpu_threads_begin(&threads) < 0)
         return -1;
     return fa_cpu_threads_end(&threads, fa_cpu_backward(problem, gradients, &threads));
 }

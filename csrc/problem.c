@@ -84,15 +84,20 @@ static int read_lengths(struct fa_dlpack *dlpack, PyObject *object, const char *
     return 0;
 }
 
+static int refuse_pages(const struct fa_options *options)
+{
+    if (!options->page_table)
+        return 0;
+    if (options->cu_seqlens_k)
+        return fa_raise(PyExc_ValueError, "page_table takes no cu_seqlens_k: the keys of pages are "
+                                          "not packed, their lengths are seqused_k");
+    return fa_raise(PyExc_NotImplementedError, "page_table is not supported yet");
+}
+
 static int read_all_lengths(struct fa_dlpack *dlpack, struct fa_problem *problem)
 {
     const struct fa_options *options = &problem->options;
     const struct fa_tensor *q = &problem->q;
-    if (options->page_table && options->cu_seqlens_k)
-        return fa_raise(PyExc_ValueError, "page_table takes no cu_seqlens_k: the keys of pages are "
-                                          "not packed, their lengths are seqused_k");
-    if (options->page_table)
-        return fa_raise(PyExc_NotImplementedError, "page_table is not supported yet");
     if (read_lengths(dlpack, options->cu_seqlens_q, "cu_seqlens_q", q, &problem->cu_seqlens_q) <
             0 ||
         read_lengths(dlpack, options->cu_seqlens_k, "cu_seqlens_k", q, &problem->cu_seqlens_k) <
@@ -374,6 +379,8 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
 {
     static const char *const names[] = {"q", "k", "v", "learnable_sink"};
     struct fa_tensor *const tensors[] = {&problem->q, &problem->k, &problem->v, &problem->sink};
+    if (refuse_pages(&problem->options) < 0)
+        return -1;
     for (int i = 0; i < 3; i++) {
         const bool packed = i == 0 ? problem->options.cu_seqlens_q : problem->options.cu_seqlens_k;
         if (fa_tensor_read(dlpack, qkv[i], names[i], packed ? 3 : 4, tensors[i]) < 0)

@@ -104,12 +104,6 @@ static int read_device(DLDevice device, const char *name, enum fa_device_type *t
                     device.device_type);
 }
 
-struct fa_strides fa_tensor_strides(const struct fa_tensor *tensor)
-{
-    const int64_t *inner = &tensor->stride[tensor->ndim - 3];
-    return (struct fa_strides){tensor->ndim == 4 ? inner[-1] : 0, inner[0], inner[1]};
-}
-
 bool fa_tensor_is_empty(const struct fa_tensor *tensor)
 {
     for (int i = 0; i < tensor->ndim; i++)

@@ -6,7 +6,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "../kernels/params.h" /* enum fa_dtype */
+#include "../kernels/params.h" /* enum fa_dtype, struct fa_strides */
 
 #define FA_MAX_NDIM 4
 
@@ -58,7 +58,11 @@ bool fa_tensor_is_empty(const struct fa_tensor *tensor);
 
 /* The outer strides of a tensor [batch, seqlen, heads, head_dim], or packed [total, heads, head_dim]:
  * there is no step from sequence to sequence then. */
-struct fa_strides fa_tensor_strides(const struct fa_tensor *tensor);
+static inline struct fa_strides fa_tensor_strides(const struct fa_tensor *tensor)
+{
+    const int64_t *inner = &tensor->stride[tensor->ndim - 3];
+    return (struct fa_strides){tensor->ndim == 4 ? inner[-1] : 0, inner[0], inner[1]};
+}
 
 /* Whether rows of the innermost dimension lie contiguous and, for the 16-byte accesses of the
  * kernels, aligned. */

@@ -104,15 +104,15 @@ def backward(
     return gradients
 
 
-def check_tensors(where: str, q: Any, k: Any, v: Any, learnable_sink: Any) -> None:
+def check_tensors(where: str, q: Any, k: Any, v: Any, learnable_sink: Any, **lengths: Any) -> None:
     """What torch follows is torch's.
 
     Raises:
-        TypeError: an argument is neither a torch.Tensor nor, for the sink, None.
+        TypeError: an argument is neither a torch.Tensor nor, for the sink and lengths, None.
     """
-    tensors = {"q": q, "k": k, "v": v, "learnable_sink": learnable_sink}
+    tensors = {"q": q, "k": k, "v": v, "learnable_sink": learnable_sink, **lengths}
     for name, x in tensors.items():
-        if not isinstance(x, torch.Tensor) and (x is not None or name != "learnable_sink"):
+        if not isinstance(x, torch.Tensor) and (x is not None or name in ("q", "k", "v")):
             raise TypeError(f"{name} must be a torch.Tensor where {where}, got {type(x).__name__}")
 
 

@@ -31,8 +31,10 @@ struct task {
     const struct fa_problem *problem;
     const struct fa_gradients *gradients;
     struct fa_worker *worker;
-    int width, width_v; /* head_dim and head_dim_v, padded */
-    int64_t batch, head, head_kv;
+    struct lengths longest; /* of all sequences */
+    int width, width_v;     /* head_dim and head_dim_v, padded */
+    struct sequence sequence;
+    int64_t head, head_kv;
     struct range rows, keys; /* the tiles at hand */
     float *Q, *dO;           /* [TILE, width], [TILE, width_v] */
     float *K, *V;            /* [TILE, width], [TILE, width_v] */
@@ -45,12 +47,12 @@ struct task {
 
 static struct range all_rows(const struct task *task)
 {
-    return (struct range){0, task->problem->shape.seqlen_q};
+    return (struct range){0, task->sequence.q.length};
 }
 
 static struct range all_keys(const struct task *task)
 {
-    return (struct range){0, task->problem->shape.seqlen_k};
+    return (struct range){0, task->sequence.k.length};
 }
 
 static void load_queries(struct task *task, int64_t head, struct range rows)
@@ -58,20 +60,20 @@ static void load_queries(struct task *task, int64_t head, struct range rows)
     const struct fa_problem *problem = task->problem;
     const struct fa_gradients *gradients = task->gradients;
     const struct fa_tensor *out = &problem->out, *dlse = &gradients->dlse;
+    const struct side side = task->sequence.q;
     const int count = (int)count_of(rows);
     task->head = head;
     task->rows = rows;
-    fa_load_rows(&problem->q, task->batch, rows, head, task->Q);
-    fa_load_rows(&gradients->dout, task->batch, rows, head, task->dO);
-    fa_load_row(&problem->lse, fa_offset(&problem->lse, task->batch, head, rows.begin), count,
-                count, task->lse);
+    fa_load_rows(&problem->q, side, rows, head, task->Q);
+    fa_load_rows(&gradients->dout, side, rows, head, task->dO);
+    fa_load_row(&problem->lse, fa_lse_offset(&problem->lse, side, rows.begin, head), count, count,
+                task->lse);
 
     memset(task->delta, 0, (size_t)count * sizeof *task->delta);
     if (dlse->object != NULL)
-        fa_load_row(dlse, fa_offset(dlse, task->batch, head, rows.begin), count, count,
-                    task->delta);
+        fa_load_row(dlse, fa_lse_offset(dlse, side, rows.begin, head), count, count, task->delta);
     for (int row = 0; row < count; row++) {
-        fa_load_row(out, fa_offset(out, task->batch, rows.begin + row, head),
+        fa_load_row(out, fa_row_offset(out, side, rows.begin + row, head),
                     problem->shape.head_dim_v, task->width_v, task->out);
         const float *dout = task->dO + row * task->width_v;
         task->delta[row] = fa_dot(dout, task->out, task->width_v) - task->delta[row];
@@ -81,14 +83,15 @@ static void load_queries(struct task *task, int64_t head, struct range rows)
 static void load_keys(struct task *task, struct range keys)
 {
     task->keys = keys;
-    fa_load_rows(&task->problem->k, task->batch, keys, task->head_kv, task->K);
-    fa_load_rows(&task->problem->v, task->batch, keys, task->head_kv, task->V);
+    fa_load_rows(&task->problem->k, task->sequence.k, keys, task->head_kv, task->K);
+    fa_load_rows(&task->problem->v, task->sequence.k, keys, task->head_kv, task->V);
 }
 
 /* Whether any of the rows sees any of the keys. */
 static bool meet(const struct task *task, struct range rows, struct range keys)
 {
-    return count_of(intersection(visible_to_any(&task->problem->shape, rows), keys)) > 0;
+    const struct range visible = visible_to_any(&task->problem->shape, &task->sequence, rows);
+    return count_of(intersection(visible, keys)) > 0;
 }
 
 /* Whether a loop over tiles goes on with this one. */
@@ -122,7 +125,8 @@ static void add_pairs(struct task *task, float *dQ, float *dK, float *dV)
     for (int64_t row = 0; row < count_of(task->rows); row++) {
         if (task->lse[row] == -INFINITY)
             continue; /* no key has any weight */
-        struct range keys = visible_keys(&task->problem->shape, task->rows.begin + row);
+        struct range keys =
+            visible_keys(&task->problem->shape, &task->sequence, task->rows.begin + row);
         keys = intersection(keys, task->keys);
         for (int64_t key = keys.begin - task->keys.begin; key < keys.end - task->keys.begin;
              key++) {
@@ -153,13 +157,13 @@ static void add_part(const struct task *task)
 
 static int64_t tile_count(int64_t n) { return (n + TILE - 1) / TILE; }
 
-/* Tile `index` of [batch, heads, tiles] in rows of `all`; returns the head. */
-static int64_t locate(struct task *task, int64_t index, int64_t heads, struct range all,
-                      struct range *tile)
+/* Tile `index` of [batch, heads, tiles] in the rows of `all` of its sequence, which has fewer tiles
+ * than the longest; returns the head. */
+static int64_t locate(struct task *task, int64_t index, int64_t heads, int64_t tiles,
+                      struct range (*all)(const struct task *task), struct range *tile)
 {
-    const int64_t tiles = tile_count(all.end);
-    task->batch = index / tiles / heads;
-    *tile = tile_from(all, index % tiles * TILE, TILE);
+    task->sequence = fa_sequence(task->problem, index / tiles / heads);
+    *tile = tile_from(all(task), index % tiles * TILE, TILE);
     return index / tiles % heads;
 }
 
@@ -167,18 +171,22 @@ static void compute_dq(struct task *task, int64_t index)
 {
     const struct fa_shape *shape = &task->problem->shape;
     struct range rows;
-    const int64_t head = locate(task, index, shape->heads_q, all_rows(task), &rows);
+    const int64_t tiles = tile_count(task->longest.q);
+    const int64_t head = locate(task, index, shape->heads_q, tiles, all_rows, &rows);
+    if (count_of(rows) <= 0)
+        return;
     task->head_kv = head / fa_heads_per_kv(shape);
     load_queries(task, head, rows);
     clear(task, task->sums);
-    struct range visible = visible_to_any(shape, rows), tile = tile_from(visible, 0, TILE);
+    struct range visible = visible_to_any(shape, &task->sequence, rows);
+    struct range tile = tile_from(visible, 0, TILE);
     for (; is_next(task, tile); tile = tile_from(visible, tile.end, TILE)) {
         load_keys(task, tile);
         clear(task, task->part);
         add_pairs(task, task->part, NULL, NULL);
         add_part(task);
     }
-    fa_store_rows(&task->gradients->dq, task->batch, rows, head, task->sums);
+    fa_store_rows(&task->gradients->dq, task->sequence.q, rows, head, task->sums);
 }
 
 static void compute_dk_dv(struct task *task, int64_t index)
@@ -187,7 +195,10 @@ static void compute_dk_dv(struct task *task, int64_t index)
     const int64_t dv = TILE * task->width; /* dK is followed by dV */
     const int heads_per_kv = fa_heads_per_kv(shape);
     struct range keys;
-    task->head_kv = locate(task, index, shape->heads_kv, all_keys(task), &keys);
+    task->head_kv =
+        locate(task, index, shape->heads_kv, tile_count(task->longest.k), all_keys, &keys);
+    if (count_of(keys) <= 0)
+        return;
     load_keys(task, keys);
     clear(task, task->sums);
     for (int64_t i = 0; i < heads_per_kv; i++) {
@@ -201,8 +212,8 @@ static void compute_dk_dv(struct task *task, int64_t index)
             add_part(task);
         }
     }
-    fa_store_rows(&task->gradients->dk, task->batch, keys, task->head_kv, task->sums);
-    fa_store_rows(&task->gradients->dv, task->batch, keys, task->head_kv, task->sums + dv);
+    fa_store_rows(&task->gradients->dk, task->sequence.k, keys, task->head_kv, task->sums);
+    fa_store_rows(&task->gradients->dv, task->sequence.k, keys, task->head_kv, task->sums + dv);
 }
 
 static void compute_dsink(struct task *task, int64_t head)
@@ -211,7 +222,8 @@ static void compute_dsink(struct task *task, int64_t head)
     const struct fa_tensor *dsink = &task->gradients->dsink;
     const float sink = sink_of(task->problem, head);
     double sum = 0;
-    for (task->batch = 0; task->batch < shape->batch; task->batch++) {
+    for (int64_t batch = 0; batch < shape->batch; batch++) {
+        task->sequence = fa_sequence(task->problem, batch);
         struct range tile = tile_from(all_rows(task), 0, TILE);
         for (; is_next(task, tile); tile = tile_from(all_rows(task), tile.end, TILE)) {
             load_queries(task, head, tile);
@@ -229,6 +241,7 @@ static void compute_dsink(struct task *task, int64_t head)
 struct call {
     const struct fa_problem *problem;
     const struct fa_gradients *gradients;
+    struct lengths longest;
     void (*compute)(struct task *task, int64_t index);
 };
 
@@ -239,6 +252,7 @@ static int run_task(void *context, int64_t index, struct fa_worker *worker)
         .problem = call->problem,
         .gradients = call->gradients,
         .worker = worker,
+        .longest = call->longest,
         .width = fa_width(call->problem->shape.head_dim),
         .width_v = fa_width(call->problem->shape.head_dim_v),
     };
@@ -264,9 +278,10 @@ int fa_cpu_backward(const struct fa_problem *problem, const struct fa_gradients 
                     struct fa_threads *threads)
 {
     const struct fa_shape *shape = &problem->shape;
-    const int64_t rows = shape->batch * shape->heads_q * tile_count(shape->seqlen_q);
-    const int64_t keys = shape->batch * shape->heads_kv * tile_count(shape->seqlen_k);
-    struct call call = {.problem = problem, .gradients = gradients, .compute = compute_dq};
+    const struct lengths longest = fa_longest(problem);
+    const int64_t rows = shape->batch * shape->heads_q * tile_count(longest.q);
+    const int64_t keys = shape->batch * shape->heads_kv * tile_count(longest.k);
+    struct call call = {problem, gradients, longest, compute_dq};
     int status = fa_parallel_for(rows, threads, run_task, &call);
     if (status)
         return status;
