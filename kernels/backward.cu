@@ -30,6 +30,7 @@
  *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
  *   SOFTCAP                1: scores are capped by a tanh
  *   DETERMINISTIC          1: ordered accumulation: blocks add to dQ in the order of their keys
+ *   DQ_DIRECT              1: one block has all keys, and stores dQ instead of adding to it
  *   DQ_BUFFERS             accumulators of dQ: block n of keys adds to number n % DQ_BUFFERS. With
  *                          ordered accumulation, alternate buffers let adjacent blocks overlap */
 #include "params.h"
@@ -37,6 +38,10 @@
 #include "backward_products.cuh"
 #include "backward_queries.cuh"
 #include "score.cuh"
+
+/* Masked scores may be set before product 1, which adds to them, where no step of score.cuh comes
+ * between it and the mask: then nothing delays the exponentials. */
+constexpr bool MASKS_FIRST = !SOFTCAP;
 
 /* The mask of S^T [WARP_N, SUB_M], whose rows are keys. `key` and `query` are those of
  * S_rmem[0][0][0]. */
@@ -67,22 +72,28 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
         tile.wait_dO();
 #pragma unroll
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
-        /* Product 1: S^T [WARP_N, SUB_M] = K * Q^T. Masked scores are set before it where no cap
-         * comes after: then nothing stands between the product and the exponentials. */
+        const int query = tile.query0 + m0 + 2 * quad_lane(); /* of S_rmem[0][0][0] */
+        const auto coords_of = [&](int row, int column) -> score_coords {
+            return {tile.head, query + column, key + row};
+        };
+
+        /* Product 1: S^T [WARP_N, SUB_M] = K * Q^T, and the steps of score.cuh. */
         float S_rmem[N_FRAGS][M_FRAGS][4];
         unsigned P_rmem[N_FRAGS][M_FRAGS / 2][4];
         set_to_zero(S_rmem);
-        if (MASKED && !SOFTCAP)
-            mask_sub_tile(S_rmem, seq, key, tile.query0 + m0 + 2 * quad_lane());
+        if (MASKED && MASKS_FIRST)
+            mask_sub_tile(S_rmem, seq, key, query);
         mma_ABt<Q_layout, D_STEPS, M_FRAGS>(S_rmem, K_rmem,
                                             not_before(tile.Q_smem + columns_first<Q_layout>()) +
                                                 m0 * Q_layout::ROW_BYTES);
         softcap(S_rmem, params.scale_in_cap);
-        if (MASKED && SOFTCAP)
-            mask_sub_tile(S_rmem, seq, key, tile.query0 + m0 + 2 * quad_lane());
+        score_mod(S_rmem, coords_of);
+        if (MASKED && !MASKS_FIRST)
+            mask_sub_tile(S_rmem, seq, key, query);
 
         /* P^T = 2^(S^T * scale_log2 - lse_log2), and for group 1, which computes dS^T from it, P^T
-         * times the derivative of the cap. */
+         * times the derivative of the cap. A score_mod's derivative belongs there, too, and
+         * dropout's share of dP^T to product 2. */
         float P_group_1[N_FRAGS][M_FRAGS][4];
 #pragma unroll
         for (int m = 0; m < M_FRAGS; m++) {
@@ -93,7 +104,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
                 for (int e = 0; e < 4; e++) {
                     const float s = S_rmem[n][m][e];
                     const float p = exp2_approx(s * params.scale_log2 - (e % 2 ? lse.y : lse.x));
-                    S_rmem[n][m][e] = p;
+                    S_rmem[n][m][e] = dropout(p, coords_of(16 * n + 8 * (e / 2), 8 * m + e % 2));
                     P_group_1[n][m][e] = SOFTCAP ? p * (1.0f - fminf(s * s, 1.0f)) : p;
                 }
         }
@@ -205,6 +216,23 @@ __device__ __forceinline__ void store_gradient(const float (&C_rmem)[N_FRAGS][MA
     }
 }
 
+/* A warp's part of dQ to the tensor: rows from `query` on, dims from fragment `dim_frag` on. */
+__device__ __forceinline__ void store_dQ(const float (&dQ_rmem)[DQ_DIM_FRAGS][4],
+                                         const sequence<fa_backward_params> &seq, int head,
+                                         int query, int dim_frag)
+{
+    const fa_backward_params &params = seq.params;
+    element *gmem =
+        static_cast<element *>(params.dq) + seq.q_offset(params.dq_stride, head) + dim_frag * 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = query + quad_row() + 8 * half;
+        store_row<DQ_DIM_FRAGS>(gmem + row * params.dq_stride.seqlen, dQ_rmem, half,
+                                params.softmax_scale / P_SCALE, row < seq.seqlen_q(),
+                                HEAD_DIM / 8 - dim_frag);
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward(const __grid_constant__ struct fa_backward_params params)
 {
@@ -278,7 +306,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         query_walk<DETERMINISTIC> next = walk;
         next.advance();
         const int query0 = walk.m_block * TILE_M;
-        const query_tile tile(smem, count, query0);
+        const query_tile tile(smem, count, walk.head, query0);
         const bool masked =
             key1 > seq.seqlen_k() || (MASK_RIGHT && mask.queries_of(key1 - 1).begin > query0) ||
             (MASK_LEFT && mask.queries_of(key0).end < min(query0 + TILE_M, seq.seqlen_q()));
@@ -322,7 +350,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int dq_batch = block.n_block % DQ_BUFFERS * params.batch + seq.batch;
         const fa_int64 dq_tile = query_tile_index(params, dq_batch, walk.head, walk.m_block);
         int added = 0;
-        if (DETERMINISTIC) {
+        if (DQ_IS_ORDERED) {
             if (semaphore && thread == 0)
                 semaphore_release(semaphore);
             semaphore = params.dq_semaphores + dq_tile;
@@ -349,15 +377,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (!is_group_0 && !last)
             barrier_arrive<THREADS>(UPPER_FREE);
 
-        /* ---- 6. Add dQ to its accumulator, after the blocks before this one. */
-        if (DETERMINISTIC)
+        /* ---- 6. Add dQ to its accumulator, after the blocks before this one; or store it. */
+        if (DQ_IS_ORDERED)
             while (added != (block.n_block - mask.keys_of(query0).begin / TILE_N) / DQ_BUFFERS)
                 added = semaphore_load(semaphore);
         float *accum = params.dq_accum + dq_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
 #pragma unroll
         for (int m = 0; m < DQ_ROW_FRAGS; m++)
-            add_to_accum<DQ_DIM_FRAGS>(accum + m * (16 * HEAD_DIM), dQ_rmem[m], dim_frag,
-                                       HEAD_DIM / 8);
+            if (DQ_DIRECT)
+                store_dQ(dQ_rmem[m], seq, walk.head, query0 + 16 * (row_frag + m), dim_frag);
+            else
+                add_to_accum<DQ_DIM_FRAGS>(accum + m * (16 * HEAD_DIM), dQ_rmem[m], dim_frag,
+                                           HEAD_DIM / 8);
         if (!TMA) {
             cp_async_wait_all();
             __syncthreads(); /* the next queries have landed */
@@ -365,7 +396,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         walk = next;
     }
 
-    if (DETERMINISTIC) {
+    if (DQ_IS_ORDERED) {
         __syncthreads(); /* all warps have added to the last tile */
         if (semaphore && thread == 0)
             semaphore_release(semaphore);

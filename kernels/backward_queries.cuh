@@ -93,10 +93,10 @@ __device__ __forceinline__ fa_int64 query_tile_index(const fa_backward_params &p
 struct query_tile {
     unsigned Q_smem, dO_smem, lse_smem;
     unsigned Q_mbarrier, Q_parity, dO_mbarrier, dO_parity;
-    int query0; /* the first query */
+    int head, query0; /* of the first row */
 
-    __device__ __forceinline__ query_tile(unsigned smem, unsigned count, int query0)
-        : query0(query0)
+    __device__ __forceinline__ query_tile(unsigned smem, unsigned count, int head, int query0)
+        : head(head), query0(query0)
     {
         const unsigned stage = count % STAGES;
         Q_smem = smem + SMEM.q + stage * Q_layout::BYTES;
