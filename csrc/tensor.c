@@ -10,8 +10,6 @@
 #include "error.h"
 #include "import.h"
 
-size_t fa_dtype_size(enum fa_dtype dtype) { return dtype == FA_FLOAT32 ? 4 : 2; }
-
 const char *fa_dtype_name(enum fa_dtype dtype)
 {
     static const char *const names[] = {"float32", "float16", "bfloat16"};
@@ -95,14 +93,6 @@ static int read_device(DLDevice device, const char *name, enum fa_device_type *t
                     device.device_type);
 }
 
-bool fa_tensor_is_empty(const struct fa_tensor *tensor)
-{
-    for (int i = 0; i < tensor->ndim; i++)
-        if (tensor->shape[i] == 0)
-            return true;
-    return false;
-}
-
 /* Sets where the elements begin and end. Each must be within 2^62 bytes of the first, and all in one
  * address space: then no offset computed from indices, and no address, overflows. */
 static int set_extent(struct fa_tensor *tensor, const char *name)
@@ -117,7 +107,8 @@ static int set_extent(struct fa_tensor *tensor, const char *name)
             goto too_far;
         before += stride < 0 ? reach : 0;
     }
-    const uintptr_t size = fa_dtype_size(tensor->dtype), data = (uintptr_t)tensor->data;
+    const uintptr_t size = (uintptr_t)fa_element_bytes(tensor->dtype),
+                    data = (uintptr_t)tensor->data;
     tensor->begin = data - (uintptr_t)before * size;
     tensor->end = data + (uintptr_t)(extent - before + 1) * size;
     if (tensor->begin <= data && data < tensor->end)
@@ -380,7 +371,7 @@ int fa_tensor_recheck(const struct fa_tensor *tensor, const char *name)
 
 bool fa_tensor_has_tma_strides(const struct fa_tensor *tensor)
 {
-    const int64_t size = (int64_t)fa_dtype_size(tensor->dtype), row = tensor->shape[3];
+    const int64_t size = fa_element_bytes(tensor->dtype), row = tensor->shape[3];
     for (int i = 0; i < 3; i++) {
         const int64_t stride = tensor->stride[i];
         if (tensor->shape[i] > 1 &&
@@ -406,7 +397,7 @@ void fa_tensor_release(struct fa_tensor *tensor)
 bool fa_tensor_is_readable(const struct fa_tensor *tensor)
 {
     const int last = tensor->ndim - 1;
-    const int64_t size = (int64_t)fa_dtype_size(tensor->dtype);
+    const int64_t size = fa_element_bytes(tensor->dtype);
     if (fa_tensor_is_empty(tensor))
         return true;
     if ((tensor->shape[last] > 1 && tensor->stride[last] != 1) || (uintptr_t)tensor->data % 16 != 0)
@@ -427,7 +418,7 @@ bool fa_tensor_is_contiguous(const struct fa_tensor *tensor)
             return false;
         compact *= tensor->shape[i];
     }
-    return (uintptr_t)tensor->data % fa_dtype_size(tensor->dtype) == 0;
+    return (uintptr_t)tensor->data % (uintptr_t)fa_element_bytes(tensor->dtype) == 0;
 }
 
 /* "float32 (2, 5, 4, 16) on cpu:0" */
