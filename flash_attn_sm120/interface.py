@@ -200,6 +200,12 @@ def _reject_unsupported(**arguments: Any) -> None:
     for name in arguments:
         if name not in _NOT_YET:
             raise TypeError(f"flash_attn_func() got an unexpected keyword argument {name!r}")
+    for name in ("qv", "gather_kv_indices"):
+        if isinstance(arguments[name], (bool, int, float)):
+            raise TypeError(
+                f"flash_attn_func() got {arguments[name]!r:.40} for {name}: FlashAttention-2's and "
+                "-3's parameters after q, k, v come in another order; pass them by keyword"
+            )
     asked = [
         name
         for name, value in arguments.items()
