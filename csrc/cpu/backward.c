@@ -14,11 +14,11 @@
  *
  * where the sums over i go over all query heads that read the KV head, for dsink over the batch.
  *
- * The query rows come first: a task computes all pairs of a tile of rows, then the softmax and delta
- * of each row, then dq. After that a task computes a tile of dk and dv, while all queries that see
- * its keys pass in tiles. So every sum is one task's, in one order, at the price of computing the
- * pairs twice. Pairs that the mask hides are never touched: nothing in them (NaN, inf) can reach a
- * gradient. */
+ * The query rows come first: a task computes all pairs of a tile of rows, then the softmax and
+ * delta of each row, then dq. After that a task computes a tile of dk and dv, while all queries
+ * that see its keys pass in tiles. So every sum is one task's, in one order, at the price of
+ * computing the pairs twice. Pairs that the mask hides are never touched: nothing in them (NaN,
+ * inf) can reach a gradient. */
 #include "backward.h"
 
 #include <stdlib.h>
