@@ -119,7 +119,7 @@ int fa_launch(struct fa_state *state, const struct fa_problem *problem,
     int status = -1;
     bool pushed;
     if (fa_driver_enter(driver, &driver->devices[call.ordinal], &pushed) == 0) {
-        if (load_kernels(&call) == 0)
+        if (load_kernels(&call) == 0 && fa_problem_recheck(problem, gradients, &workspace) == 0)
             status = launch_kernels(&call, workspace.data);
         fa_driver_leave(driver, pushed);
     }

@@ -4,16 +4,18 @@
 #include <math.h>
 #include <stddef.h>
 
+#include "error.h"
+
 /* ---- readers of one value: 0, or -1 with TypeError or ValueError set ------------------------- */
 
 /* Reading a number off a tensor would drop its gradient, and wait for its device. */
 static int refuse_tensor(PyObject *object, const char *name, const char *expected)
 {
-    if (!PyObject_HasAttrString((PyObject *)Py_TYPE(object), "__dlpack__"))
+    const int is_tensor = fa_has_attribute((PyObject *)Py_TYPE(object), "__dlpack__");
+    if (is_tensor == 0)
         return 0;
-    PyErr_Format(PyExc_TypeError, "%s must be %s, got a tensor: no gradient would reach it", name,
-                 expected);
-    return -1;
+    return fa_raise(PyExc_TypeError, "%s must be %s, got a tensor: no gradient would reach it",
+                    name, expected);
 }
 
 static int read_float(PyObject *object, const char *name, float *out)
@@ -21,19 +23,12 @@ static int read_float(PyObject *object, const char *name, float *out)
     if (!PyFloat_CheckExact(object) && refuse_tensor(object, name, "a number") < 0)
         return -1;
     const double value = PyFloat_AsDouble(object);
-    if (value == -1.0 && PyErr_Occurred()) {
-        if (PyErr_ExceptionMatches(PyExc_TypeError))
-            PyErr_Format(PyExc_TypeError, "%s must be a number, got %.80R", name, object);
-        else if (PyErr_ExceptionMatches(PyExc_OverflowError))
-            PyErr_Format(PyExc_ValueError, "%s must be finite in float32, got a larger integer",
-                         name);
-        return -1;
-    }
+    if (value == -1.0 && PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_TypeError))
+        return fa_raise_value(PyExc_TypeError, name, "a number", object);
     *out = (float)value;
-    if (isfinite(*out))
-        return 0;
-    PyErr_Format(PyExc_ValueError, "%s must be finite in float32, got %.80R", name, object);
-    return -1;
+    if (PyErr_Occurred() || !isfinite(*out))
+        return fa_raise_value(PyExc_ValueError, name, "finite in float32", object);
+    return 0;
 }
 
 /* An integer of any kind; numbers beyond `least` and `most` become these. */
@@ -42,13 +37,9 @@ static int read_clamped(PyObject *object, const char *name, const char *expected
 {
     if (!PyLong_CheckExact(object) && refuse_tensor(object, name, expected) < 0)
         return -1;
-    if (!PyIndex_Check(object)) {
-        PyErr_Format(PyExc_TypeError, "%s must be %s, got %.80R", name, expected, object);
-        return -1;
-    }
-    PyObject *number = PyNumber_Index(object);
+    PyObject *number = PyIndex_Check(object) ? PyNumber_Index(object) : NULL;
     if (!number)
-        return -1;
+        return fa_raise_value(PyExc_TypeError, name, expected, object);
     int overflow;
     const long value = PyLong_AsLongAndOverflow(number, &overflow);
     Py_DECREF(number);
@@ -68,10 +59,8 @@ static int read_softcap(PyObject *object, const char *name, void *field)
     float *softcap = field;
     if (read_float(object, name, softcap) < 0)
         return -1;
-    if (*softcap >= 0)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "%s must be 0 (none) or positive, got %.80R", name, object);
-    return -1;
+    return *softcap >= 0 ? 0
+                         : fa_raise_value(PyExc_ValueError, name, "0 (none) or positive", object);
 }
 
 static int read_flag(PyObject *object, const char *name, void *field)
@@ -80,15 +69,13 @@ static int read_flag(PyObject *object, const char *name, void *field)
         return -1;
     const int truth = PyObject_IsTrue(object);
     *(bool *)field = truth > 0;
-    return truth < 0 ? -1 : 0;
+    return truth < 0 ? fa_raise_value(PyExc_TypeError, name, "True or False", object) : 0;
 }
 
 static int read_choice(PyObject *object, const char *name, void *field)
 {
-    if (object != Py_None && !PyBool_Check(object)) {
-        PyErr_Format(PyExc_TypeError, "%s must be True, False or None, got %.80R", name, object);
-        return -1;
-    }
+    if (object != Py_None && !PyBool_Check(object))
+        return fa_raise_value(PyExc_TypeError, name, "True, False or None", object);
     *(enum fa_pack_gqa *)field = object == Py_None   ? FA_PACK_AUTO
                                  : object == Py_True ? FA_PACK_ALWAYS
                                                      : FA_PACK_NEVER;
@@ -101,12 +88,10 @@ static int read_count(PyObject *object, const char *name, void *field)
     int *count = field;
     if (read_clamped(object, name, "an integer", -1, FA_MAX_SIZE, count) < 0)
         return -1;
-    if (*count >= 0)
-        return 0;
-    PyErr_Format(PyExc_ValueError,
-                 "%s must be 0 (as the plan chooses), 1 (never split) or larger, got %.80R", name,
-                 object);
-    return -1;
+    return *count >= 0
+               ? 0
+               : fa_raise_value(PyExc_ValueError, name,
+                                "0 (as the plan chooses), 1 (never split) or larger", object);
 }
 
 /* One side of a window: None is unbounded, and so is what is beyond any sequence. */
@@ -128,18 +113,13 @@ static int read_window(PyObject *object, const char *name, void *field)
     struct fa_window *window = field;
     if (object == Py_None)
         return 0;
-    if (!PySequence_Check(object) || PySequence_Size(object) != 2) {
-        PyErr_Clear();
-        PyErr_Format(PyExc_TypeError, "%s must be (left, right), got %.80R", name, object);
-        return -1;
-    }
-    PyObject *left = PySequence_GetItem(object, 0), *right = PySequence_GetItem(object, 1);
-    const int status = left && right && read_window_side(left, name, &window->left) == 0 &&
-                               read_window_side(right, name, &window->right) == 0
-                           ? 0
-                           : -1;
-    Py_XDECREF(left);
-    Py_XDECREF(right);
+    PyObject *sides = PyTuple_CheckExact(object) ? Py_NewRef(object) : PySequence_Tuple(object);
+    int status = -1;
+    if (!sides || PyTuple_Size(sides) != 2)
+        fa_raise_value(PyExc_TypeError, name, "(left, right)", object);
+    else if (read_window_side(PyTuple_GetItem(sides, 0), name, &window->left) == 0)
+        status = read_window_side(PyTuple_GetItem(sides, 1), name, &window->right);
+    Py_XDECREF(sides);
     return status;
 }
 
@@ -150,11 +130,9 @@ static int read_arch(PyObject *object, const char *name, void *field)
         return 0;
     if (read_clamped(object, name, "a compute capability or None", 0, 10000, arch) < 0)
         return -1;
-    if (*arch < 10000 && *arch > 0)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "%s must be a compute capability such as 120, got %.80R", name,
-                 object);
-    return -1;
+    return *arch < 10000 && *arch > 0
+               ? 0
+               : fa_raise_value(PyExc_ValueError, name, "a compute capability such as 120", object);
 }
 
 static int read_object(PyObject *object, const char *name, void *field)
@@ -236,11 +214,9 @@ int fa_options_read(const struct fa_option_names *names, const char *method,
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *name = PyTuple_GetItem(kwnames, i);
         const int option = find_option(names, name, next);
-        if (option < 0 || !takes(kind, option)) {
-            PyErr_Format(PyExc_TypeError, "%s() got an unexpected keyword argument '%U'", method,
-                         name);
-            return -1;
-        }
+        if (option < 0 || !takes(kind, option))
+            return fa_raise(PyExc_TypeError, "%s() got an unexpected keyword argument '%U'", method,
+                            name);
         const struct row *row = &ROWS[option];
         if (row->read(values[i], row->name, (char *)options + row->offset) < 0)
             return -1;

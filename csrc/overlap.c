@@ -4,12 +4,11 @@
 
 #include "arithmetic.h"
 
-/* A tensor as runs of contiguous bytes: runs start at `begin` plus multiples of the steps. */
+/* A tensor as runs of contiguous bytes: runs start at its begin plus multiples of the steps. */
 struct runs {
-    uintptr_t begin, end; /* all of its bytes lie in between */
-    int64_t length;       /* of a run, in bytes */
-    int64_t period;       /* all steps are multiples of it; 0: there is one run */
-    bool overlaps;        /* runs may share bytes */
+    int64_t length; /* of a run, in bytes */
+    int64_t period; /* all steps are multiples of it; 0: there is one run */
+    bool overlaps;  /* runs may share bytes */
 };
 
 struct dimension {
@@ -32,19 +31,16 @@ static int64_t greatest_common_divisor(int64_t a, int64_t b)
     return a;
 }
 
-/* The dimensions that have steps, the smallest first; `begin` moves to the first byte. */
-static int sorted_dimensions(const struct fa_tensor *tensor, struct dimension *dimensions,
-                             uintptr_t *begin)
+/* The dimensions that have steps, the smallest first. */
+static int sorted_dimensions(const struct fa_tensor *tensor, struct dimension *dimensions)
 {
     const int64_t element = (int64_t)fa_dtype_size(tensor->dtype);
     int count = 0;
-    *begin = (uintptr_t)tensor->data;
     for (int i = 0; i < tensor->ndim; i++) {
-        const int64_t size = tensor->shape[i], step = tensor->stride[i] * element;
+        const int64_t size = tensor->shape[i];
         if (size <= 1)
-            continue;
-        if (step < 0)
-            *begin -= (uintptr_t)(-step * (size - 1));
+            continue; /* its stride may be any number */
+        const int64_t step = tensor->stride[i] * element;
         dimensions[count++] = (struct dimension){size, step < 0 ? -step : step};
     }
     qsort(dimensions, (size_t)count, sizeof *dimensions, by_step);
@@ -55,7 +51,7 @@ static struct runs runs_of(const struct fa_tensor *tensor)
 {
     struct dimension dimensions[FA_MAX_NDIM];
     struct runs runs = {.length = (int64_t)fa_dtype_size(tensor->dtype)};
-    const int count = sorted_dimensions(tensor, dimensions, &runs.begin);
+    const int count = sorted_dimensions(tensor, dimensions);
     int64_t reach = runs.length; /* bytes from the first to behind the last so far */
     for (int i = 0; i < count; i++) {
         const struct dimension *dimension = &dimensions[i];
@@ -66,36 +62,25 @@ static struct runs runs_of(const struct fa_tensor *tensor)
             runs.period = greatest_common_divisor(runs.period, dimension->step);
         reach += dimension->step * (dimension->size - 1);
     }
-    runs.end = runs.begin + (uintptr_t)reach;
     return runs;
-}
-
-static bool is_empty(const struct fa_tensor *tensor)
-{
-    for (int i = 0; i < tensor->ndim; i++)
-        if (tensor->shape[i] == 0)
-            return true;
-    return false;
 }
 
 bool fa_tensors_overlap(const struct fa_tensor *a, const struct fa_tensor *b)
 {
-    if (is_empty(a) || is_empty(b))
+    if (a->end <= b->begin || b->end <= a->begin)
         return false;
     const struct runs x = runs_of(a), y = runs_of(b);
-    if (x.end <= y.begin || y.end <= x.begin)
-        return false;
     /* Both repeat with one period, say the row of a packed tensor: their places in it decide. */
     const int64_t period = greatest_common_divisor(x.period, y.period);
     if (period == 0)
         return true;
     const int64_t distance =
-        (int64_t)(y.begin % (uintptr_t)period) - (int64_t)(x.begin % (uintptr_t)period);
-    const int64_t ahead = distance < 0 ? distance + period : distance; /* from x's run to y's */
+        (int64_t)(b->begin % (uintptr_t)period) - (int64_t)(a->begin % (uintptr_t)period);
+    const int64_t ahead = distance < 0 ? distance + period : distance; /* from a's run to b's */
     return !(x.length <= ahead && y.length <= period - ahead);
 }
 
 bool fa_tensor_overlaps_itself(const struct fa_tensor *tensor)
 {
-    return !is_empty(tensor) && runs_of(tensor).overlaps;
+    return !fa_tensor_is_empty(tensor) && runs_of(tensor).overlaps;
 }

@@ -28,6 +28,7 @@ struct fa_plan_input {
     int head_dim, head_dim_v;
     int window_left, window_right;
     int mask_right, mask_left; /* whether the window hides any key, on either side */
+    int all_see_keys;          /* whether every query sees a key */
     int softcap;               /* whether scores are capped */
     int sink;                  /* whether there is one */
     int num_splits;            /* 0: as the plan chooses; else at most as many parts of the keys */

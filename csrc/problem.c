@@ -3,8 +3,9 @@
 #include "problem.h"
 
 #include <math.h>
+#include <string.h>
 
-#include "import.h"
+#include "error.h"
 #include "overlap.h"
 
 /* ---- tensors --------------------------------------------------------------------------------- */
@@ -16,17 +17,15 @@ static int check_device(const struct fa_tensor *q, const struct fa_tensor *tenso
     char expected[FA_DEVICE_NAME_SIZE], got[FA_DEVICE_NAME_SIZE];
     fa_device_name(q, expected);
     fa_device_name(tensor, got);
-    PyErr_Format(PyExc_ValueError, "%s must be on q's device, %s, got %s", name, expected, got);
-    return -1;
+    return fa_raise(PyExc_ValueError, "%s must be on q's device, %s, got %s", name, expected, got);
 }
 
 static int check_dtype(const struct fa_tensor *q, const struct fa_tensor *tensor, const char *name)
 {
     if (tensor->dtype == q->dtype)
         return 0;
-    PyErr_Format(PyExc_TypeError, "%s must be %s like q, got %s", name, fa_dtype_name(q->dtype),
-                 fa_dtype_name(tensor->dtype));
-    return -1;
+    return fa_raise(PyExc_TypeError, "%s must be %s like q, got %s", name, fa_dtype_name(q->dtype),
+                    fa_dtype_name(tensor->dtype));
 }
 
 static int check_size(const struct fa_tensor *tensor, const char *name, int dimension,
@@ -34,28 +33,25 @@ static int check_size(const struct fa_tensor *tensor, const char *name, int dime
 {
     if (tensor->shape[dimension] == expected)
         return 0;
-    PyErr_Format(PyExc_ValueError, "%s must have %s %lld in dimension %d, got %lld", name, meaning,
-                 (long long)expected, dimension, (long long)tensor->shape[dimension]);
-    return -1;
+    return fa_raise(PyExc_ValueError, "%s must have %s %lld in dimension %d, got %lld", name,
+                    meaning, (long long)expected, dimension, (long long)tensor->shape[dimension]);
 }
 
 static int check_head_dim(const char *what, int64_t head_dim)
 {
     if (head_dim >= 8 && head_dim <= FA_MAX_HEAD_DIM && head_dim % 8 == 0)
         return 0;
-    PyErr_Format(PyExc_ValueError, "%s must be a multiple of 8 from 8 to %d, got %lld", what,
-                 FA_MAX_HEAD_DIM, (long long)head_dim);
-    return -1;
+    return fa_raise(PyExc_ValueError, "%s must be a multiple of 8 from 8 to %d, got %lld", what,
+                    FA_MAX_HEAD_DIM, (long long)head_dim);
 }
 
 static int check_heads(int64_t heads_q, int64_t heads_kv)
 {
     if (heads_q > 0 && heads_kv > 0 && heads_q % heads_kv == 0)
         return 0;
-    PyErr_Format(PyExc_ValueError,
-                 "the heads of q must be a multiple of the heads of k and v, got %lld and %lld",
-                 (long long)heads_q, (long long)heads_kv);
-    return -1;
+    return fa_raise(PyExc_ValueError,
+                    "the heads of q must be a multiple of the heads of k and v, got %lld and %lld",
+                    (long long)heads_q, (long long)heads_kv);
 }
 
 /* Batch, lengths and heads count in 32 bits; so does every index that a kernel computes from them.
@@ -63,12 +59,10 @@ static int check_heads(int64_t heads_q, int64_t heads_kv)
 static int check_counts(const struct fa_tensor *tensor, const char *name)
 {
     for (int i = 0; i < tensor->ndim; i++)
-        if (tensor->shape[i] > FA_MAX_SIZE) {
-            PyErr_Format(PyExc_ValueError,
-                         "%s has size %lld in dimension %d, at most %d is supported", name,
-                         (long long)tensor->shape[i], i, FA_MAX_SIZE);
-            return -1;
-        }
+        if (tensor->shape[i] > FA_MAX_SIZE)
+            return fa_raise(PyExc_ValueError,
+                            "%s has size %lld in dimension %d, at most %d is supported", name,
+                            (long long)tensor->shape[i], i, FA_MAX_SIZE);
     return 0;
 }
 
@@ -143,11 +137,9 @@ static int read_like_lse(struct fa_dlpack *dlpack, PyObject *object, const char 
     const struct fa_shape *shape = &problem->shape;
     if (fa_tensor_read(dlpack, object, name, 3, tensor) < 0)
         return -1;
-    if (tensor->dtype != FA_FLOAT32) {
-        PyErr_Format(PyExc_TypeError, "%s must be float32, got %s", name,
-                     fa_dtype_name(tensor->dtype));
-        return -1;
-    }
+    if (tensor->dtype != FA_FLOAT32)
+        return fa_raise(PyExc_TypeError, "%s must be float32, got %s", name,
+                        fa_dtype_name(tensor->dtype));
     if (check_device(&problem->q, tensor, name) < 0 ||
         check_size(tensor, name, 0, "q's batch", shape->batch) < 0 ||
         check_size(tensor, name, 1, "q's heads", shape->heads_q) < 0)
@@ -155,32 +147,59 @@ static int read_like_lse(struct fa_dlpack *dlpack, PyObject *object, const char 
     return check_size(tensor, name, 2, "q's seqlen", shape->seqlen_q);
 }
 
-/* ---- results that the caller allocated ------------------------------------------------------- */
+/* ---- results: written in place, whoever allocated them --------------------------------------- */
 
-static int refuse_result(const char *name, const char *why)
+struct named_tensor {
+    const struct fa_tensor *tensor;
+    const char *name;
+};
+
+/* All tensors of a call, some of which may not be there (yet). */
+#define MAX_TENSORS 12
+static int tensors_of(const struct fa_problem *problem, const struct fa_gradients *gradients,
+                      struct named_tensor tensors[MAX_TENSORS])
 {
-    PyErr_Format(PyExc_ValueError, "%s %s", name, why);
-    return -1;
+    const struct named_tensor forward[] = {
+        {&problem->q, "q"},     {&problem->k, "k"},
+        {&problem->v, "v"},     {&problem->sink, "learnable_sink"},
+        {&problem->out, "out"}, {&problem->lse, "lse"},
+    };
+    memcpy(tensors, forward, sizeof forward);
+    if (!gradients)
+        return 6;
+    const struct named_tensor backward[] = {
+        {&gradients->dout, "dout"}, {&gradients->dlse, "dlse"}, {&gradients->dq, "dq"},
+        {&gradients->dk, "dk"},     {&gradients->dv, "dv"},     {&gradients->dsink, "dsink"},
+    };
+    memcpy(tensors + 6, backward, sizeof backward);
+    return MAX_TENSORS;
 }
 
-/* Whether a result can be written in place: it is never written to a copy. 0 or -1. */
-static int check_writable(const struct fa_problem *problem, const struct fa_tensor *result,
-                          const char *name, bool has_layout, const char *layout)
+/* Whether the tensors of the call that are there leave a result to itself. 0 or -1. */
+static int check_apart(const struct fa_problem *problem, const struct fa_gradients *gradients,
+                       const struct fa_tensor *result, const char *name)
 {
-    const struct fa_tensor *const inputs[] = {&problem->q, &problem->k, &problem->v,
-                                              &problem->sink};
-    static const char *const names[] = {"overlaps q", "overlaps k", "overlaps v",
-                                        "overlaps learnable_sink"};
-    if (result->is_read_only)
-        return refuse_result(name, "is read-only");
-    if (!has_layout)
-        return refuse_result(name, layout);
-    if (fa_tensor_overlaps_itself(result))
-        return refuse_result(name, "has elements that share memory");
-    for (int i = 0; i < 4; i++)
-        if (inputs[i]->object && fa_tensors_overlap(result, inputs[i]))
-            return refuse_result(name, names[i]);
+    struct named_tensor tensors[MAX_TENSORS];
+    const int count = tensors_of(problem, gradients, tensors);
+    for (int i = 0; i < count; i++)
+        if (tensors[i].tensor != result && tensors[i].tensor->object &&
+            fa_tensors_overlap(result, tensors[i].tensor))
+            return fa_raise(PyExc_ValueError, "%s overlaps %s", name, tensors[i].name);
     return 0;
+}
+
+/* Whether a result that the caller gave can be written in place: it is never written to a copy.
+ * `flaw`: what is wrong with its layout; NULL: nothing. 0 or -1. */
+static int check_given(const struct fa_problem *problem, const struct fa_tensor *result,
+                       const char *name, const char *flaw)
+{
+    if (result->is_read_only)
+        flaw = "is read-only";
+    else if (!flaw && fa_tensor_overlaps_itself(result))
+        flaw = "has elements that share memory";
+    if (flaw)
+        return fa_raise(PyExc_ValueError, "%s %s", name, flaw);
+    return check_apart(problem, NULL, result, name);
 }
 
 static int set_out(struct fa_dlpack *dlpack, struct fa_problem *problem)
@@ -188,12 +207,16 @@ static int set_out(struct fa_dlpack *dlpack, struct fa_problem *problem)
     const struct fa_shape *shape = &problem->shape;
     const int64_t sizes[] = {shape->batch, shape->seqlen_q, shape->heads_q, shape->head_dim_v};
     struct fa_tensor *out = &problem->out;
-    if (!problem->options.out)
-        return fa_tensor_empty(dlpack, &problem->q, shape->dtype, 4, sizes, out);
-    if (read_like_out(dlpack, problem->options.out, "out", problem, out) < 0)
+    if (problem->options.out)
+        return read_like_out(dlpack, problem->options.out, "out", problem, out) < 0
+                   ? -1
+                   : check_given(problem, out, "out",
+                                 fa_tensor_is_readable(out)
+                                     ? NULL
+                                     : "must have contiguous rows at multiples of 16 bytes");
+    if (fa_tensor_empty(dlpack, &problem->q, "out", shape->dtype, 4, sizes, out) < 0)
         return -1;
-    return check_writable(problem, out, "out", fa_tensor_is_readable(out),
-                          "must have contiguous rows at multiples of 16 bytes");
+    return check_apart(problem, NULL, out, "out");
 }
 
 static int set_lse(struct fa_dlpack *dlpack, struct fa_problem *problem)
@@ -201,30 +224,16 @@ static int set_lse(struct fa_dlpack *dlpack, struct fa_problem *problem)
     const struct fa_shape *shape = &problem->shape;
     const int64_t sizes[] = {shape->batch, shape->heads_q, shape->seqlen_q};
     struct fa_tensor *lse = &problem->lse;
-    if (!problem->options.lse)
-        return problem->options.return_lse
-                   ? fa_tensor_empty(dlpack, &problem->q, FA_FLOAT32, 3, sizes, lse)
-                   : 0;
-    if (read_like_lse(dlpack, problem->options.lse, "lse", problem, lse) < 0)
+    if (problem->options.lse)
+        return read_like_lse(dlpack, problem->options.lse, "lse", problem, lse) < 0
+                   ? -1
+                   : check_given(problem, lse, "lse",
+                                 fa_tensor_is_contiguous(lse) ? NULL : "must be contiguous");
+    if (!problem->options.return_lse)
+        return 0;
+    if (fa_tensor_empty(dlpack, &problem->q, "lse", FA_FLOAT32, 3, sizes, lse) < 0)
         return -1;
-    if (problem->options.out && fa_tensors_overlap(lse, &problem->out))
-        return refuse_result("lse", "overlaps out");
-    return check_writable(problem, lse, "lse", fa_tensor_is_contiguous(lse), "must be contiguous");
-}
-
-/* ---- gradients ------------------------------------------------------------------------------- */
-
-/* dsink where no query meets a key: the sink alone makes the lse, and whatever flows into that
- * flows on into the sink. 0 or -1. */
-static int sink_gradient_without_keys(struct fa_dlpack *dlpack, const struct fa_tensor *dlse,
-                                      struct fa_tensor *dsink)
-{
-    PyObject *frameworks = fa_import(&dlpack->frameworks, "flash_attn_sm120.frameworks");
-    PyObject *sums =
-        frameworks ? PyObject_CallMethod(frameworks, "sums_of_heads", "(O)", dlse->object) : NULL;
-    int status = sums ? fa_tensor_read(dlpack, sums, "dsink", 1, dsink) : -1;
-    Py_XDECREF(sums);
-    return status;
+    return check_apart(problem, NULL, lse, "lse");
 }
 
 /* ---- the interface --------------------------------------------------------------------------- */
@@ -287,13 +296,16 @@ int fa_gradients_read(struct fa_dlpack *dlpack, PyObject *dout, PyObject *out, P
     return dlse == Py_None ? 0 : fa_tensor_ensure_contiguous(dlpack, "dlse", &gradients->dlse);
 }
 
-/* Of an empty problem it is 0. */
-static int allocate_gradient(struct fa_dlpack *dlpack, const struct fa_tensor *like,
-                             enum fa_dtype dtype, int ndim, const int64_t *shape, bool empty,
+/* Of a problem that is empty it is 0. 0 or -1. */
+static int allocate_gradient(struct fa_dlpack *dlpack, const struct fa_problem *problem,
+                             const struct fa_gradients *gradients, const struct fa_tensor *like,
+                             const char *name, enum fa_dtype dtype, int ndim, const int64_t *shape,
                              struct fa_tensor *gradient)
 {
-    return empty ? fa_tensor_zeros(dlpack, like, dtype, ndim, shape, gradient)
-                 : fa_tensor_empty(dlpack, like, dtype, ndim, shape, gradient);
+    const int status = fa_shape_is_empty(&problem->shape)
+                           ? fa_tensor_zeros(dlpack, like, name, dtype, ndim, shape, gradient)
+                           : fa_tensor_empty(dlpack, like, name, dtype, ndim, shape, gradient);
+    return status < 0 ? -1 : check_apart(problem, gradients, gradient, name);
 }
 
 int fa_gradients_allocate(struct fa_dlpack *dlpack, const struct fa_problem *problem,
@@ -301,17 +313,36 @@ int fa_gradients_allocate(struct fa_dlpack *dlpack, const struct fa_problem *pro
 {
     const struct fa_tensor *const inputs[] = {&problem->q, &problem->k, &problem->v};
     struct fa_tensor *const outputs[] = {&gradients->dq, &gradients->dk, &gradients->dv};
-    const bool empty = fa_shape_is_empty(&problem->shape);
+    static const char *const names[] = {"dq", "dk", "dv"};
     for (int i = 0; i < 3; i++)
-        if (allocate_gradient(dlpack, inputs[i], inputs[i]->dtype, 4, inputs[i]->shape, empty,
-                              outputs[i]) < 0)
+        if (allocate_gradient(dlpack, problem, gradients, inputs[i], names[i], inputs[i]->dtype, 4,
+                              inputs[i]->shape, outputs[i]) < 0)
             return -1;
     if (!problem->sink.object)
         return 0;
-    if (empty && gradients->dlse.object)
-        return sink_gradient_without_keys(dlpack, &gradients->dlse, &gradients->dsink);
+    /* Where no query meets a key the sink alone makes the lse, and whatever flows into that flows on
+     * into the sink. */
+    if (fa_shape_is_empty(&problem->shape) && gradients->dlse.object)
+        return fa_tensor_sum_heads(dlpack, &gradients->dlse, "dsink", &gradients->dsink);
     const int64_t heads = problem->shape.heads_q;
-    return allocate_gradient(dlpack, &problem->q, FA_FLOAT32, 1, &heads, empty, &gradients->dsink);
+    return allocate_gradient(dlpack, problem, gradients, &problem->q, "dsink", FA_FLOAT32, 1,
+                             &heads, &gradients->dsink);
+}
+
+int fa_problem_recheck(const struct fa_problem *problem, const struct fa_gradients *gradients,
+                       const struct fa_tensor *workspace)
+{
+    static const char NAME[] = "the workspace";
+    struct named_tensor tensors[MAX_TENSORS];
+    const int count = tensors_of(problem, gradients, tensors);
+    if (workspace && workspace->object &&
+        (fa_tensor_recheck(workspace, NAME) < 0 ||
+         check_apart(problem, gradients, workspace, NAME) < 0))
+        return -1;
+    for (int i = 0; i < count; i++)
+        if (tensors[i].tensor->object && fa_tensor_recheck(tensors[i].tensor, tensors[i].name) < 0)
+            return -1;
+    return 0;
 }
 
 void fa_gradients_release(struct fa_gradients *gradients)

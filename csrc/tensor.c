@@ -7,6 +7,7 @@
 
 #include "arithmetic.h"
 #include "dlpack.h"
+#include "error.h"
 #include "import.h"
 
 size_t fa_dtype_size(enum fa_dtype dtype) { return dtype == FA_FLOAT32 ? 4 : 2; }
@@ -23,19 +24,22 @@ void fa_device_name(const struct fa_tensor *tensor, char name[FA_DEVICE_NAME_SIZ
              tensor->device_type == FA_DEVICE_CPU ? "cpu" : "cuda", tensor->device_id);
 }
 
-static void set_type_error(const char *name, PyObject *object)
-{
-    PyObject *type_name = PyObject_GetAttrString((PyObject *)Py_TYPE(object), "__name__");
-    if (type_name)
-        PyErr_Format(PyExc_TypeError,
-                     "%s must be a tensor (torch.Tensor, or any object with __dlpack__), got %S",
-                     name, type_name);
-    Py_XDECREF(type_name);
-}
-
 static PyObject *import_frameworks(struct fa_dlpack *dlpack)
 {
     return fa_import(&dlpack->frameworks, "flash_attn_sm120.frameworks");
+}
+
+/* Raises what frameworks.py knows of an object without memory that we can read; the exception that
+ * is set, if any, is what its framework said. Returns -1. */
+static int refuse(struct fa_dlpack *dlpack, PyObject *object, const char *name)
+{
+    PyObject *error = fa_error_take();
+    PyObject *frameworks = import_frameworks(dlpack);
+    if (frameworks)
+        Py_XDECREF(PyObject_CallMethod(frameworks, "refuse", "OsO", object, name,
+                                       error ? error : Py_None));
+    Py_XDECREF(error);
+    return -1;
 }
 
 /* ---- what the producer gave -> struct fa_tensor ---------------------------------------------- */
@@ -56,13 +60,11 @@ static int refuse_dtype(DLDataType dtype, const char *name)
                                         "bfloat", "complex", "bool"};
     const char *narrow = narrow_type(dtype.code);
     if (narrow)
-        PyErr_Format(PyExc_NotImplementedError, "%s is %s, which is not supported yet", name,
-                     narrow);
-    else
-        PyErr_Format(PyExc_TypeError, "%s must be float16, bfloat16 or float32, got %s%d%s", name,
-                     dtype.code < sizeof codes / sizeof *codes ? codes[dtype.code] : "unknown",
-                     dtype.bits, dtype.lanes == 1 ? "" : " in vectors");
-    return -1;
+        return fa_raise(PyExc_NotImplementedError, "%s is %s, which is not supported yet", name,
+                        narrow);
+    return fa_raise(PyExc_TypeError, "%s must be float16, bfloat16 or float32, got %s%d%s", name,
+                    dtype.code < sizeof codes / sizeof *codes ? codes[dtype.code] : "unknown",
+                    dtype.bits, dtype.lanes == 1 ? "" : " in vectors");
 }
 
 static int read_dtype(DLDataType dtype, const char *name, enum fa_dtype *out)
@@ -78,24 +80,22 @@ static int read_dtype(DLDataType dtype, const char *name, enum fa_dtype *out)
     return 0;
 }
 
-static int read_device(DLDevice device, const char *name, struct fa_tensor *tensor)
+static int read_device(DLDevice device, const char *name, enum fa_device_type *type, int *id)
 {
-    switch (device.device_type) {
-    case kDLCPU:
-    case kDLCUDAHost: tensor->device_type = FA_DEVICE_CPU; break;
-    case kDLCUDA:
-    case kDLCUDAManaged: tensor->device_type = FA_DEVICE_CUDA; break;
-    default:
-        PyErr_Format(PyExc_ValueError,
-                     "%s must be on the CPU or a CUDA device, got DLPack device type %d", name,
-                     device.device_type);
-        return -1;
-    }
-    tensor->device_id = tensor->device_type == FA_DEVICE_CPU ? 0 : device.device_id;
-    return 0;
+    *type = FA_DEVICE_CPU;
+    *id = 0;
+    if (device.device_type == kDLCPU || device.device_type == kDLCUDAHost)
+        return 0;
+    *type = FA_DEVICE_CUDA;
+    *id = device.device_id;
+    if (device.device_type == kDLCUDA || device.device_type == kDLCUDAManaged)
+        return 0;
+    return fa_raise(PyExc_ValueError,
+                    "%s must be on the CPU or a CUDA device, got DLPack device type %d", name,
+                    device.device_type);
 }
 
-static bool is_empty(const struct fa_tensor *tensor)
+bool fa_tensor_is_empty(const struct fa_tensor *tensor)
 {
     for (int i = 0; i < tensor->ndim; i++)
         if (tensor->shape[i] == 0)
@@ -103,60 +103,61 @@ static bool is_empty(const struct fa_tensor *tensor)
     return false;
 }
 
-/* Every element must be within 2^62 bytes of the first: then no offset computed from indices
- * overflows. */
-static int check_extent(const struct fa_tensor *tensor, const char *name)
+/* Sets where the elements begin and end. Each must be within 2^62 bytes of the first, and all in one
+ * address space: then no offset computed from indices, and no address, overflows. */
+static int set_extent(struct fa_tensor *tensor, const char *name)
 {
-    int64_t extent = 0;
+    int64_t extent = 0, before = 0; /* elements */
     for (int i = 0; i < tensor->ndim; i++) {
         const int64_t stride = tensor->stride[i];
         const int64_t distance = stride >= 0 ? stride : stride > INT64_MIN ? -stride : INT64_MAX;
-        extent = fa_saturating_add(extent, fa_saturating_multiply(distance, tensor->shape[i] - 1));
-        if (extent > INT64_MAX / 8) {
-            PyErr_Format(PyExc_ValueError, "%s spans more than 64-bit byte offsets can address",
-                         name);
-            return -1;
-        }
+        const int64_t reach = fa_saturating_multiply(distance, tensor->shape[i] - 1);
+        extent = fa_saturating_add(extent, reach);
+        if (extent > INT64_MAX / 8)
+            goto too_far;
+        before += stride < 0 ? reach : 0;
     }
-    return 0;
+    const uintptr_t size = fa_dtype_size(tensor->dtype), data = (uintptr_t)tensor->data;
+    tensor->begin = data - (uintptr_t)before * size;
+    tensor->end = data + (uintptr_t)(extent - before + 1) * size;
+    if (tensor->begin <= data && data < tensor->end)
+        return 0;
+too_far:
+    return fa_raise(PyExc_ValueError, "%s spans more than 64-bit byte offsets can address", name);
 }
 
-static int read_dltensor(const DLTensor *source, const char *name, int ndim,
-                         struct fa_tensor *tensor)
+/* Reads what a producer gave, borrowed or owned, into the tensor, which knows its object. 0 or -1. */
+static int read_dltensor(struct fa_dlpack *dlpack, const DLTensor *source, const char *name,
+                         int ndim, struct fa_tensor *tensor)
 {
     if (read_dtype(source->dtype, name, &tensor->dtype) < 0 ||
-        read_device(source->device, name, tensor) < 0)
+        read_device(source->device, name, &tensor->device_type, &tensor->device_id) < 0)
         return -1;
-    if (source->ndim != ndim) {
-        PyErr_Format(PyExc_ValueError, "%s must have %d dimension%s, got %d", name, ndim,
-                     ndim == 1 ? "" : "s", source->ndim);
-        return -1;
-    }
-    if (!source->shape) {
-        PyErr_Format(PyExc_ValueError, "%s has no shape: its DLPack struct is malformed", name);
-        return -1;
-    }
+    if (source->ndim != ndim)
+        return fa_raise(PyExc_ValueError, "%s must have %d dimension%s, got %d", name, ndim,
+                        ndim == 1 ? "" : "s", source->ndim);
+    if (!source->shape)
+        return fa_raise(PyExc_ValueError, "%s has no shape: its DLPack struct is malformed", name);
     tensor->ndim = ndim;
     int64_t compact = 1;
     for (int i = ndim - 1; i >= 0; i--) {
         int64_t size = tensor->shape[i] = source->shape[i];
-        if (size < 0) {
-            PyErr_Format(PyExc_ValueError, "%s has a negative size, %lld, in dimension %d", name,
-                         (long long)size, i);
-            return -1;
-        }
+        if (size < 0)
+            return fa_raise(PyExc_ValueError, "%s has a negative size, %lld, in dimension %d", name,
+                            (long long)size, i);
         tensor->stride[i] = source->strides ? source->strides[i] : compact;
-        /* What does not fit is refused by check_extent where it is used. */
+        /* What does not fit is refused by set_extent where it is used. */
         compact = fa_saturating_multiply(compact, MAX(size, 1));
     }
-    if (is_empty(tensor))
+    if (fa_tensor_is_empty(tensor))
         return 0;
-    if (!source->data) {
-        PyErr_Format(PyExc_ValueError, "%s has no data: its DLPack struct is malformed", name);
-        return -1;
-    }
-    tensor->data = (char *)source->data + source->byte_offset;
-    return check_extent(tensor, name);
+    if (!source->data)
+        return refuse(dlpack, tensor->object, name);
+    const uintptr_t start = (uintptr_t)source->data, data = start + source->byte_offset;
+    if (data < start || source->byte_offset > UINTPTR_MAX)
+        return fa_raise(PyExc_ValueError, "%s has a byte offset beyond its address space", name);
+    tensor->data = (void *)data;
+    return set_extent(tensor, name);
 }
 
 /* ---- the exchange API: no Python objects made ------------------------------------------------ */
@@ -164,38 +165,56 @@ static int read_dltensor(const DLTensor *source, const char *name, int ndim,
 /* The exchange API in a capsule, of the major version that we speak; NULL where there is none. */
 static const DLPackExchangeAPI *open_exchange_capsule(PyObject *capsule)
 {
+    enum { MAX_MAJOR_VERSIONS = 16 }; /* a chain that is longer has no end */
     const DLPackExchangeAPI *api = PyCapsule_GetPointer(capsule, "dlpack_exchange_api");
     if (!api)
         PyErr_Clear(); /* something else under that name: the type is read through its capsules */
-    while (api && api->version.major != DLPACK_MAJOR_VERSION)
-        api = api->prev_api;
+    for (int i = 0; api && api->version.major != DLPACK_MAJOR_VERSION; i++)
+        api = i < MAX_MAJOR_VERSIONS ? api->prev_api : NULL;
     return api && api->managed_tensor_from_py_object_no_sync && api->current_work_stream ? api
                                                                                          : NULL;
 }
 
-static const DLPackExchangeAPI *look_up_exchange_api(struct fa_dlpack *dlpack, PyObject *type)
+/* Finds the exchange API of a type; NULL where it has none, or one whose reads run Python code:
+ * what is borrowed would not outlive the next read. 0 or -1. */
+static int find_exchange_api(struct fa_dlpack *dlpack, PyObject *type,
+                             const DLPackExchangeAPI **api)
 {
-    const DLPackExchangeAPI *api = NULL;
-    PyObject *capsule = PyObject_GetAttrString(type, "__dlpack_c_exchange_api__");
-    if (capsule)
-        api = open_exchange_capsule(capsule);
-    else
-        PyErr_Clear();
-    Py_XDECREF(capsule);
-    if (dlpack->type_count < FA_MAX_DLPACK_TYPES) {
-        dlpack->types[dlpack->type_count].type = Py_NewRef(type);
-        dlpack->types[dlpack->type_count++].api = api;
-    }
-    return api;
+    static const char NAME[] = "__dlpack_c_exchange_api__";
+    *api = NULL;
+    const int has = fa_has_attribute(type, NAME);
+    PyObject *capsule = has > 0 ? PyObject_GetAttrString(type, NAME) : NULL;
+    if (!capsule)
+        return has > 0 ? -1 : has;
+    *api = open_exchange_capsule(capsule);
+    Py_DECREF(capsule);
+    if (!*api)
+        return 0;
+    PyObject *frameworks = import_frameworks(dlpack);
+    PyObject *runs =
+        frameworks ? PyObject_CallMethod(frameworks, "reads_run_python", "(O)", type) : NULL;
+    if (runs == Py_True)
+        *api = NULL;
+    Py_XDECREF(runs);
+    return runs ? 0 : -1;
 }
 
-static const DLPackExchangeAPI *exchange_api(struct fa_dlpack *dlpack, PyObject *object)
+/* The same, from the table of types where it has that one. 0 or -1. */
+static int exchange_api(struct fa_dlpack *dlpack, PyObject *object, const DLPackExchangeAPI **api)
 {
     PyObject *type = (PyObject *)Py_TYPE(object);
     for (int i = 0; i < dlpack->type_count; i++)
-        if (dlpack->types[i].type == type)
-            return dlpack->types[i].api;
-    return look_up_exchange_api(dlpack, type);
+        if (dlpack->types[i].type == type) {
+            *api = dlpack->types[i].api;
+            return 0;
+        }
+    if (find_exchange_api(dlpack, type, api) < 0)
+        return -1;
+    if (dlpack->type_count < FA_MAX_DLPACK_TYPES) {
+        dlpack->types[dlpack->type_count].type = Py_NewRef(type);
+        dlpack->types[dlpack->type_count++].api = *api;
+    }
+    return 0;
 }
 
 static void release_versioned(void *managed)
@@ -212,36 +231,24 @@ static void release_legacy(void *managed)
         tensor->deleter(tensor);
 }
 
-/* The framework's own exception says why it cannot export; the contract says TypeError. */
-static void set_export_error(const char *name)
+static int read_by_exchange(struct fa_dlpack *dlpack, const DLPackExchangeAPI *api,
+                            const char *name, int ndim, struct fa_tensor *tensor)
 {
-    PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);
-    PyErr_Format(PyExc_TypeError, "%s cannot be read through DLPack: %S", name,
-                 value ? value : Py_None);
-    Py_XDECREF(type);
-    Py_XDECREF(value);
-    Py_XDECREF(traceback);
-}
-
-static int read_by_exchange(const DLPackExchangeAPI *api, PyObject *object, const char *name,
-                            int ndim, struct fa_tensor *tensor)
-{
+    tensor->api = api;
     if (api->dltensor_from_py_object_no_sync) {
-        DLTensor borrowed; /* valid while the object lives, and we hold a reference */
-        if (api->dltensor_from_py_object_no_sync(object, &borrowed) == 0)
-            return read_dltensor(&borrowed, name, ndim, tensor);
+        DLTensor borrowed;
+        if (api->dltensor_from_py_object_no_sync(tensor->object, &borrowed) == 0)
+            return read_dltensor(dlpack, &borrowed, name, ndim, tensor);
     } else {
         DLManagedTensorVersioned *managed;
-        if (api->managed_tensor_from_py_object_no_sync(object, &managed) == 0) {
+        if (api->managed_tensor_from_py_object_no_sync(tensor->object, &managed) == 0) {
             tensor->managed = managed;
             tensor->release = release_versioned;
             tensor->is_read_only = managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY;
-            return read_dltensor(&managed->dl_tensor, name, ndim, tensor);
+            return read_dltensor(dlpack, &managed->dl_tensor, name, ndim, tensor);
         }
     }
-    set_export_error(name);
-    return -1;
+    return refuse(dlpack, tensor->object, name);
 }
 
 /* ---- capsules -------------------------------------------------------------------------------- */
@@ -259,65 +266,57 @@ static void *take(PyObject *capsule, const char *kind, const char *used, void (*
     return managed;
 }
 
-static int consume_versioned(PyObject *capsule, const char *name, int ndim,
-                             struct fa_tensor *tensor)
+static int consume_versioned(struct fa_dlpack *dlpack, PyObject *capsule, const char *name,
+                             int ndim, struct fa_tensor *tensor)
 {
     const DLManagedTensorVersioned *managed =
         take(capsule, "dltensor_versioned", "used_dltensor_versioned", release_versioned, tensor);
     if (!managed)
         return -1;
+    if (managed->version.major != DLPACK_MAJOR_VERSION)
+        return fa_raise(PyExc_TypeError, "%s uses DLPack %u.%u; version %d is supported", name,
+                        managed->version.major, managed->version.minor, DLPACK_MAJOR_VERSION);
     tensor->is_read_only = managed->flags & DLPACK_FLAG_BITMASK_READ_ONLY;
-    if (managed->version.major == DLPACK_MAJOR_VERSION)
-        return read_dltensor(&managed->dl_tensor, name, ndim, tensor);
-    PyErr_Format(PyExc_TypeError, "%s uses DLPack %u.%u; version %d is supported", name,
-                 managed->version.major, managed->version.minor, DLPACK_MAJOR_VERSION);
-    return -1;
+    return read_dltensor(dlpack, &managed->dl_tensor, name, ndim, tensor);
 }
 
-static int consume_legacy(PyObject *capsule, const char *name, int ndim, struct fa_tensor *tensor)
+static int consume_legacy(struct fa_dlpack *dlpack, PyObject *capsule, const char *name, int ndim,
+                          struct fa_tensor *tensor)
 {
     const DLManagedTensor *managed =
         take(capsule, "dltensor", "used_dltensor", release_legacy, tensor);
-    return managed ? read_dltensor(&managed->dl_tensor, name, ndim, tensor) : -1;
+    return managed ? read_dltensor(dlpack, &managed->dl_tensor, name, ndim, tensor) : -1;
 }
 
-static int consume_capsule(PyObject *capsule, const char *name, int ndim, struct fa_tensor *tensor)
+static int consume_capsule(struct fa_dlpack *dlpack, PyObject *capsule, const char *name, int ndim,
+                           struct fa_tensor *tensor)
 {
     const char *kind = PyCapsule_GetName(capsule);
     if (kind && strcmp(kind, "dltensor_versioned") == 0)
-        return consume_versioned(capsule, name, ndim, tensor);
+        return consume_versioned(dlpack, capsule, name, ndim, tensor);
     if (kind && strcmp(kind, "dltensor") == 0)
-        return consume_legacy(capsule, name, ndim, tensor);
+        return consume_legacy(dlpack, capsule, name, ndim, tensor);
     if (kind && strncmp(kind, "used_dltensor", strlen("used_dltensor")) == 0)
-        PyErr_Format(PyExc_ValueError, "%s is a DLPack capsule that was consumed before", name);
-    else
-        PyErr_Format(PyExc_TypeError, "%s must be a DLPack capsule, got one named \"%s\"", name,
-                     kind ? kind : "");
-    return -1;
+        return fa_raise(PyExc_ValueError, "%s is a DLPack capsule that was consumed before", name);
+    return fa_raise(PyExc_TypeError, "%s must be a DLPack capsule, got one named \"%s\"", name,
+                    kind ? kind : "");
 }
 
-static int read_by_capsule(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
+static int read_by_capsule(struct fa_dlpack *dlpack, const char *name, int ndim,
                            struct fa_tensor *tensor)
 {
-    if (PyCapsule_CheckExact(object))
-        return consume_capsule(object, name, ndim, tensor);
-    if (!PyObject_HasAttrString(object, "__dlpack__")) {
-        set_type_error(name, object);
-        return -1;
-    }
+    if (PyCapsule_CheckExact(tensor->object))
+        return consume_capsule(dlpack, tensor->object, name, ndim, tensor);
     PyObject *frameworks = import_frameworks(dlpack);
-    if (!frameworks)
+    PyObject *capsule =
+        frameworks ? PyObject_CallMethod(frameworks, "export", "Os", tensor->object, name) : NULL;
+    if (!capsule)
         return -1;
-    PyObject *capsule = PyObject_CallMethod(frameworks, "export", "(O)", object);
-    if (!capsule) {
-        set_export_error(name);
-        return -1;
-    }
     int status = -1;
     if (PyCapsule_CheckExact(capsule))
-        status = consume_capsule(capsule, name, ndim, tensor);
+        status = consume_capsule(dlpack, capsule, name, ndim, tensor);
     else
-        PyErr_Format(PyExc_TypeError, "%s.__dlpack__() must return a capsule", name);
+        fa_raise(PyExc_TypeError, "%s.__dlpack__() must return a capsule", name);
     Py_DECREF(capsule);
     return status;
 }
@@ -327,14 +326,56 @@ static int read_by_capsule(struct fa_dlpack *dlpack, PyObject *object, const cha
 int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                    struct fa_tensor *tensor)
 {
+    const DLPackExchangeAPI *api;
     memset(tensor, 0, sizeof *tensor);
+    if (exchange_api(dlpack, object, &api) < 0)
+        return fa_raise(PyExc_TypeError, "%s cannot be read through DLPack", name);
     tensor->object = Py_NewRef(object);
-    const DLPackExchangeAPI *api = exchange_api(dlpack, object);
-    int status = api ? read_by_exchange(api, object, name, ndim, tensor)
-                     : read_by_capsule(dlpack, object, name, ndim, tensor);
+    int status = api ? read_by_exchange(dlpack, api, name, ndim, tensor)
+                     : read_by_capsule(dlpack, name, ndim, tensor);
     if (status < 0)
         fa_tensor_release(tensor);
     return status;
+}
+
+static bool is_alike(const struct fa_tensor *a, const struct fa_tensor *b)
+{
+    bool alike = a->dtype == b->dtype && a->device_type == b->device_type &&
+                 a->device_id == b->device_id && a->ndim == b->ndim;
+    for (int i = 0; alike && i < a->ndim; i++)
+        alike = a->shape[i] == b->shape[i];
+    return alike;
+}
+
+/* Whether what is borrowed now is what was read; an exception may be set where it is not. */
+static bool is_still(const DLTensor *now, const struct fa_tensor *tensor, const char *name)
+{
+    const size_t size = sizeof *now->shape * (size_t)tensor->ndim;
+    enum fa_dtype dtype = FA_FLOAT32;
+    enum fa_device_type device_type;
+    int device_id;
+    if (now->ndim != tensor->ndim || !now->shape || read_dtype(now->dtype, name, &dtype) < 0 ||
+        read_device(now->device, name, &device_type, &device_id) < 0)
+        return false;
+    return dtype == tensor->dtype && device_type == tensor->device_type &&
+           device_id == tensor->device_id &&
+           (fa_tensor_is_empty(tensor) ||
+            (uintptr_t)now->data + now->byte_offset == (uintptr_t)tensor->data) &&
+           memcmp(now->shape, tensor->shape, size) == 0 &&
+           (now->strides ? memcmp(now->strides, tensor->stride, size) == 0
+                         : fa_tensor_is_contiguous(tensor));
+}
+
+int fa_tensor_recheck(const struct fa_tensor *tensor, const char *name)
+{
+    const DLPackExchangeAPI *api = tensor->api;
+    DLTensor borrowed;
+    if (!api || tensor->managed ||
+        (api->dltensor_from_py_object_no_sync(tensor->object, &borrowed) == 0 &&
+         is_still(&borrowed, tensor, name)))
+        return 0;
+    return fa_raise(PyExc_ValueError, "%s was changed while the call prepared its other tensors",
+                    name);
 }
 
 bool fa_tensor_has_tma_strides(const struct fa_tensor *tensor)
@@ -366,7 +407,7 @@ bool fa_tensor_is_readable(const struct fa_tensor *tensor)
 {
     const int last = tensor->ndim - 1;
     const int64_t size = (int64_t)fa_dtype_size(tensor->dtype);
-    if (is_empty(tensor))
+    if (fa_tensor_is_empty(tensor))
         return true;
     if ((tensor->shape[last] > 1 && tensor->stride[last] != 1) || (uintptr_t)tensor->data % 16 != 0)
         return false;
@@ -379,7 +420,7 @@ bool fa_tensor_is_readable(const struct fa_tensor *tensor)
 bool fa_tensor_is_contiguous(const struct fa_tensor *tensor)
 {
     int64_t compact = 1;
-    if (is_empty(tensor))
+    if (fa_tensor_is_empty(tensor))
         return true;
     for (int i = tensor->ndim - 1; i >= 0; i--) {
         if (tensor->shape[i] > 1 && tensor->stride[i] != compact)
@@ -389,17 +430,60 @@ bool fa_tensor_is_contiguous(const struct fa_tensor *tensor)
     return (uintptr_t)tensor->data % fa_dtype_size(tensor->dtype) == 0;
 }
 
+/* "float32 (2, 5, 4, 16) on cpu:0" */
+#define LAYOUT_SIZE 128
+static void describe_layout(const struct fa_tensor *tensor, char text[LAYOUT_SIZE])
+{
+    char device[FA_DEVICE_NAME_SIZE];
+    fa_device_name(tensor, device);
+    int length = snprintf(text, LAYOUT_SIZE, "%s (", fa_dtype_name(tensor->dtype));
+    for (int i = 0; i < tensor->ndim; i++)
+        length += snprintf(text + length, (size_t)(LAYOUT_SIZE - length), "%s%lld", i ? ", " : "",
+                           (long long)tensor->shape[i]);
+    snprintf(text + length, (size_t)(LAYOUT_SIZE - length), ") on %s", device);
+}
+
+/* Reads what Python code made for us: a copy, or memory for a result. It may be anything; what leaves
+ * here has dtype, device and shape of `expected`, is contiguous and, for kernels, aligned. 0 or -1. */
+static int read_made(struct fa_dlpack *dlpack, PyObject *object, const char *name,
+                     const struct fa_tensor *expected, bool is_result, struct fa_tensor *tensor)
+{
+    const char *kind = is_result ? "memory for" : "copy of";
+    if (fa_tensor_read(dlpack, object, name, expected->ndim, tensor) < 0)
+        return -1;
+    const char *wrong = NULL;
+    char wanted[LAYOUT_SIZE], got[LAYOUT_SIZE];
+    if (!is_alike(expected, tensor))
+        wrong = "of another kind";
+    else if (!fa_tensor_is_contiguous(tensor))
+        wrong = "not contiguous";
+    else if (tensor->device_type == FA_DEVICE_CUDA && !fa_tensor_is_empty(tensor) &&
+             (uintptr_t)tensor->data % 16 != 0)
+        wrong = "misaligned";
+    else if (is_result && tensor->is_read_only)
+        wrong = "read-only";
+    if (!wrong)
+        return 0;
+    describe_layout(expected, wanted);
+    describe_layout(tensor, got);
+    fa_raise(PyExc_ValueError, "the %s %s is %s: expected %s, got %s", kind, name, wrong, wanted,
+             got);
+    fa_tensor_release(tensor);
+    return -1;
+}
+
 /* Replaces the tensor by a contiguous copy. 0 or -1. */
 static int copy_contiguous(struct fa_dlpack *dlpack, const char *name, struct fa_tensor *tensor)
 {
+    const struct fa_tensor expected = *tensor;
     PyObject *frameworks = import_frameworks(dlpack);
-    PyObject *copy =
-        frameworks ? PyObject_CallMethod(frameworks, "contiguous", "(O)", tensor->object) : NULL;
+    PyObject *copy = frameworks
+                         ? PyObject_CallMethod(frameworks, "contiguous", "Os", tensor->object, name)
+                         : NULL;
     if (!copy)
         return -1;
-    const int ndim = tensor->ndim;
     fa_tensor_release(tensor);
-    int status = fa_tensor_read(dlpack, copy, name, ndim, tensor);
+    int status = read_made(dlpack, copy, name, &expected, false, tensor);
     Py_DECREF(copy);
     return status;
 }
@@ -412,8 +496,8 @@ int fa_tensor_ensure_readable(struct fa_dlpack *dlpack, const char *name, struct
         return -1;
     if (fa_tensor_is_readable(tensor))
         return 0;
-    PyErr_Format(PyExc_ValueError, "%s could not be made contiguous with rows aligned to 16 bytes",
-                 name);
+    fa_raise(PyExc_ValueError, "%s could not be made contiguous with rows aligned to 16 bytes",
+             name);
     fa_tensor_release(tensor);
     return -1;
 }
@@ -433,72 +517,97 @@ void fa_tensor_assume_readable(struct fa_tensor *tensor)
 int fa_tensor_ensure_contiguous(struct fa_dlpack *dlpack, const char *name,
                                 struct fa_tensor *tensor)
 {
-    if (fa_tensor_is_contiguous(tensor))
-        return 0;
-    if (copy_contiguous(dlpack, name, tensor) < 0)
-        return -1;
-    if (fa_tensor_is_contiguous(tensor))
-        return 0;
-    PyErr_Format(PyExc_ValueError, "%s could not be made contiguous", name);
-    fa_tensor_release(tensor);
-    return -1;
+    return fa_tensor_is_contiguous(tensor) ? 0 : copy_contiguous(dlpack, name, tensor);
+}
+
+/* A tuple. NULL with the exception set. */
+static PyObject *tuple_of(int count, const int64_t *sizes)
+{
+    PyObject *tuple = PyTuple_New(count);
+    for (int i = 0; tuple && i < count; i++) {
+        PyObject *size = PyLong_FromLongLong(sizes[i]);
+        if (!size || PyTuple_SetItem(tuple, i, size) < 0)
+            Py_CLEAR(tuple);
+    }
+    return tuple;
+}
+
+/* What a result of that dtype and shape must be, beside `like`. */
+static struct fa_tensor result_like(const struct fa_tensor *like, enum fa_dtype dtype, int ndim,
+                                    const int64_t *shape)
+{
+    struct fa_tensor result = {.ndim = ndim,
+                               .dtype = dtype,
+                               .device_type = like->device_type,
+                               .device_id = like->device_id};
+    memcpy(result.shape, shape, sizeof *shape * (size_t)ndim);
+    return result;
 }
 
 /* Allocates by the function of that name in frameworks.py. 0 or -1. */
 static int allocate(struct fa_dlpack *dlpack, const char *function, const struct fa_tensor *like,
-                    enum fa_dtype dtype, int ndim, const int64_t *shape, struct fa_tensor *tensor)
+                    const char *name, enum fa_dtype dtype, int ndim, const int64_t *shape,
+                    struct fa_tensor *tensor)
 {
+    const struct fa_tensor expected = result_like(like, dtype, ndim, shape);
     PyObject *frameworks = import_frameworks(dlpack);
-    PyObject *sizes = frameworks ? PyTuple_New(ndim) : NULL;
-    if (!sizes)
-        return -1;
-    int status = -1;
-    PyObject *object = NULL;
-    for (int i = 0; i < ndim; i++) {
-        PyObject *size = PyLong_FromLongLong(shape[i]);
-        if (!size || PyTuple_SetItem(sizes, i, size) < 0)
-            goto done;
-    }
-    object = PyObject_CallMethod(frameworks, function, "OOsii", like->object, sizes,
-                                 fa_dtype_name(dtype), like->device_type, like->device_id);
-    if (object)
-        status = fa_tensor_read(dlpack, object, "out", ndim, tensor);
-done:
+    PyObject *sizes = frameworks ? tuple_of(ndim, shape) : NULL;
+    PyObject *object = sizes ? PyObject_CallMethod(frameworks, function, "OOiii", like->object,
+                                                   sizes, dtype, like->device_type, like->device_id)
+                             : NULL;
+    int status = object ? read_made(dlpack, object, name, &expected, true, tensor) : -1;
     Py_XDECREF(object);
-    Py_DECREF(sizes);
+    Py_XDECREF(sizes);
     return status;
 }
 
-int fa_tensor_empty(struct fa_dlpack *dlpack, const struct fa_tensor *like, enum fa_dtype dtype,
-                    int ndim, const int64_t *shape, struct fa_tensor *tensor)
+int fa_tensor_empty(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,
+                    enum fa_dtype dtype, int ndim, const int64_t *shape, struct fa_tensor *tensor)
 {
-    return allocate(dlpack, "empty", like, dtype, ndim, shape, tensor);
+    return allocate(dlpack, "empty", like, name, dtype, ndim, shape, tensor);
 }
 
-int fa_tensor_zeros(struct fa_dlpack *dlpack, const struct fa_tensor *like, enum fa_dtype dtype,
-                    int ndim, const int64_t *shape, struct fa_tensor *tensor)
+int fa_tensor_zeros(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,
+                    enum fa_dtype dtype, int ndim, const int64_t *shape, struct fa_tensor *tensor)
 {
-    return allocate(dlpack, "zeros", like, dtype, ndim, shape, tensor);
+    return allocate(dlpack, "zeros", like, name, dtype, ndim, shape, tensor);
+}
+
+int fa_tensor_sum_heads(struct fa_dlpack *dlpack, const struct fa_tensor *summed, const char *name,
+                        struct fa_tensor *tensor)
+{
+    const struct fa_tensor expected = result_like(summed, FA_FLOAT32, 1, &summed->shape[1]);
+    PyObject *frameworks = import_frameworks(dlpack);
+    PyObject *sums =
+        frameworks ? PyObject_CallMethod(frameworks, "sums_of_heads", "(O)", summed->object) : NULL;
+    int status = sums ? read_made(dlpack, sums, name, &expected, true, tensor) : -1;
+    Py_XDECREF(sums);
+    return status;
 }
 
 int fa_tensor_workspace(struct fa_dlpack *dlpack, const struct fa_tensor *like, int64_t floats,
                         struct fa_tensor *workspace)
 {
-    if (fa_tensor_empty(dlpack, like, FA_FLOAT32, 1, &floats, workspace) == 0)
+    if (fa_tensor_empty(dlpack, like, "the workspace", FA_FLOAT32, 1, &floats, workspace) == 0)
         return 0;
-    PyObject *type, *value, *traceback; /* the framework's own exception is the best to catch */
-    PyErr_Fetch(&type, &value, &traceback);
-    PyErr_Format(type, "the call needs a workspace of %lld bytes: %S", (long long)floats * 4,
-                 value ? value : Py_None);
-    Py_XDECREF(type);
-    Py_XDECREF(value);
-    Py_XDECREF(traceback);
+    PyObject *error = fa_error_take(); /* the framework's own exception is the best to catch */
+    PyObject *type = (PyObject *)Py_TYPE(error);
+    PyObject *text = PyObject_Str(error);
+    if (!text) {
+        PyErr_Clear();
+        text = PyUnicode_FromString("out of memory");
+    }
+    PyErr_SetObject(type, error);
+    if (text)
+        fa_raise(type, "the call needs a workspace of %lld bytes: %U", (long long)floats * 4, text);
+    Py_XDECREF(text);
+    Py_DECREF(error);
     return -1;
 }
 
 int fa_tensor_stream(struct fa_dlpack *dlpack, const struct fa_tensor *tensor, void **stream)
 {
-    const DLPackExchangeAPI *api = exchange_api(dlpack, tensor->object);
+    const DLPackExchangeAPI *api = tensor->api;
     if (api)
         return api->current_work_stream(kDLCUDA, tensor->device_id, stream) == 0 ? 0 : -1;
     PyObject *frameworks = import_frameworks(dlpack);

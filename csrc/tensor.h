@@ -17,12 +17,14 @@ struct fa_tensor {
     int ndim;
     int64_t shape[FA_MAX_NDIM];
     int64_t stride[FA_MAX_NDIM]; /* in elements; 0 and negative are legal */
+    uintptr_t begin, end;        /* all elements lie in between; both 0 where there are none */
     enum fa_dtype dtype;
     enum fa_device_type device_type;
     int device_id;
     bool is_read_only;              /* its producer says so */
     PyObject *object;               /* what it was read from, a strong reference; NULL: no tensor */
-    void *managed;                  /* the producer's DLPack struct, where a capsule was consumed */
+    const void *api;                /* DLPackExchangeAPI of its type; NULL: it came in a capsule */
+    void *managed;                  /* the producer's DLPack struct that we own; NULL: borrowed */
     void (*release)(void *managed); /* and how to give it back */
 };
 
@@ -42,6 +44,14 @@ struct fa_dlpack {
 int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                    struct fa_tensor *tensor);
 
+/* What is borrowed (read by the exchange API) is good until Python code runs: that may resize or
+ * free the memory of an argument that was read before. So a call that has done all that can run
+ * Python, and is about to use the memory, reads what is borrowed again: 0, or -1 with ValueError set
+ * where it is not what it was. What came in a capsule is ours until it is released. */
+int fa_tensor_recheck(const struct fa_tensor *tensor, const char *name);
+
+bool fa_tensor_is_empty(const struct fa_tensor *tensor);
+
 /* Whether rows of the innermost dimension lie contiguous and, for the 16-byte accesses of the
  * kernels, aligned. */
 bool fa_tensor_is_readable(const struct fa_tensor *tensor);
@@ -60,12 +70,17 @@ void fa_tensor_assume_readable(struct fa_tensor *tensor);
 int fa_tensor_ensure_contiguous(struct fa_dlpack *dlpack, const char *name,
                                 struct fa_tensor *tensor);
 
-/* A new tensor of the framework and device of `like`; its elements are uninitialised, or 0. 0 or
- * -1. */
-int fa_tensor_empty(struct fa_dlpack *dlpack, const struct fa_tensor *like, enum fa_dtype dtype,
-                    int ndim, const int64_t *shape, struct fa_tensor *tensor);
-int fa_tensor_zeros(struct fa_dlpack *dlpack, const struct fa_tensor *like, enum fa_dtype dtype,
-                    int ndim, const int64_t *shape, struct fa_tensor *tensor);
+/* A new contiguous tensor for the result `name`, of the framework and device of `like`; its elements
+ * are uninitialised, or 0. 0 or -1. */
+int fa_tensor_empty(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,
+                    enum fa_dtype dtype, int ndim, const int64_t *shape, struct fa_tensor *tensor);
+int fa_tensor_zeros(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,
+                    enum fa_dtype dtype, int ndim, const int64_t *shape, struct fa_tensor *tensor);
+
+/* The sums of a tensor [batch, heads, seqlen] over all but its heads, for the result `name`. 0 or -1.
+ */
+int fa_tensor_sum_heads(struct fa_dlpack *dlpack, const struct fa_tensor *summed, const char *name,
+                        struct fa_tensor *tensor);
 
 /* Room for so many floats, of the framework of `like`. It can be given back once the kernels that
  * use it are enqueued: whoever gets that memory next uses it after them, on the same stream. 0, or

@@ -32,6 +32,9 @@ constexpr int DQ_ROW_WARPS = GROUP_WARPS / DQ_DIM_WARPS;
 constexpr int DQ_ROW_FRAGS = HALF_FRAGS / DQ_ROW_WARPS;
 constexpr int DQ_DIM_FRAGS = K_layout::PADDED / DQ_DIM_WARPS;
 
+/* Whether blocks add to a tile of dQ one after the other. */
+constexpr bool DQ_IS_ORDERED = DETERMINISTIC && !DQ_DIRECT;
+
 static_assert(HALF_FRAGS % DQ_ROW_WARPS == 0, "whole fragments of dQ");
 static_assert(WARP_N % 16 == 0 && SUB_M % 16 == 0, "whole mma steps");
 static_assert(HALF_M % SUB_M == 0 && TILE_M / SUB_M <= 11, "a named barrier for every sub-tile");

@@ -6,31 +6,30 @@
 #include "kv_source.cuh"
 
 struct cp_async_ring : ring_place {
-    const fa_forward_params &params;
-    strided_source<K_layout> K_source;
-    strided_source<V_layout> V_source;
+    strided_source source;
     int tiles;
 
     __device__ __forceinline__ cp_async_ring(const fa_forward_params &params, const char *smem)
-        : ring_place(smem_address(smem)), params(params)
+        : ring_place(smem_address(smem)), source{params}
     {
     }
 
     __device__ __forceinline__ void copy_next_tile(unsigned stage, int keys)
     {
-        K_source.copy_next_tile(smem + stage, keys);
-        V_source.copy_next_tile(smem + stage + K_layout::BYTES, keys);
+        source.copy_K(smem + stage, keys);
+        source.copy_V(smem + stage + K_layout::BYTES, keys);
+        source.advance();
     }
 
     __device__ __forceinline__ void start(const tile_walk &walk)
     {
-        const sequence<fa_forward_params> seq = {params, walk.batch};
+        const sequence<fa_forward_params> seq = {source.params, walk.batch};
         tiles = walk.tiles;
-        K_source.start(params.k, params.k_stride, walk);
-        V_source.start(params.v, params.v_stride, walk);
+        source.start(walk);
 #pragma unroll
         for (int i = 0; i < STAGES - 1; i++) {
-            if (i < tiles) /* the length cuts short the last tile alone, which comes first */
+            /* The length cuts short the last tile alone, which comes first. */
+            if (i < tiles)
                 copy_next_tile(i * STAGE_BYTES, i == 0 ? seq.seqlen_k() - walk.key(0) : TILE_N);
             cp_async_commit(); /* even if empty: the i-th group is the i-th tile */
         }

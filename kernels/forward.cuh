@@ -54,15 +54,15 @@ __device__ __forceinline__ void load_queries(unsigned (&Q_rmem)[M_FRAGS][D_STEPS
  * alone. m is found at the right edge, so if START_KEYS is 1 the first unmasked tile counts as one
  * of the edge: then every row has seen a key. */
 struct tile_ranges {
-    int end, count;              /* tile i of the walk is number end - 1 - i of the sequence */
-    int right_end, unmasked_end; /* where the iterations of the walk change */
+    int end, count; /* tile i of the walk is number end - 1 - i of the sequence */
+    int inner_begin, inner_end;
 
     __device__ __forceinline__ tile_ranges(const forward_block &block, const fa_divisor &splits)
     {
         int begin = block.keys_of(block.block_row).begin / TILE_N;
         end = max(begin, ceil_div(block.keys_of(block.last_row).end, TILE_N));
-        int inner_begin = min(ceil_div(block.keys_of(block.last_row).begin, TILE_N), end);
-        int inner_end =
+        inner_begin = min(ceil_div(block.keys_of(block.last_row).begin, TILE_N), end);
+        inner_end =
             max((block.keys_of(block.block_row).end + TILE_N - START_KEYS) / TILE_N, inner_begin);
         if (SPLIT) { /* of all these the tiles of one split, which may be none */
             take_split(begin, end, block.split, splits);
@@ -70,9 +70,11 @@ struct tile_ranges {
             inner_end = min(max(inner_end, inner_begin), end);
         }
         count = end - begin;
-        unmasked_end = end - inner_begin;
-        right_end = min(end - inner_end + 1, count);
     }
+
+    /* Where the iterations of the walk change. */
+    __device__ __forceinline__ int unmasked_end() const { return end - inner_begin; }
+    __device__ __forceinline__ int right_end() const { return min(end - inner_end + 1, count); }
 
     /* Makes [begin, end) one of its splits, which differ by one tile at most. */
     static __device__ __forceinline__ void take_split(int &begin, int &end, int split,
@@ -170,8 +172,8 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
         /* ---- 1. Which rows, and which tiles of keys. */
         const forward_block block(params);
         const tile_ranges tiles(block, params.parts);
-        const int unmasked_end = is_exact ? 0 : tiles.unmasked_end;
-        int masked_end = is_exact ? tiles.count : tiles.right_end;
+        const int unmasked_end = is_exact ? 0 : tiles.unmasked_end();
+        int masked_end = is_exact ? tiles.count : tiles.right_end();
 
         /* ---- 2. Start the ring. A producer warp only loads. */
         ring.start({block.seq.batch, block.head_kv, tiles.end, tiles.count});

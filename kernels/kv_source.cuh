@@ -14,34 +14,55 @@ struct tile_walk {
     __device__ __forceinline__ int key(int i) const { return (tile_end - 1 - i) * TILE_N; }
 };
 
-/* K or V at strides, for cp.async: a pointer that each thread moves from tile to tile. */
-template <class layout> struct strided_source {
-    using partition = copy_place<layout, THREADS>;
-    const element *gmem; /* this thread's first chunk of the tile that is copied next */
-    fa_int64 row_stride;
+/* Strided tensors, for cp.async: pointers that each thread moves from tile to tile. */
+struct strided_source {
+    const fa_forward_params &params;
+    const element *K_gmem, *V_gmem; /* this thread's first chunks of the tile that is copied next */
+    fa_int64 K_stride, V_stride;    /* from row to row */
 
-    __device__ __forceinline__ void start(const void *tensor, const fa_strides &stride,
-                                          const tile_walk &walk)
+    __device__ __forceinline__ void start(const tile_walk &walk)
     {
-        row_stride = stride.seqlen;
-        gmem = partition().first_chunk(tensor, stride, walk.batch, walk.head_kv, walk.key(0));
+        const int key = walk.key(0);
+        K_stride = params.k_stride.seqlen;
+        V_stride = params.v_stride.seqlen;
+        K_gmem = K_place().first_chunk(params.k, params.k_stride, walk.batch, walk.head_kv, key);
+        V_gmem = V_place().first_chunk(params.v, params.v_stride, walk.batch, walk.head_kv, key);
     }
-    /* Starts the copies of this thread's share of the next tile; `keys` of its rows exist. */
-    __device__ __forceinline__ void copy_next_tile(unsigned smem, int keys)
+    /* Start the copies of this thread's share of a tile; `keys` of its rows exist. */
+    __device__ __forceinline__ void copy_K(unsigned smem, int keys) const
     {
-        partition().copy(smem, gmem, row_stride, keys);
-        gmem -= TILE_N * row_stride;
+        K_place().copy(smem, K_gmem, K_stride, keys);
+    }
+    __device__ __forceinline__ void copy_V(unsigned smem, int keys) const
+    {
+        V_place().copy(smem, V_gmem, V_stride, keys);
+    }
+    /* On to the tile before. */
+    __device__ __forceinline__ void advance()
+    {
+        K_gmem -= TILE_N * K_stride;
+        V_gmem -= TILE_N * V_stride;
     }
 };
 
-/* K or V by a tensor map, for the TMA. Keys after the last become zeros, and so do the chunks that
- * pad a row. */
-template <class layout> struct mapped_source {
-    const fa_tensor_map &map; /* [batch, heads_kv, seqlen_k, head_dim] */
+/* Tensor maps, for the TMA. Keys after the last become zeros, and so do the chunks that pad a row.
+ */
+struct mapped_source {
+    const fa_forward_tma_params &params;
 
-    /* Starts the loads of a tile, in boxes of a segment. */
-    __device__ __forceinline__ void load(unsigned smem, unsigned mbarrier, const tile_walk &walk,
-                                         int key) const
+    /* Starts the loads of the tile whose first key is `key`. */
+    __device__ __forceinline__ void load(unsigned stage_smem, unsigned mbarrier,
+                                         const tile_walk &walk, int key) const
+    {
+        load_boxes<K_layout>(stage_smem, params.k_map, mbarrier, walk, key);
+        load_boxes<V_layout>(stage_smem + K_layout::BYTES, params.v_map, mbarrier, walk, key);
+    }
+
+    /* A box is a segment of the layout. */
+    template <class layout>
+    static __device__ __forceinline__ void load_boxes(unsigned smem, const fa_tensor_map &map,
+                                                      unsigned mbarrier, const tile_walk &walk,
+                                                      int key)
     {
 #pragma unroll
         for (int c = 0; c < layout::PADDED; c += layout::COLS)

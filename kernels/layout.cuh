@@ -113,7 +113,7 @@ __device__ __forceinline__ uint4 quad_transpose(unsigned x0, unsigned x1, unsign
  * written 64 contiguous bytes at a time. */
 template <int FRAGS, int MAX_FRAGS>
 __device__ __forceinline__ void store_row(element *row, const float (&C)[MAX_FRAGS][4], int half,
-                                          float scale, bool exists)
+                                          float scale, bool exists, int frags = FRAGS)
 {
 #pragma unroll
     for (int n = 0; n < FRAGS; n += 4) {
@@ -124,7 +124,7 @@ __device__ __forceinline__ void store_row(element *row, const float (&C)[MAX_FRA
             word[c] = pack(x[0] * scale, x[1] * scale);
         }
         const uint4 chunk = quad_transpose(word[0], word[1], word[2], word[3]);
-        if (exists && n + quad_lane() < FRAGS)
+        if (exists && n + quad_lane() < min(frags, FRAGS))
             *reinterpret_cast<uint4 *>(row + (n + quad_lane()) * 8) = chunk;
     }
 }

@@ -25,6 +25,7 @@ FA_FORWARD_TILE_RULES(FA_ASSERT, WARPS, WARP_M, TILE_N, SUB_N, STAGES)
 
 using K_layout = tile_layout<HEAD_DIM, TILE_N>;
 using V_layout = tile_layout<HEAD_DIM_V, TILE_N>;
+using K_place = copy_place<K_layout, THREADS>;
 using V_place = copy_place<V_layout, THREADS>;
 constexpr int STAGE_BYTES = fa_forward_stage_bytes(HEAD_DIM, HEAD_DIM_V, TILE_N, DTYPE);
 constexpr int RING_BYTES = STAGES * STAGE_BYTES;

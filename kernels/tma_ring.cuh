@@ -51,11 +51,9 @@ struct tma_ring : ring_place {
     /* Starts the loads of the i-th tile. */
     __device__ __forceinline__ void load(unsigned stage, int i) const
     {
-        const mapped_source<K_layout> K_source = {params.k_map};
-        const mapped_source<V_layout> V_source = {params.v_map};
+        const int key = walk.key(i);
         mbarrier_expect(full(stage), STAGE_BYTES);
-        K_source.load(smem + stage, full(stage), walk, walk.key(i));
-        V_source.load(smem + stage + K_layout::BYTES, full(stage), walk, walk.key(i));
+        mapped_source{params}.load(smem + stage, full(stage), walk, key);
     }
 
     __device__ __forceinline__ bool is_producer() const

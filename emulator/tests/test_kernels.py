@@ -260,8 +260,8 @@ BROKEN = {
     ),
     "a ring that starts one tile short": Broken(
         "cp_async_ring.cuh",
-        "copy_next_tile(i * STAGE_BYTES, i == 0 ?",
-        "if (i != 1)\n                    copy_next_tile(i * STAGE_BYTES, i == 0 ?",
+        "if (i < tiles)",
+        "if (i < tiles && i != 1)",
         "that nobody has written",
     ),
     "a ring with a stage too many": Broken(
@@ -523,7 +523,7 @@ BROKEN_TMA = {
         file="kv_source.cuh",
     ),
     "V's segments from K's map": broken_ring(
-        "V_source = {params.v_map}", "V_source = {params.k_map}", ""
+        "K_layout::BYTES, params.v_map", "K_layout::BYTES, params.k_map", "", file="kv_source.cuh"
     ),
     "head and batch are swapped": broken_ring(
         "walk.head_kv, walk.batch);",

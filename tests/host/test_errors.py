@@ -71,8 +71,8 @@ BAD_TENSORS = {
         ValueError,
         "multiple of 8 from 8 to 256, got 264",
     ),
-    "sparse": (lambda q, k, v: (torch.zeros(q.shape, dtype=q.dtype, device=q.device).to_sparse(), k, v), TypeError, "q cannot be read through DLPack"),
-    "meta": (lambda q, k, v: (q.to("meta"), k, v), (TypeError, ValueError), "q"),
+    "sparse": (lambda q, k, v: (torch.zeros(q.shape, dtype=q.dtype, device=q.device).to_sparse(), k, v), TypeError, r"q is of layout torch.sparse_coo: pass q.to_dense\(\)"),
+    "meta": (lambda q, k, v: (q.to("meta"), k, v), TypeError, "q is on the meta device, which has no data|q is a torch.Tensor .EmulatedTensor. without memory"),
 }  # fmt: skip
 
 

@@ -121,7 +121,7 @@ def test_misaligned_data_is_copied(offset):
 
 def test_misaligned_bare_capsule_is_refused():
     store = np.zeros(array(0).size + 1, np.float32)
-    with pytest.raises(ValueError, match="bare DLPack capsule must be contiguous"):
+    with pytest.raises(ValueError, match="q is a bare DLPack capsule, which must be contiguous"):
         attend(Capsule(store[1:].reshape(SHAPE)).capsule)
 
 
