@@ -48,7 +48,7 @@ def written_in_place(*tensors: Any) -> None:
 
 
 class _Attention(Function):
-    """Keeps q, k, v, out and lse (the sink, and lengths) for the backward, which recomputes all else."""
+    """Keeps q, k, v, out, lse (sink, lengths) for the backward, which recomputes all else."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]

@@ -13,7 +13,10 @@
 
 /* ---- elements and chunks --------------------------------------------------------------------- */
 
-FA_CONSTEXPR int fa_element_bytes(int dtype) { return dtype == FA_FLOAT32 ? 4 : 2; }
+FA_CONSTEXPR int fa_element_bytes(int dtype)
+{
+    return dtype == FA_FLOAT32 || dtype == FA_INT32 ? 4 : 2;
+}
 
 /* A chunk is what a thread copies with one cp.async, and a row of an ldmatrix matrix. */
 enum { FA_CHUNK_BYTES = 16 };
