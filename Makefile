@@ -16,7 +16,10 @@ endif
 # Where a GPU answers and the interpreter already has a CUDA build of torch, the venv sees that one.
 HAS_CUDA_TORCH = $(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_available())" 2>/dev/null
 
-.PHONY: demo test build bench docs lint format asan warmup clean
+# Warnings are errors here, and never where pip builds.
+build $(VENV)/.ready: export FA_SM120_CFLAGS := -Wall -Wextra -Werror $(FA_SM120_CFLAGS)
+
+.PHONY: demo test quick build bench docs lint format asan warmup clean cross-compilers
 
 demo: build
 	$(RUN) -m flash_attn_sm120 demo
@@ -49,16 +52,25 @@ docs: build
 	$(RUN) docs/make_api.py
 	$(RUN) benchmarks/where_it_stands.py
 
+quick: build
+	$(RUN) -m pytest -q -m quick
+
 lint: build
-	$(RUN) -m pytest -q tests/gates/test_source.py
+	$(RUN) -m pytest -q tests/gates/test_source.py tests/gates/test_layers.py
 
 format: $(READY)
 	$(RUN) -m ruff format flash_attn_sm120 emulator tests benchmarks docs examples conftest.py setup.py
 	$(RUN) -m ruff check --fix -q flash_attn_sm120 emulator tests benchmarks docs examples conftest.py setup.py
-	$(dir $(RUN))clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] kernels/* tests/helpers/*.c emulator/*.[ch]
+	$(dir $(RUN))clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] kernels/* tests/helpers/*.[ch] emulator/*.[ch]
 
 asan: build
 	$(RUN) -m pytest -q tests/host/test_sanitizers.py
+
+# What tests/gates/test_platforms.py compiles for Windows and aarch64 with, and runs the latter on.
+CROSS_COMPILERS := gcc-mingw-w64-x86-64-win32 gcc-aarch64-linux-gnu libc6-dev-arm64-cross qemu-user
+cross-compilers:
+	apt-get update -qq
+	apt-get install -y -qq --no-install-recommends $(CROSS_COMPILERS)
 
 clean:
 	rm -rf build dist *.egg-info flash_attn_sm120/*.so

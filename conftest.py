@@ -19,6 +19,7 @@ torch.set_num_threads(1)
 
 STDERR = pytest.StashKey[int]()  # the real one, which pytest does not capture
 LEFT_OUT = pytest.StashKey[Counter]()  # why -> how many tests
+UNMATCHED = pytest.StashKey[dict]()  # quick test -> patterns that no case of it matches
 
 
 def pytest_addoption(parser):
@@ -37,6 +38,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[STDERR] = os.dup(2)
     config.stash[LEFT_OUT] = Counter()
+    config.stash[UNMATCHED] = {}
     config.addinivalue_line(
         "markers", "quick(*cases): part of `-m quick`; with patterns, the cases whose ids match one"
     )
@@ -48,8 +50,12 @@ def pytest_configure(config):
 def pytest_itemcollected(item):
     """A quick test of many cases is quick in those that its mark names."""
     mark = item.get_closest_marker("quick")
-    if mark and mark.args and not any(fnmatch.fnmatch(item.callspec.id, x) for x in mark.args):
-        item.own_markers.remove(mark)
+    if mark and mark.args:
+        matching = {x for x in mark.args if fnmatch.fnmatch(item.callspec.id, x)}
+        name = item.nodeid.removesuffix(f"[{item.callspec.id}]")
+        item.config.stash[UNMATCHED].setdefault(name, set(mark.args)).difference_update(matching)
+        if not matching:
+            item.own_markers.remove(mark)
 
 
 # Files of tests that take longest.
@@ -60,6 +66,10 @@ LONGEST = ("test_sanitizers.py", "test_resources.py", "test_package.py")
 def pytest_collection_modifyitems(config, items):
     """Leaves out what this machine cannot run. Processes that share the tests start with the
     longest: short ones fill up the end evenly."""
+    if not any("::" in argument for argument in config.args):  # else cases alone may be collected
+        for name, patterns in config.stash[UNMATCHED].items():
+            if patterns:
+                raise pytest.UsageError(f"no case of {name} matches its quick {sorted(patterns)}")
     why = {item: why_left_out(item) for item in items}
     left_out = [item for item in items if why[item]]
     if left_out:

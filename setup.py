@@ -1,6 +1,7 @@
 """Builds flash_attn_sm120._C: plain C against Python's limited API, without CUDA or PyTorch."""
 
 import os
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -9,9 +10,27 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 LIMITED_API = "cp310"
-CFLAGS = ["-std=c11", "-O3", "-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
-MSVC_CFLAGS = ["/std:c11", "/experimental:c11atomics", "/O2", "/W3"]
-EXTRA_CFLAGS = os.environ.get("FA_SM120_CFLAGS", "").split()
+FREE_THREADED = (
+    "flash_attn_sm120 needs a Python with the GIL: free-threaded Python lacks the limited API that "
+    "it is built against. Install it in python3.14, say, in place of python3.14t."
+)
+# Without warnings, which are for developers: the Makefile asks for them through FA_SM120_CFLAGS.
+MSVC_FLAGS = ["/std:c11", "/O2"]
+UNIX_FLAGS = ["-std=c11", "-O3", "-fvisibility=hidden"]
+
+
+def refuse_free_threading():
+    """Before anything is compiled, in one line, which pip shows."""
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        raise SystemExit(FREE_THREADED)
+
+
+def extra_flags():
+    return os.environ.get("FA_SM120_CFLAGS", "").split()
+
+
+def compile_flags(compiler_type):
+    return [*(MSVC_FLAGS if compiler_type == "msvc" else UNIX_FLAGS), *extra_flags()]
 
 
 class AbiWheel(bdist_wheel):
@@ -26,9 +45,8 @@ class BuildWithFlags(build_ext):
     """Adds the flags in the words of the compiler in use."""
 
     def build_extensions(self):
-        flags = MSVC_CFLAGS if self.compiler.compiler_type == "msvc" else CFLAGS
         for extension in self.extensions:
-            extension.extra_compile_args = [*flags, *EXTRA_CFLAGS]
+            extension.extra_compile_args = compile_flags(self.compiler.compiler_type)
         super().build_extensions()
 
 
@@ -56,20 +74,24 @@ class BuildWithCubins(build_py):
         )
 
 
-extension = Extension(
-    "flash_attn_sm120._C",
-    sources=sorted(str(path) for path in Path("csrc").rglob("*.c")),
-    depends=[str(path) for path in (*Path("csrc").rglob("*.h"), *Path("kernels").glob("*.h"))],
-    define_macros=[("Py_LIMITED_API", "0x030A0000")],
-    extra_link_args=EXTRA_CFLAGS,
-    py_limited_api=True,
-)
+def extension():
+    return Extension(
+        "flash_attn_sm120._C",
+        sources=sorted(str(path) for path in Path("csrc").rglob("*.c")),
+        depends=[str(path) for path in (*Path("csrc").rglob("*.h"), *Path("kernels").glob("*.h"))],
+        define_macros=[("Py_LIMITED_API", "0x030A0000")],
+        extra_link_args=extra_flags(),
+        py_limited_api=True,
+    )
 
-setup(
-    ext_modules=[extension],
-    cmdclass={
-        "bdist_wheel": AbiWheel,
-        "build_ext": BuildWithFlags,
-        "build_py": BuildWithCubins,
-    },
-)
+
+if __name__ == "__main__":
+    refuse_free_threading()
+    setup(
+        ext_modules=[extension()],
+        cmdclass={
+            "bdist_wheel": AbiWheel,
+            "build_ext": BuildWithFlags,
+            "build_py": BuildWithCubins,
+        },
+    )

@@ -235,6 +235,7 @@ def admit(
         else:
             check(contestant.name, result)
             entrants.append(contestant)
+        del result  # the next one may need its memory
     return entrants, absent
 
 

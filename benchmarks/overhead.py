@@ -87,7 +87,7 @@ def backwards(device: str) -> list[Contestant]:
     q = torch.randn(SHAPE[device], dtype=torch.bfloat16, device=device)
     problem, dout = Problem(q, q, q, causal=False), torch.randn_like(q)
     by = {"operator": by_operator(problem, dout), "autograd": by_autograd(problem, dout)}
-    if device == "cpu":  # there flash has no operator of its own
+    if device == "cpu":  # flash has no such operator there
         by["operator"] = [c for c in by["operator"] if c.name == OURS]
     return [
         replace(contestant, name=f"backward by {how}, {contestant.name}")

@@ -5,26 +5,26 @@
 
 Static figures: nothing here has run on the card. Each kernel is compiled for the architecture,
 disassembled by nvdisasm (`pip install nvidia-cuda-nvdisasm`), and the main loop's instructions are
-priced by the table below. What waits is left out, latencies, barriers and bank conflicts, and what
-works beside the SM's pipes: the TMA's writes to shared memory, and what the L2 takes to add to sums
-in memory. So the figures say which pipe a kernel cannot be faster than, not how fast it is.
+priced by the table below. Left out are stalls (latencies, barriers, bank conflicts) and what works
+outside the SM's pipes: the TMA's writes to shared memory, and atomic additions in the L2. So the
+figures say which pipe a kernel cannot be faster than, not how fast it is.
 
-How the main loop is found. A loop is a branch back to an instruction that dominates it (the
-detours of divergent warps branch back, too, but not to such a one), its body the instructions that
-lead to that branch. A *tile loop* holds tensor instructions and waits for its tile, at a
-barrier or an mbarrier, and holds no other such loop. The forward has two: careful tiles, with a
-mask and a maximum, and fast ones; where masks are, a second pass has careful tiles of its own. A
-loop inside that holds tensor instructions runs once per sub-tile (TILE_N / SUB_N times), any other
-(polling an mbarrier) counts once; branches that skip code, such as the copies of tiles beyond the
-end, are not taken. The main loop is the tile loop that issues the fewest instructions for each
-tensor instruction.
+How the main loop is found. A loop is a branch back to an instruction that dominates it (divergent
+warps branch back, too, but not to such an instruction); its body is the instructions that lead to
+that branch. A *tile loop* holds tensor instructions, waits for its tile at a barrier or an
+mbarrier, and holds no other such loop. The forward has two: masked iterations, which update the row
+max, and unmasked ones; with masks, the second pass has masked iterations as well. A loop inside
+that holds tensor instructions runs once per sub-tile (TILE_N / SUB_N times), any other (polling an
+mbarrier) counts once; branches that skip code, such as the copies of tiles beyond the end, are not
+taken. The main loop is the tile loop that issues the fewest instructions for each tensor
+instruction.
 
-The backward has one tile loop, in whose body paths lie side by side: of the warps that hold K,
-with a mask and without, and of those that hold V; then all compute a part of dQ. A *path* is all
-that leads to, or follows, the tensor instructions that only it has, before the next tile.
-Exponentials tell which group of warps a path is of; of each group the one counts that issues the
-fewest instructions for each tensor instruction, which is that of tiles without a mask. What one
-thread does for all, asking the TMA for the next tile, counts in both.
+The backward has one tile loop, with several paths in its body: the warps that hold K, with a mask
+and without; the warps that hold V; then all warps for a part of dQ. A *path* is everything before
+and after the tensor instructions that only it has, up to the next tile. Exponentials show which
+group of warps a path belongs to. Of each group, the path with the fewest instructions for each
+tensor instruction counts: the one of unmasked iterations. What one thread does for all, asking the
+TMA for the next tile, counts in both.
 
 The unit of the forward is one tile of keys of one warp, that of the backward one tile of queries of
 two warps, one of each group, which share a sub-partition. Cycles are those of the SM sub-partition
@@ -72,7 +72,7 @@ RATES = (
     (r"HMMA\.16816\.F32.*", "tensor", (32, 16, 16)),
     (r"HMMA\.1688\.F32.*", "tensor", (16, 8, 8)),
     (r"HMMA\.16816\.F16.*", "tensor", 16),  # 1024 everywhere [derived]
-    # 8192 FLOP: block-scaled 2048 everywhere, fp16 accumulation likewise, fp32 half on GeForce
+    # 8192 FLOP: block-scaled and with fp16 accumulation 2048 everywhere, fp32 half on GeForce
     # [derived]; of GB10 nothing is published, here and below as PRO [assumed]
     (r"QMMA\.SF\.16832.*|QMMA\.16832\.F16.*", "tensor", 16),
     (r"QMMA\.16832\.F32.*", "tensor", (32, 16, 16)),
@@ -171,8 +171,8 @@ def disassemble(cubin: bytes) -> str:
 class Instruction:
     """One line of SASS."""
 
-    guard: str  # say @!P1, or empty
-    opcode: str  # with its modifiers, say LDSM.16.M88.4
+    guard: str  # for example @!P1, or empty
+    opcode: str  # with its modifiers, for example LDSM.16.M88.4
     operands: str
     target: int | None  # index of the instruction that it may branch to
 
@@ -421,7 +421,7 @@ class Figures:
 
 
 def analyse(plan: Plan, arch: str) -> Figures:
-    """Compiles a plan's kernel for `arch`, say "sm_120f", and counts its main loop.
+    """Compiles a plan's kernel for `arch`, such as "sm_120f", and counts its main loop.
 
     Raises:
         RuntimeError: NVRTC or nvdisasm is missing or fails.

@@ -204,6 +204,8 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .masked_score = scales.masked_score,
         .scale_in_cap = scales.scale_in_cap,
         .softmax_scale = shape->softmax_scale,
+        .dq = gradients->dq.data,
+        .dq_stride = outer_strides(&gradients->dq),
         .zero_share = CEIL_DIV(zero_chunks, MAX(plan->steps[0].blocks, 1)),
     };
 }

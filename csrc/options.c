@@ -113,16 +113,13 @@ static int read_window(PyObject *object, const char *name, void *field)
     struct fa_window *window = field;
     if (object == Py_None)
         return 0;
-    const bool is_pair = PySequence_Check(object) && PySequence_Size(object) == 2;
-    PyObject *left = is_pair ? PySequence_GetItem(object, 0) : NULL;
-    PyObject *right = left ? PySequence_GetItem(object, 1) : NULL;
+    PyObject *sides = PyTuple_CheckExact(object) ? Py_NewRef(object) : PySequence_Tuple(object);
     int status = -1;
-    if (!right)
+    if (!sides || PyTuple_Size(sides) != 2)
         fa_raise_value(PyExc_TypeError, name, "(left, right)", object);
-    else if (read_window_side(left, name, &window->left) == 0)
-        status = read_window_side(right, name, &window->right);
-    Py_XDECREF(left);
-    Py_XDECREF(right);
+    else if (read_window_side(PyTuple_GetItem(sides, 0), name, &window->left) == 0)
+        status = read_window_side(PyTuple_GetItem(sides, 1), name, &window->right);
+    Py_XDECREF(sides);
     return status;
 }
 

@@ -12,6 +12,8 @@ struct fa_window {
     int left, right; /* keys before and after the diagonal; FA_UNBOUNDED: all */
 };
 
+#define FA_NO_WINDOW {FA_UNBOUNDED, FA_UNBOUNDED}
+
 /* X(name, type of the field, reader in options.c, default in C, default in Python)
  *
  * What they mean is told to users by the docstring of flash_attn_func. PyObject fields are borrowed
@@ -19,8 +21,7 @@ struct fa_window {
 #define FA_CALL_OPTIONS(X)                                                                         \
     X(softmax_scale, float, scale, NAN, "None")                                                    \
     X(causal, bool, flag, false, "False")                                                          \
-    X(window_size, struct fa_window, window, ((struct fa_window){FA_UNBOUNDED, FA_UNBOUNDED}),     \
-      "(None, None)")                                                                              \
+    X(window_size, struct fa_window, window, FA_NO_WINDOW, "(None, None)")                         \
     X(learnable_sink, PyObject *, object, NULL, "None")                                            \
     X(softcap, float, softcap, 0, "0.0")                                                           \
     X(num_splits, int, count, 0, "0")                                                              \

@@ -34,13 +34,14 @@ static int64_t greatest_common_divisor(int64_t a, int64_t b)
 /* The dimensions that have steps, the smallest first. */
 static int sorted_dimensions(const struct fa_tensor *tensor, struct dimension *dimensions)
 {
-    const int64_t element = (int64_t)fa_dtype_size(tensor->dtype);
+    const int64_t element = fa_element_bytes(tensor->dtype);
     int count = 0;
     for (int i = 0; i < tensor->ndim; i++) {
-        if (tensor->shape[i] <= 1)
-            continue; /* with a stride that may be anything */
+        const int64_t size = tensor->shape[i];
+        if (size <= 1)
+            continue; /* its stride may be any number */
         const int64_t step = tensor->stride[i] * element;
-        dimensions[count++] = (struct dimension){tensor->shape[i], step < 0 ? -step : step};
+        dimensions[count++] = (struct dimension){size, step < 0 ? -step : step};
     }
     qsort(dimensions, (size_t)count, sizeof *dimensions, by_step);
     return count;
@@ -49,7 +50,7 @@ static int sorted_dimensions(const struct fa_tensor *tensor, struct dimension *d
 static struct runs runs_of(const struct fa_tensor *tensor)
 {
     struct dimension dimensions[FA_MAX_NDIM];
-    struct runs runs = {.length = (int64_t)fa_dtype_size(tensor->dtype)};
+    struct runs runs = {.length = fa_element_bytes(tensor->dtype)};
     const int count = sorted_dimensions(tensor, dimensions);
     int64_t reach = runs.length; /* bytes from the first to behind the last so far */
     for (int i = 0; i < count; i++) {

@@ -20,6 +20,18 @@ struct fa_step *fa_plan_add(struct fa_plan *plan, struct fa_step step)
     return &plan->steps[plan->step_count++];
 }
 
+struct fa_variant fa_plan_variant(const struct fa_plan_input *input)
+{
+    return (struct fa_variant){
+        .dtype = input->dtype,
+        .head_dim = input->head_dim,
+        .head_dim_v = input->head_dim_v,
+        .mask_right = input->mask_right,
+        .mask_left = input->mask_left,
+        .softcap = input->softcap,
+    };
+}
+
 int fa_plan_refuse(struct fa_plan_error *error, bool unsupported, const char *message)
 {
     *error = (struct fa_plan_error){unsupported, message};

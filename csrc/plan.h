@@ -28,6 +28,7 @@ struct fa_plan_input {
     int head_dim, head_dim_v;
     int window_left, window_right;
     int mask_right, mask_left; /* whether the window hides any key, on either side */
+    int all_see_keys;          /* whether every query sees a key */
     int softcap;               /* whether scores are capped */
     int sink;                  /* whether there is one */
     int num_splits;            /* 0: as the plan chooses; else at most as many parts of the keys */
@@ -123,6 +124,10 @@ void fa_plan_drop(struct fa_plan *plan, const char *choice, const char *why);
 
 /* Adds a launch. */
 struct fa_step *fa_plan_add(struct fa_plan *plan, struct fa_step step);
+
+/* The main kernel's constants that follow from what is computed, the same in both directions; those
+ * of the tile are left 0. */
+struct fa_variant fa_plan_variant(const struct fa_plan_input *input);
 
 /* Fills `error`; -1. */
 int fa_plan_refuse(struct fa_plan_error *error, bool unsupported, const char *message);

@@ -48,28 +48,30 @@ static int dq_buffers_of(const struct fa_plan_input *input)
     return input->deterministic && are_few ? 2 : 1;
 }
 
+static int tile_n_of(const struct fa_backward_tile *tile) { return tile->warps / 2 * tile->warp_n; }
+
+static int n_blocks_of(const struct fa_plan_input *input, const struct fa_backward_tile *tile)
+{
+    return CEIL_DIV(input->seqlen_k, tile_n_of(tile));
+}
+
 static struct fa_variant variant_of(const struct fa_plan_input *input,
                                     const struct fa_device *device,
                                     const struct fa_backward_tile *tile)
 {
-    return (struct fa_variant){
-        .kernel = FA_KERNEL_BACKWARD,
-        .dtype = input->dtype,
-        .head_dim = input->head_dim,
-        .head_dim_v = input->head_dim_v,
-        .warp_n = tile->warp_n,
-        .tile_m = tile->tile_m,
-        .sub_m = input->softcap ? 16 : tile->sub_m, /* a cap takes registers */
-        .dq_dim_warps = dq_dim_warps(tile, input->head_dim),
-        .warps = tile->warps,
-        .stages = tile->stages,
-        .tma = device->has_tma && input->tma_strides,
-        .mask_right = input->mask_right,
-        .mask_left = input->mask_left,
-        .softcap = input->softcap,
-        .deterministic = input->deterministic,
-        .dq_buffers = dq_buffers_of(input),
-    };
+    struct fa_variant variant = fa_plan_variant(input);
+    variant.kernel = FA_KERNEL_BACKWARD;
+    variant.warp_n = tile->warp_n;
+    variant.tile_m = tile->tile_m;
+    variant.sub_m = input->softcap ? 16 : tile->sub_m; /* a cap takes registers */
+    variant.dq_dim_warps = dq_dim_warps(tile, input->head_dim);
+    variant.warps = tile->warps;
+    variant.stages = tile->stages;
+    variant.tma = device->has_tma && input->tma_strides;
+    variant.deterministic = input->deterministic;
+    variant.dq_direct = n_blocks_of(input, tile) == 1 && input->all_see_keys;
+    variant.dq_buffers = variant.dq_direct ? 1 : dq_buffers_of(input);
+    return variant;
 }
 
 static int backward_smem(const struct fa_plan_input *input, const struct fa_variant *variant,
@@ -95,9 +97,13 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
     fa_plan_because(plan, "tile", "row of csrc/tiles.c for the larger head dim");
     if (input->softcap)
         fa_plan_because(plan, "sub_m", "16 queries at a time: the tanh of a cap takes registers");
+    if (variant->dq_direct)
+        fa_plan_because(plan, "dq_accum",
+                        "none: one tile holds all keys, so that a tile of dQ is one block's");
     if (input->deterministic)
         fa_plan_because(plan, "deterministic",
-                        variant->dq_buffers > 1
+                        variant->dq_direct ? "nothing adds to dQ"
+                        : variant->dq_buffers > 1
                             ? "blocks add to dQ in the order of their keys, to two accumulators in "
                               "turn: up to 16 (batch, head) pairs leave many blocks waiting"
                             : "blocks add to dQ in the order of their keys");
@@ -111,9 +117,9 @@ static void set_main(const struct fa_plan_input *input, const struct fa_plan_tar
     const struct fa_variant variant = variant_of(input, &target->device, tile);
     const int threads = tile->warps * 32;
     plan->tile_m = tile->tile_m;
-    plan->tile_n = tile->warps / 2 * tile->warp_n;
+    plan->tile_n = tile_n_of(tile);
     plan->m_blocks = CEIL_DIV(input->seqlen_q, plan->tile_m);
-    plan->n_blocks = CEIL_DIV(input->seqlen_k, plan->tile_n);
+    plan->n_blocks = n_blocks_of(input, tile);
     plan->smem_bytes = backward_smem(input, &variant, plan->tile_n);
     explain_main(input, target, &variant, plan);
     int by_smem;
@@ -261,24 +267,33 @@ static int64_t take(struct fa_workspace *workspace, int64_t count)
     return start;
 }
 
-static void set_after(const struct fa_plan_input *input, struct fa_plan *plan)
+static void set_workspace(const struct fa_plan_input *input, struct fa_plan *plan)
 {
-    const int accumulators = plan->steps[plan->main].variant.dq_buffers;
+    const struct fa_variant *main = &plan->steps[plan->main].variant;
+    const int buffers = main->dq_direct ? 0 : main->dq_buffers;
     const int64_t query_tiles = (int64_t)input->batch * input->heads_q * plan->m_blocks;
     const int64_t key_tiles = (int64_t)input->batch * input->heads_kv * plan->n_blocks;
-    const int64_t queries = query_tiles * plan->tile_m, keys = key_tiles * plan->tile_n;
-    const bool is_split = plan->splits > 1, is_ordered = input->deterministic;
+    const int64_t queries = query_tiles * plan->tile_m;
+    const int64_t keys = plan->splits > 1 ? key_tiles * plan->tile_n : 0; /* to accumulate */
+    const bool is_ordered = input->deterministic;
     struct fa_workspace *workspace = &plan->workspace;
     workspace->size = 2 * queries; /* the lse and delta of each */
     workspace->zeros = workspace->size;
-    workspace->dq_accum = take(workspace, accumulators * queries * input->head_dim);
-    workspace->dk_accum = take(workspace, is_split ? keys * input->head_dim : 0);
-    workspace->dv_accum = take(workspace, is_split ? keys * input->head_dim_v : 0);
-    workspace->dq_semaphores = take(workspace, is_ordered ? accumulators * query_tiles : 0);
-    workspace->dkv_semaphores = take(workspace, is_ordered && is_split ? key_tiles : 0);
+    workspace->dq_accum = take(workspace, buffers * queries * input->head_dim);
+    workspace->dk_accum = take(workspace, keys * input->head_dim);
+    workspace->dv_accum = take(workspace, keys * input->head_dim_v);
+    workspace->dq_semaphores = take(workspace, is_ordered ? buffers * query_tiles : 0);
+    workspace->dkv_semaphores = take(workspace, is_ordered && keys > 0 ? key_tiles : 0);
     workspace->block_counter = take(workspace, is_ordered ? 1 : 0);
-    add_postprocess(input, FA_JOB_DQ, queries, input->head_dim, plan);
-    if (is_split) {
+}
+
+static void add_steps_after(const struct fa_plan_input *input, struct fa_plan *plan)
+{
+    const int64_t queries = (int64_t)input->batch * input->heads_q * plan->m_blocks * plan->tile_m;
+    const int64_t keys = (int64_t)input->batch * input->heads_kv * plan->n_blocks * plan->tile_n;
+    if (!plan->steps[plan->main].variant.dq_direct)
+        add_postprocess(input, FA_JOB_DQ, queries, input->head_dim, plan);
+    if (plan->splits > 1) {
         add_postprocess(input, FA_JOB_DK, keys, input->head_dim, plan);
         add_postprocess(input, FA_JOB_DV, keys, input->head_dim_v, plan);
     }
@@ -301,6 +316,7 @@ int fa_plan_backward(const struct fa_plan_input *input, const struct fa_plan_tar
     if (set_grid(input, &target->device, plan, error) < 0)
         return -1;
     *first = preprocess(input, plan);
-    set_after(input, plan);
+    set_workspace(input, plan);
+    add_steps_after(input, plan);
     return 0;
 }

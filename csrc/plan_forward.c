@@ -158,22 +158,16 @@ static bool choose_packing(const struct fa_plan_input *input, int tile_m, struct
 static struct fa_variant variant_of(const struct fa_plan_input *input, const struct fa_tile *tile,
                                     bool packed)
 {
-    return (struct fa_variant){
-        .kernel = tile->kernel,
-        .dtype = input->dtype,
-        .head_dim = input->head_dim,
-        .head_dim_v = input->head_dim_v,
-        .tile_n = tile->tile_n,
-        .sub_n = tile->sub_n,
-        .warps = tile->warps,
-        .warp_m = tile->warp_m,
-        .stages = tile->stages,
-        .producer = tile->producer,
-        .mask_right = input->mask_right,
-        .mask_left = input->mask_left,
-        .softcap = input->softcap,
-        .pack_gqa = packed,
-    };
+    struct fa_variant variant = fa_plan_variant(input);
+    variant.kernel = tile->kernel;
+    variant.tile_n = tile->tile_n;
+    variant.sub_n = tile->sub_n;
+    variant.warps = tile->warps;
+    variant.warp_m = tile->warp_m;
+    variant.stages = tile->stages;
+    variant.producer = tile->producer;
+    variant.pack_gqa = packed;
+    return variant;
 }
 
 static void set_main(const struct fa_plan_input *input, const struct fa_plan_target *target,

@@ -2,7 +2,6 @@
 
 #include "platform.h"
 
-#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -15,16 +14,16 @@ const char *const FA_CUDA_DRIVER_NAME = "nvcuda.dll";
 
 void *fa_library_open(const char *path, char *reason, size_t reason_size)
 {
-    HMODULE library = LoadLibraryA(path);
-    if (library == NULL) {
-        snprintf(reason, reason_size, "cannot load %s (Windows error %lu)", path, GetLastError());
-    }
+    /* Of a name without a path, System32's: never one in the working directory. */
+    HMODULE library = LoadLibraryExA(path, NULL, LOAD_LIBRARY_SEARCH_DEFAULT_DIRS);
+    if (library == NULL)
+        snprintf(reason, reason_size, "Windows error %lu", GetLastError());
     return (void *)library;
 }
 
 void *fa_library_symbol(void *library, const char *name)
 {
-    return (void *)GetProcAddress((HMODULE)library, name);
+    return (void *)(intptr_t)GetProcAddress((HMODULE)library, name);
 }
 
 static int core_count(void)
@@ -55,12 +54,25 @@ bool fa_is_main_thread(void) { return true; } /* Windows has no such thread */
 
 static int64_t milliseconds_now(void) { return (int64_t)GetTickCount64(); }
 
+typedef volatile LONG64 shared_count;
+typedef volatile LONG shared_status;
+
+static int64_t count_up(shared_count *count) { return InterlockedExchangeAdd64(count, 1); }
+
+static int status_of(const shared_status *status) { return *status; }
+
+static void set_first(shared_status *status, int value)
+{
+    InterlockedCompareExchange(status, value, 0);
+}
+
 #else
 
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
 #include <sched.h>
+#include <stdatomic.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -126,6 +138,27 @@ static int64_t milliseconds_now(void)
     return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
+typedef _Atomic int64_t shared_count; /* returned as it was, then one more */
+typedef atomic_int shared_status;     /* set once from 0 */
+
+/* Relaxed is enough: the counter hands out indices only, a status ends loops; creating and joining
+ * the threads is what orders memory between them. */
+static int64_t count_up(shared_count *count)
+{
+    return atomic_fetch_add_explicit(count, 1, memory_order_relaxed);
+}
+
+static int status_of(const shared_status *status)
+{
+    return atomic_load_explicit(status, memory_order_relaxed);
+}
+
+static void set_first(shared_status *status, int value)
+{
+    int unset = 0;
+    atomic_compare_exchange_strong(status, &unset, value);
+}
+
 #endif
 
 int fa_thread_count(void)
@@ -142,8 +175,8 @@ int fa_thread_count(void)
 #define POLL_MS 50
 
 struct loop {
-    _Atomic int64_t next; /* the first index that no thread has taken yet */
-    atomic_int status;    /* not 0: the loop ends */
+    shared_count next;    /* the first index that no thread has taken yet */
+    shared_status status; /* not 0: the loop ends */
     int64_t tasks;
     fa_task *task;
     void *context;
@@ -156,22 +189,16 @@ struct fa_worker {
     int64_t ask_at; /* next at this time */
 };
 
-static void end(struct loop *loop, int status)
-{
-    int running = 0; /* the first status stays */
-    atomic_compare_exchange_strong(&loop->status, &running, status);
-}
-
 bool fa_has_ended(struct fa_worker *worker)
 {
     struct loop *loop = worker->loop;
-    if (atomic_load_explicit(&loop->status, memory_order_relaxed))
+    if (status_of(&loop->status))
         return true;
     if (!worker->asks || milliseconds_now() < worker->ask_at)
         return false;
     const bool interrupted = loop->threads->interrupted(loop->threads);
     if (interrupted)
-        end(loop, FA_INTERRUPTED);
+        set_first(&loop->status, FA_INTERRUPTED);
     worker->ask_at = milliseconds_now() + POLL_MS;
     return interrupted;
 }
@@ -180,14 +207,12 @@ static void work(struct fa_worker *worker)
 {
     struct loop *loop = worker->loop;
     while (!fa_has_ended(worker)) {
-        /* Relaxed is enough: the counter hands out indices only; creating and joining the threads
-         * is what orders memory between them. */
-        const int64_t index = atomic_fetch_add_explicit(&loop->next, 1, memory_order_relaxed);
+        const int64_t index = count_up(&loop->next);
         if (index >= loop->tasks)
             return;
         const int status = loop->task(loop->context, index, worker);
         if (status)
-            end(loop, status);
+            set_first(&loop->status, status);
     }
 }
 
@@ -213,5 +238,5 @@ int fa_parallel_for(int64_t tasks, struct fa_threads *threads, fa_task *task, vo
     for (int i = 0; i < started; i++)
         while (!thread_join(helpers[i], POLL_MS))
             fa_has_ended(&caller);
-    return atomic_load(&loop.status);
+    return status_of(&loop.status);
 }

@@ -52,4 +52,13 @@ static inline bool fa_shape_has_left_mask(const struct fa_shape *shape)
     return shape->window_left < shape->seqlen_k - 1; /* of the last query */
 }
 
+/* Whether every query sees a key: the first one has its right bound, the last one its left bound,
+ * within the sequence; and no window is empty, see options.c. */
+static inline bool fa_shape_all_see_keys(const struct fa_shape *shape)
+{
+    const int64_t diagonal = (int64_t)shape->seqlen_k - shape->seqlen_q;
+    return diagonal + shape->window_right >= 0 &&
+           shape->seqlen_q - 1 + diagonal - shape->window_left < shape->seqlen_k;
+}
+
 #endif

@@ -6,11 +6,10 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "arithmetic.h"
 #include "dlpack.h"
 #include "error.h"
 #include "import.h"
-
-size_t fa_dtype_size(enum fa_dtype dtype) { return dtype == FA_FLOAT32 ? 4 : 2; }
 
 const char *fa_dtype_name(enum fa_dtype dtype)
 {
@@ -95,14 +94,6 @@ static int read_device(DLDevice device, const char *name, enum fa_device_type *t
                     device.device_type);
 }
 
-bool fa_tensor_is_empty(const struct fa_tensor *tensor)
-{
-    for (int i = 0; i < tensor->ndim; i++)
-        if (tensor->shape[i] == 0)
-            return true;
-    return false;
-}
-
 /* Sets where the elements begin and end. Each must be within 2^62 bytes of the first, and all in
  * one address space: then no offset computed from indices, and no address, overflows. */
 static int set_extent(struct fa_tensor *tensor, const char *name)
@@ -110,14 +101,15 @@ static int set_extent(struct fa_tensor *tensor, const char *name)
     int64_t extent = 0, before = 0; /* elements */
     for (int i = 0; i < tensor->ndim; i++) {
         const int64_t stride = tensor->stride[i];
-        int64_t reach;
-        if (stride == INT64_MIN ||
-            __builtin_mul_overflow(stride < 0 ? -stride : stride, tensor->shape[i] - 1, &reach) ||
-            __builtin_add_overflow(extent, reach, &extent) || extent > INT64_MAX / 8)
+        const int64_t distance = stride >= 0 ? stride : stride > INT64_MIN ? -stride : INT64_MAX;
+        const int64_t reach = fa_saturating_multiply(distance, tensor->shape[i] - 1);
+        extent = fa_saturating_add(extent, reach);
+        if (extent > INT64_MAX / 8)
             goto too_far;
         before += stride < 0 ? reach : 0;
     }
-    const uintptr_t size = fa_dtype_size(tensor->dtype), data = (uintptr_t)tensor->data;
+    const uintptr_t size = (uintptr_t)fa_element_bytes(tensor->dtype),
+                    data = (uintptr_t)tensor->data;
     tensor->begin = data - (uintptr_t)before * size;
     tensor->end = data + (uintptr_t)(extent - before + 1) * size;
     if (tensor->begin <= data && data < tensor->end)
@@ -146,15 +138,15 @@ static int read_dltensor(struct fa_dlpack *dlpack, const DLTensor *source, const
             return fa_raise(PyExc_ValueError, "%s has a negative size, %lld, in dimension %d", name,
                             (long long)size, i);
         tensor->stride[i] = source->strides ? source->strides[i] : compact;
-        if (__builtin_mul_overflow(compact, size > 0 ? size : 1, &compact))
-            compact = INT64_MAX; /* set_extent refuses it where it is used */
+        /* What does not fit is refused by set_extent where it is used. */
+        compact = fa_saturating_multiply(compact, MAX(size, 1));
     }
     if (fa_tensor_is_empty(tensor))
         return 0;
     if (!source->data)
         return refuse(dlpack, tensor->object, name);
-    uintptr_t data;
-    if (__builtin_add_overflow((uintptr_t)source->data, source->byte_offset, &data))
+    const uintptr_t start = (uintptr_t)source->data, data = start + source->byte_offset;
+    if (data < start || source->byte_offset > UINTPTR_MAX)
         return fa_raise(PyExc_ValueError, "%s has a byte offset beyond its address space", name);
     tensor->data = (void *)data;
     return set_extent(tensor, name);
@@ -385,7 +377,7 @@ int fa_tensor_recheck(const struct fa_tensor *tensor, const char *name)
 
 bool fa_tensor_has_tma_strides(const struct fa_tensor *tensor)
 {
-    const int64_t size = (int64_t)fa_dtype_size(tensor->dtype), row = tensor->shape[3];
+    const int64_t size = fa_element_bytes(tensor->dtype), row = tensor->shape[3];
     for (int i = 0; i < 3; i++) {
         const int64_t stride = tensor->stride[i];
         if (tensor->shape[i] > 1 &&
@@ -411,7 +403,7 @@ void fa_tensor_release(struct fa_tensor *tensor)
 bool fa_tensor_is_readable(const struct fa_tensor *tensor)
 {
     const int last = tensor->ndim - 1;
-    const int64_t size = (int64_t)fa_dtype_size(tensor->dtype);
+    const int64_t size = fa_element_bytes(tensor->dtype);
     if (fa_tensor_is_empty(tensor))
         return true;
     if ((tensor->shape[last] > 1 && tensor->stride[last] != 1) || (uintptr_t)tensor->data % 16 != 0)
@@ -432,7 +424,7 @@ bool fa_tensor_is_contiguous(const struct fa_tensor *tensor)
             return false;
         compact *= tensor->shape[i];
     }
-    return (uintptr_t)tensor->data % fa_dtype_size(tensor->dtype) == 0;
+    return (uintptr_t)tensor->data % (uintptr_t)fa_element_bytes(tensor->dtype) == 0;
 }
 
 /* "float32 (2, 5, 4, 16) on cpu:0" */

@@ -56,11 +56,11 @@ static int read_ints(PyObject *row, struct fa_tile_row *into)
         return -1;
     }
     for (Py_ssize_t i = 0; i < count; i++) {
-        const long value = PyLong_AsLong(PyTuple_GetItem(row, i));
+        const long long value = PyLong_AsLongLong(PyTuple_GetItem(row, i));
         if (value == -1 && PyErr_Occurred())
             return -1;
         if (value < FA_ANY || value > INT_MAX) {
-            PyErr_Format(PyExc_ValueError, "%ld is out of range in the tile row %R", value, row);
+            PyErr_Format(PyExc_ValueError, "%lld is out of range in the tile row %R", value, row);
             return -1;
         }
         fields[i] = (int)value;

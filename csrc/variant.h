@@ -55,6 +55,7 @@ enum fa_code {
     X(producer, "PRODUCER", FA_ONLY(FORWARD_TMA), "_p", FA_NUMBER)                                 \
     X(dq_dim_warps, "DQ_DIM_WARPS", FA_BACKWARDS, "_dqw", FA_NUMBER)                               \
     X(dq_buffers, "DQ_BUFFERS", FA_BACKWARDS, "_dqb", FA_NUMBER)                                   \
+    X(dq_direct, "DQ_DIRECT", FA_BACKWARDS, "_dqd", FA_FLAG)                                       \
     X(tma, "TMA", FA_BACKWARDS, "_tma", FA_FLAG)                                                   \
     X(mask_right, "MASK_RIGHT", FA_MAIN, "_right", FA_FLAG)                                        \
     X(mask_left, "MASK_LEFT", FA_MAIN, "_left", FA_FLAG)                                           \

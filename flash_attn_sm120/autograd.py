@@ -1,14 +1,25 @@
-"""What torch asks of an operation besides its result: gradients, and autocast."""
+"""What torch asks of an operation besides its result: gradients, and autocast.
+
+One formula, recorded in two ways: around the operator where torch follows the call, and around the
+call of C where it does not, which takes half the time.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import nullcontext
+from typing import Any, NoReturn
 
 import torch
+from torch._functorch import autograd_function as functorch
+from torch.autograd import Function, profiler
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from flash_attn_sm120 import _C
+from flash_attn_sm120 import ops
+from flash_attn_sm120.following import is_followed
 from flash_attn_sm120.plan import ScalarOptions
+
+Forward = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def attend(
@@ -20,14 +31,8 @@ def attend(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``(out, lse)`` of a call that autograd is to record; lse is None without ``return_lse``."""
-    for name, x in (("q", q), ("k", k), ("v", v), ("learnable_sink", learnable_sink)):
-        if x is not None and not isinstance(x, torch.Tensor):
-            raise TypeError(
-                f"{name} must be a torch.Tensor where a gradient is wanted, got {type(x).__name__}"
-            )
-    results = _Attention.apply(  # type: ignore[no-untyped-call]
-        q, k, v, learnable_sink, options, return_lse
-    )
+    ops.check_tensors("a gradient is wanted", q, k, v, learnable_sink)
+    results = _record(ops.run_forward, return_lse, options, q, k, v, learnable_sink)
     return results if return_lse else (results, None)
 
 
@@ -36,6 +41,132 @@ def written_in_place(*tensors: Any) -> None:
     for x in tensors:
         if isinstance(x, torch.Tensor) and not x.is_inference():
             torch.autograd.graph.increment_version(x)
+
+
+# ---- the formula ---------------------------------------------------------------------------------
+
+
+class _Attention(Function):
+    """Keeps q, k, v, out and lse (and the sink) for the backward, which recomputes all else."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        forward: Forward,
+        return_lse: bool,
+        options: ScalarOptions,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        sink: torch.Tensor | None,
+    ) -> Any:
+        out, lse = forward(q, k, v, sink, options)
+        ctx.save_for_backward(q, k, v, sink, out, lse)
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        return (out, lse) if return_lse else out
+
+    @staticmethod
+    def backward(  # type: ignore[no-untyped-def]
+        ctx, dout: torch.Tensor | None, dlse: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor | None, ...]:
+        q, k, v, sink, out, lse = ctx.saved_tensors
+        if dout is None:  # only lse has been used
+            dout = torch.zeros_like(out)
+        # A gradient that is to be differentiated again comes from the operator, which refuses.
+        by_operator = (
+            torch.is_grad_enabled()
+            or is_followed(q, k, v, sink, dout, dlse)
+            or profiler._is_profiler_enabled
+        )
+        run = ops.backward if by_operator else ops.run_backward
+        dq, dk, dv, dsink = run(dout, dlse, q, k, v, sink, out, lse, ctx.options)
+        _, _, _, wants_q, wants_k, wants_v, wants_sink = ctx.needs_input_grad
+        return (
+            None,
+            None,
+            None,
+            dq if wants_q else None,
+            dk if wants_k else None,
+            dv if wants_v else None,
+            dsink.to(sink.dtype) if wants_sink and dsink is not None else None,
+        )
+
+    @staticmethod
+    def jvp(ctx, *_: Any) -> NoReturn:  # type: ignore[no-untyped-def]
+        raise NotImplementedError(
+            "flash_attn_func has no forward derivative (dual numbers, torch.func.jvp, jacfwd): "
+            "use torch.func.vjp or jacrev"
+        )
+
+
+class _Gradients(Function):
+    """A function of its own, to say that it has no derivative instead of passing for a constant."""
+
+    @staticmethod
+    def forward(ctx, backward: Callable[..., Any], *tensors: Any) -> Any:  # type: ignore[no-untyped-def]
+        return backward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *_: Any) -> NoReturn:  # type: ignore[no-untyped-def]
+        raise RuntimeError(
+            "flash_attn_func has no second derivative: a gradient that came through it cannot be "
+            "differentiated again (create_graph=True)"
+        )
+
+    @staticmethod
+    def jvp(ctx, *_: Any) -> NoReturn:  # type: ignore[no-untyped-def]
+        raise RuntimeError(
+            "flash_attn_func has no second derivative: a gradient that came through it cannot be "
+            "differentiated again (torch.func.hessian, dual numbers)"
+        )
+
+
+# torch.autograd.Function's own apply() asks first, in Python, for what is_followed() has answered.
+_record: Any = super(Function, _Attention).apply
+_record_gradients: Any = super(Function, _Gradients).apply
+
+
+# ---- the operators' derivatives ------------------------------------------------------------------
+
+
+def _forward(keyset: Any, *tensors: Any, **options: Any) -> Any:
+    def below(*arguments: Any) -> Any:
+        return _redispatch(ops.FORWARD, keyset, *arguments[:-1], **options)
+
+    with _one_level():
+        return _record(below, True, ops.from_schema(**options), *tensors)
+
+
+def _backward(keyset: Any, *tensors: Any, **options: Any) -> Any:
+    def below(*tensors: Any) -> Any:
+        return _redispatch(ops.BACKWARD, keyset, *tensors, **options)
+
+    with _one_level():
+        return _record_gradients(below, *tensors)
+
+
+def _one_level() -> Any:
+    """What a Function needs inside an operator, where functorch has one of its levels at work."""
+    if torch._C._are_functorch_transforms_active():
+        return functorch.enable_single_level_autograd_function()  # type: ignore[attr-defined]
+    return nullcontext()
+
+
+def _redispatch(op: Any, keyset: Any, *arguments: Any, **options: Any) -> Any:
+    """The operator below autograd: functorch's outer levels, modes, then the kernel.
+
+    Function.forward() runs without gradients, which the outer levels may want.
+    """
+    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad(), _set_fwd_grad_enabled(True):
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **options)
+
+
+ops.LIBRARY.impl("forward", _forward, "Autograd", with_keyset=True)
+ops.LIBRARY.impl("backward", _backward, "Autograd", with_keyset=True)
+
+
+# ---- autocast ------------------------------------------------------------------------------------
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
@@ -54,66 +185,16 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.get_autocast_dtype(device_type))
 
 
-class _Attention(torch.autograd.Function):
-    """Keeps q, k, v, out and lse (and the sink) for the backward, which recomputes all else."""
+def _under_autocast(key: str) -> Callable[..., Any]:
+    keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        sink: torch.Tensor | None,
-        options: ScalarOptions,
-        return_lse: bool,
-    ) -> Any:
-        out, lse = _C.forward(q, k, v, learnable_sink=sink, return_lse=True, **options)
-        ctx.save_for_backward(q, k, v, sink, out, lse)
-        ctx.set_materialize_grads(False)
-        ctx.options = options
-        return (out, lse) if return_lse else out
+    def forward(q: Any, k: Any, v: Any, sink: Any, **options: Any) -> Any:
+        q, k, v = autocast(q, k, v)
+        with torch._C._ExcludeDispatchKeyGuard(keys):
+            return ops.FORWARD(q, k, v, sink, **options)
 
-    @staticmethod
-    def backward(  # type: ignore[no-untyped-def]
-        ctx, dout: torch.Tensor | None, dlse: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor | None, ...]:
-        # Recorded only where somebody would differentiate again: recording takes time.
-        gradients_of: Callable[..., Any] = (
-            _Gradients.apply if torch.is_grad_enabled() else _gradients
-        )
-        gradients = gradients_of(dout, dlse, *ctx.saved_tensors, ctx.options)
-        wanted = zip(gradients, ctx.needs_input_grad[:4], strict=True)
-        return (*(gradient if needed else None for gradient, needed in wanted), None, None)
+    return forward
 
 
-def _gradients(
-    dout: torch.Tensor | None,
-    dlse: torch.Tensor | None,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sink: torch.Tensor | None,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    options: ScalarOptions,
-) -> tuple[torch.Tensor | None, ...]:
-    """Those of q, k, v and the sink."""
-    if dout is None:  # only lse has been used
-        dout = torch.zeros_like(out)
-    dq, dk, dv, dsink = _C.backward(dout, q, k, v, out, lse, dlse, learnable_sink=sink, **options)
-    return dq, dk, dv, None if sink is None else dsink.to(sink.dtype)
-
-
-class _Gradients(torch.autograd.Function):
-    """A function of its own, to say that it has no derivative instead of passing for a constant."""
-
-    @staticmethod
-    def forward(ctx, *arguments: Any) -> tuple[torch.Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        return _gradients(*arguments)
-
-    @staticmethod
-    def backward(ctx, *_: Any) -> Any:  # type: ignore[no-untyped-def]
-        raise RuntimeError(
-            "flash_attn_func has no second derivative: a gradient that came through it cannot be "
-            "differentiated again (create_graph=True)"
-        )
+for _key in ("AutocastCPU", "AutocastCUDA"):
+    ops.LIBRARY.impl("forward", _under_autocast(_key), _key)

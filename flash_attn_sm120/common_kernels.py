@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from flash_attn_sm120 import _C, jit, tuned_tiles
+from flash_attn_sm120.files import one_line
 from flash_attn_sm120.plan import Kernel, Plan, explain, explain_backward
 
 DTYPES = (torch.bfloat16, torch.float16)
@@ -94,10 +95,7 @@ def warmup(
     """
     driver_version = 0
     if arch is None:
-        driver_version, devices = _C.devices()
-        if not devices:
-            raise RuntimeError("there is no CUDA device to compile for: name an architecture")
-        arch = devices[0]["arch"]
+        driver_version, arch = _first_device()
     chosen: int = arch
 
     def ready(kernel: Kernel) -> Kernel:
@@ -106,6 +104,17 @@ def warmup(
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return sum(1 for _ in progress(pool.map(ready, common_kernels(chosen))))
+
+
+def _first_device() -> tuple[int, int]:
+    """The driver's version and the compute capability of the first CUDA device."""
+    try:
+        driver_version, devices = _C.devices()
+    except RuntimeError as error:
+        raise RuntimeError(one_line(f"{error}: name an architecture to compile for")) from error
+    if not devices:
+        raise RuntimeError("there is no CUDA device to compile for: name an architecture")
+    return driver_version, devices[0]["arch"]
 
 
 def prebuild(directory: Path, architectures: Iterable[str]) -> None:

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
+from torch.autograd import profiler
 
-from flash_attn_sm120 import _C, autograd
+from flash_attn_sm120 import _C, autograd, ops
+from flash_attn_sm120.following import is_followed
 from flash_attn_sm120.plan import ScalarOptions, Tensor, Window
 
 
@@ -126,47 +128,50 @@ def flash_attn_func(
             block_sparse_tensors_bwd=block_sparse_tensors_bwd,
             **unsupported,
         )
-    if torch._C._is_any_autocast_enabled():
-        q, k, v = autograd.autocast(q, k, v)
-    if torch.is_grad_enabled() and (
-        getattr(q, "requires_grad", None) is True
-        or getattr(k, "requires_grad", None) is True
-        or getattr(v, "requires_grad", None) is True
-        or getattr(learnable_sink, "requires_grad", None) is True
-    ):
-        if out is not None or lse is not None:
-            raise RuntimeError(
-                "flash_attn_func(..., out=, lse=) does not support automatic differentiation, but "
-                "an argument requires grad: call it under torch.no_grad()"
-            )
-        options: ScalarOptions = {
-            "softmax_scale": softmax_scale,
-            "causal": causal,
-            "window_size": window_size,
-            "softcap": softcap,
-            "num_splits": num_splits,
-            "pack_gqa": pack_gqa,
-            "deterministic": deterministic,
-        }
-        return autograd.attend(q, k, v, learnable_sink, options, return_lse)
-    results = _C.forward(
-        q,
-        k,
-        v,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=window_size,
-        learnable_sink=learnable_sink,
-        softcap=softcap,
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        return_lse=return_lse,
-        out=out,
-        lse=lse,
+    in_place = out is not None or lse is not None
+    by_operator = is_followed(q, k, v, learnable_sink) or (
+        is_followed(q, k, v, out, lse) if in_place else profiler._is_profiler_enabled
     )
-    if out is not None or lse is not None:
-        autograd.written_in_place(out, lse)
-    return results
+    if not by_operator and torch._C._is_any_autocast_enabled():
+        q, k, v = autograd.autocast(q, k, v)
+    if not by_operator and not (
+        torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, learnable_sink)
+    ):
+        results = _C.forward(
+            q,
+            k,
+            v,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            learnable_sink=learnable_sink,
+            softcap=softcap,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            return_lse=return_lse,
+            out=out,
+            lse=lse,
+        )
+        if in_place:
+            autograd.written_in_place(out, lse)
+        return results
+    if in_place:
+        raise RuntimeError(
+            "flash_attn_func(..., out=, lse=) does not support automatic differentiation, nor "
+            "anything else by which torch follows a call (torch.compile, torch.func, modes, tensor "
+            "subclasses, lazy negation): leave them out, or call it under torch.no_grad()"
+        )
+    options: ScalarOptions = {
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "softcap": softcap,
+        "num_splits": num_splits,
+        "pack_gqa": pack_gqa,
+        "deterministic": deterministic,
+    }
+    attend = ops.attend if by_operator else autograd.attend
+    return attend(q, k, v, learnable_sink, options, return_lse)
 
 
 def flash_attn_varlen_func(*_: Any, **__: Any) -> NoReturn:

@@ -22,14 +22,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from flash_attn_sm120 import cache
+from flash_attn_sm120 import cache, files, nvrtc
+from flash_attn_sm120.nvrtc import Version
 
 PREBUILT = Path(__file__).resolve().parent / "prebuilt"
 
 OPTIONS = ("--std=c++17", "-default-device", "--ptxas-options=-v")
 PTX_OPTIONS = ("-lineinfo",)
-
-Version = tuple[int, int]  # (major, minor)
 
 
 class Build(NamedTuple):
@@ -70,16 +69,32 @@ def compile(
     job = _Job(kernel, name, options, architecture(compute_capability, ptx=ptx), sources(kernel))
     shipped = None if ptx else _find_prebuilt(job)
     if shipped and (driver_version == 0 or _cuda_major(shipped) <= driver_version // 1000):
-        return shipped.read_bytes()
+        return files.read(shipped)
     try:
-        version = nvrtc_version()
-        _check_driver(version, driver_version)
-        job = job._replace(arch=architecture(compute_capability, version, ptx))
+        version = _version_for(compute_capability, driver_version)
     except RuntimeError:
         if not shipped:
             raise
-        return shipped.read_bytes()  # of a newer CUDA than the driver's: no promise, but a chance
-    return cache.get_or_build(job.key(f"nvrtc {_dotted(version)}"), lambda: _run_nvrtc(job).code)
+        return files.read(shipped)  # of a newer CUDA than the driver's: no promise, but a chance
+    job = job._replace(arch=architecture(compute_capability, version, ptx))
+    compiler = f"nvrtc {nvrtc.dotted(version)}"
+    return cache.get_or_build(job.key(compiler), lambda: _run_nvrtc(job).code)
+
+
+def _version_for(compute_capability: int, driver_version: int) -> Version:
+    """The version of NVRTC, which serves a device and its driver.
+
+    Raises:
+        RuntimeError: it does not, or is missing; the message says what to install.
+    """
+    try:
+        version = nvrtc_version()
+    except nvrtc.Missing as missing:
+        raise nvrtc.Missing(missing.reason, compute_capability, driver_version) from missing
+    reason = nvrtc.why_not(version, compute_capability, driver_version)
+    if reason:
+        raise RuntimeError(reason)
+    return version
 
 
 def build(kernel: str, name: str, options: tuple[str, ...], arch: str) -> Build:
@@ -125,7 +140,7 @@ def prebuild(
         return list(pool.map(write, dict.fromkeys(variants)))
 
 
-def architecture(compute_capability: int, nvrtc: Version = (12, 9), ptx: bool = False) -> str:
+def architecture(compute_capability: int, version: Version = (12, 9), ptx: bool = False) -> str:
     """What NVRTC of a version calls a compute capability: 120 -> ``"sm_120f"``.
 
     As the target of PTX it is ``"compute_120f"``.
@@ -134,20 +149,14 @@ def architecture(compute_capability: int, nvrtc: Version = (12, 9), ptx: bool = 
         RuntimeError: that NVRTC is older than the device.
     """
     prefix = "compute" if ptx else "sm"
+    if version < nvrtc.first_for(compute_capability):
+        raise RuntimeError(nvrtc.why_not(version, compute_capability, 0))
     if compute_capability == 90:
         return f"{prefix}_90a"
     if compute_capability not in (120, 121):
         return f"{prefix}_{compute_capability}"
-    if nvrtc >= (12, 9):
-        return f"{prefix}_120f"  # the family: one cubin for 12.0 and 12.1
-    if nvrtc == (12, 8) and compute_capability == 120:
-        return f"{prefix}_120a"
-    needed = "12.8" if compute_capability == 120 else "12.9"
-    raise RuntimeError(
-        f"compute capability {compute_capability // 10}.{compute_capability % 10} needs NVRTC "
-        f"{needed} or newer, found {_dotted(nvrtc)}: "
-        "pip install --upgrade cuda-bindings nvidia-cuda-nvrtc"
-    )
+    # The family: one cubin for 12.0 and 12.1.
+    return f"{prefix}_120f" if version >= (12, 9) else f"{prefix}_120a"
 
 
 # ---- sources and keys ----------------------------------------------------------------------------
@@ -205,15 +214,8 @@ def nvrtc_version() -> Version:
     Raises:
         RuntimeError: as :func:`load_nvrtc`.
     """
-    from importlib import metadata
-
-    try:
-        bindings = metadata.version("cuda-bindings")
-        wheel = "nvidia-cuda-nvrtc-cu12" if bindings.startswith("12.") else "nvidia-cuda-nvrtc"
-        major, minor = metadata.version(wheel).split(".")[:2]
-    except metadata.PackageNotFoundError:
-        return load_nvrtc()[1]
-    return int(major), int(minor)
+    wheel = nvrtc.installed()
+    return wheel.version if wheel else load_nvrtc()[1]
 
 
 def load_nvrtc() -> tuple[ModuleType, Version]:
@@ -223,24 +225,14 @@ def load_nvrtc() -> tuple[ModuleType, Version]:
         RuntimeError: either is missing; the message says what to install.
     """
     try:
-        nvrtc = importlib.import_module("cuda.bindings.nvrtc")
-        version = _call(nvrtc.nvrtcVersion)
+        wheel = nvrtc.installed()
+        if wheel:
+            nvrtc.load(wheel.library)
+        api = importlib.import_module("cuda.bindings.nvrtc")
+        version = _call(api.nvrtcVersion)
     except (ImportError, OSError, RuntimeError) as error:
-        raise RuntimeError(
-            f"compiling a kernel needs NVRTC, which was not found ({str(error).strip()}): "
-            "pip install cuda-bindings nvidia-cuda-nvrtc"
-        ) from error
-    return nvrtc, version
-
-
-def _check_driver(nvrtc: Version, driver_version: int) -> None:
-    major, minor = driver_version // 1000, driver_version % 1000 // 10
-    if 0 < major < nvrtc[0]:
-        raise RuntimeError(
-            f"NVRTC {_dotted(nvrtc)} makes kernels that a driver for CUDA {major}.{minor} cannot "
-            f"load: update the driver, or install an NVRTC for CUDA {major} (for CUDA 12: "
-            "pip install 'cuda-bindings<13' nvidia-cuda-nvrtc-cu12)"
-        )
+        raise nvrtc.Missing(str(error)) from error
+    return api, version
 
 
 class _Made(NamedTuple):
@@ -250,7 +242,7 @@ class _Made(NamedTuple):
 
 
 def _run_nvrtc(job: _Job) -> _Made:
-    nvrtc, version = load_nvrtc()
+    api, version = load_nvrtc()
     flags = [f"--gpu-architecture={job.arch}", *OPTIONS, *job.options]
     if version >= (12, 9):
         # NVRTC's own cache, in the driver: it would call cuInit, and a hit has no log of ptxas.
@@ -258,7 +250,7 @@ def _run_nvrtc(job: _Job) -> _Made:
     main = f"{job.kernel}.cu"
     headers = {file: text for file, text in job.files.items() if file != main}
     program = _call(
-        nvrtc.nvrtcCreateProgram,
+        api.nvrtcCreateProgram,
         job.files[main],
         main.encode(),
         len(headers),
@@ -267,22 +259,22 @@ def _run_nvrtc(job: _Job) -> _Made:
     )
     try:
         start = time.perf_counter()
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(flags), [f.encode() for f in flags])
+        (status,) = api.nvrtcCompileProgram(program, len(flags), [f.encode() for f in flags])
         seconds = time.perf_counter() - start
-        log = _read(nvrtc.nvrtcGetProgramLogSize, nvrtc.nvrtcGetProgramLog, program)
+        log = _read(api.nvrtcGetProgramLogSize, api.nvrtcGetProgramLog, program)
         text = log.decode(errors="replace").strip("\0 \n")
         if status != 0:
             raise RuntimeError(
-                f"NVRTC {_dotted(version)} cannot compile the kernel {job.name} for {job.arch} "
-                f"({status.name}):\n{text}"
+                f"NVRTC {nvrtc.dotted(version)} cannot compile the kernel {job.name} for "
+                f"{job.arch} ({status.name}):\n{text}"
             )
         if job.arch.startswith("compute_"):
-            code = _read(nvrtc.nvrtcGetPTXSize, nvrtc.nvrtcGetPTX, program)
+            code = _read(api.nvrtcGetPTXSize, api.nvrtcGetPTX, program)
         else:
-            code = _read(nvrtc.nvrtcGetCUBINSize, nvrtc.nvrtcGetCUBIN, program)
+            code = _read(api.nvrtcGetCUBINSize, api.nvrtcGetCUBIN, program)
         return _Made(code, text, seconds)
     finally:
-        nvrtc.nvrtcDestroyProgram(program)
+        api.nvrtcDestroyProgram(program)
 
 
 def _resources(log: str, kernel: str) -> tuple[int, int, int]:
@@ -308,7 +300,3 @@ def _read(size: Callable[..., Any], fill: Callable[..., Any], program: Any) -> b
     buffer = bytearray(_call(size, program))
     _call(fill, program, buffer)
     return bytes(buffer)
-
-
-def _dotted(version: Version) -> str:
-    return ".".join(map(str, version))

@@ -30,6 +30,7 @@
  *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
  *   SOFTCAP                1: scores are capped by a tanh
  *   DETERMINISTIC          1: ordered accumulation: blocks add to dQ in the order of their keys
+ *   DQ_DIRECT              1: one block has all keys, and stores dQ instead of adding to it
  *   DQ_BUFFERS             accumulators of dQ: block n of keys adds to number n % DQ_BUFFERS. With
  *                          ordered accumulation, alternate buffers let adjacent blocks overlap */
 #include "params.h"
@@ -38,35 +39,47 @@
 #include "backward_queries.cuh"
 #include "score.cuh"
 
+/* Masked scores may be set before product 1, which adds to them, where no step of score.cuh comes
+ * between it and the mask: then nothing delays the exponentials. */
+constexpr bool MASKS_FIRST = !SOFTCAP;
+
 /* Products 1 and 3 of warp group 0: P^T to shared memory, and dV. `word_smem` is the address of
  * this lane's first word of P^T, `key` that word's key. MASKED: some query of the tile does not see
  * some key of the block. */
 template <bool MASKED>
-__device__ __forceinline__ void
-compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][4], const unsigned (&K_rmem)[N_FRAGS][MAX_STEPS][4],
-           const query_tile &tile, unsigned word_smem, int key, const fa_backward_params &params)
+__device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][4],
+                                           const unsigned (&K_rmem)[N_FRAGS][MAX_STEPS][4],
+                                           const query_tile &tile, unsigned word_smem, int key,
+                                           const sequence<fa_backward_params> &seq)
 {
+    const fa_backward_params &params = seq.params;
     tile.wait_Q();
     if (!WAITS_LATE_FOR_DO)
         tile.wait_dO();
 #pragma unroll
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
-        /* Product 1: S^T [WARP_N, SUB_M] = K * Q^T. Masked scores are set before it where no cap
-         * comes after: then nothing stands between the product and the exponentials. */
+        const int query = tile.query0 + m0 + 2 * quad_lane(); /* of S_rmem[0][0][0] */
+        const auto coords_of = [&](int row, int column) -> score_coords {
+            return {tile.head, query + column, key + row};
+        };
+
+        /* Product 1: S^T [WARP_N, SUB_M] = K * Q^T, and the steps of score.cuh. */
         float S_rmem[N_FRAGS][M_FRAGS][4];
         unsigned P_rmem[N_FRAGS][M_FRAGS / 2][4];
         set_to_zero(S_rmem);
-        if (MASKED && !SOFTCAP)
-            mask_scores(S_rmem, params, key, tile.query0 + m0 + 2 * quad_lane());
+        if (MASKED && MASKS_FIRST)
+            mask_sub_tile(S_rmem, seq, key, query);
         mma_ABt<Q_layout, D_STEPS, M_FRAGS>(S_rmem, K_rmem,
                                             not_before(tile.Q_smem + columns_first<Q_layout>()) +
                                                 m0 * Q_layout::ROW_BYTES);
         softcap(S_rmem, params.scale_in_cap);
-        if (MASKED && SOFTCAP)
-            mask_scores(S_rmem, params, key, tile.query0 + m0 + 2 * quad_lane());
+        score_mod(S_rmem, coords_of);
+        if (MASKED && !MASKS_FIRST)
+            mask_sub_tile(S_rmem, seq, key, query);
 
         /* P^T = 2^(S^T * scale_log2 - lse_log2), and for group 1, which computes dS^T from it, P^T
-         * times the derivative of the cap. */
+         * times the derivative of the cap. A score_mod's derivative belongs there, too, and
+         * dropout's share of dP^T to product 2. */
         float P_group_1[N_FRAGS][M_FRAGS][4];
 #pragma unroll
         for (int m = 0; m < M_FRAGS; m++) {
@@ -77,7 +90,7 @@ compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][4], const unsigned (&K_rmem)[N_F
                 for (int e = 0; e < 4; e++) {
                     const float s = S_rmem[n][m][e];
                     const float p = exp2_approx(s * params.scale_log2 - (e % 2 ? lse.y : lse.x));
-                    S_rmem[n][m][e] = p;
+                    S_rmem[n][m][e] = dropout(p, coords_of(16 * n + 8 * (e / 2), 8 * m + e % 2));
                     P_group_1[n][m][e] = SOFTCAP ? p * (1.0f - fminf(s * s, 1.0f)) : p;
                 }
         }
@@ -164,37 +177,16 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
     }
 }
 
-/* Product 5, all warps: dQ = dS [16 * DQ_ROW_FRAGS, TILE_N] * K [TILE_N, 8 * DQ_DIM_FRAGS], the
- * warp's part of dQ [TILE_M, HEAD_DIM], whose first fragment of queries and of dims are row_frag
- * and dim_frag. */
-__device__ __forceinline__ void compute_dQ(float (&dQ_rmem)[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4],
-                                           unsigned smem, int row_frag, int dim_frag)
-{
-    set_to_zero(dQ_rmem);
-    const unsigned dS_smem = not_before(smem + DS_OFFSET + columns_first<dS_layout>());
-    const unsigned K_smem = not_before(smem + K_OFFSET + rows_first<K_layout>());
-#pragma unroll
-    for (int k = 0; k < TILE_N / 16; k++) {
-        unsigned dS_rmem[DQ_ROW_FRAGS][1][4];
-#pragma unroll
-        for (int m = 0; m < DQ_ROW_FRAGS; m++)
-            ldmatrix_x4_trans(dS_rmem[m][0], dS_layout::moved(dS_smem, 16 * k, 2 * (row_frag + m)));
-        mma_AB<K_layout, 1, DQ_DIM_FRAGS>(dQ_rmem, dS_rmem, K_layout::moved(K_smem, 16 * k, 0),
-                                          dim_frag);
-    }
-}
-
 /* dK or dV of this warp's keys: to the tensor, or to the accumulator of all blocks that share the
  * keys. */
 template <int DIM>
 __device__ __forceinline__ void store_gradient(const float (&C_rmem)[N_FRAGS][MAX_FRAGS][4],
                                                void *tensor, const fa_strides &stride, float *accum,
-                                               const tile_coords &coords, int key0, float scale,
+                                               const backward_block &block, int key0, float scale,
                                                const fa_backward_params &params)
 {
-    const fa_int64 pair = static_cast<fa_int64>(coords.batch) * params.heads_kv + coords.head_kv;
-    element *gmem =
-        static_cast<element *>(tensor) + coords.batch * stride.batch + coords.head_kv * stride.head;
+    const fa_int64 pair = static_cast<fa_int64>(block.seq.batch) * params.heads_kv + block.head_kv;
+    element *gmem = static_cast<element *>(tensor) + block.seq.k_offset(stride, block.head_kv);
 #pragma unroll
     for (int n = 0; n < N_FRAGS; n++) {
         const int key = key0 + 16 * n + quad_row();
@@ -205,8 +197,25 @@ __device__ __forceinline__ void store_gradient(const float (&C_rmem)[N_FRAGS][MA
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 store_row<DIM / 8>(gmem + (key + 8 * half) * stride.seqlen, C_rmem[n], half, scale,
-                                   key + 8 * half < params.seqlen_k);
+                                   key + 8 * half < block.seq.seqlen_k());
         }
+    }
+}
+
+/* A warp's part of dQ to the tensor: rows from `query` on, dims from fragment `dim_frag` on. */
+__device__ __forceinline__ void store_dQ(const float (&dQ_rmem)[DQ_DIM_FRAGS][4],
+                                         const sequence<fa_backward_params> &seq, int head,
+                                         int query, int dim_frag)
+{
+    const fa_backward_params &params = seq.params;
+    element *gmem =
+        static_cast<element *>(params.dq) + seq.q_offset(params.dq_stride, head) + dim_frag * 8;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = query + quad_row() + 8 * half;
+        store_row<DQ_DIM_FRAGS>(gmem + row * params.dq_stride.seqlen, dQ_rmem, half,
+                                params.softmax_scale / P_SCALE, row < seq.seqlen_q(),
+                                HEAD_DIM / 8 - dim_frag);
     }
 }
 
@@ -219,25 +228,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int warp = __shfl_sync(0xffffffff, thread / 32, 0); /* uniform, as the compiler sees */
     const bool is_group_0 = warp < GROUP_WARPS;
 
-    /* ---- 1. Which keys, and which queries see them. */
-    int block = read_block_index();
+    /* ---- 1. Tile coordinates: which keys, and which queries see them. */
+    int number = read_block_index();
     if (DETERMINISTIC) {
-        /* Blocks wait for those with a lower number. Numbered as they start, these are running. */
+        /* Blocks wait for blocks with lower numbers. They are numbered in the order of their start,
+         * so that a block never waits for one that cannot start before it has ended. */
         if (thread == 0)
             st_shared(smem, atomic_add(params.block_counter, 1));
         __syncthreads();
-        block = ld_shared(smem);
+        number = ld_shared(smem);
         __syncthreads();
     }
-    const tile_coords coords(params, block);
+    const backward_block block(params, number);
+    const sequence<fa_backward_params> &seq = block.seq;
     const query_mask mask(params);
-    const int key0 = coords.n_block * TILE_N, key1 = key0 + TILE_N;
+    const int key0 = block.n_block * TILE_N, key1 = key0 + TILE_N;
     const int m_begin = mask.begin(key0) / TILE_M;
     const int m_end = max(ceil_div(mask.end(key1 - 1), TILE_M), m_begin);
-    query_walk<DETERMINISTIC> walk(params, coords, m_begin, m_end);
+    query_walk<DETERMINISTIC> walk(params, block, m_begin, m_end);
 
-    /* ---- 2. K to shared memory, K or V to registers, the first queries to shared memory. */
-    const query_loader queries{params, smem, thread, coords.batch};
+    /* ---- 2. Prologue: K to shared memory, for product 5; the first queries to shared memory; K or
+     * V to registers, for products 1 and 2. */
+    const query_loader queries{seq, smem, thread};
     if (TMA) {
         queries.init_mbarriers();
         __syncthreads(); /* make the mbarrier inits visible before first use */
@@ -245,9 +257,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (!is_group_0)
         barrier_arrive<THREADS>(UPPER_FREE);
     const copy_place<K_layout, THREADS> share;
-    share.copy(smem + K_OFFSET,
-               share.first_chunk(params.k, params.k_stride, coords.batch, coords.head_kv, key0),
-               params.k_stride.seqlen, params.seqlen_k - key0);
+    share.copy(smem + SMEM.k,
+               share.first_chunk(params.k, params.k_stride, seq.batch, block.head_kv, key0),
+               params.k_stride.seqlen, seq.seqlen_k() - key0);
     if (walk.begin < walk.end) {
         queries.load_Q(0, walk.head, walk.m_block);
         queries.load_dO(walk.head, walk.m_block);
@@ -258,17 +270,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     float dKV_rmem[N_FRAGS][MAX_FRAGS][4];   /* dV (group 0) or dK (group 1) */
     set_to_zero(dKV_rmem);
     if (is_group_0)
-        load_operand<HEAD_DIM>(KV_rmem, params.k, params.k_stride, coords.batch, coords.head_kv,
-                               warp_key, params.seqlen_k);
+        load_operand<HEAD_DIM>(KV_rmem, params.k, params.k_stride, seq.batch, block.head_kv,
+                               warp_key, seq.seqlen_k());
     else
-        load_operand<HEAD_DIM_V>(KV_rmem, params.v, params.v_stride, coords.batch, coords.head_kv,
-                                 warp_key, params.seqlen_k);
+        load_operand<HEAD_DIM_V>(KV_rmem, params.v, params.v_stride, seq.batch, block.head_kv,
+                                 warp_key, seq.seqlen_k());
 
     /* P^T and dS^T of this warp's keys: this lane's row for ldmatrix, and its first word. */
     const unsigned operand_smem =
-        smem + DS_OFFSET + rows_first<dS_layout>() + warp_row * dS_layout::ROW_BYTES;
+        smem + SMEM.ds + rows_first<dS_layout>() + warp_row * dS_layout::ROW_BYTES;
     const int lane_row = warp_row + thread % 32 / 4;
-    const unsigned word_smem = smem + DS_OFFSET + dS_layout::offset(lane_row, 0) + quad_lane() * 4;
+    const unsigned word_smem = smem + SMEM.ds + dS_layout::offset(lane_row, 0) + quad_lane() * 4;
 
     cp_async_wait_all();
     __syncthreads(); /* K, and without the TMA the first queries, have landed */
@@ -280,23 +292,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         query_walk<DETERMINISTIC> next = walk;
         next.advance();
         const int query0 = walk.m_block * TILE_M;
-        const query_tile tile(smem, count, query0);
-        const bool masked = key1 > params.seqlen_k ||
+        const query_tile tile(smem, count, walk.head, query0);
+        const bool masked = key1 > seq.seqlen_k() ||
                             (MASK_RIGHT && mask.begin(key1 - 1) > query0) ||
-                            (MASK_LEFT && mask.end(key0) < min(query0 + TILE_M, params.seqlen_q));
+                            (MASK_LEFT && mask.end(key0) < min(query0 + TILE_M, seq.seqlen_q()));
 
         if (STAGES == 2 && !last)
             queries.load_Q(stage ^ 1, next.head, next.m_block);
 
-        /* ---- 3. Products 1 and 3: P^T and dV. Products 2 and 4: dS^T and dK. */
+        /* ---- 3. Products 1 and 3 in group 0: P^T and dV. 2 and 4 in group 1: dS^T and dK. */
         if (!is_group_0)
             compute_dK(dKV_rmem, KV_rmem, tile, word_smem, operand_smem);
         else if (masked)
-            compute_dV<true>(dKV_rmem, KV_rmem, tile, word_smem, key0 + lane_row, params);
+            compute_dV<true>(dKV_rmem, KV_rmem, tile, word_smem, key0 + lane_row, seq);
         else
-            compute_dV<false>(dKV_rmem, KV_rmem, tile, word_smem, key0 + lane_row, params);
+            compute_dV<false>(dKV_rmem, KV_rmem, tile, word_smem, key0 + lane_row, seq);
 
-        /* ---- 4. The next tile of queries, as soon as neither group reads this one any more. */
+        /* ---- 4. Load the next tile of queries, once both groups have read this one. */
         if (!TMA)
             __syncthreads();
         else if (is_group_0)
@@ -311,42 +323,58 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         if (is_group_0)
             barrier_sync<THREADS>(LOWER_FULL);
 
-        /* ---- 5. Product 5: this warp's part of dQ.
+        /* ---- 5. Product 5: dQ [16 * DQ_ROW_FRAGS, 8 * DQ_DIM_FRAGS], this warp's part, = dS * K.
+         * It stands here because in a function it compiles to other code at HEAD_DIM 256.
          *
          * With ordered accumulation a semaphore counts the blocks of keys that have added to a tile
          * of dQ, and a block waits until all before it have. The count is read before the product,
          * which hides the latency of the L2; mostly it is right by then. A block adds itself to the
-         * count one tile late, while it computes the next: thread 0 has then passed the barriers
-         * LOWER_FREE and LOWER_FULL of that tile, which all warps reach after their additions to
-         * this one. So no barrier is needed for that alone, and as the additions have long landed,
-         * the release has nothing to wait for. */
-        const int dq_batch = coords.n_block % DQ_BUFFERS * params.batch + coords.batch;
+         * count one tile late, while it computes the next. By then thread 0 has passed LOWER_FREE
+         * and LOWER_FULL of that tile, at which the warps of group 0 and of group 1 arrive after
+         * their additions to this one: no other barrier is needed. And the additions have landed
+         * by then, so that the release has nothing to wait for. */
+        const int dq_batch = block.n_block % DQ_BUFFERS * params.batch + seq.batch;
         const fa_int64 dq_tile = query_tile_index(params, dq_batch, walk.head, walk.m_block);
         int added = 0;
-        if (DETERMINISTIC) {
+        if (DQ_IS_ORDERED) {
             if (semaphore && thread == 0)
-                end_turn(semaphore);
+                semaphore_release(semaphore);
             semaphore = params.dq_semaphores + dq_tile;
-            added = turns_ended(semaphore);
+            added = semaphore_load(semaphore);
         }
         const int group_warp = warp % GROUP_WARPS;
         const int row_frag =
             (is_group_0 ? 0 : HALF_FRAGS) + group_warp / DQ_DIM_WARPS * DQ_ROW_FRAGS;
         const int dim_frag = group_warp % DQ_DIM_WARPS * DQ_DIM_FRAGS;
         float dQ_rmem[DQ_ROW_FRAGS][DQ_DIM_FRAGS][4];
-        compute_dQ(dQ_rmem, smem, row_frag, dim_frag);
+        set_to_zero(dQ_rmem);
+        const unsigned dS_smem = not_before(smem + SMEM.ds + columns_first<dS_layout>());
+        const unsigned K_smem = not_before(smem + SMEM.k + rows_first<K_layout>());
+#pragma unroll
+        for (int k = 0; k < TILE_N / 16; k++) {
+            unsigned dS_rmem[DQ_ROW_FRAGS][1][4];
+#pragma unroll
+            for (int m = 0; m < DQ_ROW_FRAGS; m++)
+                ldmatrix_x4_trans(dS_rmem[m][0],
+                                  dS_layout::moved(dS_smem, 16 * k, 2 * (row_frag + m)));
+            mma_AB<K_layout, 1, DQ_DIM_FRAGS>(dQ_rmem, dS_rmem, K_layout::moved(K_smem, 16 * k, 0),
+                                              dim_frag);
+        }
         if (!is_group_0 && !last)
             barrier_arrive<THREADS>(UPPER_FREE);
 
-        /* ---- 6. Add it to the accumulator, in order. */
-        if (DETERMINISTIC)
-            while (added != (coords.n_block - mask.first_n_block(query0)) / DQ_BUFFERS)
-                added = turns_ended(semaphore);
+        /* ---- 6. Add dQ to its accumulator, after the blocks before this one; or store it. */
+        if (DQ_IS_ORDERED)
+            while (added != (block.n_block - mask.first_n_block(query0)) / DQ_BUFFERS)
+                added = semaphore_load(semaphore);
         float *accum = params.dq_accum + dq_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
 #pragma unroll
         for (int m = 0; m < DQ_ROW_FRAGS; m++)
-            add_to_accum<DQ_DIM_FRAGS>(accum + m * (16 * HEAD_DIM), dQ_rmem[m], dim_frag,
-                                       HEAD_DIM / 8);
+            if (DQ_DIRECT)
+                store_dQ(dQ_rmem[m], seq, walk.head, query0 + 16 * (row_frag + m), dim_frag);
+            else
+                add_to_accum<DQ_DIM_FRAGS>(accum + m * (16 * HEAD_DIM), dQ_rmem[m], dim_frag,
+                                           HEAD_DIM / 8);
         if (!TMA) {
             cp_async_wait_all();
             __syncthreads(); /* the next queries have landed */
@@ -354,29 +382,29 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         walk = next;
     }
 
-    if (DETERMINISTIC) {
-        __syncthreads(); /* all warps have added */
+    if (DQ_IS_ORDERED) {
+        __syncthreads(); /* all warps have added to the last tile */
         if (semaphore && thread == 0)
-            end_turn(semaphore);
+            semaphore_release(semaphore);
     }
 
-    /* ---- 7. dV and dK out. */
+    /* ---- 7. Epilogue: dV and dK out. The blocks that share the keys add in the order of their
+     * splits. */
     if (DETERMINISTIC && params.q_splits > 1) {
-        const fa_int64 pair =
-            static_cast<fa_int64>(coords.batch) * params.heads_kv + coords.head_kv;
-        semaphore = params.dkv_semaphores + pair * params.n_blocks + coords.n_block;
-        while (turns_ended(semaphore) != coords.q_split)
+        const fa_int64 pair = static_cast<fa_int64>(seq.batch) * params.heads_kv + block.head_kv;
+        semaphore = params.dkv_semaphores + pair * params.n_blocks + block.n_block;
+        while (semaphore_load(semaphore) != block.q_split)
             ;
     }
     if (is_group_0)
-        store_gradient<HEAD_DIM_V>(dKV_rmem, params.dv, params.dv_stride, params.dv_accum, coords,
+        store_gradient<HEAD_DIM_V>(dKV_rmem, params.dv, params.dv_stride, params.dv_accum, block,
                                    warp_key, 1.0f / P_SCALE, params);
     else
-        store_gradient<HEAD_DIM>(dKV_rmem, params.dk, params.dk_stride, params.dk_accum, coords,
+        store_gradient<HEAD_DIM>(dKV_rmem, params.dk, params.dk_stride, params.dk_accum, block,
                                  warp_key, params.softmax_scale / P_SCALE, params);
     if (DETERMINISTIC && params.q_splits > 1) {
         __syncthreads(); /* all warps have added */
         if (thread == 0)
-            end_turn(semaphore);
+            semaphore_release(semaphore);
     }
 }

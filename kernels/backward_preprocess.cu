@@ -1,5 +1,6 @@
-/* What backward.cu needs of every query: its lse in powers of two, and delta = dO.O - dlse. And
- * what has to be zero before backward.cu adds to it.
+/* Before backward.cu: lse_log2 and delta = dO.O - dlse of every query, and zeros in the
+ * accumulators and semaphores. A block takes a tile of queries [TILE_M], and a share of what is
+ * zeroed.
  *
  * Constants as in backward.cu: DTYPE, HEAD_DIM_V, TILE_M. */
 #include "params.h"
@@ -8,7 +9,7 @@
 
 constexpr int THREADS = FA_PREPROCESS_THREADS;
 
-/* The lanes of a row, a chunk each. */
+/* Lanes that share a row, with one chunk each: a power of two, for the shuffles. */
 constexpr int row_lanes(int chunks)
 {
     int lanes = 1;
@@ -18,7 +19,7 @@ constexpr int row_lanes(int chunks)
 }
 constexpr int CHUNKS = HEAD_DIM_V / 8;
 constexpr int LANES = row_lanes(CHUNKS);
-constexpr int ROWS = THREADS / LANES; /* at a time */
+constexpr int ROWS = THREADS / LANES; /* of a block, at a time */
 
 __device__ __forceinline__ float dot_2(unsigned a, unsigned b)
 {
@@ -43,7 +44,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const element *dout = static_cast<const element *>(params.dout) +
                           batch * params.dout_stride.batch + head * params.dout_stride.head +
                           lane * 8;
-    float *stats = params.lse_delta + static_cast<fa_int64>(tile) * (2 * TILE_M);
+    float *lse_log2_tile = params.lse_delta + static_cast<fa_int64>(tile) * (2 * TILE_M);
+    float *delta_tile = lse_log2_tile + TILE_M;
 
     for (int row = threadIdx.x / LANES; row < TILE_M; row += ROWS) {
         const int query = m_block * TILE_M + row;
@@ -57,14 +59,14 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         for (int distance = LANES / 2; distance > 0; distance /= 2)
             delta += __shfl_xor_sync(0xffffffff, delta, distance);
         if (lane == 0) {
-            const fa_int64 at = static_cast<fa_int64>(pair) * params.seqlen_q + query;
-            float lse = exists ? params.lse[at] * LOG2_E : INF;
+            const fa_int64 index = static_cast<fa_int64>(pair) * params.seqlen_q + query;
+            float lse = exists ? params.lse[index] * LOG2_E : INF;
             if (exists && params.dlse)
-                delta -= params.dlse[at];
-            /* A row that sees no key, or is none, has p = 2^(s - inf) = 0. */
+                delta -= params.dlse[index];
+            /* Rows that see no key, and rows after the last, get p = 2^(s - inf) = 0. */
             const bool sees_nothing = lse == -INF || !exists;
-            stats[row] = sees_nothing ? INF : lse - P_SHIFT;
-            stats[TILE_M + row] = sees_nothing ? 0.0f : delta;
+            lse_log2_tile[row] = sees_nothing ? INF : lse - P_SHIFT;
+            delta_tile[row] = sees_nothing ? 0.0f : delta;
         }
     }
 

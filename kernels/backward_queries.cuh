@@ -4,19 +4,23 @@
 #define FA_BACKWARD_QUERIES_CUH
 
 #include "backward_tile.cuh"
+#include "score.cuh"
 
-/* Which keys a block has, and which of the q_splits blocks that share them it is. */
-struct tile_coords {
-    int n_block, batch, head_kv, q_split;
+/* The coordinates of this thread's block: sequence, KV head, keys, and which of the q_splits blocks
+ * that share them. */
+struct backward_block {
+    sequence<fa_backward_params> seq;
+    int n_block, head_kv, q_split;
 
-    __device__ __forceinline__ tile_coords(const fa_backward_params &params, int block)
+    __device__ __forceinline__ backward_block(const fa_backward_params &params, int number)
+        : seq{params, 0}
     {
-        q_split = block % params.q_splits;
-        block /= params.q_splits;
-        head_kv = block % params.heads_kv;
-        block /= params.heads_kv;
-        batch = block % params.batch;
-        n_block = block / params.batch;
+        q_split = number % params.q_splits;
+        number /= params.q_splits;
+        head_kv = number % params.heads_kv;
+        number /= params.heads_kv;
+        seq.batch = number % params.batch;
+        n_block = number / params.batch;
     }
 };
 
@@ -27,7 +31,7 @@ struct query_mask {
 
     __device__ __forceinline__ explicit query_mask(const fa_backward_params &params)
     {
-        /* Clamped as in key_mask. */
+        /* Clamped as in attention_mask, which compiles to other code here. */
         const int diagonal = params.seqlen_k - params.seqlen_q;
         left = MASK_LEFT ? diagonal - min(params.window_left, params.seqlen_k) : 0;
         right = MASK_RIGHT ? diagonal + min(params.window_right, params.seqlen_q) : 0;
@@ -51,16 +55,17 @@ struct query_mask {
 
 /* S^T, but masked_score where the query does not see the key. `key` and `query` are those of
  * S_rmem[0][0][0]. */
-__device__ __forceinline__ void mask_scores(float (&S_rmem)[N_FRAGS][M_FRAGS][4],
-                                            const fa_backward_params &params, int key, int query)
+__device__ __forceinline__ void mask_sub_tile(float (&S_rmem)[N_FRAGS][M_FRAGS][4],
+                                              const sequence<fa_backward_params> &seq, int key,
+                                              int query)
 {
-    const query_mask mask(params);
+    const query_mask mask(seq.params);
 #pragma unroll
     for (int n = 0; n < N_FRAGS; n++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row_key = key + 16 * n + 8 * half;
-            const int begin = row_key < params.seqlen_k ? mask.begin(row_key) - query : SUB_M;
+            const int begin = row_key < seq.seqlen_k() ? mask.begin(row_key) - query : SUB_M;
             const int end = mask.end(row_key) - query;
 #pragma unroll
             for (int m = 0; m < M_FRAGS; m++)
@@ -68,7 +73,7 @@ __device__ __forceinline__ void mask_scores(float (&S_rmem)[N_FRAGS][M_FRAGS][4]
                 for (int e = 0; e < 2; e++) {
                     const int column = 8 * m + e;
                     if (column < begin || (MASK_LEFT && column >= end))
-                        S_rmem[n][m][2 * half + e] = params.masked_score;
+                        S_rmem[n][m][2 * half + e] = seq.params.masked_score;
                 }
         }
 }
@@ -86,13 +91,13 @@ template <> struct query_walk<false> {
     int head, m_block; /* the current pair */
 
     __device__ __forceinline__ query_walk(const fa_backward_params &params,
-                                          const tile_coords &coords, int m_begin, int m_end)
+                                          const backward_block &block, int m_begin, int m_end)
         : m_begin(m_begin), m_end(m_end)
     {
-        head = coords.head_kv * params.heads_per_kv;
+        head = block.head_kv * params.heads_per_kv;
         const int head_tiles = m_end - m_begin, tiles = head_tiles * params.heads_per_kv;
-        begin = static_cast<fa_int64>(tiles) * coords.q_split / params.q_splits;
-        end = static_cast<fa_int64>(tiles) * (coords.q_split + 1) / params.q_splits;
+        begin = static_cast<fa_int64>(tiles) * block.q_split / params.q_splits;
+        end = static_cast<fa_int64>(tiles) * (block.q_split + 1) / params.q_splits;
         head += begin / max(head_tiles, 1);
         m_block = m_begin + begin % max(head_tiles, 1);
     }
@@ -112,11 +117,11 @@ template <> struct query_walk<true> {
     int head, m_block; /* the current pair */
 
     __device__ __forceinline__ query_walk(const fa_backward_params &params,
-                                          const tile_coords &coords, int m_begin, int m_end)
+                                          const backward_block &block, int m_begin, int m_end)
     {
-        head_begin = coords.head_kv * params.heads_per_kv;
-        head_end = head_begin + params.heads_per_kv * (coords.q_split + 1) / params.q_splits;
-        head_begin += params.heads_per_kv * coords.q_split / params.q_splits;
+        head_begin = block.head_kv * params.heads_per_kv;
+        head_end = head_begin + params.heads_per_kv * (block.q_split + 1) / params.q_splits;
+        head_begin += params.heads_per_kv * block.q_split / params.q_splits;
         begin = 0;
         end = (m_end - m_begin) * (head_end - head_begin);
         head = head_begin;
@@ -142,18 +147,18 @@ __device__ __forceinline__ fa_int64 query_tile_index(const fa_backward_params &p
 struct query_tile {
     unsigned Q_smem, dO_smem, lse_smem;
     unsigned Q_mbarrier, Q_parity, dO_mbarrier, dO_parity;
-    int query0; /* the first query */
+    int head, query0; /* of the first row */
 
-    __device__ __forceinline__ query_tile(unsigned smem, unsigned count, int query0)
-        : query0(query0)
+    __device__ __forceinline__ query_tile(unsigned smem, unsigned count, int head, int query0)
+        : head(head), query0(query0)
     {
         const unsigned stage = count % STAGES;
-        Q_smem = smem + Q_OFFSET + stage * Q_layout::BYTES;
-        dO_smem = smem + DO_OFFSET;
-        lse_smem = smem + LSE_DELTA_OFFSET + stage * LSE_DELTA_BYTES;
-        Q_mbarrier = smem + Q_MBARRIERS_OFFSET + stage * MBARRIER_STRIDE;
+        Q_smem = smem + SMEM.q + stage * Q_layout::BYTES;
+        dO_smem = smem + SMEM.dout;
+        lse_smem = smem + SMEM.lse_delta + stage * LSE_DELTA_BYTES;
+        Q_mbarrier = smem + SMEM.q_mbarriers + stage * FA_BACKWARD_MBARRIER_STRIDE;
         Q_parity = count / STAGES % 2;
-        dO_mbarrier = smem + DO_MBARRIER_OFFSET;
+        dO_mbarrier = smem + SMEM.dout_mbarrier;
         dO_parity = count % 2;
     }
     __device__ __forceinline__ void wait_Q() const
@@ -171,9 +176,9 @@ struct query_tile {
 /* Loads tiles of queries into shared memory: one thread asks the TMA, or all copy with cp.async.
  * Queries after the last become zeros. */
 struct query_loader {
-    const fa_backward_params &params;
+    sequence<fa_backward_params> seq;
     unsigned smem;
-    int thread, batch;
+    int thread;
 
     /* A thread of group 1, see QUERIES_FREE. */
     __device__ __forceinline__ bool asks_tma() const { return thread == THREADS - 1; }
@@ -182,7 +187,7 @@ struct query_loader {
     {
         if (thread == 0) {
             for (int i = 0; i < STAGES + 1; i++) /* those of the stages of Q, and that of dO */
-                mbarrier_init(smem + Q_MBARRIERS_OFFSET + i * MBARRIER_STRIDE, 1);
+                mbarrier_init(smem + SMEM.q_mbarriers + i * FA_BACKWARD_MBARRIER_STRIDE, 1);
             fence_mbarrier_init();
         }
     }
@@ -190,23 +195,26 @@ struct query_loader {
     /* Q, lse_log2 and delta. */
     __device__ __forceinline__ void load_Q(int stage, int head, int m_block) const
     {
-        const unsigned Q_smem = smem + Q_OFFSET + stage * Q_layout::BYTES;
-        const unsigned lse_smem = smem + LSE_DELTA_OFFSET + stage * LSE_DELTA_BYTES;
-        const float *lse_gmem =
-            params.lse_delta + query_tile_index(params, batch, head, m_block) * 2 * TILE_M;
+        const unsigned Q_smem = smem + SMEM.q + stage * Q_layout::BYTES;
+        const unsigned lse_smem = smem + SMEM.lse_delta + stage * LSE_DELTA_BYTES;
+        const float *lse_gmem = seq.params.lse_delta +
+                                query_tile_index(seq.params, seq.batch, head, m_block) * 2 * TILE_M;
         if (TMA) {
             if (asks_tma()) {
-                const unsigned mbarrier = smem + Q_MBARRIERS_OFFSET + stage * MBARRIER_STRIDE;
+                const unsigned mbarrier =
+                    smem + SMEM.q_mbarriers + stage * FA_BACKWARD_MBARRIER_STRIDE;
                 mbarrier_expect(mbarrier, Q_layout::BYTES + LSE_DELTA_BYTES);
-                load_boxes<Q_layout>(Q_smem, params.q_map, mbarrier, m_block * TILE_M, head, batch);
+                load_boxes<Q_layout>(Q_smem, seq.params.q_map, mbarrier, m_block * TILE_M, head,
+                                     seq.batch);
                 bulk_load(lse_smem, lse_gmem, LSE_DELTA_BYTES, mbarrier);
             }
             return;
         }
         const copy_place<Q_layout, THREADS> share;
-        share.copy(Q_smem,
-                   share.first_chunk(params.q, params.q_stride, batch, head, m_block * TILE_M),
-                   params.q_stride.seqlen, params.seqlen_q - m_block * TILE_M);
+        share.copy(
+            Q_smem,
+            share.first_chunk(seq.params.q, seq.params.q_stride, seq.batch, head, m_block * TILE_M),
+            seq.params.q_stride.seqlen, seq.seqlen_q() - m_block * TILE_M);
         if (thread < LSE_DELTA_BYTES / 16)
             cp_async_16(lse_smem + thread * 16, lse_gmem + thread * 4, 16);
     }
@@ -215,18 +223,18 @@ struct query_loader {
     {
         if (TMA) {
             if (asks_tma()) {
-                const unsigned mbarrier = smem + DO_MBARRIER_OFFSET;
+                const unsigned mbarrier = smem + SMEM.dout_mbarrier;
                 mbarrier_expect(mbarrier, dO_layout::BYTES);
-                load_boxes<dO_layout>(smem + DO_OFFSET, params.dout_map, mbarrier, m_block * TILE_M,
-                                      head, batch);
+                load_boxes<dO_layout>(smem + SMEM.dout, seq.params.dout_map, mbarrier,
+                                      m_block * TILE_M, head, seq.batch);
             }
             return;
         }
         const copy_place<dO_layout, THREADS> share;
-        share.copy(
-            smem + DO_OFFSET,
-            share.first_chunk(params.dout, params.dout_stride, batch, head, m_block * TILE_M),
-            params.dout_stride.seqlen, params.seqlen_q - m_block * TILE_M);
+        share.copy(smem + SMEM.dout,
+                   share.first_chunk(seq.params.dout, seq.params.dout_stride, seq.batch, head,
+                                     m_block * TILE_M),
+                   seq.params.dout_stride.seqlen, seq.seqlen_q() - m_block * TILE_M);
     }
 
   private:

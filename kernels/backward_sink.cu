@@ -1,6 +1,6 @@
-/* dsink of one head: -sum over batch and queries of p * delta, where p = e^(sink - lse) is the
- * share of the sink, whose value is nothing. In an order of its own, whatever the grid of other
- * kernels.
+/* dsink of one head = -sum of p * delta over batch and queries, where p = e^(sink - lse) is the
+ * probability of the sink, which has no value. One block per head adds in a fixed order: the result
+ * is reproducible, and does not depend on the grids of the other kernels.
  *
  * Constants as in backward.cu: DTYPE, TILE_M. */
 #include "params.h"
@@ -18,15 +18,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     float sum = 0.0f;
     for (int batch = 0; batch < params.batch; batch++) {
         const fa_int64 pair = static_cast<fa_int64>(batch) * params.heads_q + head;
-        const float *stats = params.lse_delta + pair * params.m_blocks * (2 * TILE_M);
+        const float *lse_delta = params.lse_delta + pair * params.m_blocks * (2 * TILE_M);
         for (int query = threadIdx.x; query < params.seqlen_q; query += THREADS) {
-            const float *tile = stats + static_cast<fa_int64>(query / TILE_M) * (2 * TILE_M);
+            const float *tile = lse_delta + static_cast<fa_int64>(query / TILE_M) * (2 * TILE_M);
             sum -= exp2_approx(sink - tile[query % TILE_M]) * tile[TILE_M + query % TILE_M];
         }
     }
     sums[threadIdx.x] = sum;
     for (int half = THREADS / 2; half > 0; half /= 2) {
-        __syncthreads(); /* the sums of twice as many threads are there */
+        __syncthreads(); /* the first 2 * half sums are written */
         if (threadIdx.x < half)
             sums[threadIdx.x] += sums[threadIdx.x + half];
     }

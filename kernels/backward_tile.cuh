@@ -14,7 +14,7 @@ constexpr int M_FRAGS = SUB_M / 8;           /* 8-query fragments of a sub-tile 
 constexpr int D_STEPS = (HEAD_DIM + 15) / 16;
 constexpr int DV_STEPS = (HEAD_DIM_V + 15) / 16;
 
-using K_layout = tile_layout<HEAD_DIM, TILE_N, 16 * DQ_DIM_WARPS>;
+using K_layout = tile_layout<HEAD_DIM, TILE_N, MMA_K * DQ_DIM_WARPS>;
 using Q_layout = tile_layout<HEAD_DIM, TILE_M>;
 using dO_layout = tile_layout<HEAD_DIM_V, TILE_M>;
 using dS_layout = tile_layout<TILE_M, TILE_N>; /* [keys, queries]: P^T, then dS^T in its place */
@@ -32,6 +32,9 @@ constexpr int DQ_ROW_WARPS = GROUP_WARPS / DQ_DIM_WARPS;
 constexpr int DQ_ROW_FRAGS = HALF_FRAGS / DQ_ROW_WARPS;
 constexpr int DQ_DIM_FRAGS = K_layout::PADDED / DQ_DIM_WARPS;
 
+/* Whether blocks add to a tile of dQ one after the other. */
+constexpr bool DQ_IS_ORDERED = DETERMINISTIC && !DQ_DIRECT;
+
 static_assert(HALF_FRAGS % DQ_ROW_WARPS == 0, "whole fragments of dQ");
 static_assert(WARP_N % 16 == 0 && SUB_M % 16 == 0, "whole mma steps");
 static_assert(HALF_M % SUB_M == 0 && TILE_M / SUB_M <= 11, "a named barrier for every sub-tile");
@@ -40,16 +43,10 @@ static_assert(HALF_M % SUB_M == 0 && TILE_M / SUB_M <= 11, "a named barrier for 
  * start of the tile (benchmarks/NOTES.md, backward, idea 9). */
 constexpr bool WAITS_LATE_FOR_DO = HEAD_DIM <= 96 && HEAD_DIM_V <= 96;
 
-/* The map of shared memory, whose size backward_smem() in csrc/plan_backward.c computes, too. */
+/* Where the tiles are in shared memory, in bytes. */
+constexpr fa_backward_smem SMEM =
+    fa_backward_smem_of(HEAD_DIM, HEAD_DIM_V, TILE_M, TILE_N, STAGES, DQ_DIM_WARPS, DTYPE);
 constexpr int LSE_DELTA_BYTES = 2 * TILE_M * 4;
-constexpr int K_OFFSET = 0;
-constexpr int Q_OFFSET = K_OFFSET + K_layout::BYTES;
-constexpr int DO_OFFSET = Q_OFFSET + STAGES * Q_layout::BYTES;
-constexpr int DS_OFFSET = DO_OFFSET + dO_layout::BYTES;
-constexpr int LSE_DELTA_OFFSET = DS_OFFSET + dS_layout::BYTES;
-constexpr int Q_MBARRIERS_OFFSET = LSE_DELTA_OFFSET + STAGES * LSE_DELTA_BYTES;
-constexpr int MBARRIER_STRIDE = 16;
-constexpr int DO_MBARRIER_OFFSET = Q_MBARRIERS_OFFSET + STAGES * MBARRIER_STRIDE;
 
 /* The named barriers of a tile of queries. Its lower queries are [0, HALF_M), its upper ones
  * [HALF_M, TILE_M): in product 5, group 0 reads dS^T of the lower ones, group 1 of the upper ones.

@@ -22,13 +22,13 @@ constexpr int AHEAD = 4;
 
 /* m lies so far above the largest lse_i that the sum of 2^16 parts of the largest bf16 values is
  * still in the range of fp32. */
-constexpr float ABOVE_MAXIMUM = 16.0f;
+constexpr float MAX_OFFSET = 16.0f;
 
 /* A sum of parts, weighed by 2^(lse_i - m): m rises with the largest of them, l and o follow. */
 struct weighted {
-    float m = -3.4028234e38f; /* finite: -inf - m is no NaN */
-    float l = 0.0f;           /* sum of the weights */
-    float4 o = {};            /* sum of the rows */
+    float m = LOWEST_FLOAT; /* finite: -inf - m is no NaN */
+    float l = 0.0f;         /* sum of the weights */
+    float4 o = {};          /* sum of the rows */
 
     __device__ __forceinline__ void add(float lse, float l_lse, const float4 &o_lse, float above)
     {
@@ -69,7 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; i++)
-            sum.add(lse[i], 1.0f, o[i], ABOVE_MAXIMUM);
+            sum.add(lse[i], 1.0f, o[i], MAX_OFFSET);
     }
 
     /* ---- 3. The sum of all slices, by the threads of the first. */
@@ -91,7 +91,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const auto [batch, head] = divide(pair, params.heads_q);
     const float sink = load_sink(params.sink, params.sink_dtype, head);
     if (params.sink && sum.l != 0.0f)
-        sum.add(sink * LOG2_E, 1.0f, {}, ABOVE_MAXIMUM);
+        sum.add(sink * LOG2_E, 1.0f, {}, MAX_OFFSET);
     unsigned short *out_row = static_cast<unsigned short *>(params.out) +
                               batch * params.out_stride.batch + head * params.out_stride.head +
                               query * params.out_stride.seqlen;

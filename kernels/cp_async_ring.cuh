@@ -3,41 +3,34 @@
 #ifndef FA_CP_ASYNC_RING_CUH
 #define FA_CP_ASYNC_RING_CUH
 
-#include "tile.cuh"
+#include "kv_source.cuh"
 
 struct cp_async_ring : ring_place {
-    const fa_forward_params &params;
-    const element *K_gmem, *V_gmem; /* of the tile that is copied next */
-    fa_int64 K_stride, V_stride;
+    strided_source source;
     int tiles;
 
     __device__ __forceinline__ cp_async_ring(const fa_forward_params &params, const char *smem)
-        : ring_place(smem_address(smem)), params(params)
+        : ring_place(smem_address(smem)), source{params}
     {
     }
 
     __device__ __forceinline__ void copy_next_tile(unsigned stage, int keys)
     {
-        K_place().copy(smem + stage, K_gmem, K_stride, keys);
-        V_place().copy(smem + stage + K_layout::BYTES, V_gmem, V_stride, keys);
-        K_gmem -= TILE_N * K_stride;
-        V_gmem -= TILE_N * V_stride;
+        source.copy_K(smem + stage, keys);
+        source.copy_V(smem + stage + K_layout::BYTES, keys);
+        source.advance();
     }
 
     __device__ __forceinline__ void start(const tile_walk &walk)
     {
-        const int last_key0 = (walk.tile_end - 1) * TILE_N;
+        const sequence<fa_forward_params> seq = {source.params, walk.batch};
         tiles = walk.tiles;
-        K_stride = params.k_stride.seqlen;
-        V_stride = params.v_stride.seqlen;
-        K_gmem =
-            K_place().first_chunk(params.k, params.k_stride, walk.batch, walk.head_kv, last_key0);
-        V_gmem =
-            V_place().first_chunk(params.v, params.v_stride, walk.batch, walk.head_kv, last_key0);
+        source.start(walk);
 #pragma unroll
         for (int i = 0; i < STAGES - 1; i++) {
+            /* The length cuts short the last tile alone, which comes first. */
             if (i < tiles)
-                copy_next_tile(i * STAGE_BYTES, i == 0 ? params.seqlen_k - last_key0 : TILE_N);
+                copy_next_tile(i * STAGE_BYTES, i == 0 ? seq.seqlen_k() - walk.key(0) : TILE_N);
             cp_async_commit(); /* even if empty: the i-th group is the i-th tile */
         }
         rewind();
@@ -46,8 +39,8 @@ struct cp_async_ring : ring_place {
     __device__ __forceinline__ bool is_producer() const { return false; }
     __device__ __forceinline__ void feed() {}
 
-    /* Barrier: every thread's copies of this tile have landed, and all warps are done with the
-     * stage that is refilled. */
+    /* Barrier: every thread's copies of the tile in use have landed, and all warps are done with
+     * the tile before, whose stage is free for the refill. */
     __device__ __forceinline__ void wait_own() { cp_async_wait<STAGES - 2>(); }
     __device__ __forceinline__ void wait_all() { __syncthreads(); }
     __device__ __forceinline__ bool any(bool x) { return __syncthreads_or(x); }

@@ -2,16 +2,16 @@
  * which K and V come to shared memory. That is a ring:
  *
  *   ring(params, smem)   once per block
- *   start(walk)          puts the first tiles of keys on their way, again for every pass
- *   is_producer()        is this warp one that only feeds the ring?
+ *   start(walk)          starts the loads of the first tiles, again for every pass
+ *   is_producer()        is this warp one that only loads?
  *   feed()               what such a warp does
- *   wait_own()           until this thread may read its share of the tile in use, see copy_place
- *   wait_all()           until all may read all of it
+ *   wait_own()           until this thread may read the chunks that it copies itself
+ *   wait_all()           until all may read all of the tile in use
  *   any(x)               wait_all(), and whether x holds for any thread that computes
- *   refill(i)            after one of these two: puts a tile on its way to the stage of tile i - 1
+ *   refill(i)            after one of these two: starts the load into the stage of tile i - 1
  *   advance()            this warp is done with the tile in use, the next one is
- *   K_smem, V_smem       of the tile in use: where this lane's rows for ldmatrix are
- *   V_tile()             and where its V is
+ *   K_smem, V_smem       of the tile in use: this lane's rows for ldmatrix
+ *   V_tile()             of the tile in use: where its V starts
  */
 #ifndef FA_FORWARD_CUH
 #define FA_FORWARD_CUH
@@ -43,19 +43,54 @@ __device__ __forceinline__ void load_queries(unsigned (&Q_rmem)[M_FRAGS][D_STEPS
         }
 }
 
-/* Makes [begin, end) one of its parts, which differ by one tile at most. */
-__device__ __forceinline__ void take_part(int &begin, int &end, int part, const fa_divisor &parts)
-{
-    const divided share = divide(end - begin, parts);
-    begin += part * share.quotient + min(part, share.rest);
-    end = begin + share.quotient + (part < share.rest);
-}
+/* The tiles of keys that a block goes through, from the last to the first. Any row sees keys of the
+ * tiles [begin, end), every row all keys of [inner_begin, inner_end).
+ *
+ *   key 0  |  left edge  |          unmasked          |  right edge  |  seqlen_k
+ *        begin      inner_begin                   inner_end         end
+ *   i =  count  <-- unmasked_end <---------------- right_end  <----- 0
+ *
+ * The right edge is masked by the length and the right diagonal, the left edge by the left diagonal
+ * alone. m is found at the right edge, so if START_KEYS is 1 the first unmasked tile counts as one
+ * of the edge: then every row has seen a key. */
+struct tile_ranges {
+    int end, count; /* tile i of the walk is number end - 1 - i of the sequence */
+    int inner_begin, inner_end;
 
-/* O / l and lse of one part for combine.cu. The lanes of a quad write 32 contiguous bytes. */
-__device__ __forceinline__ void store_part(const fa_forward_params &params,
-                                           const float (&O_rmem)[M_FRAGS][O_FRAGS][4],
-                                           const float (&l_rmem)[M_FRAGS][2],
-                                           const float (&m_rmem)[M_FRAGS][2], unsigned left_out)
+    __device__ __forceinline__ tile_ranges(const forward_block &block, const fa_divisor &splits)
+    {
+        int begin = block.keys_of(block.block_row).begin / TILE_N;
+        end = max(begin, ceil_div(block.keys_of(block.last_row).end, TILE_N));
+        inner_begin = min(ceil_div(block.keys_of(block.last_row).begin, TILE_N), end);
+        inner_end =
+            max((block.keys_of(block.block_row).end + TILE_N - START_KEYS) / TILE_N, inner_begin);
+        if (SPLIT) { /* of all these the tiles of one split, which may be none */
+            take_split(begin, end, block.split, splits);
+            inner_begin = min(max(inner_begin, begin), end);
+            inner_end = min(max(inner_end, inner_begin), end);
+        }
+        count = end - begin;
+    }
+
+    /* Where the iterations of the walk change. */
+    __device__ __forceinline__ int unmasked_end() const { return end - inner_begin; }
+    __device__ __forceinline__ int right_end() const { return min(end - inner_end + 1, count); }
+
+    /* Makes [begin, end) one of its splits, which differ by one tile at most. */
+    static __device__ __forceinline__ void take_split(int &begin, int &end, int split,
+                                                      const fa_divisor &splits)
+    {
+        const divided share = divide(end - begin, splits);
+        begin += split * share.quotient + min(split, share.rest);
+        end = begin + share.quotient + (split < share.rest);
+    }
+};
+
+/* O / l and lse of one split for combine.cu. The lanes of a quad write 32 contiguous bytes. */
+__device__ __forceinline__ void store_split(const fa_forward_params &params,
+                                            const float (&O_rmem)[M_FRAGS][O_FRAGS][4],
+                                            const float (&l_rmem)[M_FRAGS][2],
+                                            const float (&m_rmem)[M_FRAGS][2], row_set left_out)
 {
     const forward_block block(params);
     const fa_int64 split_offset = block.split_offset();
@@ -66,7 +101,7 @@ __device__ __forceinline__ void store_part(const fa_forward_params &params,
             const float l = quad_sum(l_rmem[m][half]);
             const float inverse = l == 0.0f ? 0.0f : 1.0f / l; /* 0: no keys */
             const int row = block.lane_row + 16 * m + 8 * half;
-            if (row >= block.row_count() || left_out >> 2 * m + half & 1)
+            if (row >= block.row_count() || left_out.has(m, half))
                 continue;
             const fa_int64 at = split_offset + block.lse_offset(row);
             float *out_row = static_cast<float *>(params.out) + at * HEAD_DIM_V;
@@ -85,7 +120,7 @@ __device__ __forceinline__ void store_part(const fa_forward_params &params,
 __device__ __forceinline__ void store_rows(const fa_forward_params &params,
                                            const float (&O_rmem)[M_FRAGS][O_FRAGS][4],
                                            float (&l_rmem)[M_FRAGS][2], float (&m_rmem)[M_FRAGS][2],
-                                           unsigned left_out)
+                                           row_set left_out)
 {
     const forward_block block(params);
     element *out_gmem =
@@ -97,7 +132,7 @@ __device__ __forceinline__ void store_rows(const fa_forward_params &params,
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = block.lane_row + 16 * m + 8 * half;
-            const bool stores = row < block.row_count() && !(left_out >> 2 * m + half & 1);
+            const bool stores = row < block.row_count() && !left_out.has(m, half);
             const float sink = PACK_GQA ? load_sink(params.sink, params.sink_dtype,
                                                     block.head + block.head_of(row))
                                         : sink0;
@@ -116,63 +151,49 @@ __device__ __forceinline__ void store_rows(const fa_forward_params &params,
 template <class tile_ring>
 __device__ __forceinline__ void attend(const fa_forward_params &params, tile_ring &ring)
 {
-    unsigned Q_rmem[M_FRAGS][D_STEPS][4];
-    float O_rmem[M_FRAGS][O_FRAGS][4];
-    float m_rmem[M_FRAGS][2]; /* p = 2^(s - m), for the rows g and g + 8 of each fragment */
-    float l_rmem[M_FRAGS][2]; /* sum of this lane's p */
+    unsigned Q_rmem[M_FRAGS][D_STEPS][4];         /* [WARP_M, HEAD_DIM], the A operand */
+    float O_rmem[M_FRAGS][O_FRAGS][4];            /* [WARP_M, HEAD_DIM_V], accumulators */
+    float m_rmem[M_FRAGS][2], l_rmem[M_FRAGS][2]; /* [WARP_M]: p = 2^(s - m), and this lane's sum */
 
-    /* Only the first tiles of a row raise its m to the maximum. The others take m as it is, because
-     * any m cancels in the end, as long as no number leaves the range of its type. The end shows
-     * whether one has: because a score has grown so much, or because V holds an inf or NaN, which
-     * spoils even rows that do not see its key (0 * inf). Then the block computes once more, raises
-     * m at every tile, looks for such V, and stores the rows of the set `redo`, which were not
-     * stored before: what a row does, and so each bit of its result, depends on no other row of its
-     * block. With a mask this second time is code of its own, so that the first has no instruction
-     * of it. On 8.x that would spill: there both are the same code, which looks for it at once. */
+    /* The fast pass freezes m after the right edge, see softmax.cuh. If then a sum overflows, or V
+     * holds inf or NaN, which spoil even rows that do not see their key (0 * inf), the row is
+     * flagged and not stored. The exact pass, for blocks with flagged rows alone, is the exact
+     * online softmax, all iterations masked; it looks for inf and NaN in V, and stores the flagged
+     * rows. So what happens to a row, and each bit of its result, depends on no other row.
+     *
+     * With a mask the exact pass is a separate copy of the code, and the fast one carries none of
+     * its instructions. On 8.x two copies would spill: there both passes are the same code, and the
+     * first looks for inf and NaN, too. */
     constexpr bool MASKED = MASK_RIGHT || MASK_LEFT;
-    constexpr bool OWN_CODE = MASKED && __CUDA_ARCH__ >= 900;
-    unsigned redo = 0;
-#pragma unroll(OWN_CODE ? 2 : 1)
-    for (bool again = false;; again = true) {
-        /* ---- 1. Which queries. */
-        const forward_block at(params);
+    constexpr bool SEPARATE_PASSES = MASKED && __CUDA_ARCH__ >= 900;
+    unsigned flagged = 0; /* the bits of a warp_row_set */
+#pragma unroll(SEPARATE_PASSES ? 2 : 1)
+    for (bool is_exact = false;; is_exact = true) {
+        /* ---- 1. Which rows, and which tiles of keys. */
+        const forward_block block(params);
+        const tile_ranges tiles(block, params.parts);
+        const int unmasked_end = is_exact ? 0 : tiles.unmasked_end();
+        int masked_end = is_exact ? tiles.count : tiles.right_end();
 
-        /* ---- 2. Which keys: any row sees those of the tiles [tile_begin, tile_end), every row
-         * all those of [inner_begin, inner_end), or if START_KEYS is 1 all but the last. From the
-         * last to the first: careful at the right edge and for one of those tiles, so that every
-         * row has an m, see rows_at_edge(); then fast; then careful at the left edge, where rows
-         * are masked alone. The length can cut short the last tile alone, which comes first. */
-        int tile_begin = at.keys_of(at.block_row).begin / TILE_N;
-        int tile_end = max(tile_begin, ceil_div(at.keys_of(at.last_row).end, TILE_N));
-        int inner_begin = min(ceil_div(at.keys_of(at.last_row).begin, TILE_N), tile_end);
-        int inner_end =
-            max((at.keys_of(at.block_row).end + TILE_N - START_KEYS) / TILE_N, inner_begin);
-        if (SPLIT) { /* of all these the tiles of one part, which may be none */
-            take_part(tile_begin, tile_end, at.split, params.parts);
-            inner_begin = min(max(inner_begin, tile_begin), tile_end);
-            inner_end = min(max(inner_end, inner_begin), tile_end);
-        }
-        const int tiles = tile_end - tile_begin;
-        const int fast_end = again ? 0 : tile_end - inner_begin;
-        int careful_end = again ? tiles : min(tile_end - inner_end + 1, tiles);
-
-        /* ---- 3. Start the ring. A warp that only feeds it has nothing else to do. */
-        ring.start({at.seq.batch, at.head_kv, tile_end, tiles});
+        /* ---- 2. Start the ring. A producer warp only loads. */
+        ring.start({block.seq.batch, block.head_kv, tiles.end, tiles.count});
         if (ring.is_producer()) {
             ring.feed();
-            redo = 0;
+            flagged = 0;
         } else {
-            /* ---- 4. The state of the computation, all of it in registers. */
             load_queries(Q_rmem, params);
             clear(O_rmem, l_rmem, m_rmem);
 
-            for (int i = 0; i < tiles; careful_end = tiles) {
-                /* ---- 5. Careful tiles. Sub-tiles that no row of the warp sees are skipped. */
+            /* Right edge, unmasked tiles, left edge: both edges are the same code. */
+            for (int i = 0; i < tiles.count; masked_end = tiles.count) {
+                /* ---- 3. Masked iterations. Sub-tiles that no row of the warp sees are skipped. */
 #pragma unroll 1
-                for (; i < careful_end; i++) {
+                for (; i < masked_end; i++) {
+                    /* Barrier: tile i has landed, and all warps are done with tile i - 1, whose
+                     * stage the refill takes. */
                     ring.wait_own();
                     bool nonfinite = false;
-                    if (MASKED && (again || !OWN_CODE))
+                    if (MASKED && (is_exact || !SEPARATE_PASSES))
                         nonfinite = ring.any(holds_nonfinite(ring.V_tile()));
                     else
                         ring.wait_all();
@@ -180,32 +201,33 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
 
 #pragma unroll 1
                     for (int n = 0; n < TILE_N; n += SUB_N) {
-                        const int tile_key = (tile_end - 1 - i) * TILE_N, key = tile_key + n;
-                        const int row = not_before(at.lane_row);
-                        if (key + SUB_N <= at.keys_of(at.warp_row).begin ||
-                            key >= at.keys_of(at.warp_row + WARP_M - 1).end)
+                        const int tile_key = (tiles.end - 1 - i) * TILE_N, key = tile_key + n;
+                        const int row = not_before(block.lane_row);
+                        if (key + SUB_N <= block.keys_of(block.warp_row).begin ||
+                            key >= block.keys_of(block.warp_row + WARP_M - 1).end)
                             continue;
                         const unsigned K_sub_smem = ring.K_smem + n * K_layout::ROW_BYTES;
                         const unsigned V_sub_smem = ring.V_smem + n * V_layout::ROW_BYTES;
-                        float S_rmem[M_FRAGS][S_FRAGS][4];
-                        unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
-                        scores(S_rmem, Q_rmem, K_sub_smem);
-                        softcap(S_rmem, params.scale_in_cap);
                         const int lane_key = key + 2 * quad_lane();
                         const auto coords_of = [&](int r, int c) {
-                            return at.coords(row + r, lane_key + c);
+                            return block.coords(row + r, lane_key + c);
                         };
+                        float S_rmem[M_FRAGS][S_FRAGS][4];        /* [WARP_M, SUB_N] */
+                        unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4]; /* the same */
+                        scores(S_rmem, Q_rmem, K_sub_smem);
+                        softcap(S_rmem, params.scale_in_cap);
                         score_mod(S_rmem, coords_of);
                         mask_scores<MASK_LEFT, true>(S_rmem, params.masked_score, [&](int r) {
-                            return at.keys_of(row + r) - lane_key;
+                            return block.keys_of(row + r) - lane_key;
                         });
-                        const unsigned raised =
-                            again ? ~0u : rows_at_edge(at, row, tile_key, tile_end * TILE_N);
-                        raise_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2, raised);
-                        exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, raised,
+                        const row_set updated =
+                            is_exact ? row_set{~0u}
+                                     : rows_to_update(block, row, tile_key, tiles.end * TILE_N);
+                        update_row_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2, updated);
+                        exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, updated,
                                      coords_of);
                         if (nonfinite) {
-                            add_values_seen(O_rmem, P_rmem, V_sub_smem, at, row, key);
+                            add_values_seen(O_rmem, P_rmem, V_sub_smem, block, row, key);
                             load_queries(Q_rmem, params); /* again: that took Q's registers */
                         } else
                             add_values(O_rmem, P_rmem, V_sub_smem);
@@ -213,42 +235,43 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                     ring.advance();
                 }
 
-                /* ---- 6. Fast tiles: no mask, no maximum. */
+                /* ---- 4. Unmasked iterations: no mask, no row max. */
 #pragma unroll 1
-                for (; i < fast_end; i++) {
+                for (; i < unmasked_end; i++) {
                     ring.wait_own();
-                    ring.wait_all();
+                    ring.wait_all(); /* barrier, as above */
                     ring.refill(i);
 #pragma unroll SUB_UNROLL
                     for (int n = 0; n < TILE_N; n += SUB_N) {
-                        float S_rmem[M_FRAGS][S_FRAGS][4];
-                        unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4];
+                        const int key = (tiles.end - 1 - i) * TILE_N + n + 2 * quad_lane();
+                        const auto coords_of = [&](int r, int c) {
+                            return block.coords(block.lane_row + r, key + c);
+                        };
+                        float S_rmem[M_FRAGS][S_FRAGS][4];        /* [WARP_M, SUB_N] */
+                        unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4]; /* the same */
                         scores(S_rmem, Q_rmem, ring.K_smem + n * K_layout::ROW_BYTES);
                         softcap(S_rmem, params.scale_in_cap);
-                        const int lane_key = (tile_end - 1 - i) * TILE_N + n + 2 * quad_lane();
-                        const auto coords_of = [&](int r, int c) {
-                            return at.coords(at.lane_row + r, lane_key + c);
-                        };
                         score_mod(S_rmem, coords_of);
-                        exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, 0,
+                        exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, row_set{0},
                                      coords_of);
                         add_values(O_rmem, P_rmem, ring.V_smem + n * V_layout::ROW_BYTES);
                     }
                     ring.advance();
                 }
             }
-            /* ---- 7. O / l and lse out. */
-            const unsigned left_out = again ? ~redo : out_of_range(O_rmem, l_rmem);
+
+            /* ---- 5. O / l and lse out. */
+            const warp_row_set left_out = {is_exact ? ~flagged : out_of_range(O_rmem, l_rmem).bits};
             if (SPLIT)
-                store_part(params, O_rmem, l_rmem, m_rmem, rows_of_lane(left_out));
+                store_split(params, O_rmem, l_rmem, m_rmem, left_out.of_lane());
             else
-                store_rows(params, O_rmem, l_rmem, m_rmem, rows_of_lane(left_out));
-            redo = left_out;
+                store_rows(params, O_rmem, l_rmem, m_rmem, left_out.of_lane());
+            flagged = left_out.bits;
         }
 
-        /* Barrier: all of the block start again or none, and not before all warps are done with
-         * the ring. */
-        if (again || !__syncthreads_or(redo))
+        /* Barrier: all of the block take the exact pass or none, and no warp reads the ring any
+         * more when it starts again. */
+        if (is_exact || !__syncthreads_or(flagged))
             return;
     }
 }

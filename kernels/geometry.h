@@ -101,27 +101,31 @@ enum {
 
 /* Where the parts of shared memory of kernels/backward.cu start, and how large all of it is. */
 struct fa_backward_smem {
-    int k;     /* [tile_n, head_dim], padded to whole fragments for each warp that shares rows */
-    int q;     /* [stages, tile_m, head_dim] */
-    int dout;  /* [tile_m, head_dim_v] */
-    int ds;    /* [tile_n, tile_m]: P^T, then dS^T */
-    int stats; /* [stages, 2, tile_m] in fp32: lse and delta */
-    int mbarriers; /* of each stage of Q, and of dO; 16 bytes apart */
+    int k;    /* [tile_n, head_dim], padded to whole fragments for each warp that shares rows */
+    int q;    /* [stages, tile_m, head_dim] */
+    int dout; /* [tile_m, head_dim_v] */
+    int ds;   /* [tile_n, tile_m]: P^T, then dS^T */
+    int lse_delta;   /* [stages, 2, tile_m] in fp32: lse_log2, then delta */
+    int q_mbarriers; /* [stages], FA_BACKWARD_MBARRIER_STRIDE bytes apart */
+    int dout_mbarrier;
     int bytes;
 };
+
+enum { FA_BACKWARD_MBARRIER_STRIDE = 16 };
 
 FA_CONSTEXPR struct fa_backward_smem fa_backward_smem_of(int head_dim, int head_dim_v, int tile_m,
                                                          int tile_n, int stages, int dq_dim_warps,
                                                          int dtype)
 {
     const int step = fa_mma_k(dtype);
-    struct fa_backward_smem at = {0, 0, 0, 0, 0, 0, 0};
+    struct fa_backward_smem at = {0, 0, 0, 0, 0, 0, 0, 0};
     at.q = at.k + fa_tile_bytes(tile_n, fa_padded_dim(head_dim, step * dq_dim_warps), dtype);
     at.dout = at.q + stages * fa_tile_bytes(tile_m, fa_padded_dim(head_dim, step), dtype);
     at.ds = at.dout + fa_tile_bytes(tile_m, fa_padded_dim(head_dim_v, step), dtype);
-    at.stats = at.ds + fa_tile_bytes(tile_n, tile_m, dtype);
-    at.mbarriers = at.stats + stages * 2 * tile_m * 4;
-    at.bytes = at.mbarriers + (stages + 1) * 16;
+    at.lse_delta = at.ds + fa_tile_bytes(tile_n, tile_m, dtype);
+    at.q_mbarriers = at.lse_delta + stages * 2 * tile_m * 4;
+    at.dout_mbarrier = at.q_mbarriers + stages * FA_BACKWARD_MBARRIER_STRIDE;
+    at.bytes = at.dout_mbarrier + FA_BACKWARD_MBARRIER_STRIDE;
     return at;
 }
 

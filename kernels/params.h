@@ -128,10 +128,12 @@ struct fa_backward_params {
     float scale_log2, masked_score, scale_in_cap; /* as in fa_forward_params */
     float softmax_scale;
     fa_int64 zero_share; /* of zero_chunks, for one block of backward_preprocess.cu */
+    void *dq;            /* like q; where DQ_DIRECT */
+    struct fa_strides dq_stride;
     struct fa_tensor_map q_map, dout_map; /* [batch, heads_q, seqlen_q, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 704, "400, padding, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 704, "432, padding, then maps");
 
 /* The single argument of kernels/backward_postprocess.cu. */
 struct fa_postprocess_params {

@@ -180,7 +180,7 @@ template <int ID, int COUNT> __device__ __forceinline__ bool barrier_or(bool x)
 
 /* ---- between blocks ------------------------------------------------------------------------- */
 
-/* Adds four floats to sums in global memory, whose order among blocks nobody knows. */
+/* Adds four floats to global memory: atomic, and unordered among blocks. */
 __device__ __forceinline__ void red_add_4(float *sums, const float (&x)[4])
 {
     if (__CUDA_ARCH__ >= 900)
@@ -202,19 +202,19 @@ __device__ __forceinline__ int atomic_add(int *counter, int x)
     return before;
 }
 
-/* How many turns have ended. What was added in them comes before what is added after this. */
-__device__ __forceinline__ int turns_ended(const int *turn)
+/* The value of a semaphore that other blocks increment. */
+__device__ __forceinline__ int semaphore_load(const int *semaphore)
 {
-    int ended;
-    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(ended) : "l"(turn) : "memory");
-    return ended;
+    int value;
+    asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(semaphore) : "memory");
+    return value;
 }
 
-/* Ends a turn: what this thread knows to have been added comes before what is added by whoever sees
- * that. */
-__device__ __forceinline__ void end_turn(int *turn)
+/* Increments a semaphore. Additions to global memory that this thread has made, or that a barrier
+ * orders before this, come before those of a block that has loaded the new value. */
+__device__ __forceinline__ void semaphore_release(int *semaphore)
 {
-    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(turn) : "memory");
+    asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(semaphore) : "memory");
 }
 
 /* ---- between groups of warps ---------------------------------------------------------------- */

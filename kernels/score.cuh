@@ -66,7 +66,9 @@ __device__ __forceinline__ void mask_scores(float (&S)[ROW_FRAGS][COLUMN_FRAGS][
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     const int column = 8 * n + e;
-                    if ((BEGIN && column < columns.begin) || (END && column >= columns.end))
+                    const bool seen =
+                        (!END || column < columns.end) && (!BEGIN || column >= columns.begin);
+                    if (!seen)
                         S[m][n][2 * half + e] = masked_score;
                 }
         }

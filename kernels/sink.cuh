@@ -6,6 +6,7 @@
 #include "ptx.cuh"
 
 #define INF __int_as_float(0x7f800000)
+constexpr float LOWEST_FLOAT = -3.4028234e38f; /* -FLT_MAX */
 constexpr float LN2 = 0.693147180559945f;
 constexpr float LOG2_E = 1.44269504088896f;
 

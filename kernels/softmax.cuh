@@ -1,37 +1,54 @@
 /* Softmax over the keys, sub-tile by sub-tile, in powers of two: p = 2^(s * scale_log2 - m).
  *
- * m need not be the maximum so far, it only has to keep p in range: any m cancels in the end. So
- * the fast tiles take m from the careful ones, and nobody looks for a maximum, rescales or
- * branches. At the end, out_of_range() tells whether that was enough. A sum is never too small: m
- * belongs to a key that the row has seen. */
+ * It is the online softmax without the online part: m need not be the row max so far, it only has
+ * to keep p in range, as any m cancels in O / l. So unmasked tiles keep the m of the masked ones
+ * before them: no maximum, no rescaling of O, no branch. out_of_range() finds the rows for which
+ * that was not enough. A sum is never too small: m belongs to a key that the row has seen.
+ *
+ * FlashAttention-4 goes half of this way: it keeps m while the row max has not grown by more than
+ * rescale_threshold (2^8), and looks at every tile. */
 #ifndef FA_SOFTMAX_CUH
 #define FA_SOFTMAX_CUH
 
 #include "forward_block.cuh"
 #include "sink.cuh"
 
-/* m lies so far above the maximum that the sum of 2^16 of the largest bf16 values is still in the
- * range of fp32. bf16 has exponents to spare for p; those of fp16 are few, and its values small. */
-constexpr float ABOVE_MAXIMUM = IS_BF16 ? 16.0f : 0.0f;
+/* m lies so far above the row max that the sum of 2^16 of the largest bf16 values is still in the
+ * range of fp32 (FlashAttention-3 has a MAX_OFFSET for its fp8). bf16 has exponents to spare for p;
+ * those of fp16 are few, and its values small. */
+constexpr float MAX_OFFSET = IS_BF16 ? 16.0f : 0.0f;
 
-/* The m of a row that has not seen any key. Finite, so that nothing becomes NaN: a hidden key
+/* The m of a row that has not seen any key. Finite, so that nothing becomes NaN: a masked score
  * (-inf) has p = 0, and a visible one, where m stays as it is, a p of +inf: out of range. */
-constexpr float NO_KEY_YET = -3.4028234e38f;
+constexpr float NO_KEY_YET = LOWEST_FLOAT;
 
 /* A thread's sum of exponentials may reach this: bf16 and fp32 hold the numbers up to 2^128, and
  * down to 2^-126, as 1 / l of four such sums has to be. */
 constexpr float SUM_LIMIT = 1.329228e36f; /* 2^120 */
 
-/* A row's m is the maximum of at least so many keys, if it sees as many. In bf16 a later p may be
- * 2^136 times that of the first key; fp16, with 2^16, is better off with the maximum of a tile. */
+/* m is the max of at least so many keys, if the row sees as many. In bf16 a later p may be 2^136
+ * times that of the first key; fp16, with 2^16, is better off with the max of a whole tile. */
 constexpr int START_KEYS = IS_BF16 ? 1 : TILE_N;
 
-/* Sets of rows: of a lane, whose row of fragment m and half h is bit 2 * m + h, and of a warp, four
- * bits for each quad, whose lanes share their rows. */
-__device__ __forceinline__ unsigned rows_of_lane(unsigned rows_of_warp)
-{
-    return rows_of_warp >> read_thread_index() % 32 / 4 * 4;
-}
+/* Some of the rows of a lane: row g + 8 * half of fragment m is bit 2 * m + half. */
+struct row_set {
+    unsigned bits;
+
+    __device__ __forceinline__ bool has(int m, int half) const
+    {
+        return bits >> (2 * m + half) & 1;
+    }
+};
+
+/* Some of the rows of a warp: four bits for each quad, whose lanes share their rows. */
+struct warp_row_set {
+    unsigned bits;
+
+    __device__ __forceinline__ row_set of_lane() const
+    {
+        return {bits >> read_thread_index() % 32 / 4 * 4};
+    }
+};
 
 __device__ __forceinline__ void clear(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
                                       float (&l_rmem)[M_FRAGS][2], float (&m_rmem)[M_FRAGS][2])
@@ -51,34 +68,34 @@ __device__ __forceinline__ void clear(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
     }
 }
 
-/* The rows of this lane that raise m at the tile whose first key is `key`, having seen fewer than
- * START_KEYS keys before: those at their right edge, or where SPLIT at that of their part, before
- * the key `part_end`. */
-__device__ __forceinline__ unsigned rows_at_edge(const forward_block &block, int row, int key,
-                                                 int part_end)
+/* The rows that update m at the tile whose first key is `key`, having seen fewer than START_KEYS
+ * keys before: those at their right edge, or where SPLIT at that of their split, before the key
+ * `split_end`. */
+__device__ __forceinline__ row_set rows_to_update(const forward_block &block, int row, int key,
+                                                  int split_end)
 {
     unsigned rows = 0;
 #pragma unroll
     for (int r = 0; r < 2 * M_FRAGS; r++)
-        rows |= ((SPLIT && part_end < key + TILE_N + START_KEYS) ||
+        rows |= ((SPLIT && split_end < key + TILE_N + START_KEYS) ||
                  block.keys_of(row + 8 * r).end < key + TILE_N + START_KEYS)
                 << r;
-    return rows;
+    return {rows};
 }
 
-/* P = 2^(S * scale - m), in the layout of the A operand of the next mma, and l += its row sums. The
- * rows of the set `scaled` are that already. */
+/* P = 2^(S * scale - m) [WARP_M, SUB_N], as the A operand of the next mma, and l += its row sums.
+ * Rows in `scaled` are pre-multiplied by scale. */
 template <class F>
 __device__ __forceinline__ void
 exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4], float (&l_rmem)[M_FRAGS][2],
              const float (&S_rmem)[M_FRAGS][S_FRAGS][4], const float (&m_rmem)[M_FRAGS][2],
-             float scale, unsigned scaled, F coords_of)
+             float scale, row_set scaled, F coords_of)
 {
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) { /* row g, then row g + 8 */
-            const float row_scale = scaled >> 2 * m + half & 1 ? 1.0f : scale;
+            const float row_scale = scaled.has(m, half) ? 1.0f : scale;
 #pragma unroll
             for (int n = 0; n < S_FRAGS; n++) {
                 const float p0 = exp2_approx(S_rmem[m][n][2 * half] * row_scale - m_rmem[m][half]);
@@ -93,10 +110,10 @@ exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4], float (&l_rmem)[M_FRAG
         }
 }
 
-/* The rows of this lane, or of all of its warp, with a sum or a value that is inf, NaN, or large
- * enough to have been. */
-__device__ __forceinline__ unsigned out_of_range(const float (&O_rmem)[M_FRAGS][O_FRAGS][4],
-                                                 const float (&l_rmem)[M_FRAGS][2])
+/* The rows of this lane's quad, or of all of its warp, with a sum or a value that is inf, NaN, or
+ * large enough that an intermediate result may have been. */
+__device__ __forceinline__ warp_row_set out_of_range(const float (&O_rmem)[M_FRAGS][O_FRAGS][4],
+                                                     const float (&l_rmem)[M_FRAGS][2])
 {
     unsigned rows = 0;
 #pragma unroll
@@ -112,14 +129,14 @@ __device__ __forceinline__ unsigned out_of_range(const float (&O_rmem)[M_FRAGS][
             rows |= out << 2 * m + half;
         }
     rows <<= read_thread_index() % 32 / 4 * 4;
-    if (HEAD_DIM_V > 128) /* as in query_place: what all of the warp have takes no register */
-        return __reduce_or_sync(0xffffffff, rows);
+    if (HEAD_DIM_V > 128) /* what is the same in all of the warp takes a uniform register */
+        return {__reduce_or_sync(0xffffffff, rows)};
     rows |= __shfl_xor_sync(0xffffffff, rows, 1);
-    return rows | __shfl_xor_sync(0xffffffff, rows, 2);
+    return {rows | __shfl_xor_sync(0xffffffff, rows, 2)};
 }
 
-/* l += the sink's p. A sink far above m would be out of range: m rises to it, and what was computed
- * with the m before has to be multiplied by the factor that is returned. A row without keys stays
+/* l += the sink's p. A sink far above m would be out of range: m rises to it, and O, computed with
+ * the m before, has to be multiplied by the factor that is returned. A row without keys stays
  * without a sum. A sink of -inf changes nothing, to the bit: no branch asks whether there is one,
  * because the compiler would then write all that follows twice. */
 __device__ __forceinline__ float add_sink(float &l, float &m, float sink)
@@ -131,31 +148,33 @@ __device__ __forceinline__ float add_sink(float &l, float &m, float sink)
     return rescale;
 }
 
-/* In the rows of the set, S = S * scale, and m = the maximum of what it was and S; O and l follow.
- * S is rounded here, and not within an FMA, so that p of the maximum is a power of two. */
-__device__ __forceinline__ void raise_max(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
-                                          float (&l_rmem)[M_FRAGS][2], float (&m_rmem)[M_FRAGS][2],
-                                          float (&S_rmem)[M_FRAGS][S_FRAGS][4], float scale,
-                                          unsigned rows)
+/* The online softmax: in the given rows m = max(m, row max of S * scale), and O and l are rescaled.
+ * These rows of S are multiplied by scale: rounded here, and not within the FMA of exponentials(),
+ * so that p of the maximum is a power of two. */
+__device__ __forceinline__ void update_row_max(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
+                                               float (&l_rmem)[M_FRAGS][2],
+                                               float (&m_rmem)[M_FRAGS][2],
+                                               float (&S_rmem)[M_FRAGS][S_FRAGS][4], float scale,
+                                               row_set rows)
 {
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const bool raises = rows >> 2 * m + half & 1;
+            const bool updates = rows.has(m, half);
             float row_max = m_rmem[m][half];
 #pragma unroll
             for (int n = 0; n < S_FRAGS; n++)
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float &s = S_rmem[m][n][2 * half + e];
-                    s *= raises ? scale : 1.0f;
-                    row_max = fmaxf(row_max, s + ABOVE_MAXIMUM);
+                    s *= updates ? scale : 1.0f;
+                    row_max = fmaxf(row_max, s + MAX_OFFSET);
                 }
             /* The four lanes of a quad share the row. */
             row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 1));
             row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 2));
-            if (!raises)
+            if (!updates)
                 row_max = m_rmem[m][half];
 
             const float rescale = exp2_approx(m_rmem[m][half] - row_max);

@@ -30,11 +30,6 @@ using V_place = copy_place<V_layout, THREADS>;
 constexpr int STAGE_BYTES = fa_forward_stage_bytes(HEAD_DIM, HEAD_DIM_V, TILE_N, DTYPE);
 constexpr int RING_BYTES = STAGES * STAGE_BYTES;
 
-/* The tiles that a block goes through: of one KV head, from tile_end - 1 downwards. */
-struct tile_walk {
-    int batch, head_kv, tile_end, tiles;
-};
-
 /* This lane's row for an ldmatrix of 16 keys x 16 dims, whose matrices 0 and 1, then 2 and 3, are
  * the B operand of one mma: of K two chunks of 8 keys, of V two times 8 keys of one chunk. */
 __device__ __forceinline__ unsigned K_lane_offset()

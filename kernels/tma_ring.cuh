@@ -5,7 +5,7 @@
 #ifndef FA_TMA_RING_CUH
 #define FA_TMA_RING_CUH
 
-#include "tile.cuh"
+#include "kv_source.cuh"
 
 /* The tensor maps permute the chunks of a box by their address, as tile_layout does by their offset
  * in the tile. */
@@ -35,7 +35,7 @@ struct tma_ring : ring_place {
             }
             fence_mbarrier_init();
         }
-        __syncthreads(); /* nobody comes to an mbarrier before it is there */
+        __syncthreads(); /* barrier: the mbarriers are initialised before their first use */
     }
 
     /* The mbarriers of a stage lie behind the ring. */
@@ -48,39 +48,28 @@ struct tma_ring : ring_place {
         return full(stage) + FA_MBARRIER_BYTES;
     }
 
-    template <class layout>
-    __device__ __forceinline__ void load_tile(unsigned tile, const fa_tensor_map &map,
-                                              unsigned mbarrier, int key) const
-    {
-#pragma unroll
-        for (int c = 0; c < layout::PADDED; c += layout::COLS)
-            tma_load_4d(tile + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier,
-                        c * CHUNK_ELEMENTS, key, walk.head_kv, walk.batch);
-    }
-
-    /* Puts the i-th tile on its way. Keys after the last, and the chunk that pads a row, become
-     * zeros. */
+    /* Starts the loads of the i-th tile. */
     __device__ __forceinline__ void load(unsigned stage, int i) const
     {
-        const int key = (walk.tile_end - 1 - i) * TILE_N;
+        const int key = walk.key(i);
         mbarrier_expect(full(stage), STAGE_BYTES);
-        load_tile<K_layout>(smem + stage, params.k_map, full(stage), key);
-        load_tile<V_layout>(smem + stage + K_layout::BYTES, params.v_map, full(stage), key);
+        mapped_source{params}.load(smem + stage, full(stage), walk, key);
     }
 
     __device__ __forceinline__ bool is_producer() const
     {
         return HAS_PRODUCER_WARP && threadIdx.x >= THREADS;
     }
-    /* The one thread that talks to the TMA. Elected, which all lanes of its warp take part in: then
-     * the compiler knows that it is one, and writes no loop over lanes around each instruction. */
+    /* The one thread that issues loads. Elected by elect.sync, in which all lanes of its warp take
+     * part: then the compiler knows that it is one, and writes no loop over lanes around each
+     * instruction. */
     __device__ __forceinline__ bool is_loader() const
     {
         return threadIdx.x / 32 == (HAS_PRODUCER_WARP ? WARPS : 0) && elect_one();
     }
 
-    /* All stages are free: at the first pass nothing has been in them, and between two there is a
-     * barrier of the block. */
+    /* All stages are free: nothing has been in them before the first pass, and a barrier of the
+     * block is between two passes. */
     __device__ __forceinline__ void start(const tile_walk &next)
     {
         walk = next;
@@ -97,8 +86,8 @@ struct tma_ring : ring_place {
     /* What this thread has waited for is the whole tile. */
     __device__ __forceinline__ void wait_own() const { mbarrier_wait(full(stage), parity); }
 
-    /* Barrier: all warps are done with the tile before, whose stage is refilled. Where they have
-     * told its mbarrier, nobody else has to wait for that. */
+    /* Barrier: all warps are done with the tile before, whose stage is free for the refill. With
+     * `empty` mbarriers the loader alone waits for that. */
     __device__ __forceinline__ void wait_all() const
     {
         if (!HAS_EMPTY_MBARRIERS)
@@ -125,7 +114,7 @@ struct tma_ring : ring_place {
         load(before(), i + STAGES - 1);
     }
 
-    /* What the producer warp does: its turns are those of the warps that compute. */
+    /* What the producer warp does: one iteration for each of the warps that compute. */
     __device__ __forceinline__ void feed()
     {
         const bool loads = is_loader();
@@ -133,7 +122,7 @@ struct tma_ring : ring_place {
         for (int i = 0; i < walk.tiles; i++, next_stage())
             if (loads)
                 load_after(i);
-        __syncwarp(); /* the last barrier wants the whole warp */
+        __syncwarp(); /* the barrier after the pass takes the whole warp */
     }
 
     __device__ __forceinline__ void next_stage()

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 HOST = sorted(ROOT.glob("csrc/**/*.[ch]"))
-DRIVERS = sorted([*ROOT.glob("emulator/*.[ch]"), ROOT / "tests/helpers/fake_driver.c"])
+DRIVERS = sorted([*ROOT.glob("emulator/*.[ch]"), *ROOT.glob("tests/helpers/*.[ch]")])
 KERNELS = sorted(
     [*ROOT.glob("kernels/*.cu"), *ROOT.glob("kernels/*.cuh"), *ROOT.glob("kernels/*.h")]
 )

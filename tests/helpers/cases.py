@@ -62,8 +62,9 @@ WINDOWS = [
     (20, -2),
     (-40, None),
     (None, -40),
-    (-3, 2),  # would hide all from all: these two are no window
+    (-3, 2),  # nothing would be visible: no window
     (2, -3),
+    (-1, -1),
     (-1000, 2000),
     (-(2**31) + 1, None),
 ]

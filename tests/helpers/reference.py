@@ -34,7 +34,7 @@ def attention_reference(
     batch, seqlen_q, heads_q, head_dim = q.shape
     seqlen_k, heads_kv, head_dim_v = v.shape[1:]
     scale = 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale
-    left, right = resolve_window(causal, window_size)
+    left, right = resolved_window(causal, window_size)
 
     # [B, H, S, D], every query head with its own copy of K and V
     q = q.transpose(1, 2).to(dtype) * scale
@@ -127,9 +127,8 @@ def rounding_of_out(q, k, v, dout, *, learnable_sink=None, **kwargs):
     return deviations
 
 
-def resolve_window(causal, window_size):
-    """(left, right), None for no bound: causal makes the right side 0, and a window that hides every
-    key from every query is none, as in FlashAttention-4; causal stays."""
+def resolved_window(causal, window_size):
+    """(left, right) of the two options; one that hides every key from every query is none."""
     left, right = window_size[0], 0 if causal else window_size[1]
     if left is not None and right is not None and left + right < 0:
         return None, 0 if causal else None

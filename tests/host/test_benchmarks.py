@@ -20,7 +20,10 @@ import decode  # noqa: E402
 import forward  # noqa: E402
 import grid  # noqa: E402
 import harness  # noqa: E402
+import versus  # noqa: E402
 from harness import OURS, Contestant  # noqa: E402
+
+import flash_attn_sm120  # noqa: E402
 
 TORCH_SAYS = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
@@ -218,3 +221,20 @@ def test_presets_of_one_shape_are_measured_once():
     assert sorted(names) == sorted(grid.SHAPES)
     assert len(grid.GRIDS["shapes"].shapes()) < len(grid.SHAPES)
     assert len(grid.GRIDS["fa2"].shapes()) == len(grid.MODELS)
+
+
+@pytest.mark.parametrize("of_backward", [False, True])
+def test_two_revisions_are_compared(monkeypatch, capsys, of_backward):
+    """Here a package with itself."""
+    monkeypatch.setitem(grid.GRIDS, "tiny", grid.Grid(("hd64",), (16, 32), True))
+    packages = {"this": flash_attn_sm120, "other": flash_attn_sm120}
+    versus.compare_times(packages, "tiny", of_backward, "cpu")
+    said = capsys.readouterr().out
+    assert "4 cells of tiny" in said and "absent" not in said
+    geomean = re.search(r"geomean (\S+)", said)
+    assert 0.1 < float(geomean[1]) < 10
+
+
+def test_readme_says_what_each_script_is_for():
+    readme = (BENCHMARKS / "README.md").read_text()
+    assert [p.name for p in BENCHMARKS.glob("*.py") if f"**`{p.name}`**" not in readme] == []

@@ -1,5 +1,6 @@
 """The way to a launch, on a driver that launches nothing: what is asked of it, and every way it can fail."""
 
+import _ctypes
 import json
 import math
 import shutil
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_attn_sm120 import jit
+from flash_attn_sm120 import _C, jit
 from helpers.children import run_python
 
 HELPERS = Path(__file__).parents[1] / "helpers"
@@ -155,7 +156,7 @@ print(frameworks.torch.cuda.is_initialized())
 
 def test_a_variant_is_compiled_once(run):
     code = """
-from flash_attn_sm120 import jit
+from flash_attn_sm120 import _C, jit
 compiled, compile = [], jit.compile
 jit.compile = lambda *args: compiled.append(args[1]) or compile(*args)
 for _ in range(3):
@@ -169,7 +170,7 @@ print(len(compiled), len(set(compiled)))
 
 def test_a_library_in_place_of_the_driver_is_given_ptx(run):
     code = """
-from flash_attn_sm120 import jit
+from flash_attn_sm120 import _C, jit
 compile = jit.compile
 jit.compile = lambda *args: print(args[5], compile(*args)[:2]) or compile(*args)
 call()
@@ -181,7 +182,7 @@ call()
 def test_hundreds_of_variants(run):
     """The table of kernels grows, and finds every kernel again."""
     code = """
-from flash_attn_sm120 import jit
+from flash_attn_sm120 import _C, jit
 compiled, ptx = [], b".entry forward("
 jit.compile = lambda *args: compiled.append(args[1]) or ptx
 for _ in range(2):
@@ -247,7 +248,7 @@ for rows in ([], [tile_row(**tile, warps=2)], [tile_row(**tile, warps=8)], []):
 def test_rows_that_change_while_a_kernel_is_compiled(run):
     """The plan of before is carried out, and not kept."""
     code = """
-from flash_attn_sm120 import jit
+from flash_attn_sm120 import _C, jit
 from helpers.tiles import tile_row
 compile = jit.compile
 def compile_and_change(*args):
@@ -292,7 +293,7 @@ def test_a_split_call_is_two_launches(run):
 def test_capture_needs_both_kernels_of_a_split_call(run):
     code = """
 import os
-from flash_attn_sm120 import jit
+from flash_attn_sm120 import _C, jit
 compile, fail = jit.compile, ["combine"]
 jit.compile = lambda *args: compile(*args) if args[0] not in fail else 1 / 0
 error_of(call, num_splits=3)
@@ -347,11 +348,36 @@ def test_no_driver(run, tmp_path):
     )
 
 
-def test_a_library_that_is_no_driver(run):
-    import _ctypes
+@pytest.mark.parametrize("library", ["libm.so.6", _ctypes.__file__, _C.__file__])
+def test_a_library_that_is_no_driver(run, library):
+    lines, _ = run("error_of(call)\n", FA_SM120_DRIVER=library)
+    assert lines == [f"RuntimeError: {library} is not a CUDA driver: no symbol cuInit"]
 
-    lines, _ = run("error_of(call)\n", FA_SM120_DRIVER=_ctypes.__file__)
-    assert lines[0].startswith("RuntimeError") and "driver" in lines[0]
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\x7fELF" + bytes(100)])
+def test_a_file_that_is_no_library(run, tmp_path, content):
+    path = tmp_path / "libcuda.so.1"
+    path.write_bytes(content)
+    (line,), _ = run("error_of(call)\n", FA_SM120_DRIVER=str(path))
+    assert line.startswith(f"RuntimeError: no CUDA driver: {path} cannot be opened (")
+    assert line.count(str(path)) == 1 and len(line) <= 200
+
+
+@pytest.mark.parametrize("library", ["none.so", "libm.so.6"])
+def test_warmup_without_a_driver(run, library):
+    code = """
+import sys
+from flash_attn_sm120 import warmup
+from flash_attn_sm120.__main__ import main
+error_of(warmup)
+sys.stderr = sys.stdout
+print(main(["warmup"]))
+"""
+    (line, printed, status), _ = run(code, FA_SM120_DRIVER=library)
+    assert line.startswith("RuntimeError: ") and line.endswith(
+        "name an architecture to compile for"
+    )
+    assert printed.endswith(line.removeprefix("RuntimeError: ")) and status == "1"
 
 
 @pytest.mark.parametrize(
@@ -421,7 +447,7 @@ error_of(call)
 
 def test_compiler_failure_passes_through(run):
     code = """
-from flash_attn_sm120 import jit
+from flash_attn_sm120 import _C, jit
 compile, jit.compile = jit.compile, lambda *args: "text"
 error_of(call)
 jit.compile = compile

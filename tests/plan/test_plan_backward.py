@@ -37,11 +37,12 @@ def test_steps():
 
 
 def test_common_plans_have_every_step():
-    """What is compiled ahead is all that later calls of these head dims launch."""
+    """What is compiled ahead is all that later calls of these head dims launch, but for those whose
+    keys are one tile: they are short."""
     for arch in (80, 90, 120, 121):
         ahead = {kernel for p in common_kernels.backward_plans(arch) for kernel in p.kernels}
         for head_dims, seqlen in itertools.product(
-            common_kernels.COMMON_HEAD_DIMS, (1, 300, 16384)
+            common_kernels.COMMON_HEAD_DIMS, (150, 300, 16384)
         ):
             for causal in (False, True):
                 later = plan(seqlen, (28, 4), head_dims, arch=arch, causal=causal and seqlen > 1)
@@ -87,6 +88,37 @@ def test_few_heads_have_two_sums_of_dq():
         turns = 4 * (sums * queries // 64 + 4)
         assert planned.workspace_bytes == 4 * queries * (sums * 128 + 2) + turns
         assert "-DDQ_BUFFERS=1" in plan(4096, (heads, heads)).main.options
+
+
+def test_one_tile_of_keys_needs_no_accumulator():
+    """Nothing adds to dQ: short sequences take hardly more memory than their lse and delta."""
+    for batch, seqlen, heads in ((8192, 16, 8), (70000, 128, 1)):
+        q = torch.empty(64).bfloat16().expand(batch, seqlen, heads, 64)
+        planned = explain_backward(q, q, q, arch=120)
+        assert planned.workspace_bytes <= 1.25 * q.numel() * 2
+        assert names(planned) == ["backward_preprocess", "backward"]
+        assert "tile holds all keys" in planned.reasons["dq_accum"]
+
+
+@pytest.mark.parametrize(
+    "seqlens, options, direct",
+    [
+        ((100, 128), {}, True),
+        ((100, 129), {}, False),
+        ((128, 100), {}, True),
+        ((100, 100), {"causal": True}, True),
+        ((101, 100), {"causal": True}, False),  # query 0 sees no key: no block would write its dQ
+        ((100, 100), {"window_size": (None, -1)}, False),
+        ((100, 100), {"window_size": (-1, None)}, False),
+        ((100, 100), {"window_size": (0, 0)}, True),
+        ((100, 50), {"window_size": (10, 60)}, True),
+        ((100, 50), {"window_size": (10, 40)}, False),
+    ],
+    ids=str,
+)
+def test_dq_is_stored_where_each_query_sees_keys_of_one_tile(seqlens, options, direct):
+    q, k = (torch.empty(1, n, 4, 64).bfloat16() for n in seqlens)
+    assert f"-DDQ_DIRECT={direct:d}" in explain_backward(q, k, k, **options, arch=120).options
 
 
 def test_nothing_is_launched_for_nothing():

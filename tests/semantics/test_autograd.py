@@ -13,7 +13,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from flash_attn_sm120 import _C, autograd, flash_attn_func
+from flash_attn_sm120 import _C, autograd, flash_attn_func, ops
 from helpers import cases
 from helpers.checks import assert_all_equal
 from helpers.devices import CPU, CUDA, params_of
@@ -202,7 +202,7 @@ def test_options_reach_the_backward(device, leaves, monkeypatch, deterministic):
         calls.append(options)
         return _C.backward(*args, **options)
 
-    monkeypatch.setattr(autograd, "_C", SimpleNamespace(forward=_C.forward, backward=backward))
+    monkeypatch.setattr(ops, "_C", SimpleNamespace(forward=_C.forward, backward=backward))
     out, _ = flash_attn_func(
         *leaves(),
         softmax_scale=0.3,

@@ -51,12 +51,15 @@ def test_every_tile_edge(device, make_qkv, head_dims, mask):
             check_both(*make_qkv(1, seqlen_q, seqlen_k, 2, 1, *head_dims), **mask)
 
 
-@pytest.mark.quick("emulator-bf16-(64, 64)-warp-causal", "cuda-bf16-(64, 64)-*-causal")
+@pytest.mark.quick("emulator-bf16-(64, 64)-warp-window", "cuda-bf16-(64, 64)-*-causal")
 @cases.mask(WIDE_MASKS)
 @pytest.mark.parametrize("producer", PRODUCERS)
 @pytest.mark.parametrize("head_dims", [(64, 64), (192, 192)], ids=str)
 def test_every_producer(device, dtype, make_qkv, head_dims, producer, mask):
     """Also where everything is computed a second time, and the ring goes on where it was."""
+    turn = PRODUCERS.index(producer) + list(WIDE_MASKS.values()).index(mask)
+    if not device.takes(turn + head_dims[0] // 192):
+        pytest.skip("with tiles of the other size")
     q, k, v = make_qkv(2, 70, 330, 4, 2, *head_dims, dtype=dtype)
     plan = check_both(q, k, v, producer=producer, **mask)
     assert f"_p{PRODUCERS.index(producer)}" in plan.variant
