@@ -2,6 +2,7 @@
 
 import decimal
 import fractions
+import itertools
 import warnings
 
 import numpy as np
@@ -124,6 +125,16 @@ class Hostile:
         raise ZeroDivisionError
 
 
+class Endless:
+    """Says that it has two items, and has more."""
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        return "x"
+
+
 WRONG = {
     "scale beyond float": ({"softmax_scale": 10**400}, ValueError, "softmax_scale must be finite"),
     "scale too long to show": ({"softmax_scale": 10**5000}, ValueError, "finite in float32, got"),
@@ -138,7 +149,9 @@ WRONG = {
     "window of floats": ({"window_size": (np.float64(1), 0)}, TypeError, "integers or None"),
     "window string": ({"window_size": "12"}, TypeError, "of integers or None, got '1'"),
     "window set": ({"window_size": {1, 2}}, TypeError, "must be .left, right., got"),
-    "window tensor": ({"window_size": torch.ones(2)}, TypeError, "got tensor"),
+    "window without end": ({"window_size": itertools.count()}, TypeError, "got count.0."),
+    "window that goes on": ({"window_size": Endless()}, TypeError, "of integers or None, got 'x'"),
+    "window tensor": ({"window_size": torch.ones(2)}, TypeError, "window_size must be .left, right., got tensor"),
     "no repr": ({"num_splits": Hostile()}, TypeError, "an integer, got <class '.*Hostile'>"),
     "long repr": ({"pack_gqa": ["x" * 44_000]}, TypeError, r"None, got \['xxx.*xxx\.\.\."),
     "lines": ({"pack_gqa": type("L", (), {"__repr__": lambda _: "a\nb\n\nc"})()}, TypeError, "got a b c$"),

@@ -168,7 +168,6 @@ BAD_OUT = {
     "strided rows": (lambda x: x.new_empty(*SHAPE[:3], 80)[..., ::2], "contiguous rows at multiples of 16 bytes"),
     "list": (lambda x: [1.0], "out must be a tensor"),
     "freed": (lambda x: freed(x), "out has no data: its storage was freed"),
-    "meta": (lambda x: x.to("meta"), "out is"),
 }  # fmt: skip
 
 
