@@ -5,7 +5,7 @@ import torch
 
 from flash_attn_sm120 import flash_attn_func
 from helpers.checks import attend, check_forward, check_gradients, dout_for
-from helpers.reference import resolve_window
+from helpers.reference import resolved_window
 
 # As they are given, without and with causal, and what they mean: docs/numerics.md has this table.
 CONVENTIONS = [
@@ -33,8 +33,8 @@ conventions = pytest.mark.parametrize("given, full, causal", CONVENTIONS, ids=st
 @conventions
 def test_the_oracle_knows_them(given, full, causal):
     if abs(given[0] or 0) < 2**40:
-        assert resolve_window(False, given) == full
-    assert resolve_window(True, given) == causal
+        assert resolved_window(False, given) == full
+    assert resolved_window(True, given) == causal
 
 
 @pytest.mark.quick("cpu-*(-1, -1)*")
