@@ -6,7 +6,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "../kernels/params.h" /* enum fa_dtype */
+#include "../kernels/geometry.h" /* fa_element_bytes */
 
 #define FA_MAX_NDIM 4
 
@@ -50,7 +50,13 @@ int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name,
  * where it is not what it was. What came in a capsule is ours until it is released. */
 int fa_tensor_recheck(const struct fa_tensor *tensor, const char *name);
 
-bool fa_tensor_is_empty(const struct fa_tensor *tensor);
+static inline bool fa_tensor_is_empty(const struct fa_tensor *tensor)
+{
+    for (int i = 0; i < tensor->ndim; i++)
+        if (tensor->shape[i] == 0)
+            return true;
+    return false;
+}
 
 /* Whether rows of the innermost dimension lie contiguous and, for the 16-byte accesses of the
  * kernels, aligned. */
@@ -102,7 +108,6 @@ void fa_tensor_release(struct fa_tensor *tensor);
 #define FA_DEVICE_NAME_SIZE 24
 void fa_device_name(const struct fa_tensor *tensor, char name[FA_DEVICE_NAME_SIZE]);
 
-size_t fa_dtype_size(enum fa_dtype dtype);
 const char *fa_dtype_name(enum fa_dtype dtype); /* "float32", "float16", "bfloat16" */
 
 #endif
