@@ -30,7 +30,7 @@ from flash_attn_sm120.following import is_followed
 from helpers.checks import assert_all_equal
 from helpers.children import run_python
 from helpers.devices import CPU, CUDA, params_of
-from semantics.test_autograd import Transformer
+from helpers.models import Transformer
 
 NAMES = {"flash_attn_sm120.forward.default", "flash_attn_sm120.backward.default"}
 
@@ -63,6 +63,12 @@ def attend(q, k, v, **options):
 def sdpa(q, k, v):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2)
+
+
+def compiled(function, **options):
+    """Without a graph break, and without what earlier tests have compiled."""
+    torch.compiler.reset()
+    return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
 
 
 def assert_near(ours, theirs):
@@ -215,10 +221,10 @@ def test_jit_trace_of_a_module(qkv):
 @pytest.mark.parametrize("dynamic", [None, True], ids=["", "dynamic"])
 def test_compile(tensors, dynamic):
     """No graph break, other lengths, forward and backward."""
-    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    function = compiled(attend, dynamic=dynamic)
     for seqlen in (5, 9, 6):
         leaves = [x.requires_grad_() for x in tensors(seqlen, seqlen + 1)]
-        ours, theirs = compiled(*leaves), sdpa(*leaves)
+        ours, theirs = function(*leaves), sdpa(*leaves)
         assert_near(ours, theirs)
         assert_near(*(torch.autograd.grad(out.square().sum(), leaves) for out in (ours, theirs)))
 
@@ -230,10 +236,10 @@ def test_compile_with_sizes_as_options(tensors):
         options = {"window_size": (width, q.shape[1] // 2), "softmax_scale": q.shape[1] ** -0.5}
         return flash_attn_func(q, q, q, return_lse=True, **options)
 
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=True)
+    function = compiled(call, dynamic=True)
     for seqlen in (6, 9):
         q = tensors(seqlen)[0]
-        assert_all_equal(compiled(q, seqlen - 4), call(q, seqlen - 4))
+        assert_all_equal(function(q, seqlen - 4), call(q, seqlen - 4))
 
 
 def test_compile_under_autocast(device, tensors):
@@ -245,7 +251,7 @@ def test_compile_under_autocast(device, tensors):
     expected = inside(*leaves)
     for function in (attend, inside):
         with torch.autocast(device.torch_device, torch.bfloat16):
-            out = torch.compile(function, fullgraph=True, backend="aot_eager")(*leaves)
+            out = compiled(function)(*leaves)
         assert out.dtype == torch.bfloat16
         assert_near(out, expected)
         gradients = torch.autograd.grad(out.sum(), leaves)
@@ -255,10 +261,10 @@ def test_compile_under_autocast(device, tensors):
 def test_compile_of_a_training_step(device):
     """A small transformer learns in one graph what it learns eagerly."""
 
-    def curve(compiled):
+    def curve(compile):
         torch.manual_seed(0)
         model = Transformer(lambda q, k, v: attend(q, k, v, causal=True)).to(device.torch_device)
-        step = torch.compile(model, fullgraph=True, backend="aot_eager") if compiled else model
+        step = compile(model)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         losses = []
         for _ in range(3):
@@ -274,7 +280,7 @@ def test_compile_of_a_training_step(device):
 
     torch._dynamo.utils.counters.clear()
     near = {"rtol": 1e-4, "atol": 1e-5} if device == CPU else {"rtol": 5e-2, "atol": 5e-2}
-    torch.testing.assert_close(curve(compiled=True), curve(compiled=False), **near)
+    torch.testing.assert_close(curve(compiled), curve(lambda model: model), **near)
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
@@ -608,8 +614,7 @@ def test_selective_checkpointing(qkv, runs, is_saved, is_compiled):
 
     expected = torch.autograd.grad(block(q).sum(), q)
     if is_compiled:
-        torch.compiler.reset()  # the policy is part of the graph, but no guard looks at it
-        checkpointed = torch.compile(checkpointed, fullgraph=True, backend="aot_eager")
+        checkpointed = compiled(checkpointed)
     runs.update(forward=0, backward=0)
     assert_near(torch.autograd.grad(checkpointed(q).sum(), q), expected)
     assert runs == {"forward": 1 if is_saved else 2, "backward": 1}
@@ -746,7 +751,7 @@ def test_deterministic_algorithms(qkv, deterministic_backwards, switch):
     assert deterministic_backwards == [False, False]
     try:
         switch()
-        outs.append(torch.compile(attend, fullgraph=True, backend="aot_eager")(*leaves))
+        outs.append(compiled(attend)(*leaves))
         for out in outs:
             out.sum().backward()
         plan = explain_backward(*(x.detach().half() for x in leaves), arch=120)
