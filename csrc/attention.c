@@ -6,8 +6,8 @@
 #include "cpu_threads.h"
 #include "launch.h"
 
-/* Asks how many threads there are, then looks at the tensors and at lengths a last time and releases
- * the GIL. 0 or -1. */
+/* Asks how many threads there are, then looks at the tensors and at lengths a last time and
+ * releases the GIL. 0 or -1. */
 static int begin(const struct fa_problem *problem, const struct fa_gradients *gradients,
                  struct fa_threads *threads)
 {

@@ -165,7 +165,7 @@ static int check_shapes(const struct fa_tensor *q, const struct fa_tensor *k,
     return check_heads(heads_of(q), heads_of(k));
 }
 
-/* What a side's lengths are at most: of a packed one max_seqlen or, if that is not given, all rows. */
+/* What a side's lengths are at most: of a packed one max_seqlen, or all rows if that is None. */
 static int bound_of(const struct fa_tensor *side, int max_seqlen)
 {
     return side->ndim == 4 ? rows_of(side) : MIN(rows_of(side), max_seqlen);
@@ -445,8 +445,8 @@ int fa_gradients_read(struct fa_dlpack *dlpack, PyObject *dout, PyObject *out, P
     return dlse == Py_None ? 0 : fa_tensor_ensure_contiguous(dlpack, "dlse", &gradients->dlse);
 }
 
-/* Of a problem that is empty it is 0, and so are rows that no sequence has, which nothing is computed
- * for. 0 or -1. */
+/* Of a problem that is empty it is 0, and so are rows that no sequence has, which nothing is
+ * computed for. 0 or -1. */
 static int allocate_gradient(struct fa_dlpack *dlpack, const struct fa_problem *problem,
                              const struct fa_gradients *gradients, const struct fa_tensor *like,
                              const char *name, enum fa_dtype dtype, int ndim, const int64_t *shape,

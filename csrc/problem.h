@@ -9,8 +9,8 @@
 struct fa_problem {
     struct fa_shape shape;
     struct fa_options options;
-    /* Where a side is packed [total, ...] takes the place of [batch, seqlen, ...], here and below, and
-     * the lse is [heads_q, total]. */
+    /* Where a side is packed [total, ...] takes the place of [batch, seqlen, ...], here and below,
+     * and the lse is [heads_q, total]. */
     struct fa_tensor q;    /* [batch, seqlen_q, heads_q, head_dim] */
     struct fa_tensor k;    /* [batch, seqlen_k, heads_kv, head_dim] */
     struct fa_tensor v;    /* [batch, seqlen_k, heads_kv, head_dim_v] */

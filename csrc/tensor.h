@@ -63,8 +63,8 @@ static inline bool fa_tensor_is_empty(const struct fa_tensor *tensor)
     return false;
 }
 
-/* The outer strides of a tensor [batch, seqlen, heads, head_dim], or packed [total, heads, head_dim]:
- * there is no step from sequence to sequence then. */
+/* The outer strides of a tensor [batch, seqlen, heads, head_dim], or packed [total, heads,
+ * head_dim]: there is no step from sequence to sequence then. */
 static inline struct fa_strides fa_tensor_strides(const struct fa_tensor *tensor)
 {
     const int64_t *inner = &tensor->stride[tensor->ndim - 3];

@@ -90,7 +90,7 @@ FA_CONSTEXPR int fa_combine_slots(int threads, int head_dim_v)
     return threads / fa_combine_lanes(head_dim_v);
 }
 
-/* ---- varlen_fill ------------------------------------------------------------------------------ */
+/* ---- varlen_fill ----------------------------------------------------------------------------- */
 
 /* Of a block of kernels/varlen_fill.cu; the rows are all heads'. */
 enum { FA_FILL_THREADS = 256, FA_FILL_ROWS = 256 };
