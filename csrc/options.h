@@ -17,8 +17,8 @@ struct fa_window {
 
 /* X(name, type of the field, reader in options.c, default in C, default in Python)
  *
- * What they mean is told to users by the docstrings of flash_attn_func and flash_attn_varlen_func. PyObject fields are borrowed
- * from the caller's arguments; NULL where they are None. */
+ * What they mean is told to users by the docstrings of flash_attn_func and flash_attn_varlen_func.
+ * PyObject fields are borrowed from the caller's arguments; NULL where they are None. */
 #define FA_CALL_OPTIONS(X)                                                                         \
     X(cu_seqlens_q, PyObject *, object, NULL, "None")                                              \
     X(cu_seqlens_k, PyObject *, object, NULL, "None")                                              \

@@ -121,8 +121,8 @@ struct fa_plan_target {
 int fa_plan_make(const struct fa_plan_input *input, const struct fa_plan_target *target,
                  struct fa_plan *plan, struct fa_plan_error *error);
 
-/* Sizes grids and workspace of a plan that fa_plan_make made for `input`, which is of such an extent
- * when rounded. 0, or -1 with `error` filled. */
+/* Sizes grids and workspace of a plan that fa_plan_make made for `input`, which is of such an
+ * extent when rounded. 0, or -1 with `error` filled. */
 int fa_plan_fit(const struct fa_plan_input *input, const struct fa_extent *extent,
                 struct fa_plan *plan, struct fa_plan_error *error);
 

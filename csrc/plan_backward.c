@@ -137,7 +137,7 @@ static void set_main(const struct fa_plan_input *input, const struct fa_plan_tar
                                        .smem_request = smem_request});
 }
 
-/* ---- blocks that share a tile of keys -------------------------------------------------------------------------------- */
+/* ---- blocks that share a tile of keys -------------------------------------------------------- */
 
 /* The tiles of queries that a block of keys goes through: at most, and on average. */
 static double longest_walk(const struct fa_plan_input *input, const struct fa_plan *plan)

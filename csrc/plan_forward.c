@@ -13,9 +13,9 @@ static int forward_smem(const struct fa_plan_input *input, const struct fa_tile 
     return fa_forward_smem(stage_bytes, tile->stages, tile->kernel == FA_KERNEL_FORWARD_TMA);
 }
 
-/* Query rows of all heads for each multiprocessor; expanded tensors can have more than 2^63. How many
- * sequences there are a plan for any lengths does not know: it takes tiles as large as what can share
- * a block. */
+/* Query rows of all heads for each multiprocessor; expanded tensors can have more than 2^63. How
+ * many sequences there are a plan for any lengths does not know: it takes tiles as large as what
+ * can share a block. */
 static double rows_per_sm(const struct fa_plan_input *input, const struct fa_device *device)
 {
     if (input->varlen)
@@ -196,8 +196,8 @@ static void set_main(const struct fa_plan_input *input, const struct fa_plan_tar
 }
 
 /* Blocks run group by group, so that the K and V that a group reads fill at most half of the L2.
- * All groups are equal: a smaller last one would leave multiprocessors idle at the end. Of sequences
- * of any lengths a group is of one sequence. */
+ * All groups are equal: a smaller last one would leave multiprocessors idle at the end. Of
+ * sequences of any lengths a group is of one sequence. */
 static int group_heads(const struct fa_plan_input *input, const struct fa_device *device,
                        bool packed)
 {

@@ -6,15 +6,18 @@
 static int rounded_up(int length)
 {
     int bound = length > 0 ? 1 : 0;
-    while (bound < length)
+    while (bound < MIN(length, FA_MAX_SIZE))
         bound *= 2;
     return MIN(bound, FA_MAX_SIZE);
 }
 
-static int planned_keys(const struct fa_shape *shape)
+/* A length that all sequences have, or a bound of their lengths: that of the caller, if there is
+ * one, whatever the rows of the tensor are. */
+static int planned_length(const struct fa_shape *shape, int seqlen, bool is_packed, int max_seqlen)
 {
-    const int keys = CEIL_DIV(shape->seqlen_k, FA_KEY_STEP) * FA_KEY_STEP;
-    return shape->is_varlen ? rounded_up(keys) : keys;
+    if (!shape->is_varlen)
+        return seqlen;
+    return rounded_up(is_packed && max_seqlen != FA_NO_BOUND ? max_seqlen : seqlen);
 }
 
 struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
@@ -23,14 +26,17 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
     const struct fa_shape *shape = &problem->shape;
     const struct fa_options *options = &problem->options;
     const bool is_forward = direction == FA_FORWARD;
+    const int keys =
+        planned_length(shape, shape->seqlen_k, shape->is_packed_k, options->max_seqlen_k);
     const struct fa_tensor *first = is_forward ? &problem->k : &problem->q;
     const struct fa_tensor *second = is_forward ? &problem->v : dout;
     return (struct fa_plan_input){
         .direction = direction,
         .dtype = shape->dtype,
         .batch = shape->is_varlen ? 1 : shape->batch,
-        .seqlen_q = shape->is_varlen ? rounded_up(shape->seqlen_q) : shape->seqlen_q,
-        .seqlen_k = planned_keys(shape),
+        .seqlen_q =
+            planned_length(shape, shape->seqlen_q, shape->is_packed_q, options->max_seqlen_q),
+        .seqlen_k = CEIL_DIV(keys, FA_KEY_STEP) * FA_KEY_STEP,
         .heads_q = shape->heads_q,
         .heads_kv = shape->heads_kv,
         .head_dim = shape->head_dim,

@@ -17,8 +17,8 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
 int fa_planning_make(struct fa_state *state, const struct fa_plan_input *input, int ordinal,
                      int arch, struct fa_plan *plan);
 
-/* Sizes the plan of an input for the problem, where the input does not hold all that grids depend on:
- * lengths on the device have bounds, which may differ from call to call. 0 or -1. */
+/* Sizes the plan of an input for the problem, where the input does not hold all that grids depend
+ * on: lengths on the device have bounds, which may differ from call to call. 0 or -1. */
 int fa_planning_fit(const struct fa_problem *problem, const struct fa_plan_input *input,
                     struct fa_plan *plan);
 

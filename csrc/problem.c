@@ -165,7 +165,7 @@ static int check_shapes(const struct fa_tensor *q, const struct fa_tensor *k,
     return check_heads(heads_of(q), heads_of(k));
 }
 
-/* What a side's lengths are at most: of a packed one max_seqlen or, if that is not given, all rows. */
+/* What a side's lengths are at most: of a packed one max_seqlen, or all rows if that is None. */
 static int bound_of(const struct fa_tensor *side, int max_seqlen)
 {
     return side->ndim == 4 ? rows_of(side) : MIN(rows_of(side), max_seqlen);
@@ -319,7 +319,10 @@ static int check_apart(const struct fa_problem *problem, const struct fa_gradien
     for (int i = 0; i < count; i++)
         if (tensors[i].tensor != result && tensors[i].tensor->object &&
             fa_tensors_overlap(result, tensors[i].tensor))
-            return fa_raise(PyExc_ValueError, "%s overlaps %s", name, tensors[i].name);
+            /* memory that was freed meanwhile may be the result's now */
+            return fa_tensor_recheck(tensors[i].tensor, tensors[i].name) < 0
+                       ? -1
+                       : fa_raise(PyExc_ValueError, "%s overlaps %s", name, tensors[i].name);
     return 0;
 }
 
@@ -442,8 +445,8 @@ int fa_gradients_read(struct fa_dlpack *dlpack, PyObject *dout, PyObject *out, P
     return dlse == Py_None ? 0 : fa_tensor_ensure_contiguous(dlpack, "dlse", &gradients->dlse);
 }
 
-/* Of a problem that is empty it is 0, and so are rows that no sequence has, which nothing is computed
- * for. 0 or -1. */
+/* Of a problem that is empty it is 0, and so are rows that no sequence has, which nothing is
+ * computed for. 0 or -1. */
 static int allocate_gradient(struct fa_dlpack *dlpack, const struct fa_problem *problem,
                              const struct fa_gradients *gradients, const struct fa_tensor *like,
                              const char *name, enum fa_dtype dtype, int ndim, const int64_t *shape,
@@ -467,7 +470,7 @@ int fa_gradients_allocate(struct fa_dlpack *dlpack, const struct fa_problem *pro
             return -1;
     if (!problem->sink.object)
         return 0;
-    /* Where no query meets a key the sink alone makes the lse, and whatever flows into that flows on
+    /* Where no query meets a key the sink alone makes the lse, and what flows into that flows on
      * into the sink. */
     if (fa_shape_is_empty(&problem->shape) && !problem->shape.is_varlen && gradients->dlse.object)
         return fa_tensor_sum_heads(dlpack, &gradients->dlse, "dsink", &gradients->dsink);

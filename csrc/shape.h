@@ -39,8 +39,8 @@ static inline int fa_heads_per_kv(const struct fa_shape *shape)
     return shape->heads_q / shape->heads_kv;
 }
 
-/* Whether no query meets any key, because there are none. Where lengths are on the device, sequences
- * of the batch without keys may have queries, whose rows it has to find. */
+/* Whether no query meets any key, because there are none. Where lengths are on the device,
+ * sequences of the batch without keys may have queries, whose rows it has to find. */
 static inline bool fa_shape_is_empty(const struct fa_shape *shape)
 {
     return shape->batch == 0 || shape->seqlen_q == 0 || (shape->seqlen_k == 0 && !shape->is_varlen);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -48,7 +49,7 @@ def written_in_place(*tensors: Any) -> None:
 
 
 class _Attention(Function):
-    """Keeps q, k, v, out and lse (the sink, and lengths) for the backward, which recomputes all else."""
+    """Keeps q, k, v, out, lse (sink, lengths) for the backward, which recomputes all else."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -132,7 +133,7 @@ class _Gradients(Function):
         )
 
 
-def _varlen_backward(options: Any, *tensors: torch.Tensor | None) -> Any:
+def _varlen_backward(options: Any, *tensors: Any) -> Any:
     """The gradients of a call with lengths, which has no operator yet.
 
     Raises:
@@ -143,10 +144,7 @@ def _varlen_backward(options: Any, *tensors: torch.Tensor | None) -> Any:
             "the gradient of flash_attn_varlen_func is not supported yet where torch follows it: "
             "torch.compile, torch.func, modes, tensor subclasses"
         )
-
-    def run(*tensors: Any) -> Any:
-        return ops.run_backward(*tensors, options)
-
+    run = partial(ops.run_backward, options=options)
     return _record_gradients(run, *tensors) if torch.is_grad_enabled() else run(*tensors)
 
 

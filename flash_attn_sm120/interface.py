@@ -73,8 +73,9 @@ def flash_attn_func(
             where queries are few, as in decoding; never changes a bit of the result. None: where
             that takes fewer blocks. True asks for it, and warns once where it cannot be; False
             forbids it.
-        deterministic: the backward is bitwise reproducible too, as the forward always is. On an
-            H200 that takes 3 to 30% of its speed, most with few heads and short sequences.
+        deterministic: the backward is bitwise reproducible too, as the forward always is;
+            ``torch.use_deterministic_algorithms(True)`` asks for the same. On an H200 that takes 3
+            to 30% of its speed, most with few heads and short sequences.
         return_lse: also return the log-sum-exp of the scores, through which gradients flow, too.
         out: ``(batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``, to write the result
             to. Any strides with a contiguous, 16-byte-aligned last dimension are written in place;
@@ -94,17 +95,19 @@ def flash_attn_func(
         numpy arrays give numpy arrays; producers other than torch and numpy give torch tensors.
 
     Gradients of torch tensors reach ``q``, ``k``, ``v`` and ``learnable_sink``; the backward keeps
-    those, ``out`` and the log-sum-exp, and has no derivative of its own. Under
-    ``torch.autocast``, ``q``, ``k`` and ``v`` are cast to its dtype, as for
-    ``torch.nn.functional.scaled_dot_product_attention``.
+    those, ``out`` and the log-sum-exp, and has no derivative of its own, nor has the forward a
+    forward-mode one. Calls that torch follows (compile, export, vmap, modes, DTensor) are those of
+    the operator ``torch.ops.flash_attn_sm120.forward``. Under ``torch.autocast``, ``q``, ``k`` and
+    ``v`` are cast to its dtype, as for ``torch.nn.functional.scaled_dot_product_attention``.
 
     Raises:
         TypeError: not a tensor, or a dtype other than the above.
         ValueError: shapes, sizes, devices or scalars out of range.
         NotImplementedError: valid, but not supported yet; the message says what.
-        RuntimeError: the driver or the compiler; ``out`` or ``lse`` where a gradient is wanted.
+        RuntimeError: the driver or the compiler; ``out`` or ``lse`` where a gradient is wanted or
+            torch follows the call.
     """
-    if (  # spelled out, which takes less time than a loop
+    if (
         qv is not None
         or gather_kv_indices is not None
         or score_mod is not None
@@ -129,6 +132,37 @@ def flash_attn_func(
             block_sparse_tensors_bwd=block_sparse_tensors_bwd,
             **unsupported,
         )
+    in_place = out is not None or lse is not None
+    by_operator = is_followed(q, k, v, learnable_sink) or (
+        is_followed(q, k, v, out, lse) if in_place else profiler._is_profiler_enabled
+    )
+    if not by_operator and torch._C._is_any_autocast_enabled():
+        q, k, v = autograd.autocast(q, k, v)
+    wants_gradient = torch.is_grad_enabled() and (
+        getattr(q, "requires_grad", None) is True
+        or getattr(k, "requires_grad", None) is True
+        or getattr(v, "requires_grad", None) is True
+        or getattr(learnable_sink, "requires_grad", None) is True
+    )
+    if not by_operator and not wants_gradient:
+        results = _C.forward(
+            q,
+            k,
+            v,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            learnable_sink=learnable_sink,
+            softcap=softcap,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            return_lse=return_lse,
+            out=out,
+            lse=lse,
+        )
+        if in_place:
+            autograd.written_in_place(out, lse)
+        return results
     options: ScalarOptions = {
         "softmax_scale": softmax_scale,
         "causal": causal,
@@ -138,7 +172,10 @@ def flash_attn_func(
         "pack_gqa": pack_gqa,
         "deterministic": deterministic,
     }
-    return _attend("flash_attn_func", q, k, v, learnable_sink, {}, options, return_lse, out, lse)
+    function = "flash_attn_func"
+    return _attend(
+        function, by_operator, in_place, q, k, v, learnable_sink, {}, options, return_lse
+    )
 
 
 def flash_attn_varlen_func(
@@ -181,8 +218,9 @@ def flash_attn_varlen_func(
     """Attention of sequences of any lengths, each as :func:`flash_attn_func` computes it alone.
 
     Lengths stay on the device: no call reads them on the host or waits for them, and a CUDA graph
-    that holds the call can be replayed with other lengths. A side with ``cu_seqlens`` is packed: the
-    rows of all sequences, one after the other. One without is ``(batch, seqlen, heads, head_dim)``.
+    that holds the call can be replayed with other lengths. A side with ``cu_seqlens`` is packed:
+    the rows of all sequences, one after the other. One without is ``(batch, seqlen, heads,
+    head_dim)``.
 
     Args:
         q: ``(total_q, heads_q, head_dim)``, or ``(batch, seqlen_q, heads_q, head_dim)`` without
@@ -217,8 +255,8 @@ def flash_attn_varlen_func(
         ``return_lse``. Rows that no sequence has, or does not use, get out 0, lse -inf and
         gradients 0, whatever q, k and v hold there.
 
-    CUDA tensors of lengths may hold anything: what is out of range is clamped to the tensors. Of CPU
-    tensors it is a ValueError.
+    CUDA tensors of lengths may hold anything: what is out of range is clamped to the tensors. Of
+    CPU tensors it is a ValueError.
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`flash_attn_func`.
@@ -230,21 +268,69 @@ def flash_attn_varlen_func(
             f"flash_attn_varlen_func() got {cu_seqlens_k} for cu_seqlens_k: FlashAttention-2's and "
             "-3's parameters after q, k, v come in another order; pass them by keyword"
         )
-    _reject_unsupported(
-        "flash_attn_varlen_func",
-        qv=qv,
-        min_seqlen_k=min_seqlen_k,
-        gather_kv_indices=gather_kv_indices,
-        score_mod=score_mod,
-        score_mod_bwd=score_mod_bwd,
-        mask_mod=mask_mod,
-        block_sparse_tensors=block_sparse_tensors,
-        aux_tensors=aux_tensors,
-        aux_scalars=aux_scalars,
-        scheduler_metadata=scheduler_metadata,
-        seqlen_k_per_split=seqlen_k_per_split,
-        **unsupported,
+    if (
+        qv is not None
+        or min_seqlen_k is not None
+        or gather_kv_indices is not None
+        or score_mod is not None
+        or score_mod_bwd is not None
+        or mask_mod is not None
+        or block_sparse_tensors is not None
+        or aux_tensors is not None
+        or aux_scalars is not None
+        or scheduler_metadata is not None
+        or seqlen_k_per_split is not None
+        or unsupported
+    ):
+        _reject_unsupported(
+            "flash_attn_varlen_func",
+            qv=qv,
+            min_seqlen_k=min_seqlen_k,
+            gather_kv_indices=gather_kv_indices,
+            score_mod=score_mod,
+            score_mod_bwd=score_mod_bwd,
+            mask_mod=mask_mod,
+            block_sparse_tensors=block_sparse_tensors,
+            aux_tensors=aux_tensors,
+            aux_scalars=aux_scalars,
+            scheduler_metadata=scheduler_metadata,
+            seqlen_k_per_split=seqlen_k_per_split,
+            **unsupported,
+        )
+    in_place = out is not None or lse is not None
+    by_operator = is_followed(q, k, v, learnable_sink, cu_seqlens_q, cu_seqlens_k) or (
+        is_followed(q, k, v, seqused_q, seqused_k, out, lse)
     )
+    if not by_operator and torch._C._is_any_autocast_enabled():
+        q, k, v = autograd.autocast(q, k, v)
+    if not by_operator and not (
+        torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, learnable_sink)
+    ):
+        results = _C.forward(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            seqused_q=seqused_q,
+            seqused_k=seqused_k,
+            page_table=page_table,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            learnable_sink=learnable_sink,
+            softcap=softcap,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            return_lse=return_lse,
+            out=out,
+            lse=lse,
+        )
+        if in_place:
+            autograd.written_in_place(out, lse)
+        return results
     lengths = {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
@@ -263,49 +349,25 @@ def flash_attn_varlen_func(
         "pack_gqa": pack_gqa,
         "deterministic": deterministic,
     }
+    function = "flash_attn_varlen_func"
     return _attend(
-        "flash_attn_varlen_func", q, k, v, learnable_sink, lengths, options, return_lse, out, lse
+        function, by_operator, in_place, q, k, v, learnable_sink, lengths, options, return_lse
     )
 
 
 def _attend(
     function: str,
+    by_operator: bool,
+    in_place: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     learnable_sink: Tensor | None,
-    lengths: dict[str, Tensor | None],  # of the call's sequences; empty: all are alike
+    lengths: dict[str, Tensor | None],
     options: ScalarOptions,
     return_lse: bool,
-    out: Tensor | None,
-    lse: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """A call by the shortest way there is: C, C recorded by autograd, the operator."""
-    in_place = out is not None or lse is not None
-    by_operator = is_followed(q, k, v, learnable_sink, *lengths.values()) or (
-        is_followed(q, k, v, out, lse)
-        if in_place
-        else profiler._is_profiler_enabled and not lengths
-    )
-    if not by_operator and torch._C._is_any_autocast_enabled():
-        q, k, v = autograd.autocast(q, k, v)
-    if not by_operator and not (
-        torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, learnable_sink)
-    ):
-        results = _C.forward(
-            q,
-            k,
-            v,
-            learnable_sink=learnable_sink,
-            return_lse=return_lse,
-            out=out,
-            lse=lse,
-            **options,
-            **lengths,
-        )
-        if in_place:
-            autograd.written_in_place(out, lse)
-        return results
+    """A call that torch follows or autograd records; ``lengths`` is empty where it has none."""
     if in_place:
         raise RuntimeError(
             f"{function}(..., out=, lse=) does not support automatic differentiation, nor "

@@ -86,8 +86,8 @@ struct fa_forward_tma_params {
 FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 576, "320 for the first 280, then maps");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
- * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q = total_q
- * below. */
+ * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
+ * total_q below. */
 struct fa_combine_params {
     const float *out_parts; /* [parts, rows, head_dim_v], contiguous: each of its own keys alone */
     const float *lse_parts; /* [parts, rows], contiguous, binary log; -inf: no keys */
@@ -124,9 +124,10 @@ FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 104, "host and device disagree
  * Blocks add to an accumulator in fp32, in the layout of the C fragments of ptx.cuh: [batch, heads,
  * rows / 16, head_dim / 8, 32 lanes, 4], with rows up to the end of the last tile.
  *
- * Where VARLEN, [heads, tiles] takes the place of [batch, heads, m_blocks], here and in lse_delta and
- * dq_semaphores. The tiles of sequence b begin with tile b * m_blocks, or, of a packed side, with
- * cu_seqlens_q[b] / TILE_M + b; there are batch * m_blocks, or ceil(total_q / TILE_M) + batch. */
+ * Where VARLEN, [heads, tiles] takes the place of [batch, heads, m_blocks], here and in lse_delta
+ * and dq_semaphores. The tiles of sequence b begin with tile b * m_blocks, or, of a packed side,
+ * with cu_seqlens_q[b] / TILE_M + b. There are batch * m_blocks of them, or
+ * ceil(total_q / TILE_M) + batch. */
 struct fa_backward_params {
     const void *q;              /* [batch, seqlen_q, heads_q, head_dim] */
     const void *k;              /* [batch, seqlen_k, heads_kv, head_dim] */

@@ -7,16 +7,18 @@
  *     ds_ij = p_ij (dp_ij - delta_i) * scale          that of q_i . k_j; with softcap c times the
  *                                                     slope of tanh, 1 - (s_ij / c)^2
  *     delta_i = dout_i . out_i - dlse_i               what the softmax's normalisation takes off
+ *             = sum_j p_ij dp_ij - dlse_i             the same without the rounding of out
  *
  *     dq_i = sum_j ds_ij k_j      dk_j = sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
  *     dsink = -sum_i exp(sink - lse_i) delta_i        a weight whose gradient dp is 0
  *
  * where the sums over i go over all query heads that read the KV head, for dsink over the batch.
  *
- * One task computes a tile of dq, or a tile of dk and dv, while all that its rows see, or are seen
- * by, passes in tiles of fp32. So every sum is one task's, in one order, at the price of computing
- * the pairs twice. Pairs that the mask hides are never touched: nothing in them (NaN, inf) can
- * reach a gradient. */
+ * The query rows come first: a task computes all pairs of a tile of rows, then the softmax and
+ * delta of each row, then dq. After that a task computes a tile of dk and dv, while all queries
+ * that see its keys pass in tiles. So every sum is one task's, in one order, at the price of
+ * computing the pairs twice. Pairs that the mask hides are never touched: nothing in them (NaN,
+ * inf) can reach a gradient. */
 #include "backward.h"
 
 #include <stdlib.h>
@@ -27,20 +29,27 @@
 
 enum { TILE = 32 }; /* query rows or keys */
 
+/* What the gradients of a row's pairs have in common. */
+struct row {
+    struct softmax softmax; /* a weight is exp(s - max) / sum */
+    double delta;
+};
+
 struct task {
     const struct fa_problem *problem;
     const struct fa_gradients *gradients;
     struct fa_worker *worker;
-    struct lengths longest; /* of all sequences */
-    int width, width_v;     /* head_dim and head_dim_v, padded */
+    int width, width_v; /* head_dim and head_dim_v, padded */
     struct sequence sequence;
+    struct lengths longest; /* of all sequences */
     int64_t head, head_kv;
     struct range rows, keys; /* the tiles at hand */
     float *Q, *dO;           /* [TILE, width], [TILE, width_v] */
     float *K, *V;            /* [TILE, width], [TILE, width_v] */
-    float *lse, *delta;      /* [TILE] */
-    float *out;              /* [width_v]: one row */
     float *sums, *part; /* [TILE, width + width_v]: the gradients, and a tile's share of them */
+    double *S, *dP;     /* [TILE, visible keys]: scores and their gradients; for dQ alone */
+    struct row *of_row; /* [TILE], within [heads_q, rows of all sequences] of the call */
+    struct row *of_call;
 };
 
 /* ---- Tiles ----------------------------------------------------------------------------------- */
@@ -55,29 +64,21 @@ static struct range all_keys(const struct task *task)
     return (struct range){0, task->sequence.k.length};
 }
 
+static struct row *rows_of_head(const struct task *task, int64_t head)
+{
+    const struct fa_shape *shape = &task->problem->shape;
+    const struct side side = task->sequence.q;
+    const int64_t first = side.batch * shape->seqlen_q + side.begin;
+    return task->of_call + head * fa_shape_rows_q(shape) + first;
+}
+
 static void load_queries(struct task *task, int64_t head, struct range rows)
 {
-    const struct fa_problem *problem = task->problem;
-    const struct fa_gradients *gradients = task->gradients;
-    const struct fa_tensor *out = &problem->out, *dlse = &gradients->dlse;
-    const struct side side = task->sequence.q;
-    const int count = (int)count_of(rows);
     task->head = head;
     task->rows = rows;
-    fa_load_rows(&problem->q, side, rows, head, task->Q);
-    fa_load_rows(&gradients->dout, side, rows, head, task->dO);
-    fa_load_row(&problem->lse, fa_lse_offset(&problem->lse, side, rows.begin, head), count, count,
-                task->lse);
-
-    memset(task->delta, 0, (size_t)count * sizeof *task->delta);
-    if (dlse->object != NULL)
-        fa_load_row(dlse, fa_lse_offset(dlse, side, rows.begin, head), count, count, task->delta);
-    for (int row = 0; row < count; row++) {
-        fa_load_row(out, fa_row_offset(out, side, rows.begin + row, head),
-                    problem->shape.head_dim_v, task->width_v, task->out);
-        const float *dout = task->dO + row * task->width_v;
-        task->delta[row] = fa_dot(dout, task->out, task->width_v) - task->delta[row];
-    }
+    task->of_row = rows_of_head(task, head) + rows.begin;
+    fa_load_rows(&task->problem->q, task->sequence.q, rows, head, task->Q);
+    fa_load_rows(&task->gradients->dout, task->sequence.q, rows, head, task->dO);
 }
 
 static void load_keys(struct task *task, struct range keys)
@@ -100,47 +101,79 @@ static bool is_next(const struct task *task, struct range tile)
     return count_of(tile) > 0 && !fa_has_ended(task->worker);
 }
 
-/* ---- Sums ------------------------------------------------------------------------------------ */
+/* ---- Rows ------------------------------------------------------------------------------------ */
+
+/* That of a row of the tile in lse or dlse. */
+static float element_of_row(const struct task *task, const struct fa_tensor *tensor, int64_t row)
+{
+    float value;
+    const int64_t offset =
+        fa_lse_offset(tensor, task->sequence.q, task->rows.begin + row, task->head);
+    fa_load_row(tensor, offset, 1, 1, &value);
+    return value;
+}
+
+static double dout_dot_out(const struct task *task, int64_t row)
+{
+    const struct fa_tensor *out = &task->problem->out;
+    const int64_t offset = fa_row_offset(out, task->sequence.q, task->rows.begin + row, task->head);
+    float *out_row = task->part; /* not in use yet */
+    fa_load_row(out, offset, task->problem->shape.head_dim_v, task->width_v, out_row);
+    return fa_dot(task->dO + row * task->width_v, out_row, task->width_v);
+}
+
+/* The softmax and delta of a row, from its scores and their gradients.
+ *
+ * They are the row's own where the given lse is what the forward returns, to the bit: then nothing
+ * is lost by the rounding of lse and out. Any other lse belongs to more keys than these, as in ring
+ * attention: then it counts, and so does the out that came with it. */
+static struct row describe_row(const struct task *task, int64_t row, const double *S,
+                               const double *dP, int64_t count)
+{
+    const struct fa_tensor *dlse = &task->gradients->dlse;
+    const struct softmax own = softmax_of(S, count, sink_of(task->problem, task->head));
+    const float lse = element_of_row(task, &task->problem->lse, row);
+    struct row result = {own, 0};
+    if (lse == lse_of(own)) {
+        for (int64_t n = 0; n < count; n++)
+            result.delta += (double)weight_of(own, S[n]) * dP[n];
+    } else {
+        result.softmax.max = lse == INFINITY ? NAN : lse;
+        result.softmax.sum = lse == -INFINITY ? 0 : 1;
+        result.delta = dout_dot_out(task, row);
+    }
+    if (dlse->object != NULL)
+        result.delta -= element_of_row(task, dlse, row);
+    return result;
+}
+
+/* Whether any key or the sink has a weight. */
+static bool has_weight(const struct row *row) { return row->softmax.sum != 0; }
+
+/* ---- Pairs ----------------------------------------------------------------------------------- */
+
+/* The keys of the tile that a row of the tile sees. */
+static struct range keys_of(const struct task *task, int64_t row)
+{
+    const struct fa_shape *shape = &task->problem->shape;
+    return intersection(visible_keys(shape, &task->sequence, task->rows.begin + row), task->keys);
+}
 
 /* A pair's weight p and the gradient ds of q . k. */
 struct pair {
     float p, ds;
 };
 
-static struct pair pair_of(const struct task *task, int64_t row, const float *k, const float *v)
+static struct pair pair_of(const struct fa_shape *shape, const struct row *row, double score,
+                           double dp)
 {
-    const struct fa_shape *shape = &task->problem->shape;
-    const float score = score_of(shape, task->Q + row * task->width, k);
-    const float capped = shape->softcap > 0 ? score / shape->softcap : 0;
-    const float dp = fa_dot(task->dO + row * task->width_v, v, task->width_v);
-    const float p = expf(score - task->lse[row]);
-    const float ds = p * (dp - task->delta[row]) * (1 - capped * capped);
-    return (struct pair){p, shape->softmax_scale * ds};
+    const float p = weight_of(row->softmax, score);
+    const double capped = shape->softcap > 0 ? score / shape->softcap : 0;
+    const double ds = p * (dp - row->delta) * (1 - capped * capped);
+    return (struct pair){p, (float)(shape->softmax_scale * ds)};
 }
 
-/* Adds what the pairs of the tiles at hand give to dQ, or to dK and dV where that is NULL. */
-static void add_pairs(struct task *task, float *dQ, float *dK, float *dV)
-{
-    const int width = task->width, width_v = task->width_v;
-    for (int64_t row = 0; row < count_of(task->rows); row++) {
-        if (task->lse[row] == -INFINITY)
-            continue; /* no key has any weight */
-        struct range keys =
-            visible_keys(&task->problem->shape, &task->sequence, task->rows.begin + row);
-        keys = intersection(keys, task->keys);
-        for (int64_t key = keys.begin - task->keys.begin; key < keys.end - task->keys.begin;
-             key++) {
-            const float *k = task->K + key * width, *v = task->V + key * width_v;
-            const struct pair pair = pair_of(task, row, k, v);
-            if (dQ) {
-                fa_add_scaled(dQ + row * width, pair.ds, k, width);
-            } else {
-                fa_add_scaled(dK + key * width, pair.ds, task->Q + row * width, width);
-                fa_add_scaled(dV + key * width_v, pair.p, task->dO + row * width_v, width_v);
-            }
-        }
-    }
-}
+/* ---- Sums ------------------------------------------------------------------------------------ */
 
 /* Sums of short sums are rounded far less than one long sum: every pair of tiles has its own. */
 static void clear(const struct task *task, float *sums)
@@ -157,14 +190,83 @@ static void add_part(const struct task *task)
 
 static int64_t tile_count(int64_t n) { return (n + TILE - 1) / TILE; }
 
-/* Tile `index` of [batch, heads, tiles] in the rows of `all` of its sequence, which has fewer tiles
- * than the longest; returns the head. */
+/* Tile `index` of [batch, heads, tiles], where tiles are those of the longest sequence. Returns the
+ * head, and the tile in rows of `all`: none where the sequence is shorter. */
 static int64_t locate(struct task *task, int64_t index, int64_t heads, int64_t tiles,
                       struct range (*all)(const struct task *task), struct range *tile)
 {
     task->sequence = fa_sequence(task->problem, index / tiles / heads);
     *tile = tile_from(all(task), index % tiles * TILE, TILE);
     return index / tiles % heads;
+}
+
+/* S and dP of the tile of queries and all keys that any of them sees. */
+static void compute_scores(struct task *task, struct range visible)
+{
+    const struct fa_shape *shape = &task->problem->shape;
+    const int width = task->width, width_v = task->width_v;
+    struct range tile = tile_from(visible, 0, TILE);
+    for (; is_next(task, tile); tile = tile_from(visible, tile.end, TILE)) {
+        load_keys(task, tile);
+        for (int64_t row = 0; row < count_of(task->rows); row++) {
+            const int64_t first = row * count_of(visible) - visible.begin;
+            struct range keys = keys_of(task, row);
+            for (int64_t key = keys.begin; key < keys.end; key++) {
+                const float *k = task->K + (key - tile.begin) * width;
+                const float *v = task->V + (key - tile.begin) * width_v;
+                task->S[first + key] = score_of(shape, task->Q + row * width, k);
+                task->dP[first + key] = fa_dot(task->dO + row * width_v, v, width_v);
+            }
+        }
+    }
+}
+
+static void describe_rows(struct task *task, struct range visible)
+{
+    const struct fa_shape *shape = &task->problem->shape;
+    for (int64_t row = 0; row < count_of(task->rows) && !fa_has_ended(task->worker); row++) {
+        struct range keys = visible_keys(shape, &task->sequence, task->rows.begin + row);
+        const int64_t first = row * count_of(visible) + keys.begin - visible.begin;
+        task->of_row[row] =
+            describe_row(task, row, task->S + first, task->dP + first, count_of(keys));
+    }
+}
+
+/* Adds what the keys of the tile give to dQ. */
+static void add_to_dQ(struct task *task, struct range visible, float *dQ)
+{
+    const int width = task->width;
+    for (int64_t row = 0; row < count_of(task->rows); row++) {
+        const struct row *of_row = &task->of_row[row];
+        const int64_t first = row * count_of(visible) - visible.begin;
+        struct range keys = keys_of(task, row);
+        for (int64_t key = keys.begin; has_weight(of_row) && key < keys.end; key++) {
+            const double score = task->S[first + key], dp = task->dP[first + key];
+            const struct pair pair = pair_of(&task->problem->shape, of_row, score, dp);
+            const float *k = task->K + (key - task->keys.begin) * width;
+            fa_add_scaled(dQ + row * width, pair.ds, k, width);
+        }
+    }
+}
+
+/* Adds what the pairs of the tiles at hand give to dK and dV. */
+static void add_pairs(struct task *task, float *dK, float *dV)
+{
+    const struct fa_shape *shape = &task->problem->shape;
+    const int width = task->width, width_v = task->width_v;
+    for (int64_t row = 0; row < count_of(task->rows); row++) {
+        const struct row *of_row = &task->of_row[row];
+        const float *q = task->Q + row * width, *dout = task->dO + row * width_v;
+        struct range keys = keys_of(task, row);
+        for (int64_t i = keys.begin; has_weight(of_row) && i < keys.end; i++) {
+            const int64_t key = i - task->keys.begin;
+            const double score = score_of(shape, q, task->K + key * width);
+            const double dp = fa_dot(dout, task->V + key * width_v, width_v);
+            const struct pair pair = pair_of(shape, of_row, score, dp);
+            fa_add_scaled(dK + key * width, pair.ds, q, width);
+            fa_add_scaled(dV + key * width_v, pair.p, dout, width_v);
+        }
+    }
 }
 
 static void compute_dq(struct task *task, int64_t index)
@@ -177,13 +279,15 @@ static void compute_dq(struct task *task, int64_t index)
         return;
     task->head_kv = head / fa_heads_per_kv(shape);
     load_queries(task, head, rows);
-    clear(task, task->sums);
     struct range visible = visible_to_any(shape, &task->sequence, rows);
+    compute_scores(task, visible);
+    describe_rows(task, visible);
+    clear(task, task->sums);
     struct range tile = tile_from(visible, 0, TILE);
     for (; is_next(task, tile); tile = tile_from(visible, tile.end, TILE)) {
         load_keys(task, tile);
         clear(task, task->part);
-        add_pairs(task, task->part, NULL, NULL);
+        add_to_dQ(task, visible, task->part);
         add_part(task);
     }
     fa_store_rows(&task->gradients->dq, task->sequence.q, rows, head, task->sums);
@@ -195,8 +299,8 @@ static void compute_dk_dv(struct task *task, int64_t index)
     const int64_t dv = TILE * task->width; /* dK is followed by dV */
     const int heads_per_kv = fa_heads_per_kv(shape);
     struct range keys;
-    task->head_kv =
-        locate(task, index, shape->heads_kv, tile_count(task->longest.k), all_keys, &keys);
+    const int64_t tiles = tile_count(task->longest.k);
+    task->head_kv = locate(task, index, shape->heads_kv, tiles, all_keys, &keys);
     if (count_of(keys) <= 0)
         return;
     load_keys(task, keys);
@@ -208,7 +312,7 @@ static void compute_dk_dv(struct task *task, int64_t index)
                 continue;
             load_queries(task, task->head_kv * heads_per_kv + i, tile);
             clear(task, task->part);
-            add_pairs(task, NULL, task->part, task->part + dv);
+            add_pairs(task, task->part, task->part + dv);
             add_part(task);
         }
     }
@@ -224,13 +328,10 @@ static void compute_dsink(struct task *task, int64_t head)
     double sum = 0;
     for (int64_t batch = 0; batch < shape->batch; batch++) {
         task->sequence = fa_sequence(task->problem, batch);
-        struct range tile = tile_from(all_rows(task), 0, TILE);
-        for (; is_next(task, tile); tile = tile_from(all_rows(task), tile.end, TILE)) {
-            load_queries(task, head, tile);
-            for (int64_t row = 0; row < count_of(tile); row++)
-                if (task->lse[row] > -INFINITY)
-                    sum -= expf(sink - task->lse[row]) * task->delta[row];
-        }
+        const struct row *of_row = rows_of_head(task, head);
+        for (int64_t row = 0; row < task->sequence.q.length; row++)
+            if (has_weight(&of_row[row]))
+                sum -= weight_of(of_row[row].softmax, sink) * of_row[row].delta;
     }
     const float rounded = (float)sum;
     fa_store_row(dsink, head * dsink->stride[0], 1, &rounded);
@@ -242,6 +343,7 @@ struct call {
     const struct fa_problem *problem;
     const struct fa_gradients *gradients;
     struct lengths longest;
+    struct row *rows;
     void (*compute)(struct task *task, int64_t index);
 };
 
@@ -253,22 +355,24 @@ static int run_task(void *context, int64_t index, struct fa_worker *worker)
         .gradients = call->gradients,
         .worker = worker,
         .longest = call->longest,
+        .of_call = call->rows,
         .width = fa_width(call->problem->shape.head_dim),
         .width_v = fa_width(call->problem->shape.head_dim_v),
     };
     const int64_t both = TILE * (task.width + task.width_v);
-    float *memory = malloc((size_t)(4 * both + 2 * TILE + task.width_v) * sizeof *memory);
+    const int64_t pairs = call->compute == compute_dq ? TILE * call->longest.k : 0;
+    double *memory =
+        malloc((size_t)(2 * pairs) * sizeof(double) + (size_t)(4 * both) * sizeof(float));
     if (memory == NULL)
         return FA_OUT_OF_MEMORY;
-    task.Q = memory;
+    task.S = memory;
+    task.dP = task.S + pairs;
+    task.Q = (float *)(task.dP + pairs);
     task.dO = task.Q + TILE * task.width;
     task.K = task.Q + both;
     task.V = task.K + TILE * task.width;
     task.sums = task.K + both;
     task.part = task.sums + both;
-    task.lse = task.part + both;
-    task.delta = task.lse + TILE;
-    task.out = task.delta + TILE;
     call->compute(&task, index);
     free(memory);
     return 0;
@@ -281,14 +385,20 @@ int fa_cpu_backward(const struct fa_problem *problem, const struct fa_gradients 
     const struct lengths longest = fa_longest(problem);
     const int64_t rows = shape->batch * shape->heads_q * tile_count(longest.q);
     const int64_t keys = shape->batch * shape->heads_kv * tile_count(longest.k);
-    struct call call = {problem, gradients, longest, compute_dq};
+    struct call call = {problem, gradients, longest, NULL, compute_dq};
+    call.rows = malloc((size_t)(shape->heads_q * fa_shape_rows_q(shape)) * sizeof *call.rows);
+    if (call.rows == NULL)
+        return FA_OUT_OF_MEMORY;
     int status = fa_parallel_for(rows, threads, run_task, &call);
     if (status)
-        return status;
+        goto done;
     call.compute = compute_dk_dv;
     status = fa_parallel_for(keys, threads, run_task, &call);
     if (status || !problem->sink.object)
-        return status;
+        goto done;
     call.compute = compute_dsink;
-    return fa_parallel_for(shape->heads_q, threads, run_task, &call);
+    status = fa_parallel_for(shape->heads_q, threads, run_task, &call);
+done:
+    free(call.rows);
+    return status;
 }

@@ -33,17 +33,17 @@ struct block { /* what one task works on */
     int width, width_v;      /* head_dim and head_dim_v, padded */
     float *Q;                /* [rows, width] */
     float *tile;             /* [KEYS, width] of K or [KEYS, width_v] of V */
-    float *S;                /* [rows, keys]: the scores, then the probabilities */
+    double *S;               /* [rows, keys]: the scores */
     float *O;                /* [rows, width_v] */
     float *part;             /* [width_v]: one tile's share of a row of O */
-    float *lse;              /* [rows] */
+    struct softmax *softmax; /* [rows] */
     struct fa_worker *worker;
 };
 
 /* ---- The steps ------------------------------------------------------------------------------- */
 
 /* The scores of a row; the first one is that of key block->keys.begin. */
-static float *scores_of(const struct block *block, int64_t row)
+static double *scores_of(const struct block *block, int64_t row)
 {
     return block->S + (row - block->rows.begin) * count_of(block->keys);
 }
@@ -74,7 +74,7 @@ static void compute_scores(struct block *block)
         fa_load_rows(&problem->k, block->sequence.k, tile, block->head_kv, block->tile);
         for (int64_t row = block->rows.begin; row < block->rows.end; row++) {
             const float *q = block->Q + (row - block->rows.begin) * block->width;
-            float *scores = scores_of(block, row);
+            double *scores = scores_of(block, row);
             struct range keys = intersection(keys_of(block, row), tile);
             for (int64_t key = keys.begin; key < keys.end; key++) {
                 const float *k = block->tile + (key - tile.begin) * block->width;
@@ -84,40 +84,14 @@ static void compute_scores(struct block *block)
     }
 }
 
-/* Turns a row's scores into probabilities; returns the row's lse. */
-static float softmax(float *scores, int64_t count, float sink)
-{
-    float max = sink;
-    for (int64_t n = 0; n < count; n++) {
-        if (scores[n] > max)
-            max = scores[n];
-    }
-    if (max == -INFINITY)
-        max = 0; /* nothing to sum up: all terms below become 0, not NaN */
-
-    float sums[FA_LANES] = {expf(sink - max)};
-    for (int64_t n = 0; n < count; n++) {
-        scores[n] = expf(scores[n] - max);
-        sums[n % FA_LANES] += scores[n];
-    }
-    float sum = 0;
-    for (int lane = 0; lane < FA_LANES; lane++)
-        sum += sums[lane];
-
-    float divisor = sum == 0 ? 1 : sum; /* a row without any weight gives 0 */
-    for (int64_t n = 0; n < count; n++)
-        scores[n] /= divisor;
-    return max + logf(sum);
-}
-
 static void compute_softmax(struct block *block)
 {
     const float sink = sink_of(block->problem, block->head);
     for (int64_t row = block->rows.begin; row < block->rows.end && !fa_has_ended(block->worker);
          row++) {
         struct range keys = keys_of(block, row);
-        float *scores = scores_of(block, row) + (keys.begin - block->keys.begin);
-        block->lse[row - block->rows.begin] = softmax(scores, count_of(keys), sink);
+        const double *scores = scores_of(block, row) + (keys.begin - block->keys.begin);
+        block->softmax[row - block->rows.begin] = softmax_of(scores, count_of(keys), sink);
     }
 }
 
@@ -126,13 +100,14 @@ static void compute_softmax(struct block *block)
 static void weigh_tile(struct block *block, struct range tile, int64_t row)
 {
     const int width = block->width_v;
-    const float *probabilities = scores_of(block, row);
+    const double *scores = scores_of(block, row);
+    const struct softmax softmax = block->softmax[row - block->rows.begin];
     struct range keys = intersection(keys_of(block, row), tile);
     for (int d = 0; d < width; d++)
         block->part[d] = 0;
     for (int64_t key = keys.begin; key < keys.end; key++) {
         const float *v = block->tile + (key - tile.begin) * width;
-        fa_add_scaled(block->part, probabilities[key - block->keys.begin], v, width);
+        fa_add_scaled(block->part, weight_of(softmax, scores[key - block->keys.begin]), v, width);
     }
     fa_add_scaled(block->O + (row - block->rows.begin) * width, 1, block->part, width);
 }
@@ -153,9 +128,9 @@ static void store(const struct block *block)
 {
     const struct fa_tensor *out = &block->problem->out, *lse = &block->problem->lse;
     fa_store_rows(out, block->sequence.q, block->rows, block->head, block->O);
-    if (lse->object != NULL) {
-        fa_store_row(lse, fa_lse_offset(lse, block->sequence.q, block->rows.begin, block->head),
-                     (int)count_of(block->rows), block->lse);
+    for (int64_t row = block->rows.begin; lse->object != NULL && row < block->rows.end; row++) {
+        const float value = lse_of(block->softmax[row - block->rows.begin]);
+        fa_store_row(lse, fa_lse_offset(lse, block->sequence.q, row, block->head), 1, &value);
     }
 }
 
@@ -193,18 +168,18 @@ static int compute_block(void *context, int64_t index, struct fa_worker *worker)
     if (rows <= 0)
         return 0;
     const int64_t tile_size = KEYS * max64(block.width, block.width_v);
-    const int64_t count =
-        rows * (block.width + block.width_v + count_of(block.keys) + 1) + tile_size + block.width_v;
-    float *memory = malloc((size_t)count * sizeof *memory);
+    const int64_t doubles = rows * (count_of(block.keys) + 2); /* S and softmax */
+    const int64_t floats = rows * (block.width + block.width_v) + tile_size + block.width_v;
+    double *memory = malloc((size_t)doubles * sizeof(double) + (size_t)floats * sizeof(float));
     if (memory == NULL)
         return FA_OUT_OF_MEMORY;
     block.worker = worker;
-    block.Q = memory;
+    block.softmax = (struct softmax *)memory;
+    block.S = memory + 2 * rows;
+    block.Q = (float *)(memory + doubles);
     block.tile = block.Q + rows * block.width;
     block.O = block.tile + tile_size;
     block.part = block.O + rows * block.width_v;
-    block.lse = block.part + block.width_v;
-    block.S = block.lse + rows;
 
     fa_load_rows(&block.problem->q, block.sequence.q, block.rows, block.head, block.Q);
     compute_scores(&block);

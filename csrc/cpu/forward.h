@@ -1,4 +1,4 @@
-/* The reference implementation: every semantic of the forward, in fp32, for CPU tensors. */
+/* The reference implementation: every semantic of the forward, for CPU tensors. */
 #ifndef FA_CPU_FORWARD_H
 #define FA_CPU_FORWARD_H
 

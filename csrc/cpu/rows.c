@@ -131,12 +131,12 @@ void fa_store_rows(const struct fa_tensor *tensor, struct side side, struct rang
 /* Both loops below have an inner loop of constant length without a dependence between its steps:
  * compilers make vector instructions of it without being allowed to reorder sums. */
 
-float fa_dot(const float *restrict a, const float *restrict b, int width)
+double fa_dot(const float *restrict a, const float *restrict b, int width)
 {
-    float sums[FA_LANES] = {0};
+    double sums[FA_LANES] = {0};
     for (int d = 0; d < width; d += FA_LANES) {
         for (int lane = 0; lane < FA_LANES; lane++)
-            sums[lane] += a[d + lane] * b[d + lane];
+            sums[lane] += (double)a[d + lane] * b[d + lane];
     }
     for (int half = FA_LANES / 2; half > 0; half /= 2) {
         for (int lane = 0; lane < half; lane++)

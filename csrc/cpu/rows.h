@@ -71,7 +71,9 @@ void fa_store_rows(const struct fa_tensor *tensor, struct side side, struct rang
 
 /* ---- arithmetic ------------------------------------------------------------------------------ */
 
-float fa_dot(const float *restrict a, const float *restrict b, int width);
+/* In fp64, where products of fp32 are exact: scores and their gradients take part in differences
+ * that are far smaller than they are. */
+double fa_dot(const float *restrict a, const float *restrict b, int width);
 
 /* sum += factor * row */
 void fa_add_scaled(float *restrict sum, float factor, const float *restrict row, int width);

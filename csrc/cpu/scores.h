@@ -1,5 +1,9 @@
 /* What happens to a score, in the order of kernels/score.cuh: scale, softcap, score_mod (no call
- * has one yet), mask. The backward recomputes with these what the forward computed. */
+ * has one yet), mask, softmax. The backward recomputes with these what the forward computed, to the
+ * bit.
+ *
+ * Scores are fp64: what makes a weight is their difference to the row max, and in fp32 the rounding
+ * of a large score would be a large part of that. Weights are fp32. */
 #ifndef FA_CPU_SCORES_H
 #define FA_CPU_SCORES_H
 
@@ -30,15 +34,15 @@ static inline struct range visible_to_any(const struct fa_shape *shape,
                           visible_keys(shape, sequence, rows.end - 1).end};
 }
 
-static inline float softcapped(const struct fa_shape *shape, float score)
+static inline double softcapped(const struct fa_shape *shape, double score)
 {
-    return shape->softcap > 0 ? shape->softcap * tanhf(score / shape->softcap) : score;
+    return shape->softcap > 0 ? shape->softcap * tanh(score / shape->softcap) : score;
 }
 
-/* The score of two rows in fp32, if the query sees the key. */
-static inline float score_of(const struct fa_shape *shape, const float *q, const float *k)
+/* The score of two rows, if the query sees the key. */
+static inline double score_of(const struct fa_shape *shape, const float *q, const float *k)
 {
-    const float score = shape->softmax_scale * fa_dot(q, k, fa_width(shape->head_dim));
+    const double score = shape->softmax_scale * fa_dot(q, k, fa_width(shape->head_dim));
     return softcapped(shape, score);
 }
 
@@ -51,6 +55,42 @@ static inline float sink_of(const struct fa_problem *problem, int64_t head)
     if (sinks->object != NULL)
         fa_load_row(sinks, head * sinks->stride[0], 1, 1, &sink);
     return sink;
+}
+
+/* The softmax of a row of scores: a score s has the weight exp(s - max) / sum. */
+struct softmax {
+    double max, sum;
+};
+
+static inline struct softmax softmax_of(const double *scores, int64_t count, float sink)
+{
+    double max = sink;
+    for (int64_t n = 0; n < count; n++) {
+        if (scores[n] > max || isnan(scores[n]))
+            max = scores[n];
+    }
+    if (max == -INFINITY)
+        return (struct softmax){max, 0}; /* nothing has any weight */
+    double sums[FA_LANES] = {expf((float)(sink - max))};
+    for (int64_t n = 0; n < count; n++)
+        sums[n % FA_LANES] += expf((float)(scores[n] - max));
+    double sum = 0;
+    for (int lane = 0; lane < FA_LANES; lane++)
+        sum += sums[lane];
+    return (struct softmax){max, sum};
+}
+
+static inline float weight_of(struct softmax softmax, double score)
+{
+    if (softmax.sum == 0)
+        return 0;
+    return (float)(expf((float)(score - softmax.max)) / softmax.sum);
+}
+
+/* As torch.logsumexp: +inf where a score is, although no weight is defined there. */
+static inline float lse_of(struct softmax softmax)
+{
+    return (float)(isinf(softmax.max) ? softmax.max : softmax.max + log(softmax.sum));
 }
 
 #endif
