@@ -50,7 +50,7 @@ def _is_special(x: Any) -> bool:
     """Whether calls with this tensor are never as those with a plain one."""
     if type(x) is not Tensor:
         if not isinstance(x, Tensor):
-            return False
+            return hasattr(type(x), "__torch_function__")  # as torch.fx.Proxy has
         if _takes_part_in_dispatch(type(x)):
             return True
     return x.is_meta or x.is_neg() or is_legacy_batchedtensor(x)

@@ -108,14 +108,18 @@ def backward(
 
 
 def check_tensors(where: str, q: Any, k: Any, v: Any, learnable_sink: Any) -> None:
-    """What torch follows is torch's.
+    """What torch follows is torch's: tensors, or what stands for them, as torch.fx.Proxy.
 
     Raises:
-        TypeError: an argument is neither a torch.Tensor nor, for the sink, None.
+        TypeError: an argument is something else.
+        NotImplementedError: a nested tensor.
     """
     tensors = {"q": q, "k": k, "v": v, "learnable_sink": learnable_sink}
     for name, x in tensors.items():
-        if not isinstance(x, torch.Tensor) and (x is not None or name != "learnable_sink"):
+        if isinstance(x, torch.Tensor):
+            if x.is_nested:
+                raise NotImplementedError(f"{name} is a nested tensor, which is not supported yet")
+        elif not hasattr(x, "__torch_function__") and (x is not None or name != "learnable_sink"):
             raise TypeError(f"{name} must be a torch.Tensor where {where}, got {type(x).__name__}")
 
 

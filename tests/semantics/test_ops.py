@@ -218,6 +218,19 @@ def test_jit_trace_of_a_module(qkv):
     assert_all_equal([traced(q + 1)], [attend(q + 1, q + 1, q + 1, causal=True)])
 
 
+def test_symbolic_trace(qkv):
+    """Of torch.fx: what stands for a tensor is not one."""
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            out, lse = flash_attn_func(x, x, x, causal=True, return_lse=True)
+            return out * 2, lse
+
+    traced = torch.fx.symbolic_trace(Module())
+    assert names_in(traced.graph) == {"flash_attn_sm120.forward.default"}
+    assert_all_equal(traced(qkv[0]), Module()(qkv[0]))
+
+
 @pytest.mark.parametrize("dynamic", [None, True], ids=["", "dynamic"])
 def test_compile(tensors, dynamic):
     """No graph break, other lengths, forward and backward."""
@@ -711,6 +724,12 @@ def test_arguments_of_other_frameworks(qkv):
     q = qkv[0]
     with Names(), pytest.raises(TypeError, match=r"k must be a torch\.Tensor where torch follows"):
         attend(q, np.zeros((2, 7, 2, 16), np.float32), q)
+
+
+def test_nested_tensors_are_refused():
+    q = torch.nested.nested_tensor([torch.randn(n, 2, 16) for n in (3, 4)], layout=torch.jagged)
+    with pytest.raises(NotImplementedError, match="q is a nested tensor, which is not supported"):
+        attend(q, q, q)
 
 
 # ---- global switches -----------------------------------------------------------------------------
