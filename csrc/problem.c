@@ -323,7 +323,7 @@ int fa_gradients_allocate(struct fa_dlpack *dlpack, const struct fa_problem *pro
             return -1;
     if (!problem->sink.object)
         return 0;
-    /* Where no query meets a key the sink alone makes the lse, and whatever flows into that flows on
+    /* Where no query meets a key the sink alone makes the lse, and what flows into that flows on
      * into the sink. */
     if (fa_shape_is_empty(&problem->shape) && gradients->dlse.object)
         return fa_tensor_sum_heads(dlpack, &gradients->dlse, "dsink", &gradients->dsink);

@@ -94,8 +94,8 @@ static int read_device(DLDevice device, const char *name, enum fa_device_type *t
                     device.device_type);
 }
 
-/* Sets where the elements begin and end. Each must be within 2^62 bytes of the first, and all in one
- * address space: then no offset computed from indices, and no address, overflows. */
+/* Sets where the elements begin and end. Each must be within 2^62 bytes of the first, and all in
+ * one address space: then no offset computed from indices, and no address, overflows. */
 static int set_extent(struct fa_tensor *tensor, const char *name)
 {
     int64_t extent = 0, before = 0; /* elements */
@@ -118,7 +118,7 @@ too_far:
     return fa_raise(PyExc_ValueError, "%s spans more than 64-bit byte offsets can address", name);
 }
 
-/* Reads what a producer gave, borrowed or owned, into the tensor, which knows its object. 0 or -1. */
+/* Reads what a producer gave, borrowed or owned, into the tensor, which has its object. 0 or -1. */
 static int read_dltensor(struct fa_dlpack *dlpack, const DLTensor *source, const char *name,
                          int ndim, struct fa_tensor *tensor)
 {
@@ -440,8 +440,9 @@ static void describe_layout(const struct fa_tensor *tensor, char text[LAYOUT_SIZ
     snprintf(text + length, (size_t)(LAYOUT_SIZE - length), ") on %s", device);
 }
 
-/* Reads what Python code made for us: a copy, or memory for a result. It may be anything; what leaves
- * here has dtype, device and shape of `expected`, is contiguous and, for kernels, aligned. 0 or -1. */
+/* Reads what Python code made for us: a copy, or memory for a result. It may be anything; what
+ * leaves here has dtype, device and shape of `expected`, is contiguous and, for kernels, aligned. 0
+ * or -1. */
 static int read_made(struct fa_dlpack *dlpack, PyObject *object, const char *name,
                      const struct fa_tensor *expected, bool is_result, struct fa_tensor *tensor)
 {
@@ -537,8 +538,8 @@ static PyObject *lend(struct fa_tensor *tensor, const char *name)
     return capsule;
 }
 
-/* A contiguous copy by its own framework, where that is torch or numpy, else by torch. NULL with the
- * exception set. */
+/* A contiguous copy by its own framework, where that is torch or numpy, else by torch. NULL with
+ * the exception set. */
 static PyObject *make_copy(struct fa_dlpack *dlpack, const char *name, struct fa_tensor *tensor)
 {
     PyObject *frameworks = import_frameworks(dlpack);

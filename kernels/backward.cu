@@ -43,6 +43,20 @@
  * between it and the mask: then nothing delays the exponentials. */
 constexpr bool MASKS_FIRST = !SOFTCAP;
 
+/* The mask of S^T [WARP_N, SUB_M], whose rows are keys. `key` and `query` are those of
+ * S_rmem[0][0][0]. */
+__device__ __forceinline__ void mask_sub_tile(float (&S_rmem)[N_FRAGS][M_FRAGS][4],
+                                              const sequence<fa_backward_params> &seq, int key,
+                                              int query)
+{
+    const attention_mask mask(seq);
+    mask_scores<true, MASK_LEFT>(S_rmem, seq.params.masked_score, [&](int row) -> range {
+        const int row_key = key + row;
+        return {row_key < seq.seqlen_k() ? mask.queries_of(row_key).begin - query : SUB_M,
+                mask.queries_of(row_key).end - query};
+    });
+}
+
 /* Products 1 and 3 of warp group 0: P^T to shared memory, and dV. `word_smem` is the address of
  * this lane's first word of P^T, `key` that word's key. MASKED: some query of the tile does not see
  * some key of the block. */
@@ -241,10 +255,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     const backward_block block(params, number);
     const sequence<fa_backward_params> &seq = block.seq;
-    const query_mask mask(params);
+    const attention_mask mask(seq);
     const int key0 = block.n_block * TILE_N, key1 = key0 + TILE_N;
-    const int m_begin = mask.begin(key0) / TILE_M;
-    const int m_end = max(ceil_div(mask.end(key1 - 1), TILE_M), m_begin);
+    const int m_begin = mask.queries_of(key0).begin / TILE_M;
+    const int m_end = max(ceil_div(mask.queries_of(key1 - 1).end, TILE_M), m_begin);
     query_walk<DETERMINISTIC> walk(params, block, m_begin, m_end);
 
     /* ---- 2. Prologue: K to shared memory, for product 5; the first queries to shared memory; K or
@@ -293,9 +307,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         next.advance();
         const int query0 = walk.m_block * TILE_M;
         const query_tile tile(smem, count, walk.head, query0);
-        const bool masked = key1 > seq.seqlen_k() ||
-                            (MASK_RIGHT && mask.begin(key1 - 1) > query0) ||
-                            (MASK_LEFT && mask.end(key0) < min(query0 + TILE_M, seq.seqlen_q()));
+        const bool masked =
+            key1 > seq.seqlen_k() || (MASK_RIGHT && mask.queries_of(key1 - 1).begin > query0) ||
+            (MASK_LEFT && mask.queries_of(key0).end < min(query0 + TILE_M, seq.seqlen_q()));
 
         if (STAGES == 2 && !last)
             queries.load_Q(stage ^ 1, next.head, next.m_block);
@@ -365,7 +379,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
         /* ---- 6. Add dQ to its accumulator, after the blocks before this one; or store it. */
         if (DQ_IS_ORDERED)
-            while (added != (block.n_block - mask.first_n_block(query0)) / DQ_BUFFERS)
+            while (added != (block.n_block - mask.keys_of(query0).begin / TILE_N) / DQ_BUFFERS)
                 added = semaphore_load(semaphore);
         float *accum = params.dq_accum + dq_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
 #pragma unroll

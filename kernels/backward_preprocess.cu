@@ -63,6 +63,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             float lse = exists ? params.lse[index] * LOG2_E : INF;
             if (exists && params.dlse)
                 delta -= params.dlse[index];
+            if (exists && lse == INF)
+                lse = INF - INF; /* a score is +inf: no p of the row is defined */
             /* Rows that see no key, and rows after the last, get p = 2^(s - inf) = 0. */
             const bool sees_nothing = lse == -INF || !exists;
             lse_log2_tile[row] = sees_nothing ? INF : lse - P_SHIFT;

@@ -24,60 +24,6 @@ struct backward_block {
     }
 };
 
-/* Which queries see a key: those of [begin(key), end(key)), diagonals aligned to the bottom
- * right. */
-struct query_mask {
-    int left, right, queries;
-
-    __device__ __forceinline__ explicit query_mask(const fa_backward_params &params)
-    {
-        /* Clamped as in attention_mask, which compiles to other code here. */
-        const int diagonal = params.seqlen_k - params.seqlen_q;
-        left = MASK_LEFT ? diagonal - min(params.window_left, params.seqlen_k) : 0;
-        right = MASK_RIGHT ? diagonal + min(params.window_right, params.seqlen_q) : 0;
-        queries = params.seqlen_q;
-    }
-    __device__ __forceinline__ int begin(int key) const
-    {
-        return MASK_RIGHT ? max(key - right, 0) : 0;
-    }
-    __device__ __forceinline__ int end(int key) const
-    {
-        return MASK_LEFT ? min(key - left + 1, queries) : queries;
-    }
-    /* The first block of keys that one of the queries from `query` on sees: the first to add to
-     * their dQ. */
-    __device__ __forceinline__ int first_n_block(int query) const
-    {
-        return MASK_LEFT ? max(query + left, 0) / TILE_N : 0;
-    }
-};
-
-/* S^T, but masked_score where the query does not see the key. `key` and `query` are those of
- * S_rmem[0][0][0]. */
-__device__ __forceinline__ void mask_sub_tile(float (&S_rmem)[N_FRAGS][M_FRAGS][4],
-                                              const sequence<fa_backward_params> &seq, int key,
-                                              int query)
-{
-    const query_mask mask(seq.params);
-#pragma unroll
-    for (int n = 0; n < N_FRAGS; n++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row_key = key + 16 * n + 8 * half;
-            const int begin = row_key < seq.seqlen_k() ? mask.begin(row_key) - query : SUB_M;
-            const int end = mask.end(row_key) - query;
-#pragma unroll
-            for (int m = 0; m < M_FRAGS; m++)
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    const int column = 8 * m + e;
-                    if (column < begin || (MASK_LEFT && column >= end))
-                        S_rmem[n][m][2 * half + e] = seq.params.masked_score;
-                }
-        }
-}
-
 /* The walk of a block over the (query head, tile of queries) pairs that it adds up: of the query
  * heads that share its KV head, the tiles [m_begin, m_end) that see its keys. The q_splits blocks
  * that have the same keys divide these pairs among them; this one takes [begin, end) of them.

@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const auto [pair, query] = divide(row, params.seqlen_q);
     const auto [batch, head] = divide(pair, params.heads_q);
     const float sink = load_sink(params.sink, params.sink_dtype, head);
-    if (params.sink && sum.l != 0.0f)
+    if (params.sink && sum.l > 0.0f) /* not to NaN, see lse_log2() */
         sum.add(sink * LOG2_E, 1.0f, {}, MAX_OFFSET);
     unsigned short *out_row = static_cast<unsigned short *>(params.out) +
                               batch * params.out_stride.batch + head * params.out_stride.head +
@@ -99,5 +99,5 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     reinterpret_cast<uint2 *>(out_row)[lane] = make_uint2(
         pack(sum.o.x * inverse, sum.o.y * inverse), pack(sum.o.z * inverse, sum.o.w * inverse));
     if (params.lse && lane == 0)
-        params.lse[row] = sum.l == 0.0f ? sink : (sum.m + log2_approx(sum.l)) * LN2;
+        params.lse[row] = sum.l == 0.0f ? sink : lse_log2(sum.m, sum.l) * LN2;
 }

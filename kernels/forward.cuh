@@ -112,7 +112,7 @@ __device__ __forceinline__ void store_split(const fa_forward_params &params,
                     make_float2(O[0] * inverse, O[1] * inverse);
             }
             if (quad_lane() == 0)
-                params.lse[at] = l == 0.0f ? -INF : m_rmem[m][half] + log2_approx(l);
+                params.lse[at] = l == 0.0f ? -INF : lse_log2(m_rmem[m][half], l);
         }
 }
 
@@ -144,7 +144,7 @@ __device__ __forceinline__ void store_rows(const fa_forward_params &params,
             store_row<O_FRAGS>(out_row, O_rmem[m], half, inverse, stores);
             if (lse_gmem && stores)
                 lse_gmem[block.lse_offset(row)] =
-                    l == 0.0f ? sink : (m_rmem[m][half] + log2_approx(l)) * LN2;
+                    l == 0.0f ? sink : lse_log2(m_rmem[m][half], l) * LN2;
         }
 }
 
