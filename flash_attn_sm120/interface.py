@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import torch
+from torch import is_grad_enabled
+from torch._C import _is_any_autocast_enabled
 from torch.autograd import profiler
 
 from flash_attn_sm120 import _C, autograd, ops
@@ -135,15 +136,15 @@ def flash_attn_func(
     by_operator = is_followed(q, k, v, learnable_sink) or (
         is_followed(q, k, v, out, lse) if in_place else profiler._is_profiler_enabled
     )
-    if not by_operator and torch._C._is_any_autocast_enabled():
+    if not by_operator and _is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v)
-    wants_gradient = torch.is_grad_enabled() and (
+    by_autograd = (not by_operator and is_grad_enabled()) and (
         getattr(q, "requires_grad", None) is True
         or getattr(k, "requires_grad", None) is True
         or getattr(v, "requires_grad", None) is True
         or getattr(learnable_sink, "requires_grad", None) is True
     )
-    if not by_operator and not wants_gradient:
+    if not (by_operator or by_autograd):
         results = _C.forward(
             q,
             k,
