@@ -5,12 +5,24 @@
 #include "cpu_threads.h"
 #include "launch.h"
 
+/* Asks how many threads there are, then looks at the tensors a last time and releases the GIL. 0 or
+ * -1. */
+static int begin(const struct fa_problem *problem, const struct fa_gradients *gradients,
+                 struct fa_threads *threads)
+{
+    const int count = fa_cpu_thread_count();
+    if (count < 0 || fa_problem_recheck(problem, gradients, NULL) < 0)
+        return -1;
+    fa_cpu_threads_begin(threads, count);
+    return 0;
+}
+
 int fa_attention_forward(struct fa_state *state, const struct fa_problem *problem)
 {
     if (problem->q.device_type == FA_DEVICE_CUDA)
         return fa_launch(state, problem, NULL);
     struct fa_threads threads;
-    if (fa_cpu_threads_begin(&threads) < 0)
+    if (begin(problem, NULL, &threads) < 0)
         return -1;
     return fa_cpu_threads_end(&threads, fa_cpu_forward(problem, &threads));
 }
@@ -23,7 +35,7 @@ int fa_attention_backward(struct fa_state *state, const struct fa_problem *probl
     if (problem->q.device_type == FA_DEVICE_CUDA)
         return fa_launch(state, problem, gradients);
     struct fa_threads threads;
-    if (fa_cpu_threads_begin(&threads) < 0)
+    if (begin(problem, gradients, &threads) < 0)
         return -1;
     return fa_cpu_threads_end(&threads, fa_cpu_backward(problem, gradients, &threads));
 }

@@ -33,11 +33,8 @@ static bool interrupted(struct fa_threads *threads)
     return raised;
 }
 
-int fa_cpu_threads_begin(struct fa_threads *threads)
+void fa_cpu_threads_begin(struct fa_threads *threads, int count)
 {
-    const int count = fa_cpu_thread_count();
-    if (count < 0)
-        return -1;
     /* Python handles signals in its main thread. Others, which may be daemons, must not wait for
      * the GIL in the middle of the work: at exit Python ends them there. */
     *threads = (struct fa_threads){
@@ -45,7 +42,6 @@ int fa_cpu_threads_begin(struct fa_threads *threads)
         .interrupted = fa_is_main_thread() ? interrupted : NULL,
         .context = PyEval_SaveThread(),
     };
-    return 0;
 }
 
 int fa_cpu_threads_end(struct fa_threads *threads, int status)

@@ -10,9 +10,8 @@
  * OMP_NUM_THREADS says; else as there are cores. -1 with the exception set. */
 int fa_cpu_thread_count(void);
 
-/* Before work on the CPU: counts the threads and releases the GIL. 0, or -1 with the exception
- * set. */
-int fa_cpu_threads_begin(struct fa_threads *threads);
+/* Before work on the CPU by so many threads: releases the GIL. Runs no Python code. */
+void fa_cpu_threads_begin(struct fa_threads *threads, int count);
 
 /* After it: takes the GIL back. 0 where `status`, which the work returned, is 0; else -1 with the
  * exception set: MemoryError, or what a signal's handler raised, say KeyboardInterrupt. */

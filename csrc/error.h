@@ -8,8 +8,8 @@
 #define FA_MESSAGE_SIZE 200
 
 /* Raises `type`; the format is that of PyUnicode_FromFormat. An exception that is set becomes the
- * cause, unless it says nothing of the call's arguments (KeyboardInterrupt, SystemExit, MemoryError,
- * RecursionError): then it stays. Returns -1. */
+ * cause, unless it says nothing of the call's arguments (KeyboardInterrupt, SystemExit,
+ * MemoryError, RecursionError): then it stays. Returns -1. */
 int fa_raise(PyObject *type, const char *format, ...);
 
 /* The same, saying "NAME must be EXPECTED, got VALUE". */

@@ -108,12 +108,25 @@ static int read_window_side(PyObject *object, const char *name, int *side)
     return 0;
 }
 
+/* The two items of a sequence of two, which is not asked for more: it may have no end. NULL where
+ * it is none, with or without an exception set. */
+static PyObject *pair_of(PyObject *object)
+{
+    const bool is_pair = PySequence_Check(object) && PySequence_Size(object) == 2;
+    PyObject *first = is_pair ? PySequence_GetItem(object, 0) : NULL;
+    PyObject *second = first ? PySequence_GetItem(object, 1) : NULL;
+    PyObject *pair = second ? PyTuple_Pack(2, first, second) : NULL;
+    Py_XDECREF(first);
+    Py_XDECREF(second);
+    return pair;
+}
+
 static int read_window(PyObject *object, const char *name, void *field)
 {
     struct fa_window *window = field;
     if (object == Py_None)
         return 0;
-    PyObject *sides = PyTuple_CheckExact(object) ? Py_NewRef(object) : PySequence_Tuple(object);
+    PyObject *sides = PyTuple_CheckExact(object) ? Py_NewRef(object) : pair_of(object);
     int status = -1;
     if (!sides || PyTuple_Size(sides) != 2)
         fa_raise_value(PyExc_TypeError, name, "(left, right)", object);

@@ -34,7 +34,7 @@ static int64_t greatest_common_divisor(int64_t a, int64_t b)
 /* The dimensions that have steps, the smallest first. */
 static int sorted_dimensions(const struct fa_tensor *tensor, struct dimension *dimensions)
 {
-    const int64_t element = (int64_t)fa_dtype_size(tensor->dtype);
+    const int64_t element = fa_element_bytes(tensor->dtype);
     int count = 0;
     for (int i = 0; i < tensor->ndim; i++) {
         const int64_t size = tensor->shape[i];
@@ -50,7 +50,7 @@ static int sorted_dimensions(const struct fa_tensor *tensor, struct dimension *d
 static struct runs runs_of(const struct fa_tensor *tensor)
 {
     struct dimension dimensions[FA_MAX_NDIM];
-    struct runs runs = {.length = (int64_t)fa_dtype_size(tensor->dtype)};
+    struct runs runs = {.length = fa_element_bytes(tensor->dtype)};
     const int count = sorted_dimensions(tensor, dimensions);
     int64_t reach = runs.length; /* bytes from the first to behind the last so far */
     for (int i = 0; i < count; i++) {

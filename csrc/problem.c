@@ -184,7 +184,10 @@ static int check_apart(const struct fa_problem *problem, const struct fa_gradien
     for (int i = 0; i < count; i++)
         if (tensors[i].tensor != result && tensors[i].tensor->object &&
             fa_tensors_overlap(result, tensors[i].tensor))
-            return fa_raise(PyExc_ValueError, "%s overlaps %s", name, tensors[i].name);
+            /* memory that was freed meanwhile may be the result's now */
+            return fa_tensor_recheck(tensors[i].tensor, tensors[i].name) < 0
+                       ? -1
+                       : fa_raise(PyExc_ValueError, "%s overlaps %s", name, tensors[i].name);
     return 0;
 }
 
@@ -320,7 +323,7 @@ int fa_gradients_allocate(struct fa_dlpack *dlpack, const struct fa_problem *pro
             return -1;
     if (!problem->sink.object)
         return 0;
-    /* Where no query meets a key the sink alone makes the lse, and whatever flows into that flows on
+    /* Where no query meets a key the sink alone makes the lse, and what flows into that flows on
      * into the sink. */
     if (fa_shape_is_empty(&problem->shape) && gradients->dlse.object)
         return fa_tensor_sum_heads(dlpack, &gradients->dlse, "dsink", &gradients->dsink);

@@ -40,10 +40,11 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
  * else new ones. 0 or -1. */
 int fa_problem_set_results(struct fa_dlpack *dlpack, struct fa_problem *problem);
 
-/* The last look at all tensors of a call, after which nothing runs Python before they are used.
- * Until then much does: readers of options, producers of capsules, copies, the allocation of results
- * and workspace, warnings of the plan, the compiler, the stream of a framework, and finalizers in any
- * of them. `gradients` and `workspace` may be NULL. 0, or -1 with ValueError set. */
+/* The last look at all tensors of a call, after which nothing runs Python in this thread before
+ * they are used. Until then much does: readers of options, producers of capsules, copies, the
+ * allocation of results and workspace, warnings of the plan, the compiler, the stream of a
+ * framework, the number of threads, and finalizers in any of these. `gradients` and `workspace` may
+ * be NULL. 0, or -1 with ValueError set. */
 int fa_problem_recheck(const struct fa_problem *problem, const struct fa_gradients *gradients,
                        const struct fa_tensor *workspace);
 

@@ -23,8 +23,10 @@ void fa_state_clear(struct fa_state *state)
 {
     Py_CLEAR(state->dlpack.frameworks);
     Py_CLEAR(state->kernels.jit);
-    while (state->dlpack.type_count > 0)
-        Py_CLEAR(state->dlpack.types[--state->dlpack.type_count].type);
+    while (state->dlpack.type_count > 0) {
+        state->dlpack.type_count--; /* Py_CLEAR may evaluate its argument twice */
+        Py_CLEAR(state->dlpack.types[state->dlpack.type_count].type);
+    }
 }
 
 void fa_state_free(struct fa_state *state)

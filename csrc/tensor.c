@@ -3,14 +3,13 @@
 
 #include <stdbool.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "arithmetic.h"
 #include "dlpack.h"
 #include "error.h"
 #include "import.h"
-
-size_t fa_dtype_size(enum fa_dtype dtype) { return dtype == FA_FLOAT32 ? 4 : 2; }
 
 const char *fa_dtype_name(enum fa_dtype dtype)
 {
@@ -95,16 +94,8 @@ static int read_device(DLDevice device, const char *name, enum fa_device_type *t
                     device.device_type);
 }
 
-bool fa_tensor_is_empty(const struct fa_tensor *tensor)
-{
-    for (int i = 0; i < tensor->ndim; i++)
-        if (tensor->shape[i] == 0)
-            return true;
-    return false;
-}
-
-/* Sets where the elements begin and end. Each must be within 2^62 bytes of the first, and all in one
- * address space: then no offset computed from indices, and no address, overflows. */
+/* Sets where the elements begin and end. Each must be within 2^62 bytes of the first, and all in
+ * one address space: then no offset computed from indices, and no address, overflows. */
 static int set_extent(struct fa_tensor *tensor, const char *name)
 {
     int64_t extent = 0, before = 0; /* elements */
@@ -117,7 +108,8 @@ static int set_extent(struct fa_tensor *tensor, const char *name)
             goto too_far;
         before += stride < 0 ? reach : 0;
     }
-    const uintptr_t size = fa_dtype_size(tensor->dtype), data = (uintptr_t)tensor->data;
+    const uintptr_t size = (uintptr_t)fa_element_bytes(tensor->dtype),
+                    data = (uintptr_t)tensor->data;
     tensor->begin = data - (uintptr_t)before * size;
     tensor->end = data + (uintptr_t)(extent - before + 1) * size;
     if (tensor->begin <= data && data < tensor->end)
@@ -126,7 +118,7 @@ too_far:
     return fa_raise(PyExc_ValueError, "%s spans more than 64-bit byte offsets can address", name);
 }
 
-/* Reads what a producer gave, borrowed or owned, into the tensor, which knows its object. 0 or -1. */
+/* Reads what a producer gave, borrowed or owned, into the tensor, which has its object. 0 or -1. */
 static int read_dltensor(struct fa_dlpack *dlpack, const DLTensor *source, const char *name,
                          int ndim, struct fa_tensor *tensor)
 {
@@ -366,6 +358,12 @@ static bool is_still(const DLTensor *now, const struct fa_tensor *tensor, const 
                          : fa_tensor_is_contiguous(tensor));
 }
 
+static int refuse_changed(const char *name)
+{
+    return fa_raise(PyExc_ValueError, "%s was changed while the call prepared its other tensors",
+                    name);
+}
+
 int fa_tensor_recheck(const struct fa_tensor *tensor, const char *name)
 {
     const DLPackExchangeAPI *api = tensor->api;
@@ -374,13 +372,12 @@ int fa_tensor_recheck(const struct fa_tensor *tensor, const char *name)
         (api->dltensor_from_py_object_no_sync(tensor->object, &borrowed) == 0 &&
          is_still(&borrowed, tensor, name)))
         return 0;
-    return fa_raise(PyExc_ValueError, "%s was changed while the call prepared its other tensors",
-                    name);
+    return refuse_changed(name);
 }
 
 bool fa_tensor_has_tma_strides(const struct fa_tensor *tensor)
 {
-    const int64_t size = (int64_t)fa_dtype_size(tensor->dtype), row = tensor->shape[3];
+    const int64_t size = fa_element_bytes(tensor->dtype), row = tensor->shape[3];
     for (int i = 0; i < 3; i++) {
         const int64_t stride = tensor->stride[i];
         if (tensor->shape[i] > 1 &&
@@ -406,7 +403,7 @@ void fa_tensor_release(struct fa_tensor *tensor)
 bool fa_tensor_is_readable(const struct fa_tensor *tensor)
 {
     const int last = tensor->ndim - 1;
-    const int64_t size = (int64_t)fa_dtype_size(tensor->dtype);
+    const int64_t size = fa_element_bytes(tensor->dtype);
     if (fa_tensor_is_empty(tensor))
         return true;
     if ((tensor->shape[last] > 1 && tensor->stride[last] != 1) || (uintptr_t)tensor->data % 16 != 0)
@@ -427,7 +424,7 @@ bool fa_tensor_is_contiguous(const struct fa_tensor *tensor)
             return false;
         compact *= tensor->shape[i];
     }
-    return (uintptr_t)tensor->data % fa_dtype_size(tensor->dtype) == 0;
+    return (uintptr_t)tensor->data % (uintptr_t)fa_element_bytes(tensor->dtype) == 0;
 }
 
 /* "float32 (2, 5, 4, 16) on cpu:0" */
@@ -443,8 +440,9 @@ static void describe_layout(const struct fa_tensor *tensor, char text[LAYOUT_SIZ
     snprintf(text + length, (size_t)(LAYOUT_SIZE - length), ") on %s", device);
 }
 
-/* Reads what Python code made for us: a copy, or memory for a result. It may be anything; what leaves
- * here has dtype, device and shape of `expected`, is contiguous and, for kernels, aligned. 0 or -1. */
+/* Reads what Python code made for us: a copy, or memory for a result. It may be anything; what
+ * leaves here has dtype, device and shape of `expected`, is contiguous and, for kernels, aligned. 0
+ * or -1. */
 static int read_made(struct fa_dlpack *dlpack, PyObject *object, const char *name,
                      const struct fa_tensor *expected, bool is_result, struct fa_tensor *tensor)
 {
@@ -472,14 +470,95 @@ static int read_made(struct fa_dlpack *dlpack, PyObject *object, const char *nam
     return -1;
 }
 
+/* A tensor that we own, on its way to torch. */
+struct lent {
+    DLManagedTensor dlpack;
+    int64_t shape[FA_MAX_NDIM], stride[FA_MAX_NDIM];
+    void *managed;
+    void (*release)(void *managed);
+};
+
+static void release_lent(DLManagedTensor *dlpack)
+{
+    struct lent *lent = dlpack->manager_ctx;
+    lent->release(lent->managed);
+    free(lent);
+}
+
+/* Of a capsule that torch did not take. */
+static void destroy_capsule(PyObject *capsule)
+{
+    if (PyCapsule_IsValid(capsule, "dltensor"))
+        release_legacy(PyCapsule_GetPointer(capsule, "dltensor"));
+}
+
+/* Makes what is borrowed ours, if it still is what was read. 0 or -1. */
+static int own(struct fa_tensor *tensor, const char *name)
+{
+    const DLPackExchangeAPI *api = tensor->api;
+    DLManagedTensorVersioned *managed;
+    if (tensor->managed)
+        return 0;
+    if (api->managed_tensor_from_py_object_no_sync(tensor->object, &managed) != 0)
+        return fa_raise(PyExc_TypeError, "%s cannot be read through DLPack", name);
+    tensor->managed = managed;
+    tensor->release = release_versioned;
+    return is_still(&managed->dl_tensor, tensor, name) ? 0 : refuse_changed(name);
+}
+
+/* Hands the tensor over as a capsule that says what was validated: its producer, asked again, might
+ * say something else, and torch believes what it is told. NULL with the exception set. */
+static PyObject *lend(struct fa_tensor *tensor, const char *name)
+{
+    static const DLDataType dtypes[] = {{kDLFloat, 32, 1}, {kDLFloat, 16, 1}, {kDLBfloat, 16, 1}};
+    if (own(tensor, name) < 0)
+        return NULL;
+    struct lent *lent = calloc(1, sizeof *lent);
+    if (!lent)
+        return PyErr_NoMemory();
+    memcpy(lent->shape, tensor->shape, sizeof lent->shape);
+    memcpy(lent->stride, tensor->stride, sizeof lent->stride);
+    lent->managed = tensor->managed;
+    lent->release = tensor->release;
+    lent->dlpack = (DLManagedTensor){
+        .dl_tensor = {.data = tensor->data,
+                      .device = {(int32_t)tensor->device_type, tensor->device_id},
+                      .ndim = tensor->ndim,
+                      .dtype = dtypes[tensor->dtype],
+                      .shape = lent->shape,
+                      .strides = lent->stride},
+        .manager_ctx = lent,
+        .deleter = release_lent,
+    };
+    PyObject *capsule = PyCapsule_New(lent, "dltensor", destroy_capsule);
+    if (capsule)
+        tensor->managed = NULL;
+    else
+        free(lent);
+    return capsule;
+}
+
+/* A contiguous copy by its own framework, where that is torch or numpy, else by torch. NULL with
+ * the exception set. */
+static PyObject *make_copy(struct fa_dlpack *dlpack, const char *name, struct fa_tensor *tensor)
+{
+    PyObject *frameworks = import_frameworks(dlpack);
+    PyObject *copy =
+        frameworks ? PyObject_CallMethod(frameworks, "own_copy", "(O)", tensor->object) : NULL;
+    if (copy != Py_None)
+        return copy;
+    Py_DECREF(copy);
+    PyObject *capsule = lend(tensor, name);
+    copy = capsule ? PyObject_CallMethod(frameworks, "copy_of_capsule", "(O)", capsule) : NULL;
+    Py_XDECREF(capsule);
+    return copy;
+}
+
 /* Replaces the tensor by a contiguous copy. 0 or -1. */
 static int copy_contiguous(struct fa_dlpack *dlpack, const char *name, struct fa_tensor *tensor)
 {
     const struct fa_tensor expected = *tensor;
-    PyObject *frameworks = import_frameworks(dlpack);
-    PyObject *copy = frameworks
-                         ? PyObject_CallMethod(frameworks, "contiguous", "Os", tensor->object, name)
-                         : NULL;
+    PyObject *copy = make_copy(dlpack, name, tensor);
     if (!copy)
         return -1;
     fa_tensor_release(tensor);

@@ -6,7 +6,7 @@
 #include <stdbool.h>
 #include <stdint.h>
 
-#include "../kernels/params.h" /* enum fa_dtype */
+#include "../kernels/geometry.h" /* fa_element_bytes */
 
 #define FA_MAX_NDIM 4
 
@@ -46,11 +46,18 @@ int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name,
 
 /* What is borrowed (read by the exchange API) is good until Python code runs: that may resize or
  * free the memory of an argument that was read before. So a call that has done all that can run
- * Python, and is about to use the memory, reads what is borrowed again: 0, or -1 with ValueError set
- * where it is not what it was. What came in a capsule is ours until it is released. */
+ * Python, and is about to use the memory, reads what is borrowed again: 0, or -1 with ValueError
+ * set where it is not what it was. What came in a capsule is ours until it is released; torch alone
+ * breaks that promise, where a storage is resized while a capsule of it is out. */
 int fa_tensor_recheck(const struct fa_tensor *tensor, const char *name);
 
-bool fa_tensor_is_empty(const struct fa_tensor *tensor);
+static inline bool fa_tensor_is_empty(const struct fa_tensor *tensor)
+{
+    for (int i = 0; i < tensor->ndim; i++)
+        if (tensor->shape[i] == 0)
+            return true;
+    return false;
+}
 
 /* Whether rows of the innermost dimension lie contiguous and, for the 16-byte accesses of the
  * kernels, aligned. */
@@ -70,15 +77,15 @@ void fa_tensor_assume_readable(struct fa_tensor *tensor);
 int fa_tensor_ensure_contiguous(struct fa_dlpack *dlpack, const char *name,
                                 struct fa_tensor *tensor);
 
-/* A new contiguous tensor for the result `name`, of the framework and device of `like`; its elements
- * are uninitialised, or 0. 0 or -1. */
+/* A new contiguous tensor for the result `name`, of the framework and device of `like`; its
+ * elements are uninitialised, or 0. 0 or -1. */
 int fa_tensor_empty(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,
                     enum fa_dtype dtype, int ndim, const int64_t *shape, struct fa_tensor *tensor);
 int fa_tensor_zeros(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,
                     enum fa_dtype dtype, int ndim, const int64_t *shape, struct fa_tensor *tensor);
 
-/* The sums of a tensor [batch, heads, seqlen] over all but its heads, for the result `name`. 0 or -1.
- */
+/* The sums of a tensor [batch, heads, seqlen] over all but its heads, for the result `name`. 0 or
+ * -1. */
 int fa_tensor_sum_heads(struct fa_dlpack *dlpack, const struct fa_tensor *summed, const char *name,
                         struct fa_tensor *tensor);
 
@@ -102,7 +109,6 @@ void fa_tensor_release(struct fa_tensor *tensor);
 #define FA_DEVICE_NAME_SIZE 24
 void fa_device_name(const struct fa_tensor *tensor, char name[FA_DEVICE_NAME_SIZE]);
 
-size_t fa_dtype_size(enum fa_dtype dtype);
 const char *fa_dtype_name(enum fa_dtype dtype); /* "float32", "float16", "bfloat16" */
 
 #endif

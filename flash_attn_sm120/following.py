@@ -23,7 +23,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.utils._device import DeviceContext
 
 
-def is_followed(q: Any, k: Any, v: Any, *others: Any) -> bool:
+def is_followed(q: Any, k: Any, v: Any, other: Any = None, *others: Any) -> bool:
     """Whether torch must see the operation itself, not only its results; ``others`` may be None.
 
     It must under torch.compile, a dispatch or function mode (make_fx, FakeTensorMode, FLOP
@@ -40,16 +40,10 @@ def is_followed(q: Any, k: Any, v: Any, *others: Any) -> bool:
         or (_is_torch_function_mode_enabled() and not _is_default_device_alone())
         or forward_ad._current_level >= 0
     ):
-        return any(isinstance(x, Tensor) for x in (q, k, v, *others))
-    if type(q) is type(k) is type(v) is Tensor:
-        if q.is_meta or q.is_neg() or k.is_neg() or v.is_neg():
-            return True
-    else:
-        others = (q, k, v, *others)
-    for x in others:  # noqa: SIM110 (any() takes longer)
-        if x is not None and _is_special(x):
-            return True
-    return False
+        return any(isinstance(x, Tensor) for x in (q, k, v, other, *others))
+    if other is None and not others and type(q) is type(k) is type(v) is Tensor:
+        return q.is_meta or q.is_neg() or k.is_neg() or v.is_neg()
+    return any(x is not None and _is_special(x) for x in (q, k, v, other, *others))
 
 
 def _is_special(x: Any) -> bool:

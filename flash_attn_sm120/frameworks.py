@@ -46,17 +46,16 @@ def reads_run_python(kind: type) -> bool:
     return own is not _NO_DISPATCH
 
 
-def contiguous(x: Any, name: str) -> Any:
-    """A contiguous, aligned copy of ``x``, in its own framework where that is torch or numpy."""
-    if _is_numpy(x):
-        return x.copy(order="C")
-    if not isinstance(x, torch.Tensor):
-        if not hasattr(x, "__dlpack_device__"):
-            raise ValueError(
-                f"{name} is a bare DLPack capsule, which must be contiguous in its last dimension, "
-                "with rows aligned to 16 bytes"
-            )
-        x = torch.utils.dlpack.from_dlpack(export(x, name))
+def own_copy(x: Any) -> Any:
+    """A contiguous, aligned copy by torch or numpy; None of what is neither."""
+    if isinstance(x, torch.Tensor):
+        return x.clone(memory_format=torch.contiguous_format)
+    return x.copy(order="C") if _is_numpy(x) else None
+
+
+def copy_of_capsule(capsule: Any) -> torch.Tensor:
+    """The same of a capsule that csrc/tensor.c made of a tensor which it has checked."""
+    x = torch.utils.dlpack.from_dlpack(capsule)
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -71,7 +70,10 @@ def empty(like: Any, shape: tuple[int, ...], dtype: int, device_type: int, devic
         device_id: its index.
     """
     if isinstance(like, torch.Tensor):
-        return like.new_empty(shape, dtype=_TORCH_DTYPES[dtype])
+        wanted = _TORCH_DTYPES[dtype]
+        if like.dtype is wanted:  # to say it again takes torch 0.2 us
+            return like.new_empty(shape)
+        return like.new_empty(shape, dtype=wanted)
     if _is_numpy(like):
         return sys.modules["numpy"].empty(shape, dtype=_DTYPES[dtype])
     kind = "cuda" if device_type in _CUDA_DEVICE_TYPES else "cpu"
@@ -130,7 +132,7 @@ def _takes_versions(method: Any, error: TypeError) -> bool:
     """
     try:
         parameters = inspect.signature(method).parameters.values()
-    except ValueError:
+    except (ValueError, TypeError):
         return "max_version" not in str(error) and "keyword" not in str(error)
     return any(p.name == "max_version" or p.kind is p.VAR_KEYWORD for p in parameters)
 

@@ -73,8 +73,9 @@ def flash_attn_func(
             where queries are few, as in decoding; never changes a bit of the result. None: where
             that takes fewer blocks. True asks for it, and warns once where it cannot be; False
             forbids it.
-        deterministic: the backward is bitwise reproducible too, as the forward always is. On an
-            H200 that takes 3 to 30% of its speed, most with few heads and short sequences.
+        deterministic: the backward is bitwise reproducible too, as the forward always is;
+            ``torch.use_deterministic_algorithms(True)`` asks for the same. On an H200 that takes 3
+            to 30% of its speed, most with few heads and short sequences.
         return_lse: also return the log-sum-exp of the scores, through which gradients flow, too.
         out: ``(batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``, to write the result
             to. Any strides with a contiguous, 16-byte-aligned last dimension are written in place;
@@ -95,15 +96,17 @@ def flash_attn_func(
         numpy arrays give numpy arrays; producers other than torch and numpy give torch tensors.
 
     Gradients of torch tensors reach ``q``, ``k``, ``v`` and ``learnable_sink``; the backward keeps
-    those, ``out`` and the log-sum-exp, and has no derivative of its own. Under
-    ``torch.autocast``, ``q``, ``k`` and ``v`` are cast to its dtype, as for
-    ``torch.nn.functional.scaled_dot_product_attention``.
+    those, ``out`` and the log-sum-exp, and has no derivative of its own, nor has the forward a
+    forward-mode one. Calls that torch follows (compile, export, vmap, modes, DTensor) are those of
+    the operator ``torch.ops.flash_attn_sm120.forward``. Under ``torch.autocast``, ``q``, ``k`` and
+    ``v`` are cast to its dtype, as for ``torch.nn.functional.scaled_dot_product_attention``.
 
     Raises:
         TypeError: not a tensor, or a dtype other than the above.
         ValueError: shapes, sizes, devices or scalars out of range.
         NotImplementedError: valid, but not supported yet; the message says what.
-        RuntimeError: the driver or the compiler; ``out`` or ``lse`` where a gradient is wanted.
+        RuntimeError: the driver or the compiler; ``out`` or ``lse`` where a gradient is wanted or
+            torch follows the call.
     """
     if (
         qv is not None
@@ -135,9 +138,13 @@ def flash_attn_func(
     )
     if not by_operator and torch._C._is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v)
-    if not by_operator and not (
-        torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, learnable_sink)
-    ):
+    wants_gradient = torch.is_grad_enabled() and (
+        getattr(q, "requires_grad", None) is True
+        or getattr(k, "requires_grad", None) is True
+        or getattr(v, "requires_grad", None) is True
+        or getattr(learnable_sink, "requires_grad", None) is True
+    )
+    if not by_operator and not wants_gradient:
         results = _C.forward(
             q,
             k,

@@ -50,8 +50,11 @@ def to_schema(window_size: Any = None, **options: Any) -> dict[str, Any]:
     Raises:
         TypeError: a tensor where a number is wanted, or a window that is no pair.
     """
-    left, right = (None, None) if window_size is None else window_size
-    options.update(window_left=left, window_right=right)
+    if window_size is None:
+        window_size = (None, None)
+    if len(window_size) != 2:
+        raise TypeError(f"window_size must be (left, right), got {window_size}")
+    options.update(window_left=window_size[0], window_right=window_size[1])
     for name, value in options.items():
         if isinstance(value, torch.Tensor):
             raise TypeError(f"{name} must be a number, got a tensor: no gradient would reach it")

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
+import torch
+
 from flash_attn_sm120 import _C
 
 if TYPE_CHECKING:
@@ -148,7 +150,13 @@ def explain_backward(
     Raises:
         The exceptions of :func:`flash_attn_func`.
     """
-    return _plan("backward", _C.explain_backward(q, k, v, arch=arch, **options))
+    by_switch = torch.are_deterministic_algorithms_enabled() and not options.get("deterministic")
+    if by_switch:
+        options["deterministic"] = True
+    plan = _plan("backward", _C.explain_backward(q, k, v, arch=arch, **options))
+    if by_switch and plan.steps:
+        plan.reasons["deterministic"] += ", as torch.use_deterministic_algorithms(True) asks"
+    return plan
 
 
 def _plan(direction: str, plan: dict[str, Any]) -> Plan:

@@ -93,7 +93,7 @@ struct forward_block {
     __device__ __forceinline__ range keys_of(int row) const { return mask.keys_of(query_of(row)); }
     __device__ __forceinline__ bool sees(int row, int key) const
     {
-        return mask.sees(query_of(row), key);
+        return key >= keys_of(row).begin && key < keys_of(row).end;
     }
 };
 

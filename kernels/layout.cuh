@@ -12,11 +12,11 @@ __device__ __forceinline__ int quad_lane() { return threadIdx.x % 4; }
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 /* A [ROWS, DIM] tile in shared memory: [segment][row][chunk], with segments of COLS chunks, as wide
- * as DIM allows, 128 bytes at best; rows are padded to a multiple of ALIGN. 128 bytes hold 8 / COLS
- * rows, and the chunks of a row are permuted by an XOR with the number of its 128 bytes. Then one
- * chunk of 8 rows, which an ldmatrix reads, takes every bank once, and so do the 128 bytes that 8
- * threads copy. Those must be contiguous, conflicts or not: see "columns of chunks" in
- * benchmarks/NOTES.md. */
+ * as DIM allows, 128 bytes at best; rows are padded to a multiple of ALIGN. Chunks are swizzled by
+ * an XOR with the number of their 128 bytes, which hold 8 / COLS rows: for COLS of 2, 4 and 8 the
+ * same as CU_TENSOR_MAP_SWIZZLE_32B, _64B and _128B. Then one chunk of 8 rows, which an ldmatrix
+ * reads, takes every bank once, and so do the 128 bytes that 8 threads copy. Those must be
+ * contiguous, conflicts or not: see "columns of chunks" in benchmarks/NOTES.md. */
 template <int DIM, int ROWS_, int ALIGN = MMA_K> struct tile_layout {
     static constexpr int ROWS = ROWS_;
     static constexpr int CHUNKS = DIM / CHUNK_ELEMENTS;
@@ -26,12 +26,13 @@ template <int DIM, int ROWS_, int ALIGN = MMA_K> struct tile_layout {
     static constexpr int SEGMENT_BYTES = ROWS * ROW_BYTES;
     static constexpr int BYTES = ROWS * PADDED * FA_CHUNK_BYTES;
 
-    /* Of a chunk of the first segment. */
+    /* The swizzled offset of a chunk of the first segment. */
     static __device__ __forceinline__ unsigned offset(int row, int chunk)
     {
         return row * ROW_BYTES + (chunk ^ row / (8 / COLS) % COLS) * FA_CHUNK_BYTES;
     }
-    /* From the address of chunk 0 or 1 of a row, `row` (a multiple of 8) and `chunk` (even) on. */
+    /* A swizzled step: from the address of chunk 0 or 1 of a row to the chunk that lies `row` rows
+     * (a multiple of 8) and `chunk` chunks (even) further. */
     static __device__ __forceinline__ unsigned moved(unsigned address, int row, int chunk)
     {
         return (address ^ chunk % COLS * FA_CHUNK_BYTES) + chunk / COLS * SEGMENT_BYTES +

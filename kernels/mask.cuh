@@ -43,10 +43,6 @@ struct attention_mask {
         return {MASK_RIGHT ? max(key - right, 0) : 0,
                 MASK_LEFT ? min(key - left + 1, seqlen_q) : seqlen_q};
     }
-    __device__ __forceinline__ bool sees(int query, int key) const
-    {
-        return key >= keys_of(query).begin && key < keys_of(query).end;
-    }
 };
 
 #endif

@@ -163,6 +163,8 @@ def test_c_keeps_no_state_and_borrows_no_trouble(path):
     assert not re.search(
         r"PyTuple_GET_ITEM|PyList_GET_ITEM|PyTuple_SET_ITEM|Py_TYPE\([^)]*\)->", code
     )
+    # These are macros that evaluate their argument twice: Py_CLEAR until Python 3.12.
+    assert not re.search(r"\b(?:Py_CLEAR|Py_VISIT|MIN|MAX|CEIL_DIV)\([^;]*(?:\+\+|--)", code)
 
 
 @pytest.mark.parametrize(

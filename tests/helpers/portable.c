@@ -10,8 +10,6 @@
 #include "../../csrc/shape.h"
 #include "../../csrc/split.h"
 
-size_t fa_dtype_size(enum fa_dtype dtype) { return (size_t)fa_element_bytes(dtype); }
-
 /* ---- Random numbers: splitmix64 -------------------------------------------------------------- */
 
 static uint64_t random_bits(uint64_t *state)
@@ -135,18 +133,23 @@ static void print_splits(int count)
 /* A slice of a row-major [2, 3, 4, 16] in fp16, its dimensions in any order and direction. */
 static struct fa_tensor random_slice(uint64_t *state, uint16_t *memory)
 {
-    struct fa_tensor tensor = {.data = memory, .ndim = 4, .dtype = FA_FLOAT16};
     static const int64_t shape[] = {2, 3, 4, 16}, stride[] = {192, 64, 16, 1};
+    struct fa_tensor tensor = {.ndim = 4, .dtype = FA_FLOAT16};
+    uint16_t *lowest = memory, *highest = memory, *first = memory;
     const int turn = pick(state, 4);
     for (int i = 0; i < 4; i++) {
-        const int from = (i + turn) % 4, begin = pick(state, (int)shape[from]);
-        const int64_t left = shape[from] - begin;
+        const int from = (i + turn) % 4, low = pick(state, (int)shape[from]);
+        const int high = low + pick(state, (int)shape[from] - low);
         const bool reversed = pick(state, 2);
-        tensor.shape[i] = 1 + pick(state, (int)left);
+        tensor.shape[i] = high - low + 1;
         tensor.stride[i] = reversed ? -stride[from] : stride[from];
-        memory += (begin + (reversed ? tensor.shape[i] - 1 : 0)) * stride[from];
+        lowest += low * stride[from];
+        highest += high * stride[from];
+        first += (reversed ? high : low) * stride[from];
     }
-    tensor.data = memory;
+    tensor.data = first;
+    tensor.begin = (uintptr_t)lowest;
+    tensor.end = (uintptr_t)(highest + 1);
     return tensor;
 }
 

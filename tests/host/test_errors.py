@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from flash_attn_sm120 import _C, explain, flash_attn_func
+from helpers.capsules import Producer
 from helpers.children import run_python
 from helpers.devices import CPU
 
@@ -72,7 +73,7 @@ BAD_TENSORS = {
         "multiple of 8 from 8 to 256, got 264",
     ),
     "sparse": (lambda q, k, v: (torch.zeros(q.shape, dtype=q.dtype, device=q.device).to_sparse(), k, v), TypeError, r"q is of layout torch.sparse_coo: pass q.to_dense\(\)"),
-    "meta": (lambda q, k, v: (q.to("meta"), k, v), TypeError, "q is on the meta device, which has no data|q is a torch.Tensor .EmulatedTensor. without memory"),
+    "meta": (lambda q, k, v: (q.to("meta"), k, v), ValueError, "k must be on q's device, meta, got cpu"),
 }  # fmt: skip
 
 
@@ -81,6 +82,129 @@ def test_bad_tensors(device, case):
     make, error, message = BAD_TENSORS[case]
     with pytest.raises(error, match=message):
         flash_attn_func(*make(*qkv(device)))
+
+
+# ---- tensors without memory, and arrays that are more than their numbers -------------------------
+
+
+def fake(x):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode().from_tensor(x)
+
+
+def freed(x):
+    """As FSDP leaves a parameter between two uses."""
+    x = x.clone()
+    x.untyped_storage().resize_(0)
+    return x
+
+
+def two(x):
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    return TwoTensor(x, x)
+
+
+class Distributed(torch.Tensor):
+    """What a DTensor is to a reader of memory, without processes."""
+
+    @staticmethod
+    def __new__(cls, x):
+        return torch.Tensor._make_wrapper_subclass(cls, x.shape, dtype=x.dtype)
+
+    def to_local(self):
+        raise AssertionError("nothing is gathered behind the caller's back")
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        return args[0] if function is torch.ops.aten.detach.default else NotImplemented
+
+
+class Quantity(np.ndarray):
+    """An array with units, as of astropy."""
+
+    def __array_ufunc__(self, *args, **kwargs):
+        return NotImplemented
+
+
+class Bfloat16(np.ndarray):
+    """An array of ml_dtypes.bfloat16, as far as numpy's DLPack knows."""
+
+    name = "bfloat16"
+
+    @property
+    def dtype(self):
+        return type("dtype", (), {"name": self.name})
+
+
+class Float8(Bfloat16):
+    name = "float8_e4m3fn"
+
+
+def as_subclass(kind):
+    return lambda x: np.zeros(x.shape, "V2").view(kind)
+
+
+def verbose(x):
+    """An error as C++ makes them: frames, far beyond the first line."""
+
+    class Verbose(Producer):
+        def __dlpack__(self, **kwargs):
+            raise RuntimeError("no way\nException raised from here\n" + "frame #0: at\n" * 99)
+
+    return Verbose(None)
+
+
+def long_name(x):
+    return type("T" * 44_000, (), {})()
+
+
+WITHOUT_MEMORY = {
+    "FakeTensor": (fake, TypeError, r"q is a torch.Tensor \(FakeTensor\) without memory of its own"),
+    "TwoTensor": (two, TypeError, r"q is a torch.Tensor \(TwoTensor\) without memory of its own"),
+    "DTensor": (Distributed, TypeError, r"q is a Distributed, .*: pass q.to_local\(\) or .full_tensor\(\)"),
+    "functional": (torch._to_functional_tensor, TypeError, r"q is a torch.Tensor \(Tensor\) without memory"),
+    "vmap": (lambda x: torch._C._functorch._add_batch_dim(x[None], 0, 1), TypeError, "q is wrapped by a transform of torch.func"),
+    "meta": (lambda x: x.to("meta"), TypeError, "q is on the meta device, which has no data"),
+    "freed": (freed, ValueError, "q has no data: its storage was freed, as FSDP"),
+    "freed parameter": (lambda x: torch.nn.Parameter(freed(x), False), ValueError, "its storage was freed"),
+    "lazy zeros": (lambda x: torch._efficientzerotensor(x.shape), TypeError, r"q is zeros without memory.*: pass q.clone\(\)"),
+    "sparse": (lambda x: x.to_sparse(), TypeError, r"of layout torch.sparse_coo: pass q.to_dense\(\)"),
+    "mkldnn": (lambda x: x.float().to_mkldnn(), TypeError, r"of layout torch._mkldnn: pass q.to_dense\(\)"),
+    "nested": (lambda x: torch.nested.nested_tensor([x[0]], layout=torch.jagged), TypeError, "q is a nested tensor: pass"),
+    "masked array": (lambda x: np.ma.array(x.numpy(), mask=True), TypeError, "q is a numpy.ma.MaskedArray, whose mask would be ignored"),
+    "quantity": (lambda x: x.numpy().view(Quantity), TypeError, "q is a Quantity, a numpy.ndarray with arithmetic of its own"),
+    "ml_dtypes bfloat16": (as_subclass(Bfloat16), TypeError, "q is bfloat16 of ml_dtypes, .* pass torch.from_numpy"),
+    "ml_dtypes float8": (as_subclass(Float8), NotImplementedError, "q is float8_e4m3fn, which is not supported yet"),
+    "big endian": (lambda x: x.numpy().astype(">f2"), TypeError, "only supports native byte order"),
+    "C++ frames": (verbose, TypeError, "q cannot be read through DLPack: no way$"),
+    "long name": (long_name, TypeError, r"q must be a tensor .*, got TTT.*TTT\.\.\.$"),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", WITHOUT_MEMORY)
+def test_what_cannot_be_read_is_called_what_it_is(case):
+    make, error, message = WITHOUT_MEMORY[case]
+    q, k, v = qkv()
+    with pytest.raises(error, match=message) as caught:
+        _C.forward(make(q), k, v)
+    assert type(caught.value) is error
+    assert len(str(caught.value)) <= 200 and "\n" not in str(caught.value)
+
+
+def test_real_ml_dtypes():
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    x = np.zeros((1, 4, 2, 16), ml_dtypes.bfloat16)
+    with pytest.raises(TypeError, match="q is bfloat16 of ml_dtypes"):
+        flash_attn_func(x, x, x)
+
+
+def test_numpy_subclasses_that_are_their_numbers_are_read(tmp_path):
+    x = np.memmap(tmp_path / "x", np.float32, "w+", shape=(1, 4, 2, 16))
+    x[:] = 1
+    assert (flash_attn_func(x, x, x.view(type("Array", (np.ndarray,), {})))[0] == 1).all()
 
 
 BAD_SCALARS = {

@@ -14,6 +14,9 @@ FLAGS = "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-
 SELECTED = "not driver or parameters or hundreds or LoadData or threads"
 DRIVEN_BY = [
     "tests/host/test_tensor.py",
+    "tests/host/test_hostile.py",
+    "tests/host/test_results.py",
+    "tests/host/test_options.py",
     "tests/host/test_errors.py",
     "tests/plan/test_plan.py",
     "tests/host/test_driver.py",

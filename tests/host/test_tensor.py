@@ -119,10 +119,17 @@ def test_misaligned_data_is_copied(offset):
     np.testing.assert_array_equal(attend(q), attend(array(0)))
 
 
-def test_misaligned_bare_capsule_is_refused():
+@pytest.mark.parametrize("versioned", [True, False])
+@pytest.mark.parametrize("wrap", [Producer, lambda made: made.capsule], ids=["producer", "bare"])
+def test_capsules_are_copied_where_they_cannot_be_read_in_place(wrap, versioned):
     store = np.zeros(array(0).size + 1, np.float32)
-    with pytest.raises(ValueError, match="q is a bare DLPack capsule, which must be contiguous"):
-        attend(Capsule(store[1:].reshape(SHAPE)).capsule)
+    misaligned = store[1:].reshape(SHAPE)
+    misaligned[:] = array(0)
+    strided = np.repeat(array(0), 2, axis=-1)[..., ::2]
+    for x in (misaligned, strided):
+        made = Capsule(x, versioned=versioned)
+        np.testing.assert_array_equal(attend(wrap(made)), attend(array(0)))
+        assert made.deleted == 1
 
 
 def test_read_only_arrays_are_read():

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +16,7 @@ from flash_attn_sm120 import _C, autograd, flash_attn_func, ops
 from helpers import cases
 from helpers.checks import assert_all_equal
 from helpers.devices import CPU, CUDA, params_of
+from helpers.models import Transformer
 from helpers.reference import assert_close_to, gradient_reference
 
 
@@ -366,37 +366,6 @@ def test_autocast_leaves_alone_what_it_should():
 
 
 # ---- training ------------------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    def __init__(self, width, heads, heads_kv, attention):
-        super().__init__()
-        self.heads, self.heads_kv, self.attention = heads, heads_kv, attention
-        self.head_dim = width // heads
-        self.norms = nn.ModuleList([nn.LayerNorm(width) for _ in range(2)])
-        self.qkv = nn.Linear(width, (heads + 2 * heads_kv) * self.head_dim, bias=False)
-        self.project = nn.Linear(width, width, bias=False)
-        self.mlp = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
-        )
-
-    def forward(self, x):
-        qkv = self.qkv(self.norms[0](x)).unflatten(-1, (-1, self.head_dim))
-        out = self.attention(*qkv.split([self.heads, self.heads_kv, self.heads_kv], dim=2))
-        x = x + self.project(out.flatten(2))
-        return x + self.mlp(self.norms[1](x))
-
-
-class Transformer(nn.Module):
-    def __init__(self, attention, vocabulary=16, seqlen=40, width=64, layers=2):
-        super().__init__()
-        self.tokens = nn.Embedding(vocabulary, width)
-        self.positions = nn.Parameter(0.02 * torch.randn(seqlen, width))
-        self.blocks = nn.Sequential(*[Block(width, 4, 2, attention) for _ in range(layers)])
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, vocabulary))
-
-    def forward(self, tokens):
-        return self.head(self.blocks(self.tokens(tokens) + self.positions[: tokens.shape[1]]))
 
 
 def losses(device, attention, steps=200):
