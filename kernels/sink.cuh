@@ -21,8 +21,8 @@ __device__ __forceinline__ float load_sink(const void *sinks, int dtype, int hea
     return dtype == FA_BFLOAT16 ? __int_as_float(half << 16) : from_fp16(half);
 }
 
-/* lse of a row in powers of two, from m and the sum l of 2^(s - m). As torch.logsumexp: +inf where a
- * score is +inf, although l is NaN there, and NaN where a score is NaN. */
+/* lse of a row in powers of two, from m and the sum l of 2^(s - m). As torch.logsumexp: +inf where
+ * a score is +inf, although l is NaN there, and NaN where a score is NaN. */
 __device__ __forceinline__ float lse_log2(float m, float l)
 {
     return m == INF ? INF : m + log2_approx(l);
