@@ -92,7 +92,8 @@ def flash_attn_func(
     Returns:
         ``(out, lse)``: ``out (batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``; ``lse
         (batch, heads_q, seqlen_q)`` float32, natural logarithm, or None without ``return_lse``. A
-        query without any visible key gets out 0 and lse -inf (the sink's value where there is one).
+        query without any visible key gets out 0 and lse -inf (the sink's value where there is one);
+        one with a score of +inf gets out NaN and lse +inf.
         numpy arrays give numpy arrays; producers other than torch and numpy give torch tensors.
 
     Gradients of torch tensors reach ``q``, ``k``, ``v`` and ``learnable_sink``; the backward keeps
