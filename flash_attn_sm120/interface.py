@@ -303,11 +303,12 @@ def flash_attn_varlen_func(
     by_operator = is_followed(q, k, v, learnable_sink, cu_seqlens_q, cu_seqlens_k) or (
         is_followed(q, k, v, seqused_q, seqused_k, out, lse)
     )
-    if not by_operator and torch._C._is_any_autocast_enabled():
+    if not by_operator and _is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v)
-    if not by_operator and not (
-        torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, learnable_sink)
-    ):
+    by_autograd = (not by_operator and is_grad_enabled()) and any(
+        getattr(x, "requires_grad", None) is True for x in (q, k, v, learnable_sink)
+    )
+    if not (by_operator or by_autograd):
         results = _C.forward(
             q,
             k,
