@@ -20,7 +20,6 @@ from torch._C import (
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
-from torch.utils._device import DeviceContext
 
 
 def is_followed(q: Any, k: Any, v: Any, other: Any = None, *others: Any) -> bool:
@@ -50,7 +49,7 @@ def _is_special(x: Any) -> bool:
     """Whether calls with this tensor are never as those with a plain one."""
     if type(x) is not Tensor:
         if not isinstance(x, Tensor):
-            return False
+            return hasattr(type(x), "__torch_function__")  # as torch.fx.Proxy has
         if _takes_part_in_dispatch(type(x)):
             return True
     return x.is_meta or x.is_neg() or is_legacy_batchedtensor(x)
@@ -74,5 +73,7 @@ _FUNCTIONS_OF_TORCH: tuple[Any, ...] = (
 
 def _is_default_device_alone() -> bool:
     """torch.set_default_device() is a mode, too, which concerns functions that make tensors."""
+    from torch.utils._device import DeviceContext  # imported by whatever made such a mode
+
     count = _len_torch_function_stack()
     return all(type(_get_function_stack_at(i)) is DeviceContext for i in range(count))

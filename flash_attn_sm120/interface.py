@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from torch import is_grad_enabled
+from torch._C import _is_any_autocast_enabled
 from torch.autograd import profiler
 
 from flash_attn_sm120 import _C, autograd, ops
@@ -91,7 +92,8 @@ def flash_attn_func(
     Returns:
         ``(out, lse)``: ``out (batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``; ``lse
         (batch, heads_q, seqlen_q)`` float32, natural logarithm, or None without ``return_lse``. A
-        query without any visible key gets out 0 and lse -inf (the sink's value where there is one).
+        query without any visible key gets out 0 and lse -inf (the sink's value where there is one);
+        one with a score of +inf gets out NaN and lse +inf.
         numpy arrays give numpy arrays; producers other than torch and numpy give torch tensors.
 
     Gradients of torch tensors reach ``q``, ``k``, ``v`` and ``learnable_sink``; the backward keeps
@@ -136,15 +138,15 @@ def flash_attn_func(
     by_operator = is_followed(q, k, v, learnable_sink) or (
         is_followed(q, k, v, out, lse) if in_place else profiler._is_profiler_enabled
     )
-    if not by_operator and torch._C._is_any_autocast_enabled():
+    if not by_operator and _is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v)
-    wants_gradient = torch.is_grad_enabled() and (
+    by_autograd = (not by_operator and is_grad_enabled()) and (
         getattr(q, "requires_grad", None) is True
         or getattr(k, "requires_grad", None) is True
         or getattr(v, "requires_grad", None) is True
         or getattr(learnable_sink, "requires_grad", None) is True
     )
-    if not by_operator and not wants_gradient:
+    if not (by_operator or by_autograd):
         results = _C.forward(
             q,
             k,
@@ -301,11 +303,12 @@ def flash_attn_varlen_func(
     by_operator = is_followed(q, k, v, learnable_sink, cu_seqlens_q, cu_seqlens_k) or (
         is_followed(q, k, v, seqused_q, seqused_k, out, lse)
     )
-    if not by_operator and torch._C._is_any_autocast_enabled():
+    if not by_operator and _is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v)
-    if not by_operator and not (
-        torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, learnable_sink)
-    ):
+    by_autograd = (not by_operator and is_grad_enabled()) and any(
+        getattr(x, "requires_grad", None) is True for x in (q, k, v, learnable_sink)
+    )
+    if not (by_operator or by_autograd):
         results = _C.forward(
             q,
             k,

@@ -6,17 +6,12 @@ shapes without data, rules for vmap and for DTensor, and FLOPs. autograd.py adds
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.flop_counter import (
-    register_flop_formula,
-    sdpa_backward_flop_count,
-    sdpa_flop_count,
-)
 
 from flash_attn_sm120 import _C
+from flash_attn_sm120.imports import when_imported
 from flash_attn_sm120.plan import ScalarOptions
 
 if TYPE_CHECKING:
@@ -83,8 +78,6 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """``(out, lse)`` by the operator; lse is None without ``return_lse``."""
     check_tensors("torch follows the call", q, k, v, learnable_sink)
-    if not torch.compiler.is_dynamo_compiling():
-        _know_dtensor(q, k, v)
     out, lse = FORWARD(q, k, v, learnable_sink, **to_schema(**options))
     return out, lse if return_lse else None
 
@@ -108,14 +101,18 @@ def backward(
 
 
 def check_tensors(where: str, q: Any, k: Any, v: Any, learnable_sink: Any, **lengths: Any) -> None:
-    """What torch follows is torch's.
+    """What torch follows is torch's: tensors, or what stands for them, as torch.fx.Proxy.
 
     Raises:
-        TypeError: an argument is neither a torch.Tensor nor, for the sink and lengths, None.
+        TypeError: an argument is something else.
+        NotImplementedError: a nested tensor.
     """
     tensors = {"q": q, "k": k, "v": v, "learnable_sink": learnable_sink, **lengths}
     for name, x in tensors.items():
-        if not isinstance(x, torch.Tensor) and (x is not None or name in ("q", "k", "v")):
+        if isinstance(x, torch.Tensor):
+            if x.is_nested:
+                raise NotImplementedError(f"{name} is a nested tensor, which is not supported yet")
+        elif not hasattr(x, "__torch_function__") and (x is not None or name in ("q", "k", "v")):
             raise TypeError(f"{name} must be a torch.Tensor where {where}, got {type(x).__name__}")
 
 
@@ -293,37 +290,39 @@ if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, vmap calls o
 # ---- FLOPs: those of SDPA, which count masked scores, too ----------------------------------------
 
 
-def _heads_first(x: Any, heads: int) -> tuple[int, ...]:
-    """The shape in SDPA's layout, with that many heads."""
-    return (x[0], heads, x[1], x[3])
+def _register_flops() -> None:
+    from torch.utils.flop_counter import (
+        register_flop_formula,
+        sdpa_backward_flop_count,
+        sdpa_flop_count,
+    )
+
+    def heads_first(x: Any, heads: int) -> tuple[int, ...]:
+        return (x[0], heads, x[1], x[3])
+
+    def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
+        return sdpa_flop_count(*(heads_first(x, q[2]) for x in (q, k, v)))  # type: ignore[no-untyped-call]
+
+    def backward(dout: Any, dlse: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
+        shapes = (heads_first(x, q[2]) for x in (dout, q, k, v))
+        return sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
+
+    register_flop_formula(torch.ops.flash_attn_sm120.forward)(forward)
+    register_flop_formula(torch.ops.flash_attn_sm120.backward)(backward)
 
 
-@register_flop_formula(torch.ops.flash_attn_sm120.forward)
-def _forward_flops(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
-    return sdpa_flop_count(*(_heads_first(x, q[2]) for x in (q, k, v)))  # type: ignore[no-untyped-call]
-
-
-@register_flop_formula(torch.ops.flash_attn_sm120.backward)
-def _backward_flops(dout: Any, dlse: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
-    shapes = (_heads_first(x, q[2]) for x in (dout, q, k, v))
-    return sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
+when_imported("torch.utils.flop_counter", _register_flops)
 
 
 # ---- DTensor -------------------------------------------------------------------------------------
 
 
-def _know_dtensor(*tensors: Any) -> None:
-    """Adds the rules of sharding.py where the first DTensor comes: their import takes a second."""
-    module = sys.modules.get("torch.distributed.tensor")
-    if module is not None and any(isinstance(x, module.DTensor) for x in tensors):
-        _add_sharding_rules()
-
-
-def _add_sharding_rules() -> None:
-    from flash_attn_sm120 import sharding
-
+def _register_sharding() -> None:
+    try:
+        from flash_attn_sm120 import sharding
+    except ImportError:  # PyTorch before 2.5, where DTensor says that the operator has no rule
+        return
     sharding.register()
 
 
-if "torch.distributed.tensor" in sys.modules:
-    _add_sharding_rules()  # torch.compile, which traces what it meets, may meet the first DTensor
+when_imported("torch.distributed.tensor", _register_sharding)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.tensor.experimental import register_sharding
 
 from flash_attn_sm120.ops import BACKWARD, FORWARD
 
@@ -17,17 +17,8 @@ for _kinds in (_BATCH, _HEADS, _ALL):
     _kinds["none"] = Replicate()
 
 
-@functools.cache
 def register() -> None:
-    """Tells DTensor which placements the operators take.
-
-    Raises:
-        NotImplementedError: PyTorch before 2.5.
-    """
-    try:
-        from torch.distributed.tensor.experimental import register_sharding
-    except ImportError:
-        raise NotImplementedError("DTensor needs PyTorch 2.5 or newer") from None
+    """Tells DTensor which placements the operators take."""
     register_sharding(FORWARD)(_forward)
     register_sharding(BACKWARD)(_backward)
 

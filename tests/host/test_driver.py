@@ -33,10 +33,18 @@ class CudaArray(np.ndarray):
 
 frameworks.current_stream = lambda device_id: 7 * device_id
 
-def cuda(*shape, device_id=0):
-    array = np.zeros(shape, np.float16).view(CudaArray)
+def on_device(array, device_id):
+    array = array.view(CudaArray)
     array.device_id = device_id
     return array
+
+empty = frameworks.empty
+def empty_on_device(*args):
+    return on_device(empty(*args), args[-1])
+frameworks.empty = empty_on_device
+
+def cuda(*shape, device_id=0):
+    return on_device(np.zeros(shape, np.float16), device_id)
 
 def call(seqlen_q=130, device_id=0, **kwargs):
     q = cuda(2, seqlen_q, 6, 64, device_id=device_id)
@@ -147,6 +155,7 @@ def test_stream_where_torch_never_used_cuda(run):
     code = """
 import importlib
 importlib.reload(frameworks)
+frameworks.empty = empty_on_device
 call()
 print(frameworks.torch.cuda.is_initialized())
 """
@@ -477,9 +486,9 @@ def test_output_is_on_the_device_of_a_bare_capsule(run):
     """A consumed capsule says nothing of its device any more; the tensor read from it does."""
     code = """
 class torch:
-    Tensor, float16, device = frameworks.torch.Tensor, np.float16, frameworks.torch.device
+    Tensor, device = frameworks.torch.Tensor, frameworks.torch.device
     empty = lambda shape, dtype, device: print(device) or np.empty(shape, dtype)
-frameworks.torch = torch
+frameworks.torch, frameworks._TORCH_DTYPES = torch, (np.float32, np.float16)
 array = cuda(1, 8, 1, 64, device_id=1)
 flash_attn_func(array.__dlpack__(stream=7), array, array)
 """

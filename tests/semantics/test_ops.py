@@ -218,6 +218,19 @@ def test_jit_trace_of_a_module(qkv):
     assert_all_equal([traced(q + 1)], [attend(q + 1, q + 1, q + 1, causal=True)])
 
 
+def test_symbolic_trace(qkv):
+    """Of torch.fx: what stands for a tensor is not one."""
+
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            out, lse = flash_attn_func(x, x, x, causal=True, return_lse=True)
+            return out * 2, lse
+
+    traced = torch.fx.symbolic_trace(Module())
+    assert names_in(traced.graph) == {"flash_attn_sm120.forward.default"}
+    assert_all_equal(traced(qkv[0]), Module()(qkv[0]))
+
+
 @pytest.mark.parametrize("dynamic", [None, True], ids=["", "dynamic"])
 def test_compile(tensors, dynamic):
     """No graph break, other lengths, forward and backward."""
@@ -588,6 +601,22 @@ def test_flops(qkv):
     }
 
 
+def test_flops_in_any_order_of_imports(tmp_path):
+    """torch's counter is not imported for programs that count nothing."""
+    code = """
+import sys, torch
+from flash_attn_sm120 import flash_attn_func
+assert "torch.utils.flop_counter" not in sys.modules
+from torch.utils.flop_counter import FlopCounterMode
+q = torch.randn(1, 4, 1, 8)
+with FlopCounterMode(display=False) as counter:
+    flash_attn_func(q, q, q)
+print(counter.get_total_flops())
+"""
+    done = run_python(code, tmp_path)
+    assert done.stdout.strip() == str(2 * 2 * 4 * 4 * 8), done.stderr
+
+
 def test_profiler(qkv):
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         attend(*(x.requires_grad_() for x in qkv)).sum().backward()
@@ -713,6 +742,12 @@ def test_arguments_of_other_frameworks(qkv):
         attend(q, np.zeros((2, 7, 2, 16), np.float32), q)
 
 
+def test_nested_tensors_are_refused():
+    q = torch.nested.nested_tensor([torch.randn(n, 2, 16) for n in (3, 4)], layout=torch.jagged)
+    with pytest.raises(NotImplementedError, match="q is a nested tensor, which is not supported"):
+        attend(q, q, q)
+
+
 # ---- global switches -----------------------------------------------------------------------------
 
 
@@ -767,9 +802,9 @@ TWO_RANKS = """
 import os
 import torch
 import torch.distributed as dist
+from flash_attn_sm120 import flash_attn_func  # learns of DTensor when that is imported
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
-from flash_attn_sm120 import flash_attn_func
 
 torch.set_num_threads(1)
 child = os.fork()
@@ -789,6 +824,10 @@ def shards(placement, sink_placement):
     placements = [placement] * 3 + [sink_placement]
     return [distribute_tensor(x.detach(), mesh, [p]) for x, p in zip((q, k, v, sink), placements)]
 
+a, b, c, _ = shards(Shard(2), Shard(0))
+compiled = torch.compile(lambda *x: flash_attn_func(*x)[0], fullgraph=True, backend="aot_eager")
+torch.testing.assert_close(compiled(a, b, c).full_tensor(), flash_attn_func(q, k, v)[0])
+
 expected = step(q, k, v, sink)
 for placement, of_sink in ((Shard(0), Replicate()), (Shard(2), Shard(0)), (Replicate(), Replicate())):
     results = step(*shards(placement, of_sink))
@@ -805,10 +844,6 @@ with CommDebugMode() as communication, torch.no_grad():  # K and V are cut where
     local = flash_attn_func(a, b, c)[0]
     assert not communication.get_comm_counts()
 torch.testing.assert_close(local.full_tensor(), flash_attn_func(q, k, v)[0])
-
-a, b, c, _ = shards(Shard(2), Shard(0))
-compiled = torch.compile(lambda *x: flash_attn_func(*x)[0], fullgraph=True, backend="aot_eager")
-torch.testing.assert_close(compiled(a, b, c).full_tensor(), flash_attn_func(q, k, v)[0])
 
 def refused(words, *arguments):
     try:
