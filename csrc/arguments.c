@@ -141,8 +141,6 @@ static struct fa_combine_params combine_params(const struct fa_problem *problem,
         .heads_q = divisor_of(shape->heads_q),
         .seqlen_q = divisor_of(shape->is_packed_q ? shape->total_q : shape->seqlen_q),
         .slices = divisor_of(plan->combine_slices),
-        .lengths = lengths_of(problem),
-        .batch = shape->batch,
     };
 }
 

@@ -296,8 +296,7 @@ static void add_combine(const struct fa_plan_input *input, struct fa_plan *plan)
                                        .variant = {.kernel = FA_KERNEL_COMBINE,
                                                    .dtype = input->dtype,
                                                    .head_dim_v = input->head_dim_v,
-                                                   .warps = COMBINE_WARPS,
-                                                   .varlen = input->varlen},
+                                                   .warps = COMBINE_WARPS},
                                        .threads = COMBINE_WARPS * 32});
 }
 

@@ -21,6 +21,7 @@ struct backward_block {
         head_kv = number % params.heads_kv;
         number /= params.heads_kv;
         seq.select(number % params.batch);
+        seq.make_uniform();
         n_block = number / params.batch;
     }
 };

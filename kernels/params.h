@@ -99,12 +99,10 @@ struct fa_combine_params {
     int parts;
     int sink_dtype; /* enum fa_dtype */
     struct fa_divisor heads_q, seqlen_q;
-    struct fa_divisor slices;  /* of the parts of a row: each is summed up by threads of its own */
-    struct fa_lengths lengths; /* read only where VARLEN */
-    int batch;                 /* the same */
+    struct fa_divisor slices; /* of the parts of a row: each is summed up by threads of its own */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 160, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 112, "host and device disagree on the layout");
 
 /* The single argument of kernels/varlen_fill.cu: rows of out and lse that no sequence has become 0
  * and -inf. */

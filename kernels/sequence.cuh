@@ -127,6 +127,7 @@ template <class params_t> struct sequence<params_t, false> {
     int batch;
 
     __device__ __forceinline__ void select(int number) { batch = number; }
+    __device__ __forceinline__ void make_uniform() {}
 
     __device__ __forceinline__ int seqlen_q() const { return params.seqlen_q; }
     __device__ __forceinline__ int seqlen_k() const { return params.seqlen_k; }
@@ -163,10 +164,18 @@ template <class params_t> struct sequence<params_t, true> {
         batch = number;
         const sequence_rows q = read_queries(params.lengths, params.seqlen_q, number);
         const sequence_rows k = read_keys(params.lengths, params.seqlen_k, number);
-        q_begin = same_in_warp(q.begin);
-        q_count = same_in_warp(q.count);
-        k_begin = same_in_warp(k.begin);
-        k_count = same_in_warp(k.count);
+        q_begin = q.begin;
+        q_count = q.count;
+        k_begin = k.begin;
+        k_count = k.count;
+    }
+    /* Takes uniform registers instead of others: where these are scarcer. */
+    __device__ __forceinline__ void make_uniform()
+    {
+        q_begin = same_in_warp(q_begin);
+        q_count = same_in_warp(q_count);
+        k_begin = same_in_warp(k_begin);
+        k_count = same_in_warp(k_count);
     }
 
     __device__ __forceinline__ int seqlen_q() const { return q_count; }

@@ -168,3 +168,33 @@ def test_backward_variants(compute_capability):
         assert build.spill_bytes <= (0 if max(head_dims) <= 80 else 128), line
         assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, line
         assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line
+
+
+# Bytes that variants for lengths of each sequence's own may spill: forward and backward at head_dim
+# 128, then at 256.
+VARLEN_SPILLS = {120: ((0, 176), (96, 128)), 90: ((64, 176), (176, 128))}
+
+
+@pytest.mark.parametrize("compute_capability", [120, 90])
+def test_varlen_variants(compute_capability):
+    """On 12.0 the forward spills nothing up to head_dim 128, and nothing does at 64.
+
+    What the backward spills more than with equal lengths, it does outside the loop.
+    """
+    lengths = {f"cu_seqlens_{side}": torch.empty(17, dtype=torch.int32) for side in "qk"}
+    bounds = {"max_seqlen_q": 2048, "max_seqlen_k": 2048}
+    plans = []
+    for head_dim in (64, 128, 256):
+        q, k = (torch.empty(16384, heads, head_dim).bfloat16() for heads in (8, 2))
+        for window_size in ((None, None), (None, 0), (50, 0)):
+            options = {**lengths, **bounds, "window_size": window_size, "arch": compute_capability}
+            plans += [explain(q, k, k, **options), explain_backward(q, k, k, **options)]
+        plans.append(explain(q, k, k, **options, num_splits=4, pack_gqa=True))
+    for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
+        assert plan.main.variant.endswith("_varlen"), line
+        head_dim = int(re.search(r"_d(\d+)", plan.main.variant)[1])
+        is_backward = plan.main.kernel == "backward"
+        spills = ((0, 0), *VARLEN_SPILLS[compute_capability])[head_dim.bit_length() - 7]
+        assert build.spill_bytes <= spills[is_backward], line
+        assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, line
+        assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line
