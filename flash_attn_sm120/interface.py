@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 from torch import is_grad_enabled
 from torch._C import _is_any_autocast_enabled
 from torch.autograd import profiler
+from torch.compiler import is_dynamo_compiling
 
 from flash_attn_sm120 import _C, autograd, ops
 from flash_attn_sm120.following import is_followed
@@ -133,20 +134,13 @@ def flash_attn_func(
             block_sparse_tensors_bwd=block_sparse_tensors_bwd,
             **unsupported,
         )
-    in_place = out is not None or lse is not None
-    by_operator = is_followed(q, k, v, learnable_sink) or (
-        is_followed(q, k, v, out, lse) if in_place else profiler._is_profiler_enabled
-    )
-    if not by_operator and _is_any_autocast_enabled():
-        q, k, v = autograd.autocast(q, k, v)
-    by_autograd = (not by_operator and is_grad_enabled()) and (
-        getattr(q, "requires_grad", None) is True
-        or getattr(k, "requires_grad", None) is True
-        or getattr(v, "requires_grad", None) is True
-        or getattr(learnable_sink, "requires_grad", None) is True
-    )
-    if not (by_operator or by_autograd):
-        results = _C.forward(
+    if not (
+        is_dynamo_compiling()
+        or _is_any_autocast_enabled()
+        or profiler._is_profiler_enabled
+        or (is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink))
+    ):
+        results = _C.forward_if_plain(
             q,
             k,
             v,
@@ -161,15 +155,10 @@ def flash_attn_func(
             out=out,
             lse=lse,
         )
-        if in_place:
-            autograd.written_in_place(out, lse)
-        return results
-    if in_place:
-        raise RuntimeError(
-            "flash_attn_func(..., out=, lse=) does not support automatic differentiation, nor "
-            "anything else by which torch follows a call (torch.compile, torch.func, modes, tensor "
-            "subclasses, lazy negation): leave them out, or call it under torch.no_grad()"
-        )
+        if results is not NotImplemented:
+            if out is not None or lse is not None:
+                autograd.written_in_place(out, lse)
+            return results  # type: ignore[no-any-return]
     options: ScalarOptions = {
         "softmax_scale": softmax_scale,
         "causal": causal,
@@ -179,8 +168,60 @@ def flash_attn_func(
         "pack_gqa": pack_gqa,
         "deterministic": deterministic,
     }
+    return _attend(q, k, v, learnable_sink, options, return_lse, out, lse)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learnable_sink: Tensor | None,
+    options: ScalarOptions,
+    return_lse: bool,
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """A call that is more than plain inference: by an operator, by autograd, or cast first."""
+    in_place = out is not None or lse is not None
+    by_operator = is_followed(q, k, v, learnable_sink) or (
+        is_followed(q, k, v, out, lse) if in_place else profiler._is_profiler_enabled
+    )
+    if not by_operator and _is_any_autocast_enabled():
+        q, k, v = autograd.autocast(q, k, v)
+    by_autograd = (
+        not by_operator and is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink)
+    )
+    if not (by_operator or by_autograd):
+        results = _C.forward(
+            q,
+            k,
+            v,
+            learnable_sink=learnable_sink,
+            return_lse=return_lse,
+            out=out,
+            lse=lse,
+            **options,
+        )
+        if in_place:
+            autograd.written_in_place(out, lse)
+        return results
+    if in_place:
+        raise RuntimeError(
+            "flash_attn_func(..., out=, lse=) does not support automatic differentiation, nor "
+            "anything else by which torch follows a call (torch.compile, torch.func, modes, tensor "
+            "subclasses, lazy negation): leave them out, or call it under torch.no_grad()"
+        )
     attend = ops.attend if by_operator else autograd.attend
     return attend(q, k, v, learnable_sink, options, return_lse)
+
+
+def _any_requires_grad(q: Any, k: Any, v: Any, learnable_sink: Any) -> bool:
+    return (
+        getattr(q, "requires_grad", None) is True
+        or getattr(k, "requires_grad", None) is True
+        or getattr(v, "requires_grad", None) is True
+        or getattr(learnable_sink, "requires_grad", None) is True
+    )
 
 
 def flash_attn_varlen_func(*_: Any, **__: Any) -> NoReturn:
