@@ -105,7 +105,7 @@ def errors_by_delta(q, k, v, dout, **options):
 
 
 def plain_tensor(x):
-    return x.detach().as_subclass(torch.Tensor)
+    return x.detach().as_subclass(torch.Tensor).cpu()
 
 
 # ---- the lse that is given -----------------------------------------------------------------------
