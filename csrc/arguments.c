@@ -29,11 +29,6 @@ static struct scales scales_of(const struct fa_shape *shape)
     return scales;
 }
 
-static struct fa_strides outer_strides(const struct fa_tensor *tensor)
-{
-    return (struct fa_strides){tensor->stride[0], tensor->stride[1], tensor->stride[2]};
-}
-
 /* `number`, which is not negative, for kernels to divide by; 0 is allowed and never divided by. */
 static struct fa_divisor divisor_of(int number)
 {
@@ -79,6 +74,18 @@ static void *data_of(const struct fa_tensor *tensor)
     return tensor->object ? tensor->data : NULL;
 }
 
+static struct fa_lengths lengths_of(const struct fa_problem *problem)
+{
+    return (struct fa_lengths){
+        .cu_seqlens_q = data_of(&problem->cu_seqlens_q),
+        .cu_seqlens_k = data_of(&problem->cu_seqlens_k),
+        .seqused_q = data_of(&problem->seqused_q),
+        .seqused_k = data_of(&problem->seqused_k),
+        .total_q = problem->shape.total_q,
+        .total_k = problem->shape.total_k,
+    };
+}
+
 /* ---- forward --------------------------------------------------------------------------------- */
 
 static struct fa_forward_params forward_params(const struct fa_problem *problem,
@@ -95,10 +102,10 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .out = is_split ? workspace + plan->workspace.out_parts : problem->out.data,
         .lse = is_split ? workspace + plan->workspace.lse_parts : data_of(&problem->lse),
         .sink = data_of(&problem->sink),
-        .q_stride = outer_strides(&problem->q),
-        .k_stride = outer_strides(&problem->k),
-        .v_stride = outer_strides(&problem->v),
-        .out_stride = outer_strides(&problem->out),
+        .q_stride = fa_tensor_strides(&problem->q),
+        .k_stride = fa_tensor_strides(&problem->k),
+        .v_stride = fa_tensor_strides(&problem->v),
+        .out_stride = fa_tensor_strides(&problem->out),
         .batch = shape->batch,
         .seqlen_q = shape->seqlen_q,
         .seqlen_k = shape->seqlen_k,
@@ -113,6 +120,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .m_blocks = divisor_of(plan->m_blocks),
         .group_heads = divisor_of(plan->group_heads),
         .parts = divisor_of(plan->splits),
+        .lengths = lengths_of(problem),
     };
 }
 
@@ -126,13 +134,31 @@ static struct fa_combine_params combine_params(const struct fa_problem *problem,
         .out = problem->out.data,
         .lse = data_of(&problem->lse),
         .sink = data_of(&problem->sink),
-        .out_stride = outer_strides(&problem->out),
-        .rows = (unsigned)(shape->batch * shape->heads_q * shape->seqlen_q),
+        .out_stride = fa_tensor_strides(&problem->out),
+        .rows = (unsigned)(shape->heads_q * fa_shape_rows_q(shape)),
         .parts = plan->splits,
         .sink_dtype = (int)problem->sink.dtype,
         .heads_q = divisor_of(shape->heads_q),
-        .seqlen_q = divisor_of(shape->seqlen_q),
+        .seqlen_q = divisor_of(shape->is_packed_q ? shape->total_q : shape->seqlen_q),
         .slices = divisor_of(plan->combine_slices),
+        .lengths = lengths_of(problem),
+        .batch = shape->batch,
+    };
+}
+
+static struct fa_fill_params fill_params(const struct fa_problem *problem)
+{
+    const struct fa_shape *shape = &problem->shape;
+    return (struct fa_fill_params){
+        .out = problem->out.data,
+        .lse = data_of(&problem->lse),
+        .out_stride = fa_tensor_strides(&problem->out),
+        .batch = shape->batch,
+        .seqlen_q = shape->seqlen_q,
+        .heads_q = shape->heads_q,
+        .head_dim_v = shape->head_dim_v,
+        .rows = fa_shape_rows_q(shape),
+        .lengths = lengths_of(problem),
     };
 }
 
@@ -143,6 +169,8 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
     arguments->main.forward = forward_params(problem, plan, workspace);
     if (plan->splits > 1)
         arguments->combine = combine_params(problem, plan, workspace);
+    if (problem->shape.is_varlen)
+        arguments->fill = fill_params(problem);
     if (plan->steps[plan->main].variant.kernel != FA_KERNEL_FORWARD_TMA)
         return 0;
     if (encode_tensor_map(driver, &problem->k, plan->tile_n, &arguments->main.k_map) < 0)
@@ -181,13 +209,13 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .block_counter = (int *)(workspace + at->block_counter),
         .zeros = workspace + at->zeros,
         .zero_chunks = zero_chunks,
-        .q_stride = outer_strides(&problem->q),
-        .k_stride = outer_strides(&problem->k),
-        .v_stride = outer_strides(&problem->v),
-        .out_stride = outer_strides(&problem->out),
-        .dout_stride = outer_strides(&gradients->dout),
-        .dk_stride = outer_strides(&gradients->dk),
-        .dv_stride = outer_strides(&gradients->dv),
+        .q_stride = fa_tensor_strides(&problem->q),
+        .k_stride = fa_tensor_strides(&problem->k),
+        .v_stride = fa_tensor_strides(&problem->v),
+        .out_stride = fa_tensor_strides(&problem->out),
+        .dout_stride = fa_tensor_strides(&gradients->dout),
+        .dk_stride = fa_tensor_strides(&gradients->dk),
+        .dv_stride = fa_tensor_strides(&gradients->dv),
         .batch = shape->batch,
         .heads_q = shape->heads_q,
         .heads_kv = shape->heads_kv,
@@ -205,8 +233,9 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .scale_in_cap = scales.scale_in_cap,
         .softmax_scale = shape->softmax_scale,
         .dq = gradients->dq.data,
-        .dq_stride = outer_strides(&gradients->dq),
+        .dq_stride = fa_tensor_strides(&gradients->dq),
         .zero_share = CEIL_DIV(zero_chunks, MAX(plan->steps[0].blocks, 1)),
+        .lengths = lengths_of(problem),
     };
 }
 
@@ -218,12 +247,12 @@ static struct fa_postprocess_params postprocess_params(const float *accum, int b
     return (struct fa_postprocess_params){
         .accum = accum,
         .tensor = gradient->data,
-        .stride = outer_strides(gradient),
+        .stride = fa_tensor_strides(gradient),
         .batch = (int)gradient->shape[0],
-        .seqlen = (int)gradient->shape[1],
+        .seqlen = (int)gradient->shape[gradient->ndim - 3],
         .buffers = buffers,
         .scale = scale,
-        .heads = divisor_of((int)gradient->shape[2]),
+        .heads = divisor_of((int)gradient->shape[gradient->ndim - 2]),
         .row_frags = divisor_of(rows / 16),
     };
 }
@@ -234,11 +263,17 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
 {
     const struct fa_variant *variant = &plan->steps[plan->main].variant;
     const struct fa_workspace *at = &plan->workspace;
-    const int queries = plan->m_blocks * plan->tile_m, keys = plan->n_blocks * plan->tile_n;
-    const float scale = problem->shape.softmax_scale;
+    const struct fa_shape *shape = &problem->shape;
+    const int queries = (shape->is_varlen ? plan->query_tiles : plan->m_blocks) * plan->tile_m;
+    const int keys = plan->n_blocks * plan->tile_n;
+    const float scale = shape->softmax_scale;
     arguments->main = backward_params(problem, gradients, plan, workspace);
     arguments->dq = postprocess_params(workspace + at->dq_accum, variant->dq_buffers, queries,
                                        scale, &gradients->dq);
+    arguments->dq.batch = shape->batch;
+    arguments->dq.seqlen = shape->seqlen_q;
+    arguments->dq.tile_m = plan->tile_m;
+    arguments->dq.lengths = lengths_of(problem);
     arguments->dk = postprocess_params(workspace + at->dk_accum, 1, keys, scale, &gradients->dk);
     arguments->dv = postprocess_params(workspace + at->dv_accum, 1, keys, 1, &gradients->dv);
     if (!variant->tma)
@@ -264,6 +299,7 @@ void *fa_arguments_of(union fa_arguments *arguments, enum fa_job job)
     switch (job) {
     case FA_JOB_FORWARD: return &arguments->forward.main;
     case FA_JOB_COMBINE: return &arguments->forward.combine;
+    case FA_JOB_FILL: return &arguments->forward.fill;
     case FA_JOB_DQ: return &arguments->backward.dq;
     case FA_JOB_DK: return &arguments->backward.dk;
     case FA_JOB_DV: return &arguments->backward.dv;

@@ -25,12 +25,13 @@ static int find_plan(struct call *call)
         .ordinal = call->ordinal,
         .tiles_version = state->tiles.version,
     };
+    struct fa_plan *plan = &call->planned.plan;
     call->is_kept = fa_plan_cache_find(&state->plans, &call->key, &call->planned);
     if (call->is_kept)
-        return 0;
+        return fa_planning_fit(call->problem, &call->key.input, plan);
     state->plans.made++;
-    struct fa_plan *plan = &call->planned.plan;
-    if (fa_planning_make(state, &call->key.input, call->ordinal, 0, plan) < 0)
+    if (fa_planning_make(state, &call->key.input, call->ordinal, 0, plan) < 0 ||
+        fa_planning_fit(call->problem, &call->key.input, plan) < 0)
         return -1;
     return fa_planning_warn(state, plan);
 }
@@ -45,8 +46,8 @@ static int load_kernels(struct call *call)
     for (int i = 0; i < plan->step_count; i++) {
         const struct fa_step *step = &plan->steps[i];
         call->planned.kernels[i] = NULL;
-        if (step->blocks == 0)
-            continue;
+        if (step->blocks == 0 && !call->key.input.varlen)
+            continue; /* nor has the next call with this plan any */
         call->planned.kernels[i] =
             fa_kernel_table_get(&state->kernels, &state->driver, &step->variant, step->smem_request,
                                 call->ordinal, call->stream);
@@ -95,6 +96,14 @@ static int launch_kernels(const struct call *call, float *workspace)
     return 0;
 }
 
+static bool has_blocks(const struct fa_plan *plan)
+{
+    for (int i = 0; i < plan->step_count; i++)
+        if (plan->steps[i].blocks > 0)
+            return true;
+    return false;
+}
+
 int fa_launch(struct fa_state *state, const struct fa_problem *problem,
               const struct fa_gradients *gradients)
 {
@@ -110,7 +119,7 @@ int fa_launch(struct fa_state *state, const struct fa_problem *problem,
     if (find_plan(&call) < 0 || fa_tensor_stream(&state->dlpack, &problem->q, &stream) < 0)
         return -1;
     const struct fa_plan *plan = &call.planned.plan;
-    if (plan->steps[plan->main].blocks == 0)
+    if (!has_blocks(plan))
         return 0;
     if (plan->workspace.size > 0 &&
         fa_tensor_workspace(&state->dlpack, &problem->q, plan->workspace.size, &workspace) < 0)

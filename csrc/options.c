@@ -94,6 +94,17 @@ static int read_count(PyObject *object, const char *name, void *field)
                                 "0 (as the plan chooses), 1 (never split) or larger", object);
 }
 
+/* A bound of lengths: None is none, and so is what is beyond any sequence. */
+static int read_bound(PyObject *object, const char *name, void *field)
+{
+    int *bound = field;
+    if (object == Py_None)
+        return 0;
+    if (read_clamped(object, name, "an integer or None", -1, FA_NO_BOUND, bound) < 0)
+        return -1;
+    return *bound >= 0 ? 0 : fa_raise_value(PyExc_ValueError, name, "0 or larger", object);
+}
+
 /* One side of a window: None is unbounded, and so is what is beyond any sequence. */
 static int read_window_side(PyObject *object, const char *name, int *side)
 {

@@ -13,12 +13,20 @@ struct fa_window {
 };
 
 #define FA_NO_WINDOW {FA_UNBOUNDED, FA_UNBOUNDED}
+#define FA_NO_BOUND  INT32_MAX /* a max_seqlen that is None */
 
 /* X(name, type of the field, reader in options.c, default in C, default in Python)
  *
- * What they mean is told to users by the docstring of flash_attn_func. PyObject fields are borrowed
- * from the caller's arguments; NULL where they are None. */
+ * What they mean is told to users by the docstrings of flash_attn_func and flash_attn_varlen_func.
+ * PyObject fields are borrowed from the caller's arguments; NULL where they are None. */
 #define FA_CALL_OPTIONS(X)                                                                         \
+    X(cu_seqlens_q, PyObject *, object, NULL, "None")                                              \
+    X(cu_seqlens_k, PyObject *, object, NULL, "None")                                              \
+    X(max_seqlen_q, int, bound, FA_NO_BOUND, "None")                                               \
+    X(max_seqlen_k, int, bound, FA_NO_BOUND, "None")                                               \
+    X(seqused_q, PyObject *, object, NULL, "None")                                                 \
+    X(seqused_k, PyObject *, object, NULL, "None")                                                 \
+    X(page_table, PyObject *, object, NULL, "None")                                                \
     X(softmax_scale, float, scale, NAN, "None")                                                    \
     X(causal, bool, flag, false, "False")                                                          \
     X(window_size, struct fa_window, window, FA_NO_WINDOW, "(None, None)")                         \

@@ -29,6 +29,7 @@ struct fa_variant fa_plan_variant(const struct fa_plan_input *input)
         .mask_right = input->mask_right,
         .mask_left = input->mask_left,
         .softcap = input->softcap,
+        .varlen = input->varlen,
     };
 }
 
@@ -36,6 +37,23 @@ int fa_plan_refuse(struct fa_plan_error *error, bool unsupported, const char *me
 {
     *error = (struct fa_plan_error){unsupported, message};
     return -1;
+}
+
+struct fa_extent fa_plan_extent(const struct fa_plan_input *input)
+{
+    return (struct fa_extent){
+        .batch = input->batch,
+        .seqlen_q = input->seqlen_q,
+        .seqlen_k = input->seqlen_k,
+        .rows_q = (int64_t)input->batch * input->seqlen_q,
+    };
+}
+
+int fa_plan_fit(const struct fa_plan_input *input, const struct fa_extent *extent,
+                struct fa_plan *plan, struct fa_plan_error *error)
+{
+    return input->direction == FA_FORWARD ? fa_plan_fit_forward(input, extent, plan, error)
+                                          : fa_plan_fit_backward(input, extent, plan, error);
 }
 
 int fa_plan_make(const struct fa_plan_input *input, const struct fa_plan_target *target,

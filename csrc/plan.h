@@ -21,9 +21,9 @@ enum fa_direction { FA_FORWARD, FA_BACKWARD };
 struct fa_plan_input {
     int direction; /* enum fa_direction */
     int dtype;     /* enum fa_dtype */
-    int batch;
-    int seqlen_q;
-    int seqlen_k; /* rounded up to FA_KEY_STEP */
+    int batch;     /* where varlen: 1 */
+    int seqlen_q;  /* where varlen: the bound, rounded up to a power of two */
+    int seqlen_k;  /* rounded up to FA_KEY_STEP; where varlen like seqlen_q */
     int heads_q, heads_kv;
     int head_dim, head_dim_v;
     int window_left, window_right;
@@ -34,13 +34,24 @@ struct fa_plan_input {
     int num_splits;            /* 0: as the plan chooses; else at most as many parts of the keys */
     int pack_gqa;              /* enum fa_pack_gqa */
     int deterministic;
+    int varlen;      /* lengths are on the device, and differ from sequence to sequence */
     int tma_strides; /* tensor maps can describe K and V; in the backward Q and dO */
+};
+
+/* What grids and the workspace are as large as. A plan for sequences of any lengths serves calls of
+ * other extents, too. */
+struct fa_extent {
+    int batch;
+    int seqlen_q, seqlen_k; /* where varlen: bounds */
+    bool is_packed_q;
+    int64_t rows_q; /* of q for each head */
 };
 
 /* What a launch computes. It tells which struct of kernels/params.h the kernel takes. */
 enum fa_job {
     FA_JOB_FORWARD,
     FA_JOB_COMBINE,
+    FA_JOB_FILL,
     FA_JOB_PREPROCESS,
     FA_JOB_BACKWARD,
     FA_JOB_DQ,
@@ -80,6 +91,7 @@ struct fa_plan {
     int main;               /* the step that multiplies matrices */
     int tile_m, tile_n;     /* queries and keys of a tile of the main kernel */
     int m_blocks, n_blocks; /* tiles of query rows per head (a KV head where packed), and of keys */
+    int query_tiles;        /* backward: of a head, over the whole batch */
     int group_heads;        /* forward: (batch, head) pairs that run together, sharing the L2 */
     int splits;         /* forward: parts of the keys of a block of queries, a thread block each; */
                         /* backward: thread blocks that share a tile of keys */
@@ -109,12 +121,25 @@ struct fa_plan_target {
 int fa_plan_make(const struct fa_plan_input *input, const struct fa_plan_target *target,
                  struct fa_plan *plan, struct fa_plan_error *error);
 
+/* Sizes grids and workspace of a plan that fa_plan_make made for `input`, which is of such an
+ * extent when rounded. 0, or -1 with `error` filled. */
+int fa_plan_fit(const struct fa_plan_input *input, const struct fa_extent *extent,
+                struct fa_plan *plan, struct fa_plan_error *error);
+
 /* ---- shared by plan_forward.c and plan_backward.c -------------------------------------------- */
 
 int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_target *target,
                     struct fa_plan *plan, struct fa_plan_error *error);
 int fa_plan_backward(const struct fa_plan_input *input, const struct fa_plan_target *target,
                      struct fa_plan *plan, struct fa_plan_error *error);
+
+int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_extent *extent,
+                        struct fa_plan *plan, struct fa_plan_error *error);
+int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_extent *extent,
+                         struct fa_plan *plan, struct fa_plan_error *error);
+
+/* The extent of an input as it stands. */
+struct fa_extent fa_plan_extent(const struct fa_plan_input *input);
 
 /* Adds a reason for a choice. */
 void fa_plan_because(struct fa_plan *plan, const char *choice, const char *why);

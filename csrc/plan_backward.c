@@ -45,7 +45,7 @@ static int dq_dim_warps(const struct fa_backward_tile *tile, int head_dim)
 static int dq_buffers_of(const struct fa_plan_input *input)
 {
     const bool are_few = (int64_t)input->batch * input->heads_q <= FEW_HEADS;
-    return input->deterministic && are_few ? 2 : 1;
+    return input->deterministic && are_few && !input->varlen ? 2 : 1;
 }
 
 static int tile_n_of(const struct fa_backward_tile *tile) { return tile->warps / 2 * tile->warp_n; }
@@ -90,6 +90,9 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
                                  : "backward: mma.sync, Q and dO brought by cp.async");
     if (!target->device.has_tma)
         fa_plan_because(plan, "not the TMA", "the TMA came with compute capability 9.0");
+    else if (input->varlen)
+        fa_plan_because(plan, "not the TMA",
+                        "the TMA's boxes end at the tensor, not at the sequence");
     else if (!variant->tma)
         fa_plan_because(plan, "not the TMA",
                         "it needs Q and dO at strides that are multiples of 16 bytes, from a row "
@@ -118,8 +121,6 @@ static void set_main(const struct fa_plan_input *input, const struct fa_plan_tar
     const int threads = tile->warps * 32;
     plan->tile_m = tile->tile_m;
     plan->tile_n = tile_n_of(tile);
-    plan->m_blocks = CEIL_DIV(input->seqlen_q, plan->tile_m);
-    plan->n_blocks = n_blocks_of(input, tile);
     plan->smem_bytes = backward_smem(input, &variant, plan->tile_n);
     explain_main(input, target, &variant, plan);
     int by_smem;
@@ -136,7 +137,7 @@ static void set_main(const struct fa_plan_input *input, const struct fa_plan_tar
                                        .smem_request = smem_request});
 }
 
-/* ---- the grid -------------------------------------------------------------------------------- */
+/* ---- blocks that share a tile of keys -------------------------------------------------------- */
 
 /* The tiles of queries that a block of keys goes through: at most, and on average. */
 static double longest_walk(const struct fa_plan_input *input, const struct fa_plan *plan)
@@ -212,24 +213,18 @@ static int choose_splits(const struct fa_plan_input *input, const struct fa_plan
     return best;
 }
 
-static int set_grid(const struct fa_plan_input *input, const struct fa_device *device,
-                    struct fa_plan *plan, struct fa_plan_error *error)
+static void set_splits(const struct fa_plan_input *input, const struct fa_device *device,
+                       struct fa_plan *plan)
 {
-    struct fa_step *main = &plan->steps[plan->main];
     const double pairs = (double)input->batch * input->heads_kv, blocks = pairs * plan->n_blocks;
     const int slots = MAX(1, device->sms) * plan->blocks_per_sm;
-    plan->splits = choose_splits(input, plan, blocks, slots);
-    const double query_tiles = (double)input->batch * input->heads_q * plan->m_blocks;
-    if (blocks * plan->splits > INT32_MAX || query_tiles > INT32_MAX)
-        return fa_plan_refuse(error, false,
-                              "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
-    main->blocks = (int)blocks * plan->splits;
+    plan->splits = input->varlen ? 1 : choose_splits(input, plan, blocks, slots);
     fa_plan_because(plan, "splits",
-                    plan->splits > 1
+                    input->varlen ? "1: of sequences of any lengths a tile of keys is one block's"
+                    : plan->splits > 1
                         ? "tiles of keys leave multiprocessors idle: blocks share each of them, by "
                           "the rule of csrc/plan_backward.c"
                         : "1: a tile of keys is one block's, by the rule of csrc/plan_backward.c");
-    return 0;
 }
 
 /* ---- before and after the main kernel -------------------------------------------------------- */
@@ -241,21 +236,21 @@ static struct fa_step preprocess(const struct fa_plan_input *input, const struct
         .variant = {.kernel = FA_KERNEL_BACKWARD_PREPROCESS,
                     .dtype = input->dtype,
                     .head_dim_v = input->head_dim_v,
-                    .tile_m = plan->tile_m},
-        .blocks = input->batch * input->heads_q * plan->m_blocks,
+                    .tile_m = plan->tile_m,
+                    .varlen = input->varlen},
         .threads = FA_PREPROCESS_THREADS,
     };
 }
 
-/* An accumulator of that many rows to a tensor: a warp for every 16 rows. */
-static void add_postprocess(const struct fa_plan_input *input, enum fa_job job, int64_t rows,
-                            int head_dim, struct fa_plan *plan)
+/* An accumulator to a tensor: a warp for every 16 rows. */
+static void add_postprocess(const struct fa_plan_input *input, enum fa_job job, int head_dim,
+                            struct fa_plan *plan)
 {
     fa_plan_add(plan, (struct fa_step){.job = job,
                                        .variant = {.kernel = FA_KERNEL_BACKWARD_POSTPROCESS,
                                                    .dtype = input->dtype,
-                                                   .head_dim = head_dim},
-                                       .blocks = (int)CEIL_DIV(rows / 16, FA_POSTPROCESS_WARPS),
+                                                   .head_dim = head_dim,
+                                                   .varlen = input->varlen},
                                        .threads = FA_POSTPROCESS_WARPS * 32});
 }
 
@@ -267,12 +262,17 @@ static int64_t take(struct fa_workspace *workspace, int64_t count)
     return start;
 }
 
-static void set_workspace(const struct fa_plan_input *input, struct fa_plan *plan)
+/* Tiles of queries and of keys, of all heads. */
+struct tiles {
+    int64_t queries, keys;
+};
+
+static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles,
+                          struct fa_plan *plan)
 {
     const struct fa_variant *main = &plan->steps[plan->main].variant;
     const int buffers = main->dq_direct ? 0 : main->dq_buffers;
-    const int64_t query_tiles = (int64_t)input->batch * input->heads_q * plan->m_blocks;
-    const int64_t key_tiles = (int64_t)input->batch * input->heads_kv * plan->n_blocks;
+    const int64_t query_tiles = tiles.queries, key_tiles = tiles.keys;
     const int64_t queries = query_tiles * plan->tile_m;
     const int64_t keys = plan->splits > 1 ? key_tiles * plan->tile_n : 0; /* to accumulate */
     const bool is_ordered = input->deterministic;
@@ -289,21 +289,61 @@ static void set_workspace(const struct fa_plan_input *input, struct fa_plan *pla
 
 static void add_steps_after(const struct fa_plan_input *input, struct fa_plan *plan)
 {
-    const int64_t queries = (int64_t)input->batch * input->heads_q * plan->m_blocks * plan->tile_m;
-    const int64_t keys = (int64_t)input->batch * input->heads_kv * plan->n_blocks * plan->tile_n;
     if (!plan->steps[plan->main].variant.dq_direct)
-        add_postprocess(input, FA_JOB_DQ, queries, input->head_dim, plan);
+        add_postprocess(input, FA_JOB_DQ, input->head_dim, plan);
     if (plan->splits > 1) {
-        add_postprocess(input, FA_JOB_DK, keys, input->head_dim, plan);
-        add_postprocess(input, FA_JOB_DV, keys, input->head_dim_v, plan);
+        add_postprocess(input, FA_JOB_DK, input->head_dim, plan);
+        add_postprocess(input, FA_JOB_DV, input->head_dim_v, plan);
     }
     if (input->sink)
         fa_plan_add(plan, (struct fa_step){.job = FA_JOB_DSINK,
                                            .variant = {.kernel = FA_KERNEL_BACKWARD_SINK,
                                                        .dtype = input->dtype,
-                                                       .tile_m = plan->tile_m},
+                                                       .tile_m = plan->tile_m,
+                                                       .varlen = input->varlen},
                                            .blocks = input->heads_q,
                                            .threads = FA_SINK_THREADS});
+}
+
+/* ---- sizes ----------------------------------------------------------------------------------- */
+
+/* Of packed queries every sequence begins with a tile, see fa_backward_params. */
+static int64_t query_tiles_of_head(const struct fa_extent *extent, const struct fa_plan *plan)
+{
+    return extent->is_packed_q ? CEIL_DIV(extent->rows_q, plan->tile_m) + extent->batch
+                               : (int64_t)extent->batch * plan->m_blocks;
+}
+
+static int blocks_of(const struct fa_plan *plan, const struct fa_step *step, struct tiles tiles)
+{
+    switch (step->job) {
+    case FA_JOB_PREPROCESS: return (int)tiles.queries;
+    case FA_JOB_BACKWARD: return (int)tiles.keys * plan->splits;
+    case FA_JOB_DQ: return (int)CEIL_DIV(tiles.queries * plan->tile_m / 16, FA_POSTPROCESS_WARPS);
+    case FA_JOB_DK:
+    case FA_JOB_DV: return (int)CEIL_DIV(tiles.keys * plan->tile_n / 16, FA_POSTPROCESS_WARPS);
+    default: return step->blocks;
+    }
+}
+
+int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_extent *extent,
+                         struct fa_plan *plan, struct fa_plan_error *error)
+{
+    plan->m_blocks = CEIL_DIV(extent->seqlen_q, plan->tile_m);
+    plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
+    const int64_t query_tiles = query_tiles_of_head(extent, plan);
+    const struct tiles tiles = {
+        .queries = fa_saturating_multiply(query_tiles, input->heads_q),
+        .keys = fa_saturating_multiply((int64_t)extent->batch * input->heads_kv, plan->n_blocks),
+    };
+    if (tiles.queries > INT32_MAX || tiles.keys > INT32_MAX / plan->splits)
+        return fa_plan_refuse(error, false,
+                              "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
+    plan->query_tiles = (int)query_tiles;
+    for (int i = 0; i < plan->step_count; i++)
+        plan->steps[i].blocks = blocks_of(plan, &plan->steps[i], tiles);
+    fit_workspace(input, tiles, plan);
+    return 0;
 }
 
 /* ---- the interface --------------------------------------------------------------------------- */
@@ -313,10 +353,12 @@ int fa_plan_backward(const struct fa_plan_input *input, const struct fa_plan_tar
 {
     struct fa_step *first = fa_plan_add(plan, (struct fa_step){0});
     set_main(input, target, plan);
-    if (set_grid(input, &target->device, plan, error) < 0)
+    const struct fa_extent extent = fa_plan_extent(input);
+    plan->splits = 1;
+    if (fa_plan_fit_backward(input, &extent, plan, error) < 0)
         return -1;
+    set_splits(input, &target->device, plan);
     *first = preprocess(input, plan);
-    set_workspace(input, plan);
     add_steps_after(input, plan);
-    return 0;
+    return fa_plan_fit_backward(input, &extent, plan, error);
 }

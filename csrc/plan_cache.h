@@ -16,7 +16,7 @@ struct fa_plan_key {
 /* A call that is ready to be launched. */
 struct fa_planned {
     struct fa_plan plan;
-    CUkernel kernels[FA_MAX_STEPS]; /* of the steps that have blocks, loaded */
+    CUkernel kernels[FA_MAX_STEPS]; /* of the steps that have blocks, or may have, loaded */
 };
 
 #define FA_PLAN_SLOTS 64 /* a power of two */

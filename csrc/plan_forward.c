@@ -13,9 +13,13 @@ static int forward_smem(const struct fa_plan_input *input, const struct fa_tile 
     return fa_forward_smem(stage_bytes, tile->stages, tile->kernel == FA_KERNEL_FORWARD_TMA);
 }
 
-/* Query rows of all heads for each multiprocessor; expanded tensors can have more than 2^63. */
+/* Query rows of all heads for each multiprocessor; expanded tensors can have more than 2^63. How
+ * many sequences there are a plan for any lengths does not know: it takes tiles as large as what
+ * can share a block. */
 static double rows_per_sm(const struct fa_plan_input *input, const struct fa_device *device)
 {
+    if (input->varlen)
+        return (double)input->seqlen_q * fa_plan_heads_per_kv(input);
     return (double)input->batch * input->heads_q * input->seqlen_q / MAX(1, device->sms);
 }
 
@@ -42,6 +46,8 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
 {
     if (!device->has_tma)
         *why = "the TMA came with compute capability 9.0";
+    else if (input->varlen)
+        *why = "the TMA's boxes end at the tensor, not at the sequence";
     else if (input->seqlen_k == 0)
         *why = "no tensor map describes K and V without keys";
     else if (!input->tma_strides)
@@ -106,9 +112,9 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
 /* ---- packing --------------------------------------------------------------------------------- */
 
 /* Query rows for which blocks go over K and V once: of a head, or of all that share a KV head. */
-static int64_t rows(const struct fa_plan_input *input, bool packed)
+static int64_t rows(const struct fa_plan_input *input, int seqlen_q, bool packed)
 {
-    return (int64_t)input->seqlen_q * (packed ? fa_plan_heads_per_kv(input) : 1);
+    return (int64_t)seqlen_q * (packed ? fa_plan_heads_per_kv(input) : 1);
 }
 
 /* Whether a call that may be packed gains from it: where it takes noticeably fewer blocks, because
@@ -117,8 +123,9 @@ static int64_t rows(const struct fa_plan_input *input, bool packed)
  * (should_pack_gqa() in hopper/heuristics.h): packed rows lie further apart in memory. */
 static bool packing_pays(const struct fa_plan_input *input, int tile_m)
 {
-    const int64_t packed = CEIL_DIV(rows(input, true), tile_m);
-    const int64_t unpacked = CEIL_DIV(rows(input, false), tile_m) * fa_plan_heads_per_kv(input);
+    const int64_t packed = CEIL_DIV(rows(input, input->seqlen_q, true), tile_m);
+    const int64_t unpacked =
+        CEIL_DIV(rows(input, input->seqlen_q, false), tile_m) * fa_plan_heads_per_kv(input);
     return 10 * packed < 9 * unpacked;
 }
 
@@ -127,7 +134,7 @@ static const char *why_not_packed(const struct fa_plan_input *input)
 {
     if (fa_plan_heads_per_kv(input) == 1)
         return "not packed: each KV head has one query head";
-    if (rows(input, true) > FA_MAX_SIZE)
+    if (rows(input, input->seqlen_q, true) > FA_MAX_SIZE)
         return "not packed: of 2^28 rows or more, which are counted in 32 bits";
     return NULL;
 }
@@ -189,11 +196,12 @@ static void set_main(const struct fa_plan_input *input, const struct fa_plan_tar
 }
 
 /* Blocks run group by group, so that the K and V that a group reads fill at most half of the L2.
- * All groups are equal: a smaller last one would leave multiprocessors idle at the end. */
+ * All groups are equal: a smaller last one would leave multiprocessors idle at the end. Of
+ * sequences of any lengths a group is of one sequence. */
 static int group_heads(const struct fa_plan_input *input, const struct fa_device *device,
                        bool packed)
 {
-    const int64_t kv_heads = (int64_t)input->batch * input->heads_kv;
+    const int64_t kv_heads = (int64_t)input->batch * input->heads_kv; /* batch: 1 where varlen */
     const int64_t kv_bytes = (int64_t)input->seqlen_k * (input->head_dim + input->head_dim_v) * 2;
     const int64_t fit = MAX(1, device->l2_bytes / 2 / MAX(1, kv_bytes));
     int64_t in_group = MIN(kv_heads, fit);
@@ -202,24 +210,16 @@ static int group_heads(const struct fa_plan_input *input, const struct fa_device
     return (int)(in_group * (packed ? 1 : fa_plan_heads_per_kv(input)));
 }
 
-static int set_grid(const struct fa_plan_input *input, const struct fa_device *device,
-                    struct fa_plan *plan, struct fa_plan_error *error)
+static void set_group_heads(const struct fa_plan_input *input, const struct fa_device *device,
+                            struct fa_plan *plan)
 {
-    struct fa_step *main = &plan->steps[plan->main];
-    const bool packed = main->variant.pack_gqa;
+    const bool packed = plan->steps[plan->main].variant.pack_gqa;
     const int64_t heads = (int64_t)input->batch * (packed ? input->heads_kv : input->heads_q);
-    plan->m_blocks = (int)CEIL_DIV(rows(input, packed), plan->tile_m);
-    plan->n_blocks = CEIL_DIV(input->seqlen_k, plan->tile_n);
-    if (heads > INT32_MAX || heads * plan->m_blocks > INT32_MAX)
-        return fa_plan_refuse(error, false,
-                              "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
-    main->blocks = (int)(heads * plan->m_blocks);
     plan->group_heads = group_heads(input, device, packed);
     fa_plan_because(plan, "group_heads",
                     plan->group_heads == heads ? "K and V of all heads fit in half of the L2"
                                                : "as many heads at a time as keep K and V in half "
                                                  "of the L2, in equal groups");
-    return 0;
 }
 
 /* ---- splits of the keys ---------------------------------------------------------------------- */
@@ -265,11 +265,14 @@ static int splits_of(const struct fa_plan_input *input, const struct fa_device *
 {
     const int64_t rows = (int64_t)input->batch * input->heads_q * input->seqlen_q;
     const int tiles = longest_walk(input, plan), asked = input->num_splits;
+    const bool is_varlen = input->varlen;
     const char *why_one =
         asked == 1   ? "1: the keys are not split, as asked"
         : tiles <= 1 ? "1: no block of queries goes through more than a tile of keys"
         : rows == 0 || rows > INT32_MAX ? "1: from 1 to 2^31 - 1 rows of queries can be split"
-                                        : NULL;
+        : asked == 0 && is_varlen ? "1: the rule of csrc/split.c does not know the lengths of "
+                                    "sequences, which are on the device"
+                                  : NULL;
     if (!why_one)
         return asked == 0 ? choose_splits(device, tiles, plan) : bounded_splits(asked, tiles, plan);
     fa_plan_because(plan, "num_splits", why_one);
@@ -278,22 +281,24 @@ static int splits_of(const struct fa_plan_input *input, const struct fa_device *
 
 /* A row of out takes a thread for every four dims, so a block has room for some rows. Of many parts
  * these are slices instead: few rows are enough for the whole machine then. */
+enum { COMBINE_WARPS = 8 };
+
+static int combine_slots(const struct fa_plan_input *input)
+{
+    return fa_combine_slots(COMBINE_WARPS * 32, input->head_dim_v);
+}
+
 static void add_combine(const struct fa_plan_input *input, struct fa_plan *plan)
 {
-    enum { WARPS = 8, PARTS_PER_SLICE = 4 };
-    const int64_t rows = (int64_t)input->batch * input->heads_q * input->seqlen_q;
-    const int slots = fa_combine_slots(WARPS * 32, input->head_dim_v);
-    struct fa_workspace *workspace = &plan->workspace;
-    plan->combine_slices = MIN(CEIL_DIV(plan->splits, PARTS_PER_SLICE), slots);
-    workspace->lse_parts = plan->splits * rows * input->head_dim_v;
-    workspace->size = workspace->lse_parts + plan->splits * rows;
+    enum { PARTS_PER_SLICE = 4 };
+    plan->combine_slices = MIN(CEIL_DIV(plan->splits, PARTS_PER_SLICE), combine_slots(input));
     fa_plan_add(plan, (struct fa_step){.job = FA_JOB_COMBINE,
                                        .variant = {.kernel = FA_KERNEL_COMBINE,
                                                    .dtype = input->dtype,
                                                    .head_dim_v = input->head_dim_v,
-                                                   .warps = WARPS},
-                                       .blocks = (int)CEIL_DIV(rows, slots / plan->combine_slices),
-                                       .threads = WARPS * 32});
+                                                   .warps = COMBINE_WARPS,
+                                                   .varlen = input->varlen},
+                                       .threads = COMBINE_WARPS * 32});
 }
 
 static void set_splits(const struct fa_plan_input *input, const struct fa_device *device,
@@ -304,8 +309,52 @@ static void set_splits(const struct fa_plan_input *input, const struct fa_device
     if (plan->splits == 1)
         return;
     main->variant.split = 1;
-    main->blocks *= plan->splits;
     add_combine(input, plan);
+}
+
+/* Rows that no sequence has are the last kernel's: it overwrites what others may leave there. */
+static void add_fill(const struct fa_plan_input *input, struct fa_plan *plan)
+{
+    if (input->varlen)
+        fa_plan_add(plan, (struct fa_step){
+                              .job = FA_JOB_FILL,
+                              .variant = {.kernel = FA_KERNEL_VARLEN_FILL, .dtype = input->dtype},
+                              .threads = FA_FILL_THREADS});
+}
+
+/* ---- sizes ----------------------------------------------------------------------------------- */
+
+static void fit_combine(const struct fa_plan_input *input, int64_t rows, struct fa_plan *plan,
+                        struct fa_step *step)
+{
+    struct fa_workspace *workspace = &plan->workspace;
+    workspace->lse_parts = plan->splits * rows * input->head_dim_v;
+    workspace->size = workspace->lse_parts + plan->splits * rows;
+    step->blocks = (int)CEIL_DIV(rows, combine_slots(input) / plan->combine_slices);
+}
+
+int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_extent *extent,
+                        struct fa_plan *plan, struct fa_plan_error *error)
+{
+    struct fa_step *main = &plan->steps[plan->main];
+    const bool packed = main->variant.pack_gqa;
+    const int64_t heads = (int64_t)extent->batch * (packed ? input->heads_kv : input->heads_q);
+    const int64_t rows_of_all = extent->rows_q * input->heads_q;
+    plan->m_blocks = (int)CEIL_DIV(rows(input, extent->seqlen_q, packed), plan->tile_m);
+    plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
+    if (heads > INT32_MAX || heads * plan->m_blocks > INT32_MAX / plan->splits ||
+        (plan->splits > 1 && rows_of_all > INT32_MAX))
+        return fa_plan_refuse(error, false,
+                              "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
+    main->blocks = (int)(heads * plan->m_blocks * plan->splits);
+    for (int i = 0; i < plan->step_count; i++) {
+        struct fa_step *step = &plan->steps[i];
+        if (step->job == FA_JOB_COMBINE)
+            fit_combine(input, rows_of_all, plan, step);
+        else if (step->job == FA_JOB_FILL)
+            step->blocks = (int)CEIL_DIV(extent->rows_q, FA_FILL_ROWS);
+    }
+    return 0;
 }
 
 /* ---- the interface --------------------------------------------------------------------------- */
@@ -318,8 +367,12 @@ int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_targ
         return fa_plan_refuse(error, true,
                               "no tile fits the shared memory of this device at these head dims");
     set_main(input, target, &tile, plan);
-    if (set_grid(input, &target->device, plan, error) < 0)
+    const struct fa_extent extent = fa_plan_extent(input);
+    plan->splits = 1;
+    if (fa_plan_fit_forward(input, &extent, plan, error) < 0)
         return -1;
+    set_group_heads(input, &target->device, plan);
     set_splits(input, &target->device, plan);
-    return 0;
+    add_fill(input, plan);
+    return fa_plan_fit_forward(input, &extent, plan, error);
 }

@@ -2,20 +2,41 @@
 
 #include "arithmetic.h"
 
+/* The least power of two that is not below it: few plans serve all lengths. */
+static int rounded_up(int length)
+{
+    int bound = length > 0 ? 1 : 0;
+    while (bound < MIN(length, FA_MAX_SIZE))
+        bound *= 2;
+    return MIN(bound, FA_MAX_SIZE);
+}
+
+/* A length that all sequences have, or a bound of their lengths: that of the caller, if there is
+ * one, whatever the rows of the tensor are. */
+static int planned_length(const struct fa_shape *shape, int seqlen, bool is_packed, int max_seqlen)
+{
+    if (!shape->is_varlen)
+        return seqlen;
+    return rounded_up(is_packed && max_seqlen != FA_NO_BOUND ? max_seqlen : seqlen);
+}
+
 struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
                                        enum fa_direction direction, const struct fa_tensor *dout)
 {
     const struct fa_shape *shape = &problem->shape;
     const struct fa_options *options = &problem->options;
     const bool is_forward = direction == FA_FORWARD;
+    const int keys =
+        planned_length(shape, shape->seqlen_k, shape->is_packed_k, options->max_seqlen_k);
     const struct fa_tensor *first = is_forward ? &problem->k : &problem->q;
     const struct fa_tensor *second = is_forward ? &problem->v : dout;
     return (struct fa_plan_input){
         .direction = direction,
         .dtype = shape->dtype,
-        .batch = shape->batch,
-        .seqlen_q = shape->seqlen_q,
-        .seqlen_k = CEIL_DIV(shape->seqlen_k, FA_KEY_STEP) * FA_KEY_STEP,
+        .batch = shape->is_varlen ? 1 : shape->batch,
+        .seqlen_q =
+            planned_length(shape, shape->seqlen_q, shape->is_packed_q, options->max_seqlen_q),
+        .seqlen_k = CEIL_DIV(keys, FA_KEY_STEP) * FA_KEY_STEP,
         .heads_q = shape->heads_q,
         .heads_kv = shape->heads_kv,
         .head_dim = shape->head_dim,
@@ -30,9 +51,34 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .num_splits = is_forward ? options->num_splits : 0,
         .pack_gqa = is_forward ? (int)options->pack_gqa : FA_PACK_AUTO,
         .deterministic = !is_forward && options->deterministic,
-        .tma_strides =
-            fa_tensor_has_tma_strides(first) && (!second || fa_tensor_has_tma_strides(second)),
+        .varlen = shape->is_varlen,
+        .tma_strides = !shape->is_varlen && fa_tensor_has_tma_strides(first) &&
+                       (!second || fa_tensor_has_tma_strides(second)),
     };
+}
+
+static int raise_plan_error(const struct fa_plan_error *error)
+{
+    PyErr_SetString(error->unsupported ? PyExc_NotImplementedError : PyExc_ValueError,
+                    error->message);
+    return -1;
+}
+
+int fa_planning_fit(const struct fa_problem *problem, const struct fa_plan_input *input,
+                    struct fa_plan *plan)
+{
+    const struct fa_shape *shape = &problem->shape;
+    const struct fa_extent extent = {
+        .batch = shape->batch,
+        .seqlen_q = shape->seqlen_q,
+        .seqlen_k = shape->seqlen_k,
+        .is_packed_q = shape->is_packed_q,
+        .rows_q = fa_shape_rows_q(shape),
+    };
+    struct fa_plan_error error;
+    if (!input->varlen || fa_plan_fit(input, &extent, plan, &error) == 0)
+        return 0;
+    return raise_plan_error(&error);
 }
 
 static int set_target(struct fa_state *state, int ordinal, int arch, struct fa_plan_target *target)
@@ -65,9 +111,7 @@ int fa_planning_make(struct fa_state *state, const struct fa_plan_input *input, 
         return -1;
     if (fa_plan_make(input, &target, plan, &error) == 0)
         return 0;
-    PyErr_SetString(error.unsupported ? PyExc_NotImplementedError : PyExc_ValueError,
-                    error.message);
-    return -1;
+    return raise_plan_error(&error);
 }
 
 int fa_planning_warn(struct fa_state *state, const struct fa_plan *plan)

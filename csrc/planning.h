@@ -17,6 +17,11 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
 int fa_planning_make(struct fa_state *state, const struct fa_plan_input *input, int ordinal,
                      int arch, struct fa_plan *plan);
 
+/* Sizes the plan of an input for the problem, where the input does not hold all that grids depend
+ * on: lengths on the device have bounds, which may differ from call to call. 0 or -1. */
+int fa_planning_fit(const struct fa_problem *problem, const struct fa_plan_input *input,
+                    struct fa_plan *plan);
+
 /* Nothing that was asked for is dropped silently: one warning per process and reason. 0 or -1. */
 int fa_planning_warn(struct fa_state *state, const struct fa_plan *plan);
 

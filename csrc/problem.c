@@ -5,6 +5,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "arithmetic.h"
 #include "error.h"
 #include "overlap.h"
 
@@ -66,6 +67,85 @@ static int check_counts(const struct fa_tensor *tensor, const char *name)
     return 0;
 }
 
+/* ---- lengths on the device ------------------------------------------------------------------- */
+
+/* Reads lengths where there are any. 0 or -1. */
+static int read_lengths(struct fa_dlpack *dlpack, PyObject *object, const char *name,
+                        const struct fa_tensor *q, struct fa_tensor *lengths)
+{
+    if (!object)
+        return 0;
+    if (fa_tensor_read_lengths(dlpack, object, name, lengths) < 0 ||
+        check_device(q, lengths, name) < 0 || check_counts(lengths, name) < 0)
+        return -1;
+    if (!fa_tensor_is_contiguous(lengths))
+        return fa_raise(PyExc_ValueError, "%s must be contiguous, got stride %lld", name,
+                        (long long)lengths->stride[0]);
+    return 0;
+}
+
+static int refuse_pages(const struct fa_options *options)
+{
+    if (!options->page_table)
+        return 0;
+    if (options->cu_seqlens_k)
+        return fa_raise(PyExc_ValueError, "page_table takes no cu_seqlens_k: the keys of pages are "
+                                          "not packed, their lengths are seqused_k");
+    return fa_raise(PyExc_NotImplementedError, "page_table is not supported yet");
+}
+
+static int read_all_lengths(struct fa_dlpack *dlpack, struct fa_problem *problem)
+{
+    const struct fa_options *options = &problem->options;
+    const struct fa_tensor *q = &problem->q;
+    if (read_lengths(dlpack, options->cu_seqlens_q, "cu_seqlens_q", q, &problem->cu_seqlens_q) <
+            0 ||
+        read_lengths(dlpack, options->cu_seqlens_k, "cu_seqlens_k", q, &problem->cu_seqlens_k) <
+            0 ||
+        read_lengths(dlpack, options->seqused_q, "seqused_q", q, &problem->seqused_q) < 0)
+        return -1;
+    return read_lengths(dlpack, options->seqused_k, "seqused_k", q, &problem->seqused_k);
+}
+
+/* The batch size, by q's lengths or shape; what else has one must agree. -1 with the exception set.
+ */
+static int64_t read_batch(const struct fa_problem *problem)
+{
+    const struct fa_tensor *cu_q = &problem->cu_seqlens_q, *cu_k = &problem->cu_seqlens_k;
+    const struct fa_tensor *used_q = &problem->seqused_q, *used_k = &problem->seqused_k;
+    const int64_t batch = cu_q->object ? cu_q->shape[0] - 1 : problem->q.shape[0];
+    if (batch < 0) {
+        fa_raise(PyExc_ValueError, "cu_seqlens_q must have batch + 1 elements, got 0");
+        return -1;
+    }
+    if ((cu_k->object && check_size(cu_k, "cu_seqlens_k", 0, "batch + 1 =", batch + 1) < 0) ||
+        (!cu_k->object && check_size(&problem->k, "k", 0, "q's batch", batch) < 0) ||
+        (!cu_k->object && check_size(&problem->v, "v", 0, "q's batch", batch) < 0) ||
+        (used_q->object && check_size(used_q, "seqused_q", 0, "q's batch", batch) < 0) ||
+        (used_k->object && check_size(used_k, "seqused_k", 0, "q's batch", batch) < 0))
+        return -1;
+    return batch;
+}
+
+/* ---- shapes ---------------------------------------------------------------------------------- */
+
+/* Dimensions of a tensor [batch, seqlen, heads, head_dim] or [total, heads, head_dim]. */
+static int row_dimension(const struct fa_tensor *tensor) { return tensor->ndim - 3; }
+static int heads_dimension(const struct fa_tensor *tensor) { return tensor->ndim - 2; }
+static int head_dim_dimension(const struct fa_tensor *tensor) { return tensor->ndim - 1; }
+static int rows_of(const struct fa_tensor *tensor)
+{
+    return (int)tensor->shape[row_dimension(tensor)];
+}
+static int heads_of(const struct fa_tensor *tensor)
+{
+    return (int)tensor->shape[heads_dimension(tensor)];
+}
+static int head_dim_of(const struct fa_tensor *tensor)
+{
+    return (int)tensor->shape[head_dim_dimension(tensor)];
+}
+
 static int check_shapes(const struct fa_tensor *q, const struct fa_tensor *k,
                         const struct fa_tensor *v)
 {
@@ -74,30 +154,42 @@ static int check_shapes(const struct fa_tensor *q, const struct fa_tensor *k,
         return -1;
     if (check_counts(q, "q") < 0 || check_counts(k, "k") < 0 || check_counts(v, "v") < 0)
         return -1;
-    if (check_head_dim("head_dim (of q and k)", q->shape[3]) < 0 ||
-        check_size(k, "k", 3, "q's head_dim", q->shape[3]) < 0 ||
-        check_head_dim("head_dim_v (of v)", v->shape[3]) < 0)
+    if (check_head_dim("head_dim (of q and k)", head_dim_of(q)) < 0 ||
+        check_size(k, "k", head_dim_dimension(k), "q's head_dim", head_dim_of(q)) < 0 ||
+        check_head_dim("head_dim_v (of v)", head_dim_of(v)) < 0)
         return -1;
-    if (check_size(k, "k", 0, "q's batch", q->shape[0]) < 0 ||
-        check_size(v, "v", 0, "q's batch", q->shape[0]) < 0 ||
-        check_size(v, "v", 1, "k's seqlen", k->shape[1]) < 0 ||
-        check_size(v, "v", 2, "k's heads", k->shape[2]) < 0)
+    const char *rows = k->ndim == 4 ? "k's seqlen" : "k's total";
+    if (check_size(v, "v", row_dimension(v), rows, rows_of(k)) < 0 ||
+        check_size(v, "v", heads_dimension(v), "k's heads", heads_of(k)) < 0)
         return -1;
-    return check_heads(q->shape[2], k->shape[2]);
+    return check_heads(heads_of(q), heads_of(k));
 }
 
-static void set_shape(struct fa_problem *problem)
+/* What a side's lengths are at most: of a packed one max_seqlen, or all rows if that is None. */
+static int bound_of(const struct fa_tensor *side, int max_seqlen)
+{
+    return side->ndim == 4 ? rows_of(side) : MIN(rows_of(side), max_seqlen);
+}
+
+static void set_shape(struct fa_problem *problem, int batch)
 {
     struct fa_shape *shape = &problem->shape;
     const struct fa_options *options = &problem->options;
-    shape->dtype = problem->q.dtype;
-    shape->batch = (int)problem->q.shape[0];
-    shape->seqlen_q = (int)problem->q.shape[1];
-    shape->heads_q = (int)problem->q.shape[2];
-    shape->head_dim = (int)problem->q.shape[3];
-    shape->seqlen_k = (int)problem->k.shape[1];
-    shape->heads_kv = (int)problem->k.shape[2];
-    shape->head_dim_v = (int)problem->v.shape[3];
+    const struct fa_tensor *q = &problem->q, *k = &problem->k;
+    shape->dtype = q->dtype;
+    shape->batch = batch;
+    shape->seqlen_q = bound_of(q, options->max_seqlen_q);
+    shape->seqlen_k = bound_of(k, options->max_seqlen_k);
+    shape->is_packed_q = problem->cu_seqlens_q.object != NULL;
+    shape->is_packed_k = problem->cu_seqlens_k.object != NULL;
+    shape->is_varlen = shape->is_packed_q || shape->is_packed_k || problem->seqused_q.object ||
+                       problem->seqused_k.object;
+    shape->total_q = shape->is_packed_q ? rows_of(q) : 0;
+    shape->total_k = shape->is_packed_k ? rows_of(k) : 0;
+    shape->heads_q = heads_of(q);
+    shape->heads_kv = heads_of(k);
+    shape->head_dim = head_dim_of(q);
+    shape->head_dim_v = head_dim_of(&problem->v);
     shape->window_left = options->window_size.left;
     shape->window_right = options->window_size.right;
     shape->softmax_scale = isnan(options->softmax_scale) ? 1.0f / sqrtf((float)shape->head_dim)
@@ -116,35 +208,70 @@ static int read_sink(struct fa_dlpack *dlpack, struct fa_problem *problem)
     return check_device(&problem->q, sink, "learnable_sink");
 }
 
-/* A tensor of the forward's output or its gradient: [batch, seqlen_q, heads_q, head_dim_v]. */
+/* Sizes of a result: [batch, seqlen_q, heads_q, head_dim_v] of out, [batch, heads_q, seqlen_q] of
+ * its lse, or as they are where q is packed. Their number. */
+static int sizes_of_out(const struct fa_shape *shape, int64_t sizes[FA_MAX_NDIM])
+{
+    int count = 0;
+    if (!shape->is_packed_q)
+        sizes[count++] = shape->batch;
+    sizes[count++] = shape->is_packed_q ? shape->total_q : shape->seqlen_q;
+    sizes[count++] = shape->heads_q;
+    sizes[count++] = shape->head_dim_v;
+    return count;
+}
+
+static int sizes_of_lse(const struct fa_shape *shape, int64_t sizes[FA_MAX_NDIM])
+{
+    int count = 0;
+    if (!shape->is_packed_q)
+        sizes[count++] = shape->batch;
+    sizes[count++] = shape->heads_q;
+    sizes[count++] = shape->is_packed_q ? shape->total_q : shape->seqlen_q;
+    return count;
+}
+
+/* `meanings`: of four dimensions, or of the last three where q is packed, the first of which, or of
+ * the lse the last, is q's total then. */
+static int check_sizes(const struct fa_tensor *tensor, const char *name, const int64_t *sizes,
+                       const char *const *meanings)
+{
+    for (int i = 0; i < tensor->ndim; i++)
+        if (check_size(tensor, name, i, meanings[i], sizes[i]) < 0)
+            return -1;
+    return 0;
+}
+
+/* A tensor of the forward's output or its gradient. */
 static int read_like_out(struct fa_dlpack *dlpack, PyObject *object, const char *name,
                          const struct fa_problem *problem, struct fa_tensor *tensor)
 {
-    const struct fa_shape *shape = &problem->shape;
-    if (fa_tensor_read(dlpack, object, name, 4, tensor) < 0 ||
-        check_dtype(&problem->q, tensor, name) < 0 || check_device(&problem->q, tensor, name) < 0 ||
-        check_size(tensor, name, 0, "q's batch", shape->batch) < 0 ||
-        check_size(tensor, name, 1, "q's seqlen", shape->seqlen_q) < 0 ||
-        check_size(tensor, name, 2, "q's heads", shape->heads_q) < 0)
+    static const char *const dense[] = {"q's batch", "q's seqlen", "q's heads", "v's head_dim"};
+    static const char *const packed[] = {"q's total", "q's heads", "v's head_dim"};
+    int64_t sizes[FA_MAX_NDIM];
+    const int ndim = sizes_of_out(&problem->shape, sizes);
+    if (fa_tensor_read(dlpack, object, name, ndim, tensor) < 0 ||
+        check_dtype(&problem->q, tensor, name) < 0 || check_device(&problem->q, tensor, name) < 0)
         return -1;
-    return check_size(tensor, name, 3, "v's head_dim", shape->head_dim_v);
+    return check_sizes(tensor, name, sizes, ndim == 4 ? dense : packed);
 }
 
-/* The log-sum-exp or its gradient: [batch, heads_q, seqlen_q] fp32. */
+/* The log-sum-exp or its gradient: fp32. */
 static int read_like_lse(struct fa_dlpack *dlpack, PyObject *object, const char *name,
                          const struct fa_problem *problem, struct fa_tensor *tensor)
 {
-    const struct fa_shape *shape = &problem->shape;
-    if (fa_tensor_read(dlpack, object, name, 3, tensor) < 0)
+    static const char *const dense[] = {"q's batch", "q's heads", "q's seqlen"};
+    static const char *const packed[] = {"q's heads", "q's total"};
+    int64_t sizes[FA_MAX_NDIM];
+    const int ndim = sizes_of_lse(&problem->shape, sizes);
+    if (fa_tensor_read(dlpack, object, name, ndim, tensor) < 0)
         return -1;
     if (tensor->dtype != FA_FLOAT32)
         return fa_raise(PyExc_TypeError, "%s must be float32, got %s", name,
                         fa_dtype_name(tensor->dtype));
-    if (check_device(&problem->q, tensor, name) < 0 ||
-        check_size(tensor, name, 0, "q's batch", shape->batch) < 0 ||
-        check_size(tensor, name, 1, "q's heads", shape->heads_q) < 0)
+    if (check_device(&problem->q, tensor, name) < 0)
         return -1;
-    return check_size(tensor, name, 2, "q's seqlen", shape->seqlen_q);
+    return check_sizes(tensor, name, sizes, ndim == 3 ? dense : packed);
 }
 
 /* ---- results: written in place, whoever allocated them --------------------------------------- */
@@ -155,23 +282,31 @@ struct named_tensor {
 };
 
 /* All tensors of a call, some of which may not be there (yet). */
-#define MAX_TENSORS 12
+#define FORWARD_TENSORS 10
+#define MAX_TENSORS     16
 static int tensors_of(const struct fa_problem *problem, const struct fa_gradients *gradients,
                       struct named_tensor tensors[MAX_TENSORS])
 {
     const struct named_tensor forward[] = {
-        {&problem->q, "q"},     {&problem->k, "k"},
-        {&problem->v, "v"},     {&problem->sink, "learnable_sink"},
-        {&problem->out, "out"}, {&problem->lse, "lse"},
+        {&problem->q, "q"},
+        {&problem->k, "k"},
+        {&problem->v, "v"},
+        {&problem->sink, "learnable_sink"},
+        {&problem->out, "out"},
+        {&problem->lse, "lse"},
+        {&problem->cu_seqlens_q, "cu_seqlens_q"},
+        {&problem->cu_seqlens_k, "cu_seqlens_k"},
+        {&problem->seqused_q, "seqused_q"},
+        {&problem->seqused_k, "seqused_k"},
     };
     memcpy(tensors, forward, sizeof forward);
     if (!gradients)
-        return 6;
+        return FORWARD_TENSORS;
     const struct named_tensor backward[] = {
         {&gradients->dout, "dout"}, {&gradients->dlse, "dlse"}, {&gradients->dq, "dq"},
         {&gradients->dk, "dk"},     {&gradients->dv, "dv"},     {&gradients->dsink, "dsink"},
     };
-    memcpy(tensors + 6, backward, sizeof backward);
+    memcpy(tensors + FORWARD_TENSORS, backward, sizeof backward);
     return MAX_TENSORS;
 }
 
@@ -208,7 +343,8 @@ static int check_given(const struct fa_problem *problem, const struct fa_tensor 
 static int set_out(struct fa_dlpack *dlpack, struct fa_problem *problem)
 {
     const struct fa_shape *shape = &problem->shape;
-    const int64_t sizes[] = {shape->batch, shape->seqlen_q, shape->heads_q, shape->head_dim_v};
+    int64_t sizes[FA_MAX_NDIM];
+    const int ndim = sizes_of_out(shape, sizes);
     struct fa_tensor *out = &problem->out;
     if (problem->options.out)
         return read_like_out(dlpack, problem->options.out, "out", problem, out) < 0
@@ -217,15 +353,15 @@ static int set_out(struct fa_dlpack *dlpack, struct fa_problem *problem)
                                  fa_tensor_is_readable(out)
                                      ? NULL
                                      : "must have contiguous rows at multiples of 16 bytes");
-    if (fa_tensor_empty(dlpack, &problem->q, "out", shape->dtype, 4, sizes, out) < 0)
+    if (fa_tensor_empty(dlpack, &problem->q, "out", shape->dtype, ndim, sizes, out) < 0)
         return -1;
     return check_apart(problem, NULL, out, "out");
 }
 
 static int set_lse(struct fa_dlpack *dlpack, struct fa_problem *problem)
 {
-    const struct fa_shape *shape = &problem->shape;
-    const int64_t sizes[] = {shape->batch, shape->heads_q, shape->seqlen_q};
+    int64_t sizes[FA_MAX_NDIM];
+    const int ndim = sizes_of_lse(&problem->shape, sizes);
     struct fa_tensor *lse = &problem->lse;
     if (problem->options.lse)
         return read_like_lse(dlpack, problem->options.lse, "lse", problem, lse) < 0
@@ -234,7 +370,7 @@ static int set_lse(struct fa_dlpack *dlpack, struct fa_problem *problem)
                                  fa_tensor_is_contiguous(lse) ? NULL : "must be contiguous");
     if (!problem->options.return_lse)
         return 0;
-    if (fa_tensor_empty(dlpack, &problem->q, "lse", FA_FLOAT32, 3, sizes, lse) < 0)
+    if (fa_tensor_empty(dlpack, &problem->q, "lse", FA_FLOAT32, ndim, sizes, lse) < 0)
         return -1;
     return check_apart(problem, NULL, lse, "lse");
 }
@@ -246,12 +382,20 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
 {
     static const char *const names[] = {"q", "k", "v", "learnable_sink"};
     struct fa_tensor *const tensors[] = {&problem->q, &problem->k, &problem->v, &problem->sink};
-    for (int i = 0; i < 3; i++)
-        if (fa_tensor_read(dlpack, qkv[i], names[i], 4, tensors[i]) < 0)
-            return -1;
-    if (check_shapes(&problem->q, &problem->k, &problem->v) < 0)
+    if (refuse_pages(&problem->options) < 0)
         return -1;
-    set_shape(problem);
+    for (int i = 0; i < 3; i++) {
+        const bool packed = i == 0 ? problem->options.cu_seqlens_q : problem->options.cu_seqlens_k;
+        if (fa_tensor_read(dlpack, qkv[i], names[i], packed ? 3 : 4, tensors[i]) < 0)
+            return -1;
+    }
+    if (read_all_lengths(dlpack, problem) < 0 ||
+        check_shapes(&problem->q, &problem->k, &problem->v) < 0)
+        return -1;
+    const int64_t batch = read_batch(problem);
+    if (batch < 0)
+        return -1;
+    set_shape(problem, (int)batch);
     if (read_sink(dlpack, problem) < 0)
         return -1;
     for (int i = 0; i < 4; i++) {
@@ -279,8 +423,10 @@ static void release(struct fa_tensor *const *tensors, int count)
 void fa_problem_release(struct fa_problem *problem)
 {
     release((struct fa_tensor *const[]){&problem->q, &problem->k, &problem->v, &problem->sink,
-                                        &problem->out, &problem->lse},
-            6);
+                                        &problem->out, &problem->lse, &problem->cu_seqlens_q,
+                                        &problem->cu_seqlens_k, &problem->seqused_q,
+                                        &problem->seqused_k},
+            FORWARD_TENSORS);
 }
 
 int fa_gradients_read(struct fa_dlpack *dlpack, PyObject *dout, PyObject *out, PyObject *lse,
@@ -299,13 +445,14 @@ int fa_gradients_read(struct fa_dlpack *dlpack, PyObject *dout, PyObject *out, P
     return dlse == Py_None ? 0 : fa_tensor_ensure_contiguous(dlpack, "dlse", &gradients->dlse);
 }
 
-/* Of a problem that is empty it is 0. 0 or -1. */
+/* Of a problem that is empty it is 0, and so are rows that no sequence has, which nothing is
+ * computed for. 0 or -1. */
 static int allocate_gradient(struct fa_dlpack *dlpack, const struct fa_problem *problem,
                              const struct fa_gradients *gradients, const struct fa_tensor *like,
                              const char *name, enum fa_dtype dtype, int ndim, const int64_t *shape,
                              struct fa_tensor *gradient)
 {
-    const int status = fa_shape_is_empty(&problem->shape)
+    const int status = fa_shape_is_empty(&problem->shape) || problem->shape.is_varlen
                            ? fa_tensor_zeros(dlpack, like, name, dtype, ndim, shape, gradient)
                            : fa_tensor_empty(dlpack, like, name, dtype, ndim, shape, gradient);
     return status < 0 ? -1 : check_apart(problem, gradients, gradient, name);
@@ -318,14 +465,14 @@ int fa_gradients_allocate(struct fa_dlpack *dlpack, const struct fa_problem *pro
     struct fa_tensor *const outputs[] = {&gradients->dq, &gradients->dk, &gradients->dv};
     static const char *const names[] = {"dq", "dk", "dv"};
     for (int i = 0; i < 3; i++)
-        if (allocate_gradient(dlpack, problem, gradients, inputs[i], names[i], inputs[i]->dtype, 4,
-                              inputs[i]->shape, outputs[i]) < 0)
+        if (allocate_gradient(dlpack, problem, gradients, inputs[i], names[i], inputs[i]->dtype,
+                              inputs[i]->ndim, inputs[i]->shape, outputs[i]) < 0)
             return -1;
     if (!problem->sink.object)
         return 0;
     /* Where no query meets a key the sink alone makes the lse, and what flows into that flows on
      * into the sink. */
-    if (fa_shape_is_empty(&problem->shape) && gradients->dlse.object)
+    if (fa_shape_is_empty(&problem->shape) && !problem->shape.is_varlen && gradients->dlse.object)
         return fa_tensor_sum_heads(dlpack, &gradients->dlse, "dsink", &gradients->dsink);
     const int64_t heads = problem->shape.heads_q;
     return allocate_gradient(dlpack, problem, gradients, &problem->q, "dsink", FA_FLOAT32, 1,

@@ -20,7 +20,11 @@ enum fa_pack_gqa { FA_PACK_AUTO, FA_PACK_ALWAYS, FA_PACK_NEVER };
 
 struct fa_shape {
     enum fa_dtype dtype;
-    int batch, seqlen_q, seqlen_k;
+    int batch;
+    int seqlen_q, seqlen_k; /* where is_varlen bounds of the lengths, which the device has */
+    bool is_varlen;
+    bool is_packed_q, is_packed_k; /* tensors are [total, heads, head_dim], lse is [heads, total] */
+    int total_q, total_k;          /* rows of the packed tensors; 0 of others */
     int heads_q, heads_kv;
     int head_dim, head_dim_v;
     /* Query i sees the keys i + seqlen_k - seqlen_q + [-window_left, window_right]. */
@@ -35,21 +39,31 @@ static inline int fa_heads_per_kv(const struct fa_shape *shape)
     return shape->heads_q / shape->heads_kv;
 }
 
-/* Whether no query meets any key, because there are none. */
+/* Whether no query meets any key, because there are none. Where lengths are on the device,
+ * sequences of the batch without keys may have queries, whose rows it has to find. */
 static inline bool fa_shape_is_empty(const struct fa_shape *shape)
 {
-    return shape->batch == 0 || shape->seqlen_q == 0 || shape->seqlen_k == 0;
+    return shape->batch == 0 || shape->seqlen_q == 0 || (shape->seqlen_k == 0 && !shape->is_varlen);
+}
+
+/* Rows of q, out and lse for each head. */
+static inline int64_t fa_shape_rows_q(const struct fa_shape *shape)
+{
+    return shape->is_packed_q ? shape->total_q : (int64_t)shape->batch * shape->seqlen_q;
 }
 
 /* Whether a mask hides any key. Causal decoding of one query does not, nor does a window as long as
- * the sequence: then the kernel without the mask computes the same. */
+ * the sequence: then the kernel without the mask computes the same. A variant for sequences of any
+ * lengths has whatever mask there is. */
 static inline bool fa_shape_has_right_mask(const struct fa_shape *shape)
 {
-    return shape->window_right < shape->seqlen_q - 1; /* of the first query, which sees the least */
+    const int last = shape->is_varlen ? FA_UNBOUNDED : shape->seqlen_q - 1;
+    return shape->window_right < last; /* of the first query, which sees the least */
 }
 static inline bool fa_shape_has_left_mask(const struct fa_shape *shape)
 {
-    return shape->window_left < shape->seqlen_k - 1; /* of the last query */
+    const int last = shape->is_varlen ? FA_UNBOUNDED : shape->seqlen_k - 1;
+    return shape->window_left < last; /* of the last query */
 }
 
 /* Whether every query sees a key: the first one has its right bound, the last one its left bound,
@@ -57,7 +71,7 @@ static inline bool fa_shape_has_left_mask(const struct fa_shape *shape)
 static inline bool fa_shape_all_see_keys(const struct fa_shape *shape)
 {
     const int64_t diagonal = (int64_t)shape->seqlen_k - shape->seqlen_q;
-    return diagonal + shape->window_right >= 0 &&
+    return !shape->is_varlen && diagonal + shape->window_right >= 0 &&
            shape->seqlen_q - 1 + diagonal - shape->window_left < shape->seqlen_k;
 }
 

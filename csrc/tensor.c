@@ -13,7 +13,7 @@
 
 const char *fa_dtype_name(enum fa_dtype dtype)
 {
-    static const char *const names[] = {"float32", "float16", "bfloat16"};
+    static const char *const names[] = {"float32", "float16", "bfloat16", "int32"};
     return names[dtype];
 }
 
@@ -53,7 +53,7 @@ static const char *narrow_type(unsigned code)
     return code >= 7 && code - 7 < sizeof names / sizeof *names ? names[code - 7] : NULL;
 }
 
-static int refuse_dtype(DLDataType dtype, const char *name)
+static int refuse_dtype(DLDataType dtype, const char *name, const char *expected)
 {
     static const char *const codes[] = {"int",    "uint",    "float", "handle",
                                         "bfloat", "complex", "bool"};
@@ -61,13 +61,19 @@ static int refuse_dtype(DLDataType dtype, const char *name)
     if (narrow)
         return fa_raise(PyExc_NotImplementedError, "%s is %s, which is not supported yet", name,
                         narrow);
-    return fa_raise(PyExc_TypeError, "%s must be float16, bfloat16 or float32, got %s%d%s", name,
+    return fa_raise(PyExc_TypeError, "%s must be %s, got %s%d%s", name, expected,
                     dtype.code < sizeof codes / sizeof *codes ? codes[dtype.code] : "unknown",
                     dtype.bits, dtype.lanes == 1 ? "" : " in vectors");
 }
 
+/* `*out` is FA_INT32 where lengths are wanted. */
 static int read_dtype(DLDataType dtype, const char *name, enum fa_dtype *out)
 {
+    if (*out == FA_INT32) {
+        if (dtype.lanes == 1 && dtype.code == kDLInt && dtype.bits == 32)
+            return 0;
+        return refuse_dtype(dtype, name, "int32");
+    }
     if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 32)
         *out = FA_FLOAT32;
     else if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 16)
@@ -75,7 +81,7 @@ static int read_dtype(DLDataType dtype, const char *name, enum fa_dtype *out)
     else if (dtype.lanes == 1 && dtype.code == kDLBfloat && dtype.bits == 16)
         *out = FA_BFLOAT16;
     else
-        return refuse_dtype(dtype, name);
+        return refuse_dtype(dtype, name, "float16, bfloat16 or float32");
     return 0;
 }
 
@@ -315,11 +321,12 @@ static int read_by_capsule(struct fa_dlpack *dlpack, const char *name, int ndim,
 
 /* ---- the interface --------------------------------------------------------------------------- */
 
-int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
-                   struct fa_tensor *tensor)
+static int read_tensor(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
+                       enum fa_dtype dtype, struct fa_tensor *tensor)
 {
     const DLPackExchangeAPI *api;
     memset(tensor, 0, sizeof *tensor);
+    tensor->dtype = dtype;
     if (exchange_api(dlpack, object, &api) < 0)
         return fa_raise(PyExc_TypeError, "%s cannot be read through DLPack", name);
     tensor->object = Py_NewRef(object);
@@ -328,6 +335,18 @@ int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name,
     if (status < 0)
         fa_tensor_release(tensor);
     return status;
+}
+
+int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
+                   struct fa_tensor *tensor)
+{
+    return read_tensor(dlpack, object, name, ndim, FA_FLOAT32, tensor);
+}
+
+int fa_tensor_read_lengths(struct fa_dlpack *dlpack, PyObject *object, const char *name,
+                           struct fa_tensor *tensor)
+{
+    return read_tensor(dlpack, object, name, 1, FA_INT32, tensor);
 }
 
 static bool is_alike(const struct fa_tensor *a, const struct fa_tensor *b)
@@ -343,7 +362,7 @@ static bool is_alike(const struct fa_tensor *a, const struct fa_tensor *b)
 static bool is_still(const DLTensor *now, const struct fa_tensor *tensor, const char *name)
 {
     const size_t size = sizeof *now->shape * (size_t)tensor->ndim;
-    enum fa_dtype dtype = FA_FLOAT32;
+    enum fa_dtype dtype = tensor->dtype;
     enum fa_device_type device_type;
     int device_id;
     if (now->ndim != tensor->ndim || !now->shape || read_dtype(now->dtype, name, &dtype) < 0 ||
@@ -377,8 +396,9 @@ int fa_tensor_recheck(const struct fa_tensor *tensor, const char *name)
 
 bool fa_tensor_has_tma_strides(const struct fa_tensor *tensor)
 {
-    const int64_t size = fa_element_bytes(tensor->dtype), row = tensor->shape[3];
-    for (int i = 0; i < 3; i++) {
+    const int last = tensor->ndim - 1;
+    const int64_t size = fa_element_bytes(tensor->dtype), row = tensor->shape[last];
+    for (int i = 0; i < last; i++) {
         const int64_t stride = tensor->stride[i];
         if (tensor->shape[i] > 1 &&
             (stride < row || stride >= ((int64_t)1 << 40) / size || stride * size % 16 != 0))

@@ -18,7 +18,7 @@ struct fa_tensor {
     int64_t shape[FA_MAX_NDIM];
     int64_t stride[FA_MAX_NDIM]; /* in elements; 0 and negative are legal */
     uintptr_t begin, end;        /* all elements lie in between; both 0 where there are none */
-    enum fa_dtype dtype;
+    enum fa_dtype dtype;         /* of lengths FA_INT32, of all else floating-point */
     enum fa_device_type device_type;
     int device_id;
     bool is_read_only;              /* its producer says so */
@@ -44,6 +44,10 @@ struct fa_dlpack {
 int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                    struct fa_tensor *tensor);
 
+/* The same for lengths: int32 in one dimension. */
+int fa_tensor_read_lengths(struct fa_dlpack *dlpack, PyObject *object, const char *name,
+                           struct fa_tensor *tensor);
+
 /* What is borrowed (read by the exchange API) is good until Python code runs: that may resize or
  * free the memory of an argument that was read before. So a call that has done all that can run
  * Python, and is about to use the memory, reads what is borrowed again: 0, or -1 with ValueError
@@ -57,6 +61,14 @@ static inline bool fa_tensor_is_empty(const struct fa_tensor *tensor)
         if (tensor->shape[i] == 0)
             return true;
     return false;
+}
+
+/* The outer strides of a tensor [batch, seqlen, heads, head_dim], or packed [total, heads,
+ * head_dim]: there is no step from sequence to sequence then. */
+static inline struct fa_strides fa_tensor_strides(const struct fa_tensor *tensor)
+{
+    const int64_t *inner = &tensor->stride[tensor->ndim - 3];
+    return (struct fa_strides){tensor->ndim == 4 ? inner[-1] : 0, inner[0], inner[1]};
 }
 
 /* Whether rows of the innermost dimension lie contiguous and, for the 16-byte accesses of the
@@ -109,6 +121,6 @@ void fa_tensor_release(struct fa_tensor *tensor);
 #define FA_DEVICE_NAME_SIZE 24
 void fa_device_name(const struct fa_tensor *tensor, char name[FA_DEVICE_NAME_SIZE]);
 
-const char *fa_dtype_name(enum fa_dtype dtype); /* "float32", "float16", "bfloat16" */
+const char *fa_dtype_name(enum fa_dtype dtype); /* "float32", "float16", "bfloat16", "int32" */
 
 #endif

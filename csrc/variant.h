@@ -12,6 +12,7 @@
     X(FORWARD, "forward")                                                                          \
     X(FORWARD_TMA, "forward_tma")                                                                  \
     X(COMBINE, "combine")                                                                          \
+    X(VARLEN_FILL, "varlen_fill")                                                                  \
     X(BACKWARD, "backward")                                                                        \
     X(BACKWARD_PREPROCESS, "backward_preprocess")                                                  \
     X(BACKWARD_POSTPROCESS, "backward_postprocess")                                                \
@@ -62,7 +63,9 @@ enum fa_code {
     X(softcap, "SOFTCAP", FA_MAIN, "_cap", FA_FLAG)                                                \
     X(pack_gqa, "PACK_GQA", FA_FORWARDS, "_pack", FA_FLAG)                                         \
     X(split, "SPLIT", FA_FORWARDS, "_split", FA_FLAG)                                              \
-    X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)
+    X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)                     \
+    X(varlen, "VARLEN", FA_ALL_KERNELS & ~(FA_ONLY(FORWARD_TMA) | FA_ONLY(VARLEN_FILL)),           \
+      "_varlen", FA_FLAG)
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -27,12 +28,13 @@ def attend(
     k: torch.Tensor,
     v: torch.Tensor,
     learnable_sink: torch.Tensor | None,
+    lengths: dict[str, torch.Tensor | None],
     options: ScalarOptions,
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``(out, lse)`` of a call that autograd is to record; lse is None without ``return_lse``."""
-    ops.check_tensors("a gradient is wanted", q, k, v, learnable_sink)
-    results = _record(ops.run_forward, return_lse, options, q, k, v, learnable_sink)
+    ops.check_tensors("a gradient is wanted", q, k, v, learnable_sink, **lengths)
+    results = _record(ops.run_forward, return_lse, options, lengths, q, k, v, learnable_sink)
     return results if return_lse else (results, None)
 
 
@@ -47,7 +49,7 @@ def written_in_place(*tensors: Any) -> None:
 
 
 class _Attention(Function):
-    """Keeps q, k, v, out and lse (and the sink) for the backward, which recomputes all else."""
+    """Keeps q, k, v, out, lse (sink, lengths) for the backward, which recomputes all else."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -55,22 +57,24 @@ class _Attention(Function):
         forward: Forward,
         return_lse: bool,
         options: ScalarOptions,
+        lengths: dict[str, torch.Tensor | None],
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         sink: torch.Tensor | None,
     ) -> Any:
-        out, lse = forward(q, k, v, sink, options)
-        ctx.save_for_backward(q, k, v, sink, out, lse)
+        out, lse = forward(q, k, v, sink, {**options, **lengths} if lengths else options)
+        ctx.save_for_backward(q, k, v, sink, out, lse, *lengths.values())
         ctx.set_materialize_grads(False)
         ctx.options = options
+        ctx.lengths = tuple(lengths)
         return (out, lse) if return_lse else out
 
     @staticmethod
     def backward(  # type: ignore[no-untyped-def]
         ctx, dout: torch.Tensor | None, dlse: torch.Tensor | None = None
     ) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, sink, out, lse = ctx.saved_tensors
+        q, k, v, sink, out, lse, *lengths = ctx.saved_tensors
         if dout is None:  # only lse has been used
             dout = torch.zeros_like(out)
         # A gradient that is to be differentiated again comes from the operator, which refuses.
@@ -79,10 +83,17 @@ class _Attention(Function):
             or is_followed(q, k, v, sink, dout, dlse)
             or profiler._is_profiler_enabled
         )
-        run = ops.backward if by_operator else ops.run_backward
-        dq, dk, dv, dsink = run(dout, dlse, q, k, v, sink, out, lse, ctx.options)
-        _, _, _, wants_q, wants_k, wants_v, wants_sink = ctx.needs_input_grad
+        tensors = (dout, dlse, q, k, v, sink, out, lse)
+        if lengths:
+            options = {**ctx.options, **dict(zip(ctx.lengths, lengths, strict=True))}
+            dq, dk, dv, dsink = _varlen_backward(options, *tensors)
+        elif by_operator:
+            dq, dk, dv, dsink = ops.backward(*tensors, ctx.options)
+        else:
+            dq, dk, dv, dsink = ops.run_backward(*tensors, ctx.options)
+        _, _, _, _, wants_q, wants_k, wants_v, wants_sink = ctx.needs_input_grad
         return (
+            None,
             None,
             None,
             None,
@@ -122,6 +133,21 @@ class _Gradients(Function):
         )
 
 
+def _varlen_backward(options: Any, *tensors: Any) -> Any:
+    """The gradients of a call with lengths, which has no operator yet.
+
+    Raises:
+        NotImplementedError: torch follows the backward.
+    """
+    if is_followed(*tensors[2:5], *tensors):
+        raise NotImplementedError(
+            "the gradient of flash_attn_varlen_func is not supported yet where torch follows it: "
+            "torch.compile, torch.func, modes, tensor subclasses"
+        )
+    run = partial(ops.run_backward, options=options)
+    return _record_gradients(run, *tensors) if torch.is_grad_enabled() else run(*tensors)
+
+
 # torch.autograd.Function's own apply() asks first, in Python, for what is_followed() has answered.
 _record: Any = super(Function, _Attention).apply
 _record_gradients: Any = super(Function, _Gradients).apply
@@ -135,7 +161,7 @@ def _forward(keyset: Any, *tensors: Any, **options: Any) -> Any:
         return _redispatch(ops.FORWARD, keyset, *arguments[:-1], **options)
 
     with _one_level():
-        return _record(below, True, ops.from_schema(**options), *tensors)
+        return _record(below, True, ops.from_schema(**options), {}, *tensors)
 
 
 def _backward(keyset: Any, *tensors: Any, **options: Any) -> Any:

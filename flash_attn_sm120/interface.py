@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import is_grad_enabled
 from torch._C import _is_any_autocast_enabled
@@ -12,7 +12,7 @@ from torch.compiler import is_dynamo_compiling
 
 from flash_attn_sm120 import _C, autograd, ops
 from flash_attn_sm120.following import is_followed
-from flash_attn_sm120.plan import ScalarOptions, Tensor, Window
+from flash_attn_sm120.plan import ScalarOptions, Tensor, VarlenOptions, Window
 
 
 def flash_attn_func(
@@ -123,6 +123,7 @@ def flash_attn_func(
         or unsupported
     ):
         _reject_unsupported(
+            "flash_attn_func",
             qv=qv,
             gather_kv_indices=gather_kv_indices,
             score_mod=score_mod,
@@ -168,23 +169,202 @@ def flash_attn_func(
         "pack_gqa": pack_gqa,
         "deterministic": deterministic,
     }
-    return _attend(q, k, v, learnable_sink, options, return_lse, out, lse)
+    return _attend("flash_attn_func", q, k, v, learnable_sink, {}, options, return_lse, out, lse)
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    qv: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    min_seqlen_k: int | None = None,
+    seqused_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    gather_kv_indices: Tensor | None = None,
+    page_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (None, None),
+    learnable_sink: Tensor | None = None,
+    softcap: float = 0.0,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    score_mod: Callable[..., Any] | None = None,
+    score_mod_bwd: Callable[..., Any] | None = None,
+    mask_mod: Callable[..., Any] | None = None,
+    block_sparse_tensors: Any = None,
+    aux_tensors: list[Tensor] | None = None,
+    aux_scalars: list[float] | None = None,
+    return_lse: bool = False,
+    scheduler_metadata: Any = None,
+    seqlen_k_per_split: int | None = None,
+    disable_scheduler_metadata: bool = False,
+    *,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    **unsupported: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention of sequences of any lengths, each as :func:`flash_attn_func` computes it alone.
+
+    Lengths stay on the device: no call reads them on the host or waits for them, and a CUDA graph
+    that holds the call can be replayed with other lengths. A side with ``cu_seqlens`` is packed:
+    the rows of all sequences, one after the other. One without is ``(batch, seqlen, heads,
+    head_dim)``.
+
+    Args:
+        q: ``(total_q, heads_q, head_dim)``, or ``(batch, seqlen_q, heads_q, head_dim)`` without
+            ``cu_seqlens_q``.
+        k: ``(total_k, heads_kv, head_dim)``, or ``(batch, seqlen_k, heads_kv, head_dim)`` without
+            ``cu_seqlens_k``.
+        v: like ``k``, with ``head_dim_v``.
+        cu_seqlens_q, cu_seqlens_k: ``(batch + 1,)`` int32, contiguous, on the device of ``q``:
+            sequence ``b`` has the rows from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
+        max_seqlen_q, max_seqlen_k: no sequence is longer. A bound makes grids smaller where a side
+            is packed, and has no effect where it is not; None: all rows of the tensor. Results of
+            sequences that are longer are undefined, and nothing outside the tensors is touched.
+        seqused_q, seqused_k: ``(batch,)`` int32: only so many of a sequence's first rows are used.
+        softmax_scale, learnable_sink, softcap, pack_gqa, deterministic, return_lse: as in
+            :func:`flash_attn_func`.
+        causal, window_size: as there, bottom right of each sequence by its own lengths.
+        num_splits: as there; 0 never splits yet, as that would take lengths.
+        out: like ``q`` with ``head_dim_v``, to write the result to.
+        lse: ``(heads_q, total_q)``, or ``(batch, heads_q, seqlen_q)`` where q is not packed,
+            float32, contiguous, to write the log-sum-exp to.
+        page_table: not supported yet.
+        min_seqlen_k, scheduler_metadata, seqlen_k_per_split, qv, gather_kv_indices, score_mod,
+            score_mod_bwd, mask_mod, block_sparse_tensors, aux_tensors, aux_scalars: as in
+            FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
+        disable_scheduler_metadata: no call makes any.
+        unsupported: parameters of FlashAttention's other functions: NotImplementedError by name,
+            unless they ask for nothing.
+
+    Returns:
+        ``(out, lse)``: ``out`` in the shape of ``q`` with ``head_dim_v``; ``lse (heads_q,
+        total_q)``, or ``(batch, heads_q, seqlen_q)`` where q is not packed, or None without
+        ``return_lse``. Rows that no sequence has, or does not use, get out 0, lse -inf and
+        gradients 0, whatever q, k and v hold there.
+
+    CUDA tensors of lengths may hold anything: what is out of range is clamped to the tensors. Of
+    CPU tensors it is a ValueError.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`flash_attn_func`.
+        NotImplementedError: also where torch follows the call (torch.compile, torch.func, modes,
+            tensor subclasses, lazy negation).
+    """
+    if isinstance(cu_seqlens_k, int):
+        raise TypeError(
+            f"flash_attn_varlen_func() got {cu_seqlens_k} for cu_seqlens_k: FlashAttention-2's and "
+            "-3's parameters after q, k, v come in another order; pass them by keyword"
+        )
+    if (
+        qv is not None
+        or min_seqlen_k is not None
+        or gather_kv_indices is not None
+        or score_mod is not None
+        or score_mod_bwd is not None
+        or mask_mod is not None
+        or block_sparse_tensors is not None
+        or aux_tensors is not None
+        or aux_scalars is not None
+        or scheduler_metadata is not None
+        or seqlen_k_per_split is not None
+        or unsupported
+    ):
+        _reject_unsupported(
+            "flash_attn_varlen_func",
+            qv=qv,
+            min_seqlen_k=min_seqlen_k,
+            gather_kv_indices=gather_kv_indices,
+            score_mod=score_mod,
+            score_mod_bwd=score_mod_bwd,
+            mask_mod=mask_mod,
+            block_sparse_tensors=block_sparse_tensors,
+            aux_tensors=aux_tensors,
+            aux_scalars=aux_scalars,
+            scheduler_metadata=scheduler_metadata,
+            seqlen_k_per_split=seqlen_k_per_split,
+            **unsupported,
+        )
+    if not (
+        is_dynamo_compiling()
+        or _is_any_autocast_enabled()
+        or profiler._is_profiler_enabled
+        or (is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink))
+    ):
+        results = _C.forward_if_plain(
+            q,
+            k,
+            v,
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_seqlen_q,
+            max_seqlen_k=max_seqlen_k,
+            seqused_q=seqused_q,
+            seqused_k=seqused_k,
+            page_table=page_table,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            learnable_sink=learnable_sink,
+            softcap=softcap,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            return_lse=return_lse,
+            out=out,
+            lse=lse,
+        )
+        if results is not NotImplemented:
+            if out is not None or lse is not None:
+                autograd.written_in_place(out, lse)
+            return results  # type: ignore[no-any-return]
+    lengths = {
+        "cu_seqlens_q": cu_seqlens_q,
+        "cu_seqlens_k": cu_seqlens_k,
+        "seqused_q": seqused_q,
+        "seqused_k": seqused_k,
+        "page_table": page_table,
+    }
+    options: VarlenOptions = {
+        "max_seqlen_q": max_seqlen_q,
+        "max_seqlen_k": max_seqlen_k,
+        "softmax_scale": softmax_scale,
+        "causal": causal,
+        "window_size": window_size,
+        "softcap": softcap,
+        "num_splits": num_splits,
+        "pack_gqa": pack_gqa,
+        "deterministic": deterministic,
+    }
+    return _attend(
+        "flash_attn_varlen_func", q, k, v, learnable_sink, lengths, options, return_lse, out, lse
+    )
 
 
 def _attend(
+    function: str,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     learnable_sink: Tensor | None,
+    lengths: dict[str, Tensor | None],
     options: ScalarOptions,
     return_lse: bool,
     out: Tensor | None,
     lse: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """A call that is more than plain inference: by an operator, by autograd, or cast first."""
+    """A call that is more than plain inference: cast first, recorded by autograd, or followed by
+    torch; ``lengths`` is empty where it has none."""
     in_place = out is not None or lse is not None
-    by_operator = is_followed(q, k, v, learnable_sink) or (
-        is_followed(q, k, v, out, lse) if in_place else profiler._is_profiler_enabled
+    by_operator = (
+        is_followed(q, k, v, learnable_sink, out, lse, *lengths.values())
+        or profiler._is_profiler_enabled
+        and not (in_place or lengths)
     )
     if not by_operator and _is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v)
@@ -192,27 +372,24 @@ def _attend(
         not by_operator and is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink)
     )
     if not (by_operator or by_autograd):
-        results = _C.forward(
-            q,
-            k,
-            v,
-            learnable_sink=learnable_sink,
-            return_lse=return_lse,
-            out=out,
-            lse=lse,
-            **options,
-        )
+        tensors = {"learnable_sink": learnable_sink, "out": out, "lse": lse, **lengths}
+        results = _C.forward(q, k, v, return_lse=return_lse, **tensors, **options)
         if in_place:
             autograd.written_in_place(out, lse)
         return results
     if in_place:
         raise RuntimeError(
-            "flash_attn_func(..., out=, lse=) does not support automatic differentiation, nor "
-            "anything else by which torch follows a call (torch.compile, torch.func, modes, tensor "
-            "subclasses, lazy negation): leave them out, or call it under torch.no_grad()"
+            f"{function}(out=, lse=) does not support automatic differentiation, nor what else "
+            "torch follows a call by (torch.compile, torch.func, modes, subclasses, lazy negation)"
         )
-    attend = ops.attend if by_operator else autograd.attend
-    return attend(q, k, v, learnable_sink, options, return_lse)
+    if by_autograd:
+        return autograd.attend(q, k, v, learnable_sink, lengths, options, return_lse)
+    if lengths:
+        raise NotImplementedError(
+            f"{function} is not supported yet where torch follows a call: torch.compile, "
+            "torch.func, modes, tensor subclasses, lazy negation"
+        )
+    return ops.attend(q, k, v, learnable_sink, options, return_lse)
 
 
 def _any_requires_grad(q: Any, k: Any, v: Any, learnable_sink: Any) -> bool:
@@ -224,15 +401,6 @@ def _any_requires_grad(q: Any, k: Any, v: Any, learnable_sink: Any) -> bool:
     )
 
 
-def flash_attn_varlen_func(*_: Any, **__: Any) -> NoReturn:
-    """Attention of packed sequences: not supported yet.
-
-    Raises:
-        NotImplementedError: always.
-    """
-    raise NotImplementedError("flash_attn_varlen_func is not supported yet: packed sequences")
-
-
 # Parameters of FlashAttention-2, -3 and -4 that are not supported yet, and what asks for nothing.
 _NOT_YET = {
     **dict.fromkeys(("qv", "gather_kv_indices", "score_mod", "score_mod_bwd", "mask_mod")),
@@ -241,19 +409,20 @@ _NOT_YET = {
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")),
     **dict.fromkeys(("seqused_q", "seqused_k", "page_table", "block_table", "cache_seqlens")),
     **dict.fromkeys(("q_descale", "k_descale", "v_descale", "alibi_slopes")),
+    **dict.fromkeys(("min_seqlen_k", "scheduler_metadata", "seqlen_k_per_split")),
     "dropout_p": 0.0,
     "return_attn_probs": False,
 }
 
 
-def _reject_unsupported(**arguments: Any) -> None:
+def _reject_unsupported(function: str, **arguments: Any) -> None:
     for name in arguments:
         if name not in _NOT_YET:
-            raise TypeError(f"flash_attn_func() got an unexpected keyword argument {name!r}")
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}")
     for name in ("qv", "gather_kv_indices"):
         if isinstance(arguments[name], (bool, int, float)):
             raise TypeError(
-                f"flash_attn_func() got {arguments[name]!r:.40} for {name}: FlashAttention-2's and "
+                f"{function}() got {arguments[name]!r:.40} for {name}: FlashAttention-2's and "
                 "-3's parameters after q, k, v come in another order; pass them by keyword"
             )
     asked = [
@@ -263,4 +432,4 @@ def _reject_unsupported(**arguments: Any) -> None:
         and not (isinstance(value, (bool, int, float)) and value == _NOT_YET[name])
     ]
     if asked:
-        raise NotImplementedError(f"flash_attn_func does not support {', '.join(asked)} yet")
+        raise NotImplementedError(f"{function} does not support {', '.join(asked)} yet")

@@ -100,19 +100,19 @@ def backward(
     return gradients
 
 
-def check_tensors(where: str, q: Any, k: Any, v: Any, learnable_sink: Any) -> None:
+def check_tensors(where: str, q: Any, k: Any, v: Any, learnable_sink: Any, **lengths: Any) -> None:
     """What torch follows is torch's: tensors, or what stands for them, as torch.fx.Proxy.
 
     Raises:
         TypeError: an argument is something else.
         NotImplementedError: a nested tensor.
     """
-    tensors = {"q": q, "k": k, "v": v, "learnable_sink": learnable_sink}
+    tensors = {"q": q, "k": k, "v": v, "learnable_sink": learnable_sink, **lengths}
     for name, x in tensors.items():
         if isinstance(x, torch.Tensor):
             if x.is_nested:
                 raise NotImplementedError(f"{name} is a nested tensor, which is not supported yet")
-        elif not hasattr(x, "__torch_function__") and (x is not None or name != "learnable_sink"):
+        elif not hasattr(x, "__torch_function__") and (x is not None or name in ("q", "k", "v")):
             raise TypeError(f"{name} must be a torch.Tensor where {where}, got {type(x).__name__}")
 
 

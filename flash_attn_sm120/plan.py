@@ -29,10 +29,23 @@ class ScalarOptions(TypedDict, total=False):
     deterministic: bool
 
 
-class CallOptions(ScalarOptions, total=False):
-    """The options of a call in both directions: see :func:`flash_attn_func`."""
+class VarlenOptions(ScalarOptions, total=False):
+    """Those and the bounds of lengths that are on the device."""
+
+    max_seqlen_q: int | None
+    max_seqlen_k: int | None
+
+
+class CallOptions(VarlenOptions, total=False):
+    """The options of a call in both directions: see :func:`flash_attn_func` and
+    :func:`flash_attn_varlen_func`."""
 
     learnable_sink: Tensor | None
+    cu_seqlens_q: Tensor | None
+    cu_seqlens_k: Tensor | None
+    seqused_q: Tensor | None
+    seqused_k: Tensor | None
+    page_table: Tensor | None
 
 
 class Kernel(NamedTuple):
@@ -120,7 +133,8 @@ class Plan:
 def explain(
     q: Tensor, k: Tensor, v: Tensor, *, arch: int | None = None, **options: Unpack[CallOptions]
 ) -> Plan:
-    """The plan of ``flash_attn_func(q, k, v, **options)``, with the reason for every choice.
+    """The plan of ``flash_attn_func(q, k, v, **options)``, with the reason for every choice; with
+    lengths among the options, that of ``flash_attn_varlen_func(q, k, v, **options)``.
 
     Nothing is computed or copied: tensors that a call would copy first are taken to lie as their
     copies would.
@@ -130,7 +144,9 @@ def explain(
         arch: plan for this compute capability (120, 90, ...) instead of the device of ``q``, which
             needs no GPU.
         options: ``softmax_scale``, ``causal``, ``window_size``, ``learnable_sink``, ``softcap``,
-            ``num_splits``, ``pack_gqa``, ``deterministic``, as in :func:`flash_attn_func`.
+            ``num_splits``, ``pack_gqa``, ``deterministic``, as in :func:`flash_attn_func`;
+            ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``, ``seqused_q``,
+            ``seqused_k``, as in :func:`flash_attn_varlen_func`: their contents are not read.
 
     Raises:
         The exceptions of :func:`flash_attn_func`.

@@ -31,6 +31,7 @@
  *   SOFTCAP                1: scores are capped by a tanh
  *   DETERMINISTIC          1: ordered accumulation: blocks add to dQ in the order of their keys
  *   DQ_DIRECT              1: one block has all keys, and stores dQ instead of adding to it
+ *   VARLEN                 1: every sequence has lengths of its own
  *   DQ_BUFFERS             accumulators of dQ: block n of keys adds to number n % DQ_BUFFERS. With
  *                          ordered accumulation, alternate buffers let adjacent blocks overlap */
 #include "params.h"
@@ -42,6 +43,8 @@
 /* Masked scores may be set before product 1, which adds to them, where no step of score.cuh comes
  * between it and the mask: then nothing delays the exponentials. */
 constexpr bool MASKS_FIRST = !SOFTCAP;
+
+static_assert(!VARLEN || (!TMA && !DQ_DIRECT), "boxes and tiles end where the tensor does");
 
 /* The mask of S^T [WARP_N, SUB_M], whose rows are keys. `key` and `query` are those of
  * S_rmem[0][0][0]. */
@@ -257,6 +260,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const sequence<fa_backward_params> &seq = block.seq;
     const attention_mask mask(seq);
     const int key0 = block.n_block * TILE_N, key1 = key0 + TILE_N;
+    if (VARLEN && key0 >= seq.seqlen_k())
+        return; /* the grid has blocks for the longest sequence that may come */
     const int m_begin = mask.queries_of(key0).begin / TILE_M;
     const int m_end = max(ceil_div(mask.queries_of(key1 - 1).end, TILE_M), m_begin);
     query_walk<DETERMINISTIC> walk(params, block, m_begin, m_end);
@@ -271,9 +276,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     if (!is_group_0)
         barrier_arrive<THREADS>(UPPER_FREE);
     const copy_place<K_layout, THREADS> share;
-    share.copy(smem + SMEM.k,
-               share.first_chunk(params.k, params.k_stride, seq.batch, block.head_kv, key0),
-               params.k_stride.seqlen, seq.seqlen_k() - key0);
+    share.copy(
+        smem + SMEM.k,
+        share.first_chunk(params.k, params.k_stride, seq.batch, block.head_kv, seq.k_begin + key0),
+        params.k_stride.seqlen, seq.seqlen_k() - key0);
     if (walk.begin < walk.end) {
         queries.load_Q(0, walk.head, walk.m_block);
         queries.load_dO(walk.head, walk.m_block);
@@ -285,10 +291,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     set_to_zero(dKV_rmem);
     if (is_group_0)
         load_operand<HEAD_DIM>(KV_rmem, params.k, params.k_stride, seq.batch, block.head_kv,
-                               warp_key, seq.seqlen_k());
+                               seq.k_begin + warp_key, seq.k_begin + seq.seqlen_k());
     else
         load_operand<HEAD_DIM_V>(KV_rmem, params.v, params.v_stride, seq.batch, block.head_kv,
-                                 warp_key, seq.seqlen_k());
+                                 seq.k_begin + warp_key, seq.k_begin + seq.seqlen_k());
 
     /* P^T and dS^T of this warp's keys: this lane's row for ldmatrix, and its first word. */
     const unsigned operand_smem =
@@ -347,8 +353,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
          * and LOWER_FULL of that tile, at which the warps of group 0 and of group 1 arrive after
          * their additions to this one: no other barrier is needed. And the additions have landed
          * by then, so that the release has nothing to wait for. */
-        const int dq_batch = block.n_block % DQ_BUFFERS * params.batch + seq.batch;
-        const fa_int64 dq_tile = query_tile_index(params, dq_batch, walk.head, walk.m_block);
+        const fa_int64 dq_tile = query_tiles<fa_backward_params>{params}.index(
+            seq, walk.head, walk.m_block, block.n_block % DQ_BUFFERS);
         int added = 0;
         if (DQ_IS_ORDERED) {
             if (semaphore && thread == 0)
@@ -378,9 +384,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             barrier_arrive<THREADS>(UPPER_FREE);
 
         /* ---- 6. Add dQ to its accumulator, after the blocks before this one; or store it. */
-        if (DQ_IS_ORDERED)
-            while (added != (block.n_block - mask.keys_of(query0).begin / TILE_N) / DQ_BUFFERS)
+        if (DQ_IS_ORDERED) {
+            /* Metadata out of order may give a tile to two sequences, whose blocks both count. */
+            const int before = (block.n_block - mask.keys_of(query0).begin / TILE_N) / DQ_BUFFERS;
+            while (VARLEN ? added < before : added != before)
                 added = semaphore_load(semaphore);
+        }
         float *accum = params.dq_accum + dq_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
 #pragma unroll
         for (int m = 0; m < DQ_ROW_FRAGS; m++)

@@ -2,10 +2,11 @@
  * accumulators and semaphores. A block takes a tile of queries [TILE_M], and a share of what is
  * zeroed.
  *
- * Constants as in backward.cu: DTYPE, HEAD_DIM_V, TILE_M. */
+ * Constants as in backward.cu: DTYPE, HEAD_DIM_V, TILE_M, VARLEN. */
 #include "params.h"
 
 #include "backward.cuh"
+#include "query_tiles.cuh"
 
 constexpr int THREADS = FA_PREPROCESS_THREADS;
 
@@ -35,9 +36,11 @@ __device__ __forceinline__ float dot_8(const uint4 &a, const uint4 &b)
 extern "C" __global__ void __launch_bounds__(THREADS)
     backward_preprocess(const __grid_constant__ struct fa_backward_params params)
 {
-    const int tile = blockIdx.x; /* [batch, heads_q, m_blocks] */
-    const int m_block = tile % params.m_blocks, pair = tile / params.m_blocks;
-    const int batch = pair / params.heads_q, head = pair % params.heads_q;
+    const int tile = blockIdx.x;
+    const auto [pair, batch, head, m_block] =
+        query_tiles<fa_backward_params>{params}.place_of(tile);
+    sequence<fa_backward_params> seq = {params, 0};
+    seq.select(batch);
     const int lane = threadIdx.x % LANES;
     const element *out = static_cast<const element *>(params.out) +
                          batch * params.out_stride.batch + head * params.out_stride.head + lane * 8;
@@ -49,17 +52,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
     for (int row = threadIdx.x / LANES; row < TILE_M; row += ROWS) {
         const int query = m_block * TILE_M + row;
-        const bool exists = query < params.seqlen_q;
+        const bool exists = query < seq.seqlen_q();
         float delta = 0.0f;
         if (exists && lane < CHUNKS)
-            delta =
-                dot_8(*reinterpret_cast<const uint4 *>(out + query * params.out_stride.seqlen),
-                      *reinterpret_cast<const uint4 *>(dout + query * params.dout_stride.seqlen));
+            delta = dot_8(*reinterpret_cast<const uint4 *>(out + (seq.q_begin + query) *
+                                                                     params.out_stride.seqlen),
+                          *reinterpret_cast<const uint4 *>(dout + (seq.q_begin + query) *
+                                                                      params.dout_stride.seqlen));
 #pragma unroll
         for (int distance = LANES / 2; distance > 0; distance /= 2)
             delta += __shfl_xor_sync(0xffffffff, delta, distance);
         if (lane == 0) {
-            const fa_int64 index = static_cast<fa_int64>(pair) * params.seqlen_q + query;
+            const fa_int64 index = seq.lse_offset(pair, head) + query;
             float lse = exists ? params.lse[index] * LOG2_E : INF;
             if (exists && params.dlse)
                 delta -= params.dlse[index];

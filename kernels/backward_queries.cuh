@@ -4,6 +4,7 @@
 #define FA_BACKWARD_QUERIES_CUH
 
 #include "backward_tile.cuh"
+#include "query_tiles.cuh"
 #include "score.cuh"
 
 /* The coordinates of this thread's block: sequence, KV head, keys, and which of the q_splits blocks
@@ -19,7 +20,7 @@ struct backward_block {
         number /= params.q_splits;
         head_kv = number % params.heads_kv;
         number /= params.heads_kv;
-        seq.batch = number % params.batch;
+        seq.select(number % params.batch);
         n_block = number / params.batch;
     }
 };
@@ -80,13 +81,6 @@ template <> struct query_walk<true> {
     }
 };
 
-/* The number of a tile of queries in [batch, heads_q, m_blocks]. */
-__device__ __forceinline__ fa_int64 query_tile_index(const fa_backward_params &params, int batch,
-                                                     int head, int m_block)
-{
-    return (static_cast<fa_int64>(batch) * params.heads_q + head) * params.m_blocks + m_block;
-}
-
 /* A tile of queries in shared memory: Q [TILE_M, HEAD_DIM], dO [TILE_M, HEAD_DIM_V], lse_log2
  * [TILE_M] and behind it delta [TILE_M]. `count` tiles were loaded before it. With the TMA, one
  * mbarrier says when Q, lse_log2 and delta are there, and one when dO is. */
@@ -143,8 +137,9 @@ struct query_loader {
     {
         const unsigned Q_smem = smem + SMEM.q + stage * Q_layout::BYTES;
         const unsigned lse_smem = smem + SMEM.lse_delta + stage * LSE_DELTA_BYTES;
-        const float *lse_gmem = seq.params.lse_delta +
-                                query_tile_index(seq.params, seq.batch, head, m_block) * 2 * TILE_M;
+        const float *lse_gmem =
+            seq.params.lse_delta +
+            query_tiles<fa_backward_params>{seq.params}.index(seq, head, m_block) * 2 * TILE_M;
         if (TMA) {
             if (asks_tma()) {
                 const unsigned mbarrier =
@@ -157,10 +152,10 @@ struct query_loader {
             return;
         }
         const copy_place<Q_layout, THREADS> share;
-        share.copy(
-            Q_smem,
-            share.first_chunk(seq.params.q, seq.params.q_stride, seq.batch, head, m_block * TILE_M),
-            seq.params.q_stride.seqlen, seq.seqlen_q() - m_block * TILE_M);
+        share.copy(Q_smem,
+                   share.first_chunk(seq.params.q, seq.params.q_stride, seq.batch, head,
+                                     seq.q_begin + m_block * TILE_M),
+                   seq.params.q_stride.seqlen, seq.seqlen_q() - m_block * TILE_M);
         if (thread < LSE_DELTA_BYTES / 16)
             cp_async_16(lse_smem + thread * 16, lse_gmem + thread * 4, 16);
     }
@@ -179,7 +174,7 @@ struct query_loader {
         const copy_place<dO_layout, THREADS> share;
         share.copy(smem + SMEM.dout,
                    share.first_chunk(seq.params.dout, seq.params.dout_stride, seq.batch, head,
-                                     m_block * TILE_M),
+                                     seq.q_begin + m_block * TILE_M),
                    seq.params.dout_stride.seqlen, seq.seqlen_q() - m_block * TILE_M);
     }
 

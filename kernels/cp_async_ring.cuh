@@ -21,11 +21,11 @@ struct cp_async_ring : ring_place {
         source.advance();
     }
 
-    __device__ __forceinline__ void start(const tile_walk &walk)
+    __device__ __forceinline__ void start(const tile_walk &walk,
+                                          const sequence<fa_forward_params> &seq)
     {
-        const sequence<fa_forward_params> seq = {source.params, walk.batch};
         tiles = walk.tiles;
-        source.start(walk);
+        source.start(walk, seq);
 #pragma unroll
         for (int i = 0; i < STAGES - 1; i++) {
             /* The length cuts short the last tile alone, which comes first. */

@@ -13,7 +13,8 @@
  *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
  *   SPLIT                  1: a block goes through a part of its keys; combine.cu follows
  *   PACK_GQA               1: the query heads of one KV head share the rows of a block
- *   SOFTCAP                1: scores are capped by a tanh */
+ *   SOFTCAP                1: scores are capped by a tanh
+ *   VARLEN                 1: every sequence has lengths of its own */
 #include "params.h"
 
 #include "ptx.cuh"

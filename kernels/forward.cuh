@@ -2,7 +2,7 @@
  * which K and V come to shared memory. That is a ring:
  *
  *   ring(params, smem)   once per block
- *   start(walk)          starts the loads of the first tiles, again for every pass
+ *   start(walk, seq)     starts the loads of the first tiles, again for every pass
  *   is_producer()        is this warp one that only loads?
  *   feed()               what such a warp does
  *   wait_own()           until this thread may read the chunks that it copies itself
@@ -171,12 +171,14 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
     for (bool is_exact = false;; is_exact = true) {
         /* ---- 1. Which rows, and which tiles of keys. */
         const forward_block block(params);
+        if (VARLEN && !block.has_rows())
+            return;
         const tile_ranges tiles(block, params.parts);
         const int unmasked_end = is_exact ? 0 : tiles.unmasked_end();
         int masked_end = is_exact ? tiles.count : tiles.right_end();
 
         /* ---- 2. Start the ring. A producer warp only loads. */
-        ring.start({block.seq.batch, block.head_kv, tiles.end, tiles.count});
+        ring.start({block.seq.batch, block.head_kv, tiles.end, tiles.count}, block.seq);
         if (ring.is_producer()) {
             ring.feed();
             flagged = 0;

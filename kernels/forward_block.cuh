@@ -40,7 +40,7 @@ struct forward_block {
         pair = group * params.group_heads.number + by_pairs.rest;
         split = by_splits.rest;
         const divided by_heads = divide(pair, params.heads);
-        seq.batch = by_heads.quotient;
+        seq.select(by_heads.quotient);
         head = by_heads.rest;
         head_kv = PACK_GQA ? head : divide(head, params.heads_per_kv).quotient;
         head *= PACK_GQA ? params.heads_per_kv.number : 1;
@@ -57,6 +57,13 @@ struct forward_block {
     {
         return PACK_GQA ? seq.seqlen_q() * params.heads_per_kv.number : seq.seqlen_q();
     }
+    /* The rows of a head of the block in lse, whatever sequences have them. */
+    __device__ __forceinline__ int rows_of_all() const
+    {
+        return PACK_GQA ? seq.lse_rows() * params.heads_per_kv.number : seq.lse_rows();
+    }
+    /* Whether the block has any row: a grid has blocks for the longest sequence that may come. */
+    __device__ __forceinline__ bool has_rows() const { return block_row < row_count(); }
     __device__ __forceinline__ int query_of(int row) const
     {
         return PACK_GQA ? divide(row, params.heads_per_kv).quotient : row;
@@ -77,13 +84,13 @@ struct forward_block {
     __device__ __forceinline__ fa_int64 lse_offset(int row) const
     {
         const fa_int64 first = PACK_GQA ? fa_int64{pair} * params.heads_per_kv.number : pair;
-        return seq.lse_offset(first) + row_offset({0, 1, seq.seqlen_q()}, row);
+        return seq.lse_offset(first, head) + row_offset({0, 1, seq.lse_rows()}, row);
     }
     /* Where a split call writes for combine.cu, [splits, rows in the order of lse]: from the
      * beginning to this split. */
     __device__ __forceinline__ fa_int64 split_offset() const
     {
-        return split * (fa_int64{params.batch} * params.heads.number * row_count());
+        return split * (fa_int64{seq.lse_batch()} * params.heads.number * rows_of_all());
     }
 
     __device__ __forceinline__ score_coords coords(int row, int key) const

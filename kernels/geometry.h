@@ -13,7 +13,10 @@
 
 /* ---- elements and chunks --------------------------------------------------------------------- */
 
-FA_CONSTEXPR int fa_element_bytes(int dtype) { return dtype == FA_FLOAT32 ? 4 : 2; }
+FA_CONSTEXPR int fa_element_bytes(int dtype)
+{
+    return dtype == FA_FLOAT32 || dtype == FA_INT32 ? 4 : 2;
+}
 
 /* A chunk is what a thread copies with one cp.async, and a row of an ldmatrix matrix. */
 enum { FA_CHUNK_BYTES = 16 };
@@ -86,6 +89,11 @@ FA_CONSTEXPR int fa_combine_slots(int threads, int head_dim_v)
 {
     return threads / fa_combine_lanes(head_dim_v);
 }
+
+/* ---- varlen_fill ----------------------------------------------------------------------------- */
+
+/* Of a block of kernels/varlen_fill.cu; the rows are all heads'. */
+enum { FA_FILL_THREADS = 256, FA_FILL_ROWS = 256 };
 
 /* ---- backward -------------------------------------------------------------------------------- */
 

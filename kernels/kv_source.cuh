@@ -20,13 +20,14 @@ struct strided_source {
     const element *K_gmem, *V_gmem; /* this thread's first chunks of the tile that is copied next */
     fa_int64 K_stride, V_stride;    /* from row to row */
 
-    __device__ __forceinline__ void start(const tile_walk &walk)
+    __device__ __forceinline__ void start(const tile_walk &walk,
+                                          const sequence<fa_forward_params> &seq)
     {
-        const int key = walk.key(0);
+        const int row = seq.k_begin + walk.key(0);
         K_stride = params.k_stride.seqlen;
         V_stride = params.v_stride.seqlen;
-        K_gmem = K_place().first_chunk(params.k, params.k_stride, walk.batch, walk.head_kv, key);
-        V_gmem = V_place().first_chunk(params.v, params.v_stride, walk.batch, walk.head_kv, key);
+        K_gmem = K_place().first_chunk(params.k, params.k_stride, walk.batch, walk.head_kv, row);
+        V_gmem = V_place().first_chunk(params.v, params.v_stride, walk.batch, walk.head_kv, row);
     }
     /* Start the copies of this thread's share of a tile; `keys` of its rows exist. */
     __device__ __forceinline__ void copy_K(unsigned smem, int keys) const

@@ -17,7 +17,7 @@ typedef int64_t fa_int64;
 #define FA_ALIGNED(bytes) _Alignas(bytes)
 #endif
 
-enum fa_dtype { FA_FLOAT32, FA_FLOAT16, FA_BFLOAT16 };
+enum fa_dtype { FA_FLOAT32, FA_FLOAT16, FA_BFLOAT16, FA_INT32 /* of lengths alone */ };
 
 /* Outer strides of one [batch, seqlen, heads, head_dim] tensor. */
 struct fa_strides {
@@ -34,6 +34,15 @@ struct fa_divisor {
     int number;
     unsigned multiplier;
     int shift;
+};
+
+/* Lengths of the sequences of a batch, on the device; all NULL where all are seqlen_q and seqlen_k.
+ * A side with cu_seqlens is packed: its tensors are [total, heads, head_dim], `stride.batch` is 0,
+ * and its lse [heads, total]. Then seqlen_q (seqlen_k) is a bound of the lengths. */
+struct fa_lengths {
+    const int *cu_seqlens_q, *cu_seqlens_k; /* [batch + 1]; NULL: that side is not packed */
+    const int *seqused_q, *seqused_k;       /* [batch]; NULL: all of it */
+    int total_q, total_k;                   /* rows of the packed tensors */
 };
 
 /* The single argument of kernels/forward.cu. */
@@ -58,9 +67,10 @@ struct fa_forward_params {
      * how many (batch, head) pairs run together; parts how many blocks share the keys of a block
      * of queries, 1 if not SPLIT. */
     struct fa_divisor heads, heads_per_kv, m_blocks, group_heads, parts;
+    struct fa_lengths lengths; /* read only where VARLEN */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 240, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 280, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -73,10 +83,11 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 512, "256 for the first 240, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 576, "320 for the first 280, then maps");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
- * seqlen_q of them, in the order of lse. */
+ * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
+ * total_q below. */
 struct fa_combine_params {
     const float *out_parts; /* [parts, rows, head_dim_v], contiguous: each of its own keys alone */
     const float *lse_parts; /* [parts, rows], contiguous, binary log; -inf: no keys */
@@ -88,15 +99,35 @@ struct fa_combine_params {
     int parts;
     int sink_dtype; /* enum fa_dtype */
     struct fa_divisor heads_q, seqlen_q;
-    struct fa_divisor slices; /* of the parts of a row: each is summed up by threads of its own */
+    struct fa_divisor slices;  /* of the parts of a row: each is summed up by threads of its own */
+    struct fa_lengths lengths; /* read only where VARLEN */
+    int batch;                 /* the same */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 112, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 160, "host and device disagree on the layout");
+
+/* The single argument of kernels/varlen_fill.cu: rows of out and lse that no sequence has become 0
+ * and -inf. */
+struct fa_fill_params {
+    void *out;  /* [batch, seqlen_q, heads_q, head_dim_v], or packed */
+    float *lse; /* [batch, heads_q, seqlen_q], or packed; NULL: not wanted */
+    struct fa_strides out_stride;
+    int batch, seqlen_q, heads_q, head_dim_v;
+    fa_int64 rows; /* of out for each head: batch * seqlen_q, or total_q */
+    struct fa_lengths lengths;
+};
+
+FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 104, "host and device disagree on the layout");
 
 /* The single argument of kernels/backward.cu, backward_preprocess.cu and backward_sink.cu.
  *
  * Blocks add to an accumulator in fp32, in the layout of the C fragments of ptx.cuh: [batch, heads,
- * rows / 16, head_dim / 8, 32 lanes, 4], with rows up to the end of the last tile. */
+ * rows / 16, head_dim / 8, 32 lanes, 4], with rows up to the end of the last tile.
+ *
+ * Where VARLEN, [heads, tiles] takes the place of [batch, heads, m_blocks], here and in lse_delta
+ * and dq_semaphores. The tiles of sequence b begin with tile b * m_blocks, or, of a packed side,
+ * with cu_seqlens_q[b] / TILE_M + b. There are batch * m_blocks of them, or
+ * ceil(total_q / TILE_M) + batch. */
 struct fa_backward_params {
     const void *q;              /* [batch, seqlen_q, heads_q, head_dim] */
     const void *k;              /* [batch, seqlen_k, heads_kv, head_dim] */
@@ -131,9 +162,10 @@ struct fa_backward_params {
     void *dq;            /* like q; where DQ_DIRECT */
     struct fa_strides dq_stride;
     struct fa_tensor_map q_map, dout_map; /* [batch, heads_q, seqlen_q, head_dim or head_dim_v] */
+    struct fa_lengths lengths;            /* read only where VARLEN */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 704, "432, padding, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 768, "432, padding, maps, then lengths");
 
 /* The single argument of kernels/backward_postprocess.cu. */
 struct fa_postprocess_params {
@@ -144,9 +176,11 @@ struct fa_postprocess_params {
     float scale; /* of the sum */
     struct fa_divisor heads;
     struct fa_divisor row_frags; /* 16-row fragments of a head of an accumulator */
+    int tile_m;                  /* where VARLEN: rows of its tiles; the tensor is dq */
+    struct fa_lengths lengths;   /* read only where VARLEN */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_postprocess_params) == 80,
+FA_STATIC_ASSERT(sizeof(struct fa_postprocess_params) == 128,
                  "host and device disagree on the layout");
 
 #endif

@@ -40,6 +40,13 @@ __device__ __forceinline__ float ld_global(const float *gmem)
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(gmem));
     return x;
 }
+/* Of what no kernel writes: read when it is needed, and not if it is not. */
+__device__ __forceinline__ int ld_global(const int *gmem)
+{
+    int x;
+    asm("ld.global.s32 %0, [%1];" : "=r"(x) : "l"(gmem));
+    return x;
+}
 __device__ __forceinline__ unsigned short ld_global(const unsigned short *gmem)
 {
     unsigned short x;

@@ -1,15 +1,132 @@
 /* The sequence that a block works on: its lengths, and where its rows begin. Kernels read lengths
- * here and nowhere else. */
+ * here and nowhere else.
+ *
+ *   VARLEN   1: every sequence has lengths of its own, see fa_lengths in params.h */
 #ifndef FA_SEQUENCE_CUH
 #define FA_SEQUENCE_CUH
 
-#include "params.h"
+#include "ptx.cuh"
+
+/* ---- lengths on the device ------------------------------------------------------------------- */
+
+/* One side of a sequence: the rows [begin, begin + count) of a packed tensor, or of its batch entry
+ * of another. */
+struct sequence_rows {
+    int begin, count;
+};
+
+__device__ __forceinline__ int clamp(int x, int low, int high) { return min(max(x, low), high); }
+
+/* Where a packed sequence begins, and the one before it ends: within the tensor, whatever memory
+ * holds. */
+__device__ __forceinline__ int first_row(const int *cu_seqlens, int total, int number)
+{
+    return clamp(ld_global(cu_seqlens + number), 0, total);
+}
+
+/* The rows of a sequence on one side. No more than `bound` of them: grids and workspaces have room
+ * for so many. */
+__device__ __forceinline__ sequence_rows read_rows(const int *cu_seqlens, const int *seqused,
+                                                   int total, int bound, int number)
+{
+    sequence_rows rows = {0, bound};
+    if (cu_seqlens) {
+        rows.begin = first_row(cu_seqlens, total, number);
+        rows.count = clamp(first_row(cu_seqlens, total, number + 1) - rows.begin, 0, bound);
+    }
+    if (seqused)
+        rows.count = clamp(ld_global(seqused + number), 0, rows.count);
+    return rows;
+}
+__device__ __forceinline__ sequence_rows read_queries(const fa_lengths &lengths, int bound,
+                                                      int number)
+{
+    return read_rows(lengths.cu_seqlens_q, lengths.seqused_q, lengths.total_q, bound, number);
+}
+__device__ __forceinline__ sequence_rows read_keys(const fa_lengths &lengths, int bound, int number)
+{
+    return read_rows(lengths.cu_seqlens_k, lengths.seqused_k, lengths.total_k, bound, number);
+}
+
+/* The last of some sequences for which `has_begun` holds, as it does for all before it; the first
+ * one if it holds for none. */
+template <class F> __device__ __forceinline__ int last_sequence(int sequences, F has_begun)
+{
+    int first = 0, end = sequences;
+    while (end - first > 1) {
+        const int middle = (first + end) / 2;
+        if (has_begun(middle))
+            first = middle;
+        else
+            end = middle;
+    }
+    return first;
+}
+
+/* The sequence that has a row of a packed side of queries, if any has. */
+__device__ __forceinline__ int sequence_of_query(const fa_lengths &lengths, int sequences, int row)
+{
+    return last_sequence(sequences, [&](int number) {
+        return first_row(lengths.cu_seqlens_q, lengths.total_q, number) <= row;
+    });
+}
+
+/* Tiles of `tile_m` queries of all sequences, in a workspace that has as many as they may need. Of
+ * a packed side that is a tile for each sequence more than the rows fill: a sequence starts with
+ * the tile that has its first row, and one further on for each sequence before it. */
+struct sequence_tiles {
+    const fa_lengths &lengths;
+    int sequences;
+    int m_blocks; /* tiles of the longest sequence */
+    int tile_m;
+
+    struct place {
+        int sequence, m_block;
+    };
+
+    __device__ __forceinline__ int count() const
+    {
+        return lengths.cu_seqlens_q ? (lengths.total_q + tile_m - 1) / tile_m + sequences
+                                    : sequences * m_blocks;
+    }
+    /* The first tile of a sequence, whose first row is `row`. */
+    __device__ __forceinline__ int first(int row, int sequence) const
+    {
+        return lengths.cu_seqlens_q ? row / tile_m + sequence : sequence * m_blocks;
+    }
+    /* Which sequence has a tile, and as its which; one behind its last if none has it. */
+    __device__ __forceinline__ place place_of(int tile) const
+    {
+        if (!lengths.cu_seqlens_q)
+            return {tile / m_blocks, tile % m_blocks};
+        const auto first_of = [&](int number) {
+            return first(first_row(lengths.cu_seqlens_q, lengths.total_q, number), number);
+        };
+        const int number =
+            last_sequence(sequences, [&](int other) { return first_of(other) <= tile; });
+        const int m_block = tile - first_of(number);
+        return {number, m_block < 0 ? m_blocks : m_block};
+    }
+};
+
+/* A number that all lanes of the warp have, in a uniform register. */
+__device__ __forceinline__ int same_in_warp(int x)
+{
+    return static_cast<int>(__reduce_or_sync(0xffffffff, x));
+}
+
+/* ---- the sequence of a block ----------------------------------------------------------------- */
+
+template <class params_t, bool HAS_LENGTHS = VARLEN> struct sequence;
 
 /* One entry of the batch, by the parameters of any kernel. All entries have the same lengths, which
  * are read from constant memory where they are needed: that takes no register. */
-template <class params_t> struct sequence {
+template <class params_t> struct sequence<params_t, false> {
+    enum { q_begin = 0, k_begin = 0 }; /* rows of q and k before row 0 */
     const params_t &params;
     int batch;
+
+    __device__ __forceinline__ void select(int number) { batch = number; }
 
     __device__ __forceinline__ int seqlen_q() const { return params.seqlen_q; }
     __device__ __forceinline__ int seqlen_k() const { return params.seqlen_k; }
@@ -25,10 +142,54 @@ template <class params_t> struct sequence {
     }
     /* From the beginning of lse, [batch, heads, seqlen_q], to query 0 of a head: `pair` is the
      * number of this batch entry and head. */
-    __device__ __forceinline__ fa_int64 lse_offset(fa_int64 pair) const
+    __device__ __forceinline__ fa_int64 lse_offset(fa_int64 pair, int) const
     {
-        return pair * seqlen_q();
+        return pair * lse_rows();
     }
+    /* The rows of a head in lse, and how many times it has all heads. */
+    __device__ __forceinline__ int lse_rows() const { return params.seqlen_q; }
+    __device__ __forceinline__ int lse_batch() const { return params.batch; }
+};
+
+/* The same of a sequence whose lengths are its own: read once, by select(), for all lanes. A side
+ * is packed, [total, heads, head_dim], with an lse [heads, total], or has entries of a batch. */
+template <class params_t> struct sequence<params_t, true> {
+    const params_t &params;
+    int batch;
+    int q_begin, q_count, k_begin, k_count;
+
+    __device__ __forceinline__ void select(int number)
+    {
+        batch = number;
+        const sequence_rows q = read_queries(params.lengths, params.seqlen_q, number);
+        const sequence_rows k = read_keys(params.lengths, params.seqlen_k, number);
+        q_begin = same_in_warp(q.begin);
+        q_count = same_in_warp(q.count);
+        k_begin = same_in_warp(k.begin);
+        k_count = same_in_warp(k.count);
+    }
+
+    __device__ __forceinline__ int seqlen_q() const { return q_count; }
+    __device__ __forceinline__ int seqlen_k() const { return k_count; }
+
+    __device__ __forceinline__ fa_int64 q_offset(const fa_strides &stride, int head) const
+    {
+        return batch * stride.batch + q_begin * stride.seqlen + head * stride.head;
+    }
+    __device__ __forceinline__ fa_int64 k_offset(const fa_strides &stride, int head) const
+    {
+        return batch * stride.batch + k_begin * stride.seqlen + head * stride.head;
+    }
+    __device__ __forceinline__ bool is_packed() const { return params.lengths.cu_seqlens_q; }
+    __device__ __forceinline__ fa_int64 lse_offset(fa_int64 pair, int head) const
+    {
+        return (is_packed() ? head : pair) * lse_rows() + q_begin;
+    }
+    __device__ __forceinline__ int lse_rows() const
+    {
+        return is_packed() ? params.lengths.total_q : params.seqlen_q;
+    }
+    __device__ __forceinline__ int lse_batch() const { return is_packed() ? 1 : params.batch; }
 };
 
 #endif

@@ -70,7 +70,8 @@ struct tma_ring : ring_place {
 
     /* All stages are free: nothing has been in them before the first pass, and a barrier of the
      * block is between two passes. */
-    __device__ __forceinline__ void start(const tile_walk &next)
+    __device__ __forceinline__ void start(const tile_walk &next,
+                                          const sequence<fa_forward_params> &)
     {
         walk = next;
         if (is_loader()) {

@@ -40,13 +40,15 @@ struct task {
     const struct fa_gradients *gradients;
     struct fa_worker *worker;
     int width, width_v; /* head_dim and head_dim_v, padded */
-    int64_t batch, head, head_kv;
+    struct sequence sequence;
+    struct lengths longest; /* of all sequences */
+    int64_t head, head_kv;
     struct range rows, keys; /* the tiles at hand */
     float *Q, *dO;           /* [TILE, width], [TILE, width_v] */
     float *K, *V;            /* [TILE, width], [TILE, width_v] */
     float *sums, *part; /* [TILE, width + width_v]: the gradients, and a tile's share of them */
     double *S, *dP;     /* [TILE, visible keys]: scores and their gradients; for dQ alone */
-    struct row *of_row; /* [TILE], within [batch, heads_q, seqlen_q] of the call */
+    struct row *of_row; /* [TILE], within [heads_q, rows of all sequences] of the call */
     struct row *of_call;
 };
 
@@ -54,40 +56,43 @@ struct task {
 
 static struct range all_rows(const struct task *task)
 {
-    return (struct range){0, task->problem->shape.seqlen_q};
+    return (struct range){0, task->sequence.q.length};
 }
 
 static struct range all_keys(const struct task *task)
 {
-    return (struct range){0, task->problem->shape.seqlen_k};
+    return (struct range){0, task->sequence.k.length};
 }
 
-static struct row *rows_of_head(const struct task *task, int64_t batch, int64_t head)
+static struct row *rows_of_head(const struct task *task, int64_t head)
 {
     const struct fa_shape *shape = &task->problem->shape;
-    return task->of_call + (batch * shape->heads_q + head) * shape->seqlen_q;
+    const struct side side = task->sequence.q;
+    const int64_t first = side.batch * shape->seqlen_q + side.begin;
+    return task->of_call + head * fa_shape_rows_q(shape) + first;
 }
 
 static void load_queries(struct task *task, int64_t head, struct range rows)
 {
     task->head = head;
     task->rows = rows;
-    task->of_row = rows_of_head(task, task->batch, head) + rows.begin;
-    fa_load_rows(&task->problem->q, task->batch, rows, head, task->Q);
-    fa_load_rows(&task->gradients->dout, task->batch, rows, head, task->dO);
+    task->of_row = rows_of_head(task, head) + rows.begin;
+    fa_load_rows(&task->problem->q, task->sequence.q, rows, head, task->Q);
+    fa_load_rows(&task->gradients->dout, task->sequence.q, rows, head, task->dO);
 }
 
 static void load_keys(struct task *task, struct range keys)
 {
     task->keys = keys;
-    fa_load_rows(&task->problem->k, task->batch, keys, task->head_kv, task->K);
-    fa_load_rows(&task->problem->v, task->batch, keys, task->head_kv, task->V);
+    fa_load_rows(&task->problem->k, task->sequence.k, keys, task->head_kv, task->K);
+    fa_load_rows(&task->problem->v, task->sequence.k, keys, task->head_kv, task->V);
 }
 
 /* Whether any of the rows sees any of the keys. */
 static bool meet(const struct task *task, struct range rows, struct range keys)
 {
-    return count_of(intersection(visible_to_any(&task->problem->shape, rows), keys)) > 0;
+    const struct range visible = visible_to_any(&task->problem->shape, &task->sequence, rows);
+    return count_of(intersection(visible, keys)) > 0;
 }
 
 /* Whether a loop over tiles goes on with this one. */
@@ -98,11 +103,12 @@ static bool is_next(const struct task *task, struct range tile)
 
 /* ---- Rows ------------------------------------------------------------------------------------ */
 
-/* That of a row of the tile in lse or dlse [batch, heads_q, seqlen_q]. */
+/* That of a row of the tile in lse or dlse. */
 static float element_of_row(const struct task *task, const struct fa_tensor *tensor, int64_t row)
 {
     float value;
-    const int64_t offset = fa_offset(tensor, task->batch, task->head, task->rows.begin + row);
+    const int64_t offset =
+        fa_lse_offset(tensor, task->sequence.q, task->rows.begin + row, task->head);
     fa_load_row(tensor, offset, 1, 1, &value);
     return value;
 }
@@ -110,7 +116,7 @@ static float element_of_row(const struct task *task, const struct fa_tensor *ten
 static double dout_dot_out(const struct task *task, int64_t row)
 {
     const struct fa_tensor *out = &task->problem->out;
-    const int64_t offset = fa_offset(out, task->batch, task->rows.begin + row, task->head);
+    const int64_t offset = fa_row_offset(out, task->sequence.q, task->rows.begin + row, task->head);
     float *out_row = task->part; /* not in use yet */
     fa_load_row(out, offset, task->problem->shape.head_dim_v, task->width_v, out_row);
     return fa_dot(task->dO + row * task->width_v, out_row, task->width_v);
@@ -149,7 +155,8 @@ static bool has_weight(const struct row *row) { return row->softmax.sum != 0; }
 /* The keys of the tile that a row of the tile sees. */
 static struct range keys_of(const struct task *task, int64_t row)
 {
-    return intersection(visible_keys(&task->problem->shape, task->rows.begin + row), task->keys);
+    const struct fa_shape *shape = &task->problem->shape;
+    return intersection(visible_keys(shape, &task->sequence, task->rows.begin + row), task->keys);
 }
 
 /* A pair's weight p and the gradient ds of q . k. */
@@ -183,13 +190,13 @@ static void add_part(const struct task *task)
 
 static int64_t tile_count(int64_t n) { return (n + TILE - 1) / TILE; }
 
-/* Tile `index` of [batch, heads, tiles] in rows of `all`; returns the head. */
-static int64_t locate(struct task *task, int64_t index, int64_t heads, struct range all,
-                      struct range *tile)
+/* Tile `index` of [batch, heads, tiles], where tiles are those of the longest sequence. Returns the
+ * head, and the tile in rows of `all`: none where the sequence is shorter. */
+static int64_t locate(struct task *task, int64_t index, int64_t heads, int64_t tiles,
+                      struct range (*all)(const struct task *task), struct range *tile)
 {
-    const int64_t tiles = tile_count(all.end);
-    task->batch = index / tiles / heads;
-    *tile = tile_from(all, index % tiles * TILE, TILE);
+    task->sequence = fa_sequence(task->problem, index / tiles / heads);
+    *tile = tile_from(all(task), index % tiles * TILE, TILE);
     return index / tiles % heads;
 }
 
@@ -218,7 +225,7 @@ static void describe_rows(struct task *task, struct range visible)
 {
     const struct fa_shape *shape = &task->problem->shape;
     for (int64_t row = 0; row < count_of(task->rows) && !fa_has_ended(task->worker); row++) {
-        struct range keys = visible_keys(shape, task->rows.begin + row);
+        struct range keys = visible_keys(shape, &task->sequence, task->rows.begin + row);
         const int64_t first = row * count_of(visible) + keys.begin - visible.begin;
         task->of_row[row] =
             describe_row(task, row, task->S + first, task->dP + first, count_of(keys));
@@ -266,10 +273,13 @@ static void compute_dq(struct task *task, int64_t index)
 {
     const struct fa_shape *shape = &task->problem->shape;
     struct range rows;
-    const int64_t head = locate(task, index, shape->heads_q, all_rows(task), &rows);
+    const int64_t tiles = tile_count(task->longest.q);
+    const int64_t head = locate(task, index, shape->heads_q, tiles, all_rows, &rows);
+    if (count_of(rows) <= 0)
+        return;
     task->head_kv = head / fa_heads_per_kv(shape);
     load_queries(task, head, rows);
-    struct range visible = visible_to_any(shape, rows);
+    struct range visible = visible_to_any(shape, &task->sequence, rows);
     compute_scores(task, visible);
     describe_rows(task, visible);
     clear(task, task->sums);
@@ -280,7 +290,7 @@ static void compute_dq(struct task *task, int64_t index)
         add_to_dQ(task, visible, task->part);
         add_part(task);
     }
-    fa_store_rows(&task->gradients->dq, task->batch, rows, head, task->sums);
+    fa_store_rows(&task->gradients->dq, task->sequence.q, rows, head, task->sums);
 }
 
 static void compute_dk_dv(struct task *task, int64_t index)
@@ -289,7 +299,10 @@ static void compute_dk_dv(struct task *task, int64_t index)
     const int64_t dv = TILE * task->width; /* dK is followed by dV */
     const int heads_per_kv = fa_heads_per_kv(shape);
     struct range keys;
-    task->head_kv = locate(task, index, shape->heads_kv, all_keys(task), &keys);
+    const int64_t tiles = tile_count(task->longest.k);
+    task->head_kv = locate(task, index, shape->heads_kv, tiles, all_keys, &keys);
+    if (count_of(keys) <= 0)
+        return;
     load_keys(task, keys);
     clear(task, task->sums);
     for (int64_t i = 0; i < heads_per_kv; i++) {
@@ -303,8 +316,8 @@ static void compute_dk_dv(struct task *task, int64_t index)
             add_part(task);
         }
     }
-    fa_store_rows(&task->gradients->dk, task->batch, keys, task->head_kv, task->sums);
-    fa_store_rows(&task->gradients->dv, task->batch, keys, task->head_kv, task->sums + dv);
+    fa_store_rows(&task->gradients->dk, task->sequence.k, keys, task->head_kv, task->sums);
+    fa_store_rows(&task->gradients->dv, task->sequence.k, keys, task->head_kv, task->sums + dv);
 }
 
 static void compute_dsink(struct task *task, int64_t head)
@@ -314,8 +327,9 @@ static void compute_dsink(struct task *task, int64_t head)
     const float sink = sink_of(task->problem, head);
     double sum = 0;
     for (int64_t batch = 0; batch < shape->batch; batch++) {
-        const struct row *of_row = rows_of_head(task, batch, head);
-        for (int64_t row = 0; row < shape->seqlen_q; row++)
+        task->sequence = fa_sequence(task->problem, batch);
+        const struct row *of_row = rows_of_head(task, head);
+        for (int64_t row = 0; row < task->sequence.q.length; row++)
             if (has_weight(&of_row[row]))
                 sum -= weight_of(of_row[row].softmax, sink) * of_row[row].delta;
     }
@@ -328,6 +342,7 @@ static void compute_dsink(struct task *task, int64_t head)
 struct call {
     const struct fa_problem *problem;
     const struct fa_gradients *gradients;
+    struct lengths longest;
     struct row *rows;
     void (*compute)(struct task *task, int64_t index);
 };
@@ -339,12 +354,13 @@ static int run_task(void *context, int64_t index, struct fa_worker *worker)
         .problem = call->problem,
         .gradients = call->gradients,
         .worker = worker,
+        .longest = call->longest,
         .of_call = call->rows,
         .width = fa_width(call->problem->shape.head_dim),
         .width_v = fa_width(call->problem->shape.head_dim_v),
     };
     const int64_t both = TILE * (task.width + task.width_v);
-    const int64_t pairs = call->compute == compute_dq ? TILE * call->problem->shape.seqlen_k : 0;
+    const int64_t pairs = call->compute == compute_dq ? TILE * call->longest.k : 0;
     double *memory =
         malloc((size_t)(2 * pairs) * sizeof(double) + (size_t)(4 * both) * sizeof(float));
     if (memory == NULL)
@@ -366,11 +382,11 @@ int fa_cpu_backward(const struct fa_problem *problem, const struct fa_gradients 
                     struct fa_threads *threads)
 {
     const struct fa_shape *shape = &problem->shape;
-    const int64_t rows = shape->batch * shape->heads_q * tile_count(shape->seqlen_q);
-    const int64_t keys = shape->batch * shape->heads_kv * tile_count(shape->seqlen_k);
-    struct call call = {.problem = problem, .gradients = gradients, .compute = compute_dq};
-    call.rows =
-        malloc((size_t)(shape->batch * shape->heads_q * shape->seqlen_q) * sizeof *call.rows);
+    const struct lengths longest = fa_longest(problem);
+    const int64_t rows = shape->batch * shape->heads_q * tile_count(longest.q);
+    const int64_t keys = shape->batch * shape->heads_kv * tile_count(longest.k);
+    struct call call = {problem, gradients, longest, NULL, compute_dq};
+    call.rows = malloc((size_t)(shape->heads_q * fa_shape_rows_q(shape)) * sizeof *call.rows);
     if (call.rows == NULL)
         return FA_OUT_OF_MEMORY;
     int status = fa_parallel_for(rows, threads, run_task, &call);

@@ -4,7 +4,7 @@
  *     p_j = exp(s_j) / sum_j exp(s_j)             over the keys that i sees (and the sink's exp)
  *     out_i = sum_j p_j v_j                       lse_i = log(sum_j exp(s_j))
  *
- * One task computes a block of ROWS query rows of one head of one batch entry. It keeps all their
+ * One task computes a block of ROWS query rows of one head of one sequence. It keeps all their
  * scores, so that every step is a whole pass over the keys; K and V pass through a tile of KEYS
  * rows in fp32, converted once for all rows of the block.
  *
@@ -27,7 +27,8 @@ enum {
 
 struct block { /* what one task works on */
     const struct fa_problem *problem;
-    int64_t batch, head, head_kv;
+    struct sequence sequence;
+    int64_t head, head_kv;
     struct range rows, keys; /* the keys from the first to the last one that any row sees */
     int width, width_v;      /* head_dim and head_dim_v, padded */
     float *Q;                /* [rows, width] */
@@ -49,7 +50,7 @@ static double *scores_of(const struct block *block, int64_t row)
 
 static struct range keys_of(const struct block *block, int64_t row)
 {
-    return visible_keys(&block->problem->shape, row);
+    return visible_keys(&block->problem->shape, &block->sequence, row);
 }
 
 /* The keys of the block that pass through the tile next, from key `from` on. */
@@ -70,7 +71,7 @@ static void compute_scores(struct block *block)
     const struct fa_problem *problem = block->problem;
     struct range tile = next_tile(block, 0);
     for (; is_next(block, tile); tile = next_tile(block, tile.end)) {
-        fa_load_rows(&problem->k, block->batch, tile, block->head_kv, block->tile);
+        fa_load_rows(&problem->k, block->sequence.k, tile, block->head_kv, block->tile);
         for (int64_t row = block->rows.begin; row < block->rows.end; row++) {
             const float *q = block->Q + (row - block->rows.begin) * block->width;
             double *scores = scores_of(block, row);
@@ -117,7 +118,7 @@ static void weigh_values(struct block *block)
     memset(block->O, 0, (size_t)(count_of(block->rows) * block->width_v) * sizeof *block->O);
     struct range tile = next_tile(block, 0);
     for (; is_next(block, tile); tile = next_tile(block, tile.end)) {
-        fa_load_rows(&block->problem->v, block->batch, tile, block->head_kv, block->tile);
+        fa_load_rows(&block->problem->v, block->sequence.k, tile, block->head_kv, block->tile);
         for (int64_t row = block->rows.begin; row < block->rows.end; row++)
             weigh_tile(block, tile, row);
     }
@@ -126,43 +127,46 @@ static void weigh_values(struct block *block)
 static void store(const struct block *block)
 {
     const struct fa_tensor *out = &block->problem->out, *lse = &block->problem->lse;
-    fa_store_rows(out, block->batch, block->rows, block->head, block->O);
+    fa_store_rows(out, block->sequence.q, block->rows, block->head, block->O);
     for (int64_t row = block->rows.begin; lse->object != NULL && row < block->rows.end; row++) {
         const float value = lse_of(block->softmax[row - block->rows.begin]);
-        fa_store_row(lse, fa_offset(lse, block->batch, block->head, row), 1, &value);
+        fa_store_row(lse, fa_lse_offset(lse, block->sequence.q, row, block->head), 1, &value);
     }
 }
 
 /* ---- Tasks ----------------------------------------------------------------------------------- */
 
-static int64_t row_blocks(const struct fa_shape *shape)
-{
-    return ((int64_t)shape->seqlen_q + ROWS - 1) / ROWS;
-}
+struct call {
+    const struct fa_problem *problem;
+    int64_t row_blocks; /* of the longest sequence */
+};
 
-/* Block `index` of [batch, heads_q, row_blocks]. */
-static struct block locate(const struct fa_problem *problem, int64_t index)
+/* Block `index` of [batch, heads_q, row_blocks]; it has no rows where its sequence is shorter. */
+static struct block locate(const struct call *call, int64_t index)
 {
+    const struct fa_problem *problem = call->problem;
     const struct fa_shape *shape = &problem->shape;
-    const int64_t head_index = index / row_blocks(shape);
+    const int64_t head_index = index / call->row_blocks;
     struct block block = {
         .problem = problem,
-        .batch = head_index / shape->heads_q,
+        .sequence = fa_sequence(problem, head_index / shape->heads_q),
         .head = head_index % shape->heads_q,
         .width = fa_width(shape->head_dim),
         .width_v = fa_width(shape->head_dim_v),
     };
     block.head_kv = block.head / fa_heads_per_kv(shape);
-    block.rows =
-        tile_from((struct range){0, shape->seqlen_q}, index % row_blocks(shape) * ROWS, ROWS);
-    block.keys = visible_to_any(shape, block.rows);
+    block.rows = tile_from((struct range){0, block.sequence.q.length},
+                           index % call->row_blocks * ROWS, ROWS);
+    block.keys = visible_to_any(shape, &block.sequence, block.rows);
     return block;
 }
 
-static int compute_block(void *problem, int64_t index, struct fa_worker *worker)
+static int compute_block(void *context, int64_t index, struct fa_worker *worker)
 {
-    struct block block = locate(problem, index);
+    struct block block = locate(context, index);
     const int64_t rows = count_of(block.rows);
+    if (rows <= 0)
+        return 0;
     const int64_t tile_size = KEYS * max64(block.width, block.width_v);
     const int64_t doubles = rows * (count_of(block.keys) + 2); /* S and softmax */
     const int64_t floats = rows * (block.width + block.width_v) + tile_size + block.width_v;
@@ -177,7 +181,7 @@ static int compute_block(void *problem, int64_t index, struct fa_worker *worker)
     block.O = block.tile + tile_size;
     block.part = block.O + rows * block.width_v;
 
-    fa_load_rows(&block.problem->q, block.batch, block.rows, block.head, block.Q);
+    fa_load_rows(&block.problem->q, block.sequence.q, block.rows, block.head, block.Q);
     compute_scores(&block);
     compute_softmax(&block);
     weigh_values(&block);
@@ -187,9 +191,28 @@ static int compute_block(void *problem, int64_t index, struct fa_worker *worker)
     return 0;
 }
 
+/* Rows that no sequence has: 0, and an lse of -inf. Those of sequences are overwritten. */
+static void fill_rows(const struct fa_problem *problem)
+{
+    static const float zeros[FA_MAX_HEAD_DIM], nothing = -INFINITY;
+    const struct fa_shape *shape = &problem->shape;
+    const struct fa_tensor *out = &problem->out, *lse = &problem->lse;
+    struct side all = {.length = shape->is_packed_q ? shape->total_q : shape->seqlen_q};
+    for (; all.batch < (shape->is_packed_q ? 1 : shape->batch); all.batch++)
+        for (int64_t head = 0; head < shape->heads_q; head++)
+            for (int64_t row = 0; row < all.length; row++) {
+                fa_store_row(out, fa_row_offset(out, all, row, head), shape->head_dim_v, zeros);
+                if (lse->object)
+                    fa_store_row(lse, fa_lse_offset(lse, all, row, head), 1, &nothing);
+            }
+}
+
 int fa_cpu_forward(const struct fa_problem *problem, struct fa_threads *threads)
 {
     const struct fa_shape *shape = &problem->shape;
-    int64_t tasks = shape->batch * row_blocks(shape) * shape->heads_q;
-    return fa_parallel_for(tasks, threads, compute_block, (void *)problem);
+    struct call call = {problem, (fa_longest(problem).q + ROWS - 1) / ROWS};
+    const int64_t tasks = shape->batch * call.row_blocks * shape->heads_q;
+    if (shape->is_varlen)
+        fill_rows(problem);
+    return fa_parallel_for(tasks, threads, compute_block, &call);
 }

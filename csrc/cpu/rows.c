@@ -67,9 +67,17 @@ static uint16_t to_float16(float value)
 
 int fa_width(int n) { return (n + FA_LANES - 1) / FA_LANES * FA_LANES; }
 
-int64_t fa_offset(const struct fa_tensor *tensor, int64_t i, int64_t j, int64_t l)
+int64_t fa_row_offset(const struct fa_tensor *tensor, struct side side, int64_t row, int64_t head)
 {
-    return i * tensor->stride[0] + j * tensor->stride[1] + l * tensor->stride[2];
+    const struct fa_strides stride = fa_tensor_strides(tensor);
+    return side.batch * stride.batch + (side.begin + row) * stride.seqlen + head * stride.head;
+}
+
+int64_t fa_lse_offset(const struct fa_tensor *tensor, struct side side, int64_t row, int64_t head)
+{
+    const int64_t *inner = &tensor->stride[tensor->ndim - 2];
+    const int64_t batch = tensor->ndim == 3 ? side.batch * inner[-1] : 0;
+    return batch + head * inner[0] + (side.begin + row) * inner[1];
 }
 
 void fa_load_row(const struct fa_tensor *tensor, int64_t offset, int n, int width, float *row)
@@ -102,20 +110,20 @@ void fa_store_row(const struct fa_tensor *tensor, int64_t offset, int n, const f
     }
 }
 
-void fa_load_rows(const struct fa_tensor *tensor, int64_t batch, struct range rows, int64_t head,
+void fa_load_rows(const struct fa_tensor *tensor, struct side side, struct range rows, int64_t head,
                   float *matrix)
 {
-    const int n = (int)tensor->shape[3], width = fa_width(n);
+    const int n = (int)tensor->shape[tensor->ndim - 1], width = fa_width(n);
     for (int64_t row = rows.begin; row < rows.end; row++, matrix += width)
-        fa_load_row(tensor, fa_offset(tensor, batch, row, head), n, width, matrix);
+        fa_load_row(tensor, fa_row_offset(tensor, side, row, head), n, width, matrix);
 }
 
-void fa_store_rows(const struct fa_tensor *tensor, int64_t batch, struct range rows, int64_t head,
-                   const float *matrix)
+void fa_store_rows(const struct fa_tensor *tensor, struct side side, struct range rows,
+                   int64_t head, const float *matrix)
 {
-    const int n = (int)tensor->shape[3], width = fa_width(n);
+    const int n = (int)tensor->shape[tensor->ndim - 1], width = fa_width(n);
     for (int64_t row = rows.begin; row < rows.end; row++, matrix += width)
-        fa_store_row(tensor, fa_offset(tensor, batch, row, head), n, matrix);
+        fa_store_row(tensor, fa_row_offset(tensor, side, row, head), n, matrix);
 }
 
 /* ---- Arithmetic ------------------------------------------------------------------------------ */

@@ -45,19 +45,29 @@ static inline struct range tile_from(struct range range, int64_t from, int size)
 /* n, padded. */
 int fa_width(int n);
 
-/* Where the vector [i, j, l, :] starts, in elements. */
-int64_t fa_offset(const struct fa_tensor *tensor, int64_t i, int64_t j, int64_t l);
+/* Where the rows of a sequence are in a tensor [batch, seqlen, heads, n], or [total, heads, n]. */
+struct side {
+    int64_t batch;  /* 0 where the tensor is packed */
+    int64_t begin;  /* its first row there; else 0 */
+    int64_t length; /* how many there are */
+};
+
+/* Where a row of a head starts, in elements. */
+int64_t fa_row_offset(const struct fa_tensor *tensor, struct side side, int64_t row, int64_t head);
+
+/* And its number in a tensor like lse, [batch, heads, seqlen] or [heads, total]. */
+int64_t fa_lse_offset(const struct fa_tensor *tensor, struct side side, int64_t row, int64_t head);
 
 /* n elements from `offset` on as fp32, then zeros up to `width`. */
 void fa_load_row(const struct fa_tensor *tensor, int64_t offset, int n, int width, float *row);
 
 void fa_store_row(const struct fa_tensor *tensor, int64_t offset, int n, const float *row);
 
-/* Rows of one head of a tensor [batch, seqlen, heads, n]: a matrix [rows, fa_width(n)]. */
-void fa_load_rows(const struct fa_tensor *tensor, int64_t batch, struct range rows, int64_t head,
+/* Rows of a sequence, of one head: a matrix [rows, fa_width(n)]. */
+void fa_load_rows(const struct fa_tensor *tensor, struct side side, struct range rows, int64_t head,
                   float *matrix);
-void fa_store_rows(const struct fa_tensor *tensor, int64_t batch, struct range rows, int64_t head,
-                   const float *matrix);
+void fa_store_rows(const struct fa_tensor *tensor, struct side side, struct range rows,
+                   int64_t head, const float *matrix);
 
 /* ---- arithmetic ------------------------------------------------------------------------------ */
 

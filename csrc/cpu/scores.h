@@ -11,24 +11,27 @@
 
 #include "../problem.h"
 #include "rows.h"
+#include "sequence.h"
 
 /* The mask, as attention_mask in kernels/mask.cuh: the keys that a query row sees, a window around
  * the key on its diagonal, cut to the keys that exist. FA_UNBOUNDED needs no special case: in 64
  * bits it reaches past every end that 32 bits can hold. Both ends only grow with the row, those of
  * empty ranges too. */
-static inline struct range visible_keys(const struct fa_shape *shape, int64_t row)
+static inline struct range visible_keys(const struct fa_shape *shape,
+                                        const struct sequence *sequence, int64_t row)
 {
-    int64_t diagonal = row + shape->seqlen_k - shape->seqlen_q;
-    int64_t begin = clamp(diagonal - shape->window_left, 0, shape->seqlen_k);
-    int64_t end = clamp(diagonal + shape->window_right + 1, begin, shape->seqlen_k);
+    const int64_t keys = sequence->k.length, diagonal = row + keys - sequence->q.length;
+    int64_t begin = clamp(diagonal - shape->window_left, 0, keys);
+    int64_t end = clamp(diagonal + shape->window_right + 1, begin, keys);
     return (struct range){begin, end};
 }
 
 /* From the first to the last key that any of the rows sees. */
-static inline struct range visible_to_any(const struct fa_shape *shape, struct range rows)
+static inline struct range visible_to_any(const struct fa_shape *shape,
+                                          const struct sequence *sequence, struct range rows)
 {
-    return (struct range){visible_keys(shape, rows.begin).begin,
-                          visible_keys(shape, rows.end - 1).end};
+    return (struct range){visible_keys(shape, sequence, rows.begin).begin,
+                          visible_keys(shape, sequence, rows.end - 1).end};
 }
 
 static inline double softcapped(const struct fa_shape *shape, double score)

@@ -103,15 +103,19 @@ def test_stubs_are_exact():
 
 
 def test_functions_pass_every_option_on():
-    """A row of csrc/options.h is a parameter of flash_attn_func, with the same default."""
+    """A row of csrc/options.h is a parameter of both functions, with the same default; lengths are
+    of flash_attn_varlen_func alone."""
     import inspect
 
-    from flash_attn_sm120 import _C, flash_attn_func
+    from flash_attn_sm120 import _C, flash_attn_func, flash_attn_varlen_func
 
-    public = inspect.signature(flash_attn_func).parameters
-    for parameter in inspect.signature(_C.forward).parameters.values():
+    dense = inspect.signature(flash_attn_func).parameters
+    varlen = inspect.signature(flash_attn_varlen_func).parameters
+    for name, parameter in inspect.signature(_C.forward).parameters.items():
         if parameter.kind.name == "KEYWORD_ONLY":
-            assert public[parameter.name].default == parameter.default, parameter.name
+            assert varlen[name].default == parameter.default, name
+            is_length = name.startswith(("cu_seqlens", "max_seqlen", "seqused", "page_table"))
+            assert is_length or dense[name].default == parameter.default, name
 
 
 @pytest.mark.parametrize("path", KERNELS, ids=lambda p: p.name)

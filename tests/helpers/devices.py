@@ -88,6 +88,13 @@ DEVICES = [CPU, EMULATOR, with_large_tiles(EMULATOR, dtypes=(torch.float16,))]
 DEVICES += [CUDA, with_large_tiles(CUDA)]
 
 
+def writable(tensor):
+    """The emulator lets launches write to what says so, and to nothing else."""
+    if isinstance(tensor, EmulatedTensor):
+        tensor.writable = True
+    return tensor
+
+
 def params_of(*devices):
     """The parameters of a fixture of devices; conftest.py leaves out those that are missing."""
     return [pytest.param(device, id=device.name) for device in devices]

@@ -6,7 +6,7 @@ import torch
 
 from flash_attn_sm120 import flash_attn_func
 from helpers.capsules import READ_ONLY, Capsule, Producer
-from helpers.devices import CPU, EMULATOR, params_of
+from helpers.devices import CPU, EMULATOR, params_of, writable
 
 GUARD = -7.0  # around results, and still there afterwards
 SHAPE = (2, 33, 4, 40)  # of out; head_dim is 64, two KV heads
@@ -44,13 +44,6 @@ def result_like(device, q, x):
     """`x` in the dtype of q on the device, for a call to write to."""
     x = device.place(x.to(q.dtype))
     return writable(x)
-
-
-def writable(x):
-    """The emulator lets launches write to what says so, and to nothing else."""
-    if isinstance(x, EMULATOR.tensor_class):
-        x.writable = True
-    return x
 
 
 def _contiguous(x):
