@@ -22,7 +22,8 @@ int fa_following_set(struct fa_following *following, PyObject *plain_types, PyOb
                      PyObject *forward_ad);
 
 /* 1 where every tensor is plain (NULL counts as that), the first has memory, and torch has nothing
- * switched on by which it follows calls; 0 where Python has to look closer; -1 with the exception set. */
+ * switched on by which it follows calls; 0 where Python has to look closer; -1 with the exception
+ * set. */
 int fa_following_is_plain_call(const struct fa_following *following, PyObject *const *tensors,
                                int count);
 

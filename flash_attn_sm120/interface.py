@@ -225,8 +225,8 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: ``(batch + 1,)`` int32, contiguous, on the device of ``q``:
             sequence ``b`` has the rows from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
         max_seqlen_q, max_seqlen_k: no sequence is longer. A bound makes grids smaller where a side
-            is packed, and has no effect where it is not; None: all rows of the tensor. Results of
-            sequences that are longer are undefined, and nothing outside the tensors is touched.
+            is packed, and has no effect where it is not; None: all rows of the tensor. Of a longer
+            sequence CUDA uses so many first rows, as with ``seqused``; the CPU raises ValueError.
         seqused_q, seqused_k: ``(batch,)`` int32: only so many of a sequence's first rows are used.
         softmax_scale, learnable_sink, softcap, pack_gqa, deterministic, return_lse: as in
             :func:`flash_attn_func`.
@@ -294,7 +294,6 @@ def flash_attn_varlen_func(
     if not (
         is_dynamo_compiling()
         or _is_any_autocast_enabled()
-        or profiler._is_profiler_enabled
         or (is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink))
     ):
         results = _C.forward_if_plain(
@@ -352,19 +351,18 @@ def _attend(
     k: Tensor,
     v: Tensor,
     learnable_sink: Tensor | None,
-    lengths: dict[str, Tensor | None],
+    lengths: dict[str, Tensor | None],  # empty where the call has none
     options: ScalarOptions,
     return_lse: bool,
     out: Tensor | None,
     lse: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """A call that is more than plain inference: cast first, recorded by autograd, or followed by
-    torch; ``lengths`` is empty where it has none."""
+    """A call that is more than plain inference: by an operator, by autograd, or cast first."""
     in_place = out is not None or lse is not None
-    by_operator = (
-        is_followed(q, k, v, learnable_sink, out, lse, *lengths.values())
-        or profiler._is_profiler_enabled
-        and not (in_place or lengths)
+    by_operator = is_followed(q, k, v, learnable_sink, *lengths.values()) or (
+        is_followed(q, k, v, out, lse)
+        if in_place
+        else profiler._is_profiler_enabled and not lengths
     )
     if not by_operator and _is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v)
@@ -372,17 +370,27 @@ def _attend(
         not by_operator and is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink)
     )
     if not (by_operator or by_autograd):
-        tensors = {"learnable_sink": learnable_sink, "out": out, "lse": lse, **lengths}
-        results = _C.forward(q, k, v, return_lse=return_lse, **tensors, **options)
+        results = _C.forward(
+            q,
+            k,
+            v,
+            learnable_sink=learnable_sink,
+            return_lse=return_lse,
+            out=out,
+            lse=lse,
+            **options,
+            **lengths,
+        )
         if in_place:
             autograd.written_in_place(out, lse)
         return results
     if in_place:
         raise RuntimeError(
-            f"{function}(out=, lse=) does not support automatic differentiation, nor what else "
-            "torch follows a call by (torch.compile, torch.func, modes, subclasses, lazy negation)"
+            f"{function}(..., out=, lse=) does not support automatic differentiation, nor "
+            "anything else by which torch follows a call (torch.compile, torch.func, modes, tensor "
+            "subclasses, lazy negation): leave them out, or call it under torch.no_grad()"
         )
-    if by_autograd:
+    if not by_operator:
         return autograd.attend(q, k, v, learnable_sink, lengths, options, return_lse)
     if lengths:
         raise NotImplementedError(
