@@ -33,21 +33,49 @@ static int read_options(struct fa_state *state, const struct method *method,
 
 /* ---- methods --------------------------------------------------------------------------------- */
 
+/* (out, lse) of a call whose options have been read; releases the problem. */
+static PyObject *run_forward(struct fa_state *state, PyObject *const qkv[3],
+                             struct fa_problem *problem)
+{
+    PyObject *result = NULL;
+    if (fa_problem_read(&state->dlpack, qkv, FA_READ_DATA, problem) == 0 &&
+        fa_problem_set_results(&state->dlpack, problem) == 0 &&
+        fa_attention_forward(state, problem) == 0)
+        result = PyTuple_Pack(2, problem->out.object,
+                              problem->lse.object ? problem->lse.object : Py_None);
+    fa_problem_release(problem);
+    return result;
+}
+
 static PyObject *forward(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
                          PyObject *kwnames)
 {
     static const struct method METHOD = {"forward", FA_METHOD_FORWARD, 3};
     struct fa_state *state = PyModule_GetState(module);
     struct fa_problem problem;
-    PyObject *result = NULL;
-    if (read_options(state, &METHOD, arguments, count, kwnames, &problem) == 0 &&
-        fa_problem_read(&state->dlpack, arguments, FA_READ_DATA, &problem) == 0 &&
-        fa_problem_set_results(&state->dlpack, &problem) == 0 &&
-        fa_attention_forward(state, &problem) == 0)
-        result =
-            PyTuple_Pack(2, problem.out.object, problem.lse.object ? problem.lse.object : Py_None);
-    fa_problem_release(&problem);
-    return result;
+    if (read_options(state, &METHOD, arguments, count, kwnames, &problem) < 0)
+        return NULL;
+    return run_forward(state, arguments, &problem);
+}
+
+static PyObject *forward_if_plain(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
+                                  PyObject *kwnames)
+{
+    static const struct method METHOD = {"forward_if_plain", FA_METHOD_FORWARD, 3};
+    struct fa_state *state = PyModule_GetState(module);
+    struct fa_problem problem;
+    if (read_options(state, &METHOD, arguments, count, kwnames, &problem) < 0)
+        return NULL;
+    const struct fa_options *options = &problem.options;
+    PyObject *const tensors[] = {
+        arguments[0],       arguments[1],      arguments[2],          options->learnable_sink,
+        options->out,       options->lse,      options->cu_seqlens_q, options->cu_seqlens_k,
+        options->seqused_q, options->seqused_k};
+    const int is_plain =
+        fa_following_is_plain_call(&state->following, tensors, sizeof tensors / sizeof *tensors);
+    if (is_plain <= 0)
+        return is_plain < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    return run_forward(state, arguments, &problem);
 }
 
 static PyObject *backward(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
@@ -99,6 +127,16 @@ static PyObject *explain_backward(PyObject *module, PyObject *const *arguments, 
     return explain_direction(module, &METHOD, FA_BACKWARD, arguments, count, kwnames);
 }
 
+static PyObject *follow(PyObject *module, PyObject *arguments)
+{
+    struct fa_state *state = PyModule_GetState(module);
+    PyObject *plain_types, *questions, *forward_ad;
+    if (!PyArg_ParseTuple(arguments, "OOO:follow", &plain_types, &questions, &forward_ad) ||
+        fa_following_set(&state->following, plain_types, questions, forward_ad) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *devices(PyObject *module, PyObject *Py_UNUSED(unused))
 {
     struct fa_state *state = PyModule_GetState(module);
@@ -140,6 +178,9 @@ static PyObject *tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(un
 static PyMethodDef METHODS[] = {
     FAST_METHOD(forward, "forward($module, q, k, v, /, *" CALL_OPTIONS RESULT_OPTIONS ")\n--\n\n"
                          "(out, lse) of a call; the options are those of flash_attn_func."),
+    FAST_METHOD(forward_if_plain,
+                "forward_if_plain($module, q, k, v, /, *" CALL_OPTIONS RESULT_OPTIONS ")\n--\n\n"
+                "The same, or NotImplemented where torch may follow the call: see follow()."),
     FAST_METHOD(backward, "backward($module, dout, q, k, v, out, lse, dlse, /, *" CALL_OPTIONS
                           ")\n--\n\n(dq, dk, dv, dsink) of a call; dlse and dsink may be None."),
     FAST_METHOD(explain, "explain($module, q, k, v, /, *" CALL_OPTIONS PLAN_OPTIONS ")\n--\n\n"
@@ -147,6 +188,9 @@ static PyMethodDef METHODS[] = {
     FAST_METHOD(explain_backward,
                 "explain_backward($module, q, k, v, /, *" CALL_OPTIONS PLAN_OPTIONS ")\n--\n\n"
                 "The plan of the backward of a call: a dict."),
+    {"follow", follow, METH_VARARGS,
+     "follow($module, plain_types, questions, forward_ad, /)\n--\n\n"
+     "Tells what forward_if_plain() asks: see flash_attn_sm120/following.py."},
     {"devices", devices, METH_NOARGS,
      "devices($module, /)\n--\n\n(driver version, [device, ...])."},
     {"counts", counts, METH_NOARGS,

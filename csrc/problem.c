@@ -208,8 +208,9 @@ static int read_sink(struct fa_dlpack *dlpack, struct fa_problem *problem)
     return check_device(&problem->q, sink, "learnable_sink");
 }
 
-/* Sizes of a result: [batch, seqlen_q, heads_q, head_dim_v] of out, [batch, heads_q, seqlen_q] of
- * its lse, or as they are where q is packed. Their number. */
+/* Sizes of a result, and how many there are: of out [batch, seqlen_q, heads_q, head_dim_v], where q
+ * is packed [total_q, heads_q, head_dim_v]; of lse [batch, heads_q, seqlen_q] or [heads_q,
+ * total_q]. */
 static int sizes_of_out(const struct fa_shape *shape, int64_t sizes[FA_MAX_NDIM])
 {
     int count = 0;
@@ -231,8 +232,7 @@ static int sizes_of_lse(const struct fa_shape *shape, int64_t sizes[FA_MAX_NDIM]
     return count;
 }
 
-/* `meanings`: of four dimensions, or of the last three where q is packed, the first of which, or of
- * the lse the last, is q's total then. */
+/* `meanings`: what the dimensions are, for messages. */
 static int check_sizes(const struct fa_tensor *tensor, const char *name, const int64_t *sizes,
                        const char *const *meanings)
 {

@@ -16,13 +16,14 @@ int fa_state_traverse(struct fa_state *state, visitproc visit, void *arg)
     Py_VISIT(state->kernels.jit);
     for (int i = 0; i < state->dlpack.type_count; i++)
         Py_VISIT(state->dlpack.types[i].type);
-    return 0;
+    return fa_following_traverse(&state->following, visit, arg);
 }
 
 void fa_state_clear(struct fa_state *state)
 {
     Py_CLEAR(state->dlpack.frameworks);
     Py_CLEAR(state->kernels.jit);
+    fa_following_clear(&state->following);
     while (state->dlpack.type_count > 0) {
         state->dlpack.type_count--; /* Py_CLEAR may evaluate its argument twice */
         Py_CLEAR(state->dlpack.types[state->dlpack.type_count].type);

@@ -3,6 +3,7 @@
 #define FA_STATE_H
 
 #include "driver.h"
+#include "following.h"
 #include "kernel_table.h"
 #include "options.h"
 #include "plan_cache.h"
@@ -15,6 +16,7 @@ struct fa_state {
     struct fa_settings settings;
     struct fa_option_names option_names;
     struct fa_dlpack dlpack;
+    struct fa_following following;
     struct fa_driver driver;
     struct fa_kernel_table kernels;
     struct fa_plan_cache plans;

@@ -1,4 +1,4 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 class Device(TypedDict):
@@ -34,6 +34,31 @@ def forward(
     out: Any | None = None,
     lse: Any | None = None,
 ) -> tuple[Any, Any | None]: ...
+def forward_if_plain(
+    q: Any,
+    k: Any,
+    v: Any,
+    /,
+    *,
+    cu_seqlens_q: Any | None = None,
+    cu_seqlens_k: Any | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    seqused_q: Any | None = None,
+    seqused_k: Any | None = None,
+    page_table: Any | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Sequence[int | None] | None = (None, None),
+    learnable_sink: Any | None = None,
+    softcap: float = 0.0,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    out: Any | None = None,
+    lse: Any | None = None,
+) -> Any: ...
 def backward(
     dout: Any,
     q: Any,
@@ -106,6 +131,12 @@ def explain_backward(
     deterministic: bool = False,
     arch: int | None = None,
 ) -> dict[str, Any]: ...
+def follow(
+    plain_types: tuple[type, ...],
+    questions: tuple[Callable[[], Any], ...],
+    forward_ad: dict[str, Any],
+    /,
+) -> None: ...
 def devices() -> tuple[int, list[Device]]: ...
 def counts() -> dict[str, int]: ...
 def use_tiles(rows: Sequence[tuple[int, ...]], /) -> None: ...

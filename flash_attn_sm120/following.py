@@ -1,6 +1,8 @@
 """Whether torch follows a call: then it goes through the operators of ops.py, else straight to C.
 
-Every call pays for this test, so each question is the cheapest one that torch answers.
+Every call pays for this test, so each question is the cheapest one that torch answers, and C asks
+most of them: _C.forward_if_plain() computes a call that is surely not followed, and leaves all
+others to is_followed().
 """
 
 from __future__ import annotations
@@ -20,6 +22,19 @@ from torch._C import (
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling
+
+from flash_attn_sm120 import _C
+
+_C.follow(
+    (Tensor, torch.nn.Parameter),
+    (
+        _len_torch_dispatch_stack,
+        _are_functorch_transforms_active,
+        _is_tracing,
+        _is_torch_function_mode_enabled,
+    ),
+    vars(forward_ad),
+)
 
 
 def is_followed(q: Any, k: Any, v: Any, other: Any = None, *others: Any) -> bool:

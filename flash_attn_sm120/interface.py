@@ -8,6 +8,7 @@ from typing import Any
 from torch import is_grad_enabled
 from torch._C import _is_any_autocast_enabled
 from torch.autograd import profiler
+from torch.compiler import is_dynamo_compiling
 
 from flash_attn_sm120 import _C, autograd, ops
 from flash_attn_sm120.following import is_followed
@@ -134,20 +135,13 @@ def flash_attn_func(
             block_sparse_tensors_bwd=block_sparse_tensors_bwd,
             **unsupported,
         )
-    in_place = out is not None or lse is not None
-    by_operator = is_followed(q, k, v, learnable_sink) or (
-        is_followed(q, k, v, out, lse) if in_place else profiler._is_profiler_enabled
-    )
-    if not by_operator and _is_any_autocast_enabled():
-        q, k, v = autograd.autocast(q, k, v)
-    by_autograd = (not by_operator and is_grad_enabled()) and (
-        getattr(q, "requires_grad", None) is True
-        or getattr(k, "requires_grad", None) is True
-        or getattr(v, "requires_grad", None) is True
-        or getattr(learnable_sink, "requires_grad", None) is True
-    )
-    if not (by_operator or by_autograd):
-        results = _C.forward(
+    if not (
+        is_dynamo_compiling()
+        or _is_any_autocast_enabled()
+        or profiler._is_profiler_enabled
+        or (is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink))
+    ):
+        results = _C.forward_if_plain(
             q,
             k,
             v,
@@ -162,9 +156,10 @@ def flash_attn_func(
             out=out,
             lse=lse,
         )
-        if in_place:
-            autograd.written_in_place(out, lse)
-        return results
+        if results is not NotImplemented:
+            if out is not None or lse is not None:
+                autograd.written_in_place(out, lse)
+            return results  # type: ignore[no-any-return]
     options: ScalarOptions = {
         "softmax_scale": softmax_scale,
         "causal": causal,
@@ -174,10 +169,7 @@ def flash_attn_func(
         "pack_gqa": pack_gqa,
         "deterministic": deterministic,
     }
-    function = "flash_attn_func"
-    return _attend(
-        function, by_operator, in_place, q, k, v, learnable_sink, {}, options, return_lse
-    )
+    return _attend("flash_attn_func", q, k, v, learnable_sink, {}, options, return_lse, out, lse)
 
 
 def flash_attn_varlen_func(
@@ -233,8 +225,8 @@ def flash_attn_varlen_func(
         cu_seqlens_q, cu_seqlens_k: ``(batch + 1,)`` int32, contiguous, on the device of ``q``:
             sequence ``b`` has the rows from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
         max_seqlen_q, max_seqlen_k: no sequence is longer. A bound makes grids smaller where a side
-            is packed, and has no effect where it is not; None: all rows of the tensor. Results of
-            sequences that are longer are undefined, and nothing outside the tensors is touched.
+            is packed, and has no effect where it is not; None: all rows of the tensor. Of a longer
+            sequence CUDA uses so many first rows, as with ``seqused``; the CPU raises ValueError.
         seqused_q, seqused_k: ``(batch,)`` int32: only so many of a sequence's first rows are used.
         softmax_scale, learnable_sink, softcap, pack_gqa, deterministic, return_lse: as in
             :func:`flash_attn_func`.
@@ -299,17 +291,12 @@ def flash_attn_varlen_func(
             seqlen_k_per_split=seqlen_k_per_split,
             **unsupported,
         )
-    in_place = out is not None or lse is not None
-    by_operator = is_followed(q, k, v, learnable_sink, cu_seqlens_q, cu_seqlens_k) or (
-        is_followed(q, k, v, seqused_q, seqused_k, out, lse)
-    )
-    if not by_operator and _is_any_autocast_enabled():
-        q, k, v = autograd.autocast(q, k, v)
-    by_autograd = (not by_operator and is_grad_enabled()) and any(
-        getattr(x, "requires_grad", None) is True for x in (q, k, v, learnable_sink)
-    )
-    if not (by_operator or by_autograd):
-        results = _C.forward(
+    if not (
+        is_dynamo_compiling()
+        or _is_any_autocast_enabled()
+        or (is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink))
+    ):
+        results = _C.forward_if_plain(
             q,
             k,
             v,
@@ -331,9 +318,10 @@ def flash_attn_varlen_func(
             out=out,
             lse=lse,
         )
-        if in_place:
-            autograd.written_in_place(out, lse)
-        return results
+        if results is not NotImplemented:
+            if out is not None or lse is not None:
+                autograd.written_in_place(out, lse)
+            return results  # type: ignore[no-any-return]
     lengths = {
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
@@ -352,25 +340,50 @@ def flash_attn_varlen_func(
         "pack_gqa": pack_gqa,
         "deterministic": deterministic,
     }
-    function = "flash_attn_varlen_func"
     return _attend(
-        function, by_operator, in_place, q, k, v, learnable_sink, lengths, options, return_lse
+        "flash_attn_varlen_func", q, k, v, learnable_sink, lengths, options, return_lse, out, lse
     )
 
 
 def _attend(
     function: str,
-    by_operator: bool,
-    in_place: bool,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     learnable_sink: Tensor | None,
-    lengths: dict[str, Tensor | None],
+    lengths: dict[str, Tensor | None],  # empty where the call has none
     options: ScalarOptions,
     return_lse: bool,
+    out: Tensor | None,
+    lse: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """A call that torch follows or autograd records; ``lengths`` is empty where it has none."""
+    """A call that is more than plain inference: by an operator, by autograd, or cast first."""
+    in_place = out is not None or lse is not None
+    by_operator = is_followed(q, k, v, learnable_sink, *lengths.values()) or (
+        is_followed(q, k, v, out, lse)
+        if in_place
+        else profiler._is_profiler_enabled and not lengths
+    )
+    if not by_operator and _is_any_autocast_enabled():
+        q, k, v = autograd.autocast(q, k, v)
+    by_autograd = (
+        not by_operator and is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink)
+    )
+    if not (by_operator or by_autograd):
+        results = _C.forward(
+            q,
+            k,
+            v,
+            learnable_sink=learnable_sink,
+            return_lse=return_lse,
+            out=out,
+            lse=lse,
+            **options,
+            **lengths,
+        )
+        if in_place:
+            autograd.written_in_place(out, lse)
+        return results
     if in_place:
         raise RuntimeError(
             f"{function}(..., out=, lse=) does not support automatic differentiation, nor "
@@ -385,6 +398,15 @@ def _attend(
             "torch.func, modes, tensor subclasses, lazy negation"
         )
     return ops.attend(q, k, v, learnable_sink, options, return_lse)
+
+
+def _any_requires_grad(q: Any, k: Any, v: Any, learnable_sink: Any) -> bool:
+    return (
+        getattr(q, "requires_grad", None) is True
+        or getattr(k, "requires_grad", None) is True
+        or getattr(v, "requires_grad", None) is True
+        or getattr(learnable_sink, "requires_grad", None) is True
+    )
 
 
 # Parameters of FlashAttention-2, -3 and -4 that are not supported yet, and what asks for nothing.

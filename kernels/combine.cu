@@ -90,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const auto [pair, query] = divide(row, params.seqlen_q);
     const auto [batch, head] = divide(pair, params.heads_q);
     const float sink = load_sink(params.sink, params.sink_dtype, head);
-    if (params.sink && sum.l > 0.0f) /* not to NaN, see lse_log2() */
+    if (params.sink && sum.l != 0.0f)
         sum.add(sink * LOG2_E, 1.0f, {}, MAX_OFFSET);
     unsigned short *out_row = static_cast<unsigned short *>(params.out) +
                               batch * params.out_stride.batch + head * params.out_stride.head +

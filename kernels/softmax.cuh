@@ -141,7 +141,7 @@ __device__ __forceinline__ warp_row_set out_of_range(const float (&O_rmem)[M_FRA
  * because the compiler would then write all that follows twice. */
 __device__ __forceinline__ float add_sink(float &l, float &m, float sink)
 {
-    const float raised = l > 0.0f ? fmaxf(m, sink * LOG2_E) : m; /* NaN stays, see lse_log2() */
+    const float raised = fmaxf(m, sink * LOG2_E);
     const float rescale = exp2_approx(m - raised);
     l = l == 0.0f ? 0.0f : l * rescale + exp2_approx(sink * LOG2_E - raised);
     m = raised;

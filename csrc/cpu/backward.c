@@ -383,8 +383,8 @@ int fa_cpu_backward(const struct fa_problem *problem, const struct fa_gradients 
 {
     const struct fa_shape *shape = &problem->shape;
     const struct lengths longest = fa_longest(problem);
-    const int64_t rows = shape->batch * shape->heads_q * tile_count(longest.q);
-    const int64_t keys = shape->batch * shape->heads_kv * tile_count(longest.k);
+    const int64_t rows = tile_count(longest.q) * shape->batch * shape->heads_q;
+    const int64_t keys = tile_count(longest.k) * shape->batch * shape->heads_kv;
     struct call call = {problem, gradients, longest, NULL, compute_dq};
     call.rows = malloc((size_t)(shape->heads_q * fa_shape_rows_q(shape)) * sizeof *call.rows);
     if (call.rows == NULL)

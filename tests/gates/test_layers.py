@@ -21,7 +21,7 @@ LAYERS = (
     "arithmetic dlpack error hash import platform ../kernels/geometry ../kernels/params",
     "device settings shape split tiles variant",
     "driver plan plan_backward plan_forward",
-    "kernel_table options overlap plan_cache tensor tile_rows",
+    "following kernel_table options overlap plan_cache tensor tile_rows",
     "problem state",
     "cpu/backward cpu/forward cpu/rows cpu/scores cpu/sequence cpu_threads arguments launch planning",
     "attention explain",
