@@ -94,7 +94,8 @@ struct sequence_tiles {
     {
         return lengths.cu_seqlens_q ? row / tile_m + sequence : sequence * m_blocks;
     }
-    /* Which sequence has a tile, and as its which; one behind its last if none has it. */
+    /* The sequence that has a tile, and which of its tiles that is: if none has it, one behind the
+     * last. */
     __device__ __forceinline__ place place_of(int tile) const
     {
         if (!lengths.cu_seqlens_q)
@@ -152,8 +153,8 @@ template <class params_t> struct sequence<params_t, false> {
     __device__ __forceinline__ int lse_batch() const { return params.batch; }
 };
 
-/* The same of a sequence whose lengths are its own: read once, by select(), for all lanes. A side
- * is packed, [total, heads, head_dim], with an lse [heads, total], or has entries of a batch. */
+/* A sequence whose lengths are on the device: select() reads them, once. A side is packed, [total,
+ * heads, head_dim], with an lse [heads, total], or has entries of a batch. */
 template <class params_t> struct sequence<params_t, true> {
     const params_t &params;
     int batch;
@@ -169,7 +170,7 @@ template <class params_t> struct sequence<params_t, true> {
         k_begin = k.begin;
         k_count = k.count;
     }
-    /* Takes uniform registers instead of others: where these are scarcer. */
+    /* Moves the lengths to uniform registers, for a kernel that has no others to spare. */
     __device__ __forceinline__ void make_uniform()
     {
         q_begin = same_in_warp(q_begin);
