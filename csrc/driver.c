@@ -1,5 +1,7 @@
 #include "driver.h"
 
+#include <string.h>
+
 #include "platform.h"
 
 /* cuLibraryLoadData and the context-free kernels came with CUDA 12.0. */
@@ -103,8 +105,10 @@ int fa_driver_open(struct fa_driver *driver, const char *path)
     path = is_named ? path : FA_CUDA_DRIVER_NAME;
     void *library = fa_library_open(path, reason, sizeof reason);
     if (!library) {
-        PyErr_Format(PyExc_RuntimeError, "no CUDA driver: %.80s cannot be opened (%.80s)", path,
-                     reason);
+        const size_t length = strlen(path),
+                     kept = length > 80 ? 80 : length; /* the name, at its end */
+        PyErr_Format(PyExc_RuntimeError, "no CUDA driver: %s%s cannot be opened (%.80s)",
+                     kept < length ? "..." : "", path + length - kept, reason);
         return -1;
     }
     if (load_symbols(driver, library, path) < 0 || read_devices(driver) < 0)

@@ -57,10 +57,14 @@ static int read_ints(PyObject *row, struct fa_tile_row *into)
     }
     for (Py_ssize_t i = 0; i < count; i++) {
         const long long value = PyLong_AsLongLong(PyTuple_GetItem(row, i));
-        if (value == -1 && PyErr_Occurred())
+        const bool is_huge =
+            value == -1 && PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_OverflowError);
+        if (value == -1 && PyErr_Occurred() && !is_huge)
             return -1;
-        if (value < FA_ANY || value > INT_MAX) {
-            PyErr_Format(PyExc_ValueError, "%lld is out of range in the tile row %R", value, row);
+        if (is_huge || value < FA_ANY || value > INT_MAX) {
+            PyErr_Clear();
+            PyErr_Format(PyExc_ValueError, "%.20R is out of range in the tile row %R",
+                         PyTuple_GetItem(row, i), row);
             return -1;
         }
         fields[i] = (int)value;

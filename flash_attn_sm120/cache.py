@@ -209,8 +209,7 @@ def _open() -> files.Directory:
 def _warn(where: Path, error: OSError) -> None:
     reason = f"{where}: {error.strerror}" if error.strerror else str(error)
     _warn_once(
-        f"compiled kernels are not cached: {reason}; every process compiles its own "
-        "(FA_SM120_CACHE_DIR names another directory)"
+        f"compiled kernels are not cached: {reason}; FA_SM120_CACHE_DIR names another directory"
     )
 
 

@@ -1,6 +1,6 @@
 """How fast does the emulated driver run the kernels? In million warp instructions per second.
 
-    python benchmarks/emulator.py
+    python benchmarks/emulator_speed.py
 
 Runs on the CPU. A 256 x 256 head is what tests run hundreds of times.
 """
