@@ -79,6 +79,13 @@ def assert_near(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=near, atol=near * max(1, largest))
 
 
+def plain(q, k, v):
+    """Attention by products and a softmax, with two query heads per KV head."""
+    k, v = (x.repeat_interleave(2, 2) for x in (k, v))
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+    return torch.einsum("bhqk,bkhd->bqhd", torch.softmax(scores, -1), v)
+
+
 def names_in(graph):
     return {str(node.target) for node in graph.nodes} & NAMES
 
@@ -418,9 +425,10 @@ TRANSFORMS = {
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 def test_transforms(qkv, many, transform):
+    """Beside products and a softmax: SDPA of torch 2.11 on CUDA is wrong in the gradient of a vmap."""
     q, k, v = qkv
     ours = transform(lambda x: attend(x, k, v), q, many)
-    assert_near(ours, transform(lambda x: sdpa(x, k, v), q, many))
+    assert_near(ours, transform(lambda x: plain(x, k, v), q, many))
 
 
 def test_vmap_of_everything(tensors, many):
