@@ -386,9 +386,8 @@ def _attend(
         return results
     if in_place:
         raise RuntimeError(
-            f"{function}(..., out=, lse=) does not support automatic differentiation, nor "
-            "anything else by which torch follows a call (torch.compile, torch.func, modes, tensor "
-            "subclasses, lazy negation): leave them out, or call it under torch.no_grad()"
+            f"{function}(..., out=, lse=) does not support automatic differentiation, nor what "
+            "torch follows a call by (compile, func, modes, subclasses): use torch.no_grad()"
         )
     if not by_operator:
         return autograd.attend(q, k, v, learnable_sink, lengths, options, return_lse)
