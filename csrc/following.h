@@ -7,7 +7,7 @@
 
 #define FA_MAX_QUESTIONS 8
 
-/* What Python has told by follow(); all NULL before that, when no call is followed. */
+/* The arguments of follow(); all NULL before it is called: then no call is followed. */
 struct fa_following {
     PyObject *plain_types; /* tuple of tensor types that take no part in dispatch */
     PyObject *questions;   /* tuple of functions of torch: is one true, torch may follow */

@@ -274,7 +274,7 @@ static int read_like_lse(struct fa_dlpack *dlpack, PyObject *object, const char 
     return check_sizes(tensor, name, sizes, ndim == 3 ? dense : packed);
 }
 
-/* ---- results: written in place, whoever allocated them --------------------------------------- */
+/* ---- results: written in place, ours or the caller's ----------------------------------------- */
 
 struct named_tensor {
     const struct fa_tensor *tensor;

@@ -102,7 +102,7 @@ int fa_tensor_sum_heads(struct fa_dlpack *dlpack, const struct fa_tensor *summed
                         struct fa_tensor *tensor);
 
 /* Room for so many floats, of the framework of `like`. It can be given back once the kernels that
- * use it are enqueued: whoever gets that memory next uses it after them, on the same stream. 0, or
+ * use it are enqueued: the next owner of that memory uses it after them, on the same stream. 0, or
  * -1 with the framework's own exception, which tells the size, too. */
 int fa_tensor_workspace(struct fa_dlpack *dlpack, const struct fa_tensor *like, int64_t floats,
                         struct fa_tensor *workspace);

@@ -43,7 +43,7 @@ struct task {
     struct sequence sequence;
     struct lengths longest; /* of all sequences */
     int64_t head, head_kv;
-    struct range rows, keys; /* the tiles at hand */
+    struct range rows, keys; /* the current tiles */
     float *Q, *dO;           /* [TILE, width], [TILE, width_v] */
     float *K, *V;            /* [TILE, width], [TILE, width_v] */
     float *sums, *part; /* [TILE, width + width_v]: the gradients, and a tile's share of them */
@@ -249,7 +249,7 @@ static void add_to_dQ(struct task *task, struct range visible, float *dQ)
     }
 }
 
-/* Adds what the pairs of the tiles at hand give to dK and dV. */
+/* Adds what the pairs of the current tiles give to dK and dV. */
 static void add_pairs(struct task *task, float *dK, float *dV)
 {
     const struct fa_shape *shape = &task->problem->shape;
