@@ -120,12 +120,10 @@ def runs(monkeypatch):
 
 
 def test_schemas_have_every_option():
-    """A row of csrc/options.h is an argument of both operators, with the same default."""
-    options = {
-        p.name: p.default
-        for p in inspect.signature(_C.backward).parameters.values()
-        if p.kind.name == "KEYWORD_ONLY" and p.name != "learnable_sink"  # a tensor, by position
-    }
+    """A row of csrc/options.h that a dense call has, but for its tensors, is an argument of both
+    operators, with the same default. Packed sequences have no operator yet."""
+    parameters = inspect.signature(_C.backward).parameters
+    options = {name: parameters[name].default for name in ScalarOptions.__annotations__}
     left, right = options.pop("window_size")
     options.update(window_left=left, window_right=right)
     for op in (ops.FORWARD, ops.BACKWARD):
@@ -814,6 +812,7 @@ import os
 import torch
 import torch.distributed as dist
 from flash_attn_sm120 import flash_attn_func  # learns of DTensor when that is imported
+from flash_attn_sm120.plan import ScalarOptions
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
