@@ -27,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flash_attn_sm120 import _C, explain_backward, flash_attn_func, ops
 from flash_attn_sm120.following import is_followed
+from flash_attn_sm120.plan import ScalarOptions
 from helpers.checks import assert_all_equal
 from helpers.children import run_python
 from helpers.devices import CPU, CUDA, params_of
@@ -812,7 +813,6 @@ import os
 import torch
 import torch.distributed as dist
 from flash_attn_sm120 import flash_attn_func  # learns of DTensor when that is imported
-from flash_attn_sm120.plan import ScalarOptions
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.distributed.tensor.debug import CommDebugMode
 
