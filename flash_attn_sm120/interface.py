@@ -387,7 +387,7 @@ def _attend(
     if in_place:
         raise RuntimeError(
             f"{function}(..., out=, lse=) does not support automatic differentiation, nor what "
-            "torch follows a call by (compile, func, modes, subclasses, lazy negation): use no_grad()"
+            "torch follows by (compile, func, modes, subclasses, lazy negation): use no_grad()"
         )
     if not by_operator:
         return autograd.attend(q, k, v, learnable_sink, lengths, options, return_lse)
