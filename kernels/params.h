@@ -45,6 +45,16 @@ struct fa_lengths {
     int total_q, total_k;                   /* rows of the packed tensors */
 };
 
+/* Pages of K and V; read only where PAGED. k and v are [pages, page_size, heads_kv, dim]: their
+ * stride.batch is from page to page. */
+struct fa_pages {
+    const int *table;      /* [batch, per_sequence] */
+    fa_int64 table_stride; /* from sequence to sequence */
+    int per_sequence;      /* pages of a sequence, at most */
+    int count;             /* pages that exist */
+    struct fa_divisor page_size;
+};
+
 /* The single argument of kernels/forward.cu. */
 struct fa_forward_params {
     const void *q; /* [batch, seqlen_q, heads_q, head_dim] */
@@ -68,9 +78,10 @@ struct fa_forward_params {
      * of queries, 1 if not SPLIT. */
     struct fa_divisor heads, heads_per_kv, m_blocks, group_heads, parts;
     struct fa_lengths lengths; /* read only where VARLEN */
+    struct fa_pages pages;
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 280, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 320, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -80,10 +91,13 @@ struct fa_tensor_map {
 /* The single argument of kernels/forward_tma.cu, which reads K and V through the maps. */
 struct fa_forward_tma_params {
     struct fa_forward_params forward;
-    struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
+    /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v], of a packed side [1, heads_kv, total_k,
+     * ...], of pages [pages, heads_kv, page_size, ...] */
+    struct fa_tensor_map k_map, v_map;
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 576, "320 for the first 280, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 576,
+                 "host and device disagree on the layout");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
  * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
