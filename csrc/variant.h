@@ -28,7 +28,7 @@ enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
 #define FA_BACKWARDS    FA_ONLY(BACKWARD)
 #define FA_MAIN         (FA_FORWARDS | FA_BACKWARDS)
 #define FA_ALL_KERNELS  ((1 << FA_KERNEL_COUNT) - 1)
-/* Neither what goes over all rows of out, nor what is of no other use. */
+/* Not what goes over all rows of out, nor what is of no other use. */
 #define FA_READ_LENGTHS (FA_ALL_KERNELS & ~(FA_ONLY(COMBINE) | FA_ONLY(VARLEN_FILL)))
 
 /* How a field stands in a variant's name, behind its code. */

@@ -45,10 +45,12 @@ struct fa_lengths {
     int total_q, total_k;                   /* rows of the packed tensors */
 };
 
-/* Pages of K and V; read only where PAGED. k and v are [pages, page_size, heads_kv, dim]: their
- * stride.batch is from page to page. */
+/* Pages of K and V; read only where PAGED. k and v are [count, page_size, heads_kv, head_dim or
+ * head_dim_v]: their stride.batch is from page to page. Row r of sequence b is row r % page_size of
+ * page table[b, r / page_size]. seqlen_k is at most per_sequence * page_size, and 0 where count is:
+ * then every row has a page. */
 struct fa_pages {
-    const int *table;      /* [batch, per_sequence] */
+    const int *table;      /* [batch, per_sequence]; whatever it holds, kernels clamp */
     fa_int64 table_stride; /* from sequence to sequence */
     int per_sequence;      /* pages of a sequence, at most */
     int count;             /* pages that exist */
@@ -78,7 +80,7 @@ struct fa_forward_params {
      * of queries, 1 if not SPLIT. */
     struct fa_divisor heads, heads_per_kv, m_blocks, group_heads, parts;
     struct fa_lengths lengths; /* read only where VARLEN */
-    struct fa_pages pages;
+    struct fa_pages pages;     /* read only where PAGED */
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 320, "host and device disagree on the layout");
@@ -91,13 +93,10 @@ struct fa_tensor_map {
 /* The single argument of kernels/forward_tma.cu, which reads K and V through the maps. */
 struct fa_forward_tma_params {
     struct fa_forward_params forward;
-    /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v], of a packed side [1, heads_kv, total_k,
-     * ...], of pages [pages, heads_kv, page_size, ...] */
-    struct fa_tensor_map k_map, v_map;
+    struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 576,
-                 "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 576, "320, then maps");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
  * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
