@@ -36,7 +36,7 @@ struct fa_plan_input {
     int deterministic;
     int varlen;      /* lengths are on the device, and differ from sequence to sequence */
     int paged;       /* K and V lie in pages */
-    int page_boxes;  /* which the TMA can read in boxes of eight rows or more */
+    int small_pages; /* of rows that are no multiple of FA_MIN_BOX_ROWS */
     int tma_strides; /* tensor maps can describe K and V; in the backward Q and dO */
 };
 
