@@ -98,6 +98,7 @@ struct fa_plan {
     int combine_slices; /* of the parts of a row, each summed up by threads of its own */
     int smem_bytes;     /* that a block of the main kernel uses */
     int blocks_per_sm;  /* of the main kernel; in the forward registers may allow fewer */
+    int sms;            /* forward: multiprocessors of the device */
     struct fa_workspace workspace;
     struct fa_reason reasons[FA_MAX_REASONS];
     int reason_count;

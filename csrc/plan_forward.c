@@ -235,11 +235,29 @@ static int longest_walk(const struct fa_plan_input *input, const struct fa_plan 
     return (int)MIN(plan->n_blocks, (keys - 1 + plan->tile_n - 1) / plan->tile_n + 1);
 }
 
-/* So many parts as take the least time. */
-static int choose_splits(const struct fa_device *device, int tiles, struct fa_plan *plan)
+/* The call before it is split: plan->splits is 1. */
+static struct fa_grid grid_of(const struct fa_plan_input *input, const struct fa_extent *extent,
+                              const struct fa_plan *plan)
 {
-    const struct fa_grid grid = {plan->steps[plan->main].blocks, tiles, plan->tile_n, device->sms,
-                                 plan->blocks_per_sm};
+    return (struct fa_grid){
+        .blocks = plan->steps[plan->main].blocks,
+        .tiles = longest_walk(input, plan),
+        .tile_m = plan->tile_m,
+        .tile_n = plan->tile_n,
+        .key_bytes = (input->head_dim + input->head_dim_v) * fa_element_bytes(input->dtype),
+        .kv_heads = (int64_t)extent->batch * input->heads_kv,
+        .row_bytes = extent->rows_q * input->heads_q * (input->head_dim_v + 1) * 4,
+        .in_flight = plan->smem_bytes,
+        .sms = plan->sms,
+        .blocks_per_sm = plan->blocks_per_sm,
+    };
+}
+
+/* So many parts as take the least time. */
+static int choose_splits(const struct fa_plan_input *input, struct fa_plan *plan)
+{
+    const struct fa_extent extent = fa_plan_extent(input);
+    const struct fa_grid grid = grid_of(input, &extent, plan);
     const int splits = fa_split_parts(&grid);
     fa_plan_because(plan, "num_splits",
                     splits > 1 ? "blocks of queries leave multiprocessors idle: parts of their "
@@ -260,8 +278,7 @@ static int bounded_splits(int asked, int tiles, struct fa_plan *plan)
     return splits;
 }
 
-static int splits_of(const struct fa_plan_input *input, const struct fa_device *device,
-                     struct fa_plan *plan)
+static int splits_of(const struct fa_plan_input *input, struct fa_plan *plan)
 {
     const int64_t rows = (int64_t)input->batch * input->heads_q * input->seqlen_q;
     const int tiles = longest_walk(input, plan), asked = input->num_splits;
@@ -274,7 +291,7 @@ static int splits_of(const struct fa_plan_input *input, const struct fa_device *
                                     "sequences, which are on the device"
                                   : NULL;
     if (!why_one)
-        return asked == 0 ? choose_splits(device, tiles, plan) : bounded_splits(asked, tiles, plan);
+        return asked == 0 ? choose_splits(input, plan) : bounded_splits(asked, tiles, plan);
     fa_plan_because(plan, "num_splits", why_one);
     return 1;
 }
@@ -300,11 +317,10 @@ static void add_combine(const struct fa_plan_input *input, struct fa_plan *plan)
                                        .threads = COMBINE_WARPS * 32});
 }
 
-static void set_splits(const struct fa_plan_input *input, const struct fa_device *device,
-                       struct fa_plan *plan)
+static void set_splits(const struct fa_plan_input *input, struct fa_plan *plan)
 {
     struct fa_step *main = &plan->steps[plan->main];
-    plan->splits = splits_of(input, device, plan);
+    plan->splits = splits_of(input, plan);
     if (plan->splits == 1)
         return;
     main->variant.split = 1;
@@ -365,13 +381,14 @@ int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_targ
     if (!choose_tile(input, target, plan, &tile))
         return fa_plan_refuse(error, true,
                               "no tile fits the shared memory of this device at these head dims");
+    plan->sms = target->device.sms;
     set_main(input, target, &tile, plan);
     const struct fa_extent extent = fa_plan_extent(input);
     plan->splits = 1;
     if (fa_plan_fit_forward(input, &extent, plan, error) < 0)
         return -1;
     set_group_heads(input, &target->device, plan);
-    set_splits(input, &target->device, plan);
+    set_splits(input, plan);
     add_fill(input, plan);
     return fa_plan_fit_forward(input, &extent, plan, error);
 }
