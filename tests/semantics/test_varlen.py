@@ -159,6 +159,30 @@ def test_splits(device):
         check_forward(batch, num_splits=3, **with_sink(device, options, 4))
 
 
+def test_splits_of_bounds(device):
+    """As many parts as the bounds ask for, of sequences of any lengths up to them."""
+    batch = make_batch(
+        device, [1, 0, 2], [1500, 64, 3], heads=(4, 1), dims=(64, 64), dtype=dtype_of(device)
+    )
+    batch.lengths |= {"max_seqlen_q": 2, "max_seqlen_k": 4096}
+    plan = explain(*batch.inputs, **batch.lengths)
+    assert not plan.steps or plan.num_splits > 2
+    check_forward(batch, causal=True)
+
+
+def test_decoding_of_any_batch_makes_few_plans(device):
+    """Batches of any size and lengths: two plans for each power of two of a bound at most."""
+    if device == CPU:
+        pytest.skip("the CPU has no plans")
+    draw = random.Random(16)
+    before = _C.counts()["plans"]
+    for _ in range(1000 if device == CUDA else 100):
+        lengths = [draw.randint(0, 40) for _ in range(draw.randint(1, 8))]
+        batch = make_batch(device, [1] * len(lengths), lengths, heads=(1, 1), dims=(8, 8))
+        attend(batch, max_seqlen_q=1, max_seqlen_k=draw.choice([512, 2048]))
+    assert _C.counts()["plans"] - before <= 4
+
+
 def test_pack_gqa(device):
     batch = make_batch(device, [5, 0, 70], [64, 9, 100], heads=(6, 2), dtype=dtype_of(device))
     packed = check_forward(batch, pack_gqa=True, causal=True)
