@@ -58,7 +58,7 @@ static int set_numbers(PyObject *dict, enum fa_direction direction, const struct
         {"tile_n", plan->tile_n, true},
         {"warps", variant->warps, true},
         {"stages", variant->stages, true},
-        {"group_heads", plan->group_heads, is_forward},
+        {"group_heads", plan->group_heads, true},
         {"num_splits", plan->splits, is_forward},
         {"q_splits", plan->splits, !is_forward},
         {"smem_bytes", plan->smem_bytes, true},

@@ -81,6 +81,7 @@ struct fa_workspace {
     int64_t out_parts, lse_parts; /* of a split forward */
     int64_t dq_accum, dk_accum, dv_accum;
     int64_t dq_semaphores, dkv_semaphores, block_counter;
+    int64_t order; /* of sequences, the longest first; 0 where there is none */
     int64_t zeros; /* from here on it has to be zero before the backward's main kernel runs */
     int64_t size;
 };
@@ -93,7 +94,9 @@ struct fa_plan {
     int tile_m, tile_n;     /* queries and keys of a tile of the main kernel */
     int m_blocks, n_blocks; /* tiles of query rows per head (a KV head where packed), and of keys */
     int query_tiles;        /* backward: of a head, over the whole batch */
-    int group_heads;        /* forward: (batch, head) pairs that run together, sharing the L2 */
+    int group_heads;        /* (batch, head) pairs that run together, sharing the L2; backward: */
+                            /* (batch, KV head) */
+    int group_limit;        /* backward: no more of them, whatever the batch */
     int splits;         /* forward: parts of the keys of a block of queries, a thread block each; */
                         /* backward: thread blocks that share a tile of keys */
     int combine_slices; /* of the parts of a row, each summed up by threads of its own */

@@ -116,6 +116,21 @@ def test_splits_follow_the_bounds():
     assert once.num_splits == 1 and once.reasons["num_splits"].endswith("as asked")
 
 
+def test_long_sequences_start_first():
+    """The backward's workspace has room for their order, where there is one."""
+    options = {"max_seqlen_q": 500, "max_seqlen_k": 500}
+
+    def bytes_for_order(batch, **bounds):
+        planned = plan(explain_backward, options={**options, **bounds}, batch=batch)
+        few = plan(explain_backward, options={**options, "max_seqlen_k": 1}, batch=batch)
+        return planned.workspace_bytes - few.workspace_bytes
+
+    assert bytes_for_order(6) == 4 * 8
+    assert bytes_for_order(1) == 0
+    assert bytes_for_order(5000) == 0, "its search takes the square of their number"
+    assert plan(explain_backward, options=options, batch=100).group_heads < 200
+
+
 def test_empty_calls():
     assert plan(total_q=0).blocks == 0
     rows_of_none = plan(batch=0)

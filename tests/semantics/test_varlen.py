@@ -5,7 +5,13 @@ import random
 import pytest
 import torch
 
-from flash_attn_sm120 import _C, explain, flash_attn_func, flash_attn_varlen_func
+from flash_attn_sm120 import (
+    _C,
+    explain,
+    explain_backward,
+    flash_attn_func,
+    flash_attn_varlen_func,
+)
 from helpers.checks import assert_all_equal
 from helpers.devices import CPU, CUDA, EMULATOR, writable
 from helpers.tiles import tile_row, use_tiles
@@ -194,6 +200,23 @@ def test_bounds_change_nothing_but_grids(device):
     first = check_forward(batch, causal=True, pack_gqa=False)
     bounds = {"max_seqlen_q": 64, "max_seqlen_k": 64}
     assert_all_equal(first, attend(batch, causal=True, pack_gqa=False, **bounds))
+
+
+def test_pairs_in_groups(device):
+    """A bound far above the lengths makes groups small: the last is smaller than the others, and
+    one has a part of the heads of a sequence. The longest sequence comes first."""
+    heads = (22, 22)
+    batch = make_batch(device, [3, 20, 0, 70], [9, 40, 150, 140], heads, (16, 16), dtype_of(device))
+    options = {"causal": True, "max_seqlen_q": 1 << 20}
+    planned = explain_backward(*batch.inputs, **batch.lengths, **options)
+    assert planned.group_heads is None or planned.group_heads % 22
+    for deterministic in (False, True):
+        out, lse, gradients, _ = check(batch, deterministic=deterministic, causal=True)
+        grouped = gradients_of(batch, out, lse, deterministic=deterministic, **options)[:3]
+        if deterministic:
+            assert_all_equal(gradients, grouped)
+        for x, y in zip(gradients, grouped, strict=True):
+            torch.testing.assert_close(x.cpu(), y.cpu())
 
 
 def test_other_lengths_need_no_other_plan(device):
