@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import is_grad_enabled
 from torch._C import _is_any_autocast_enabled
 from torch.autograd import profiler
@@ -253,10 +254,11 @@ def flash_attn_varlen_func(
     CUDA tensors of lengths may hold anything: what is out of range is clamped to the tensors. Of
     CPU tensors it is a ValueError.
 
+    Calls that torch follows are those of the operator
+    ``torch.ops.flash_attn_sm120.varlen_forward``, as there.
+
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`flash_attn_func`.
-        NotImplementedError: also where torch follows the call (torch.compile, torch.func, modes,
-            tensor subclasses, lazy negation).
+        TypeError, ValueError, NotImplementedError, RuntimeError: as :func:`flash_attn_func`.
     """
     if isinstance(cu_seqlens_k, int):
         raise TypeError(
@@ -295,6 +297,7 @@ def flash_attn_varlen_func(
     if not (
         is_dynamo_compiling()
         or _is_any_autocast_enabled()
+        or profiler._is_profiler_enabled
         or (is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink))
     ):
         results = _C.forward_if_plain(
@@ -363,7 +366,7 @@ def _attend(
     by_operator = is_followed(q, k, v, learnable_sink, *lengths.values()) or (
         is_followed(q, k, v, out, lse)
         if in_place
-        else profiler._is_profiler_enabled and not lengths
+        else profiler._is_profiler_enabled and isinstance(q, torch.Tensor)
     )
     if not by_operator and _is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v)
@@ -392,12 +395,7 @@ def _attend(
         )
     if not by_operator:
         return autograd.attend(q, k, v, learnable_sink, lengths, options, return_lse)
-    if lengths:
-        raise NotImplementedError(
-            f"{function} is not supported yet where torch follows a call: torch.compile, "
-            "torch.func, modes, tensor subclasses, lazy negation"
-        )
-    return ops.attend(q, k, v, learnable_sink, options, return_lse)
+    return ops.attend(q, k, v, learnable_sink, lengths, options, return_lse)
 
 
 def _any_requires_grad(q: Any, k: Any, v: Any, learnable_sink: Any) -> bool:

@@ -274,25 +274,6 @@ def test_autograd(device):
         out.sum().backward()
 
 
-@pytest.mark.quick
-def test_torch_that_follows_is_refused():
-    batch = make_batch(CPU, [7, 3], [9, 4], dtype=torch.float32)
-
-    def call(q):
-        return flash_attn_varlen_func(q, batch.k, batch.v, **batch.lengths)[0].sum()
-
-    message = "flash_attn_varlen_func is not supported yet where torch follows a call"
-    with pytest.raises(NotImplementedError, match=message):
-        torch.func.grad(call)(batch.q)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
-        torch.compile(call, backend="eager", fullgraph=True)(batch.q)
-    q = batch.q.requires_grad_()
-    out, _ = flash_attn_varlen_func(q, batch.k, batch.v, **batch.lengths)
-    (first,) = torch.autograd.grad(out.nan_to_num().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        first.sum().backward()
-
-
 def test_captured_graphs_replay_with_other_lengths(cuda):
     batch = make_batch(CUDA, [70, 0, 33], [70, 9, 40], slack=60)
     other = make_batch(CUDA, [20, 60, 80], [50, 90, 36], slack=3)  # in tensors of the same shapes
