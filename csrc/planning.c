@@ -20,6 +20,18 @@ static int planned_length(const struct fa_shape *shape, int seqlen, bool is_pack
     return rounded_up(is_packed && max_seqlen != FA_NO_BOUND ? max_seqlen : seqlen);
 }
 
+/* Whether a tensor map can describe K or V, or in the backward Q or dO. Those of packed queries
+ * begin some rows before the tensor, see arguments.c, which must not be far. */
+static bool has_map(const struct fa_shape *shape, bool is_forward, const struct fa_tensor *tensor)
+{
+    enum { MOST_BYTES_OF_A_ROW = 1 << 20 };
+    if (!shape->is_varlen)
+        return fa_tensor_has_tma_strides(tensor);
+    const int64_t row_bytes = tensor->stride[0] * fa_element_bytes(tensor->dtype);
+    return !is_forward && shape->is_packed_q && fa_tensor_has_tma_strides(tensor) &&
+           (tensor->shape[0] < 2 || row_bytes <= MOST_BYTES_OF_A_ROW);
+}
+
 struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
                                        enum fa_direction direction, const struct fa_tensor *dout)
 {
@@ -52,8 +64,8 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .pack_gqa = is_forward ? (int)options->pack_gqa : FA_PACK_AUTO,
         .deterministic = !is_forward && options->deterministic,
         .varlen = shape->is_varlen,
-        .tma_strides = !shape->is_varlen && fa_tensor_has_tma_strides(first) &&
-                       (!second || fa_tensor_has_tma_strides(second)),
+        .tma_strides =
+            has_map(shape, is_forward, first) && (!second || has_map(shape, is_forward, second)),
     };
 }
 
