@@ -17,7 +17,7 @@ typedef int64_t fa_int64;
 #define FA_ALIGNED(bytes) _Alignas(bytes)
 #endif
 
-enum fa_dtype { FA_FLOAT32, FA_FLOAT16, FA_BFLOAT16, FA_INT32 /* of lengths alone */ };
+enum fa_dtype { FA_FLOAT32, FA_FLOAT16, FA_BFLOAT16, FA_INT32 /* of lengths and pages alone */ };
 
 /* Outer strides of one [batch, seqlen, heads, head_dim] tensor. */
 struct fa_strides {
