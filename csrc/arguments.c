@@ -39,9 +39,9 @@ static struct fa_divisor divisor_of(int number)
     return (struct fa_divisor){number, (unsigned)multiplier, shift};
 }
 
-/* A tensor [batch, seqlen, heads, head_dim], where it is packed [total, heads, head_dim], in boxes of
- * `rows` of the sequence and as many dims as tile_layout in kernels/layout.cuh puts in a row of a
- * segment. 0 or -1. */
+/* A tensor [batch, seqlen, heads, head_dim], or packed [total, heads, head_dim], in boxes of `rows`
+ * of the sequence and as many dims as tile_layout in kernels/layout.cuh puts in a row of a segment.
+ * 0 or -1. */
 static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,
                              struct fa_tensor_map *map)
 {
