@@ -37,7 +37,7 @@ def names(planned):
 
 @pytest.mark.parametrize("arch", [80, 90, 120, 121])
 def test_steps(arch):
-    assert names(plan(arch=arch)) == ["forward", "varlen_fill"]
+    assert names(plan(arch=arch)) == ["forward_tma", "varlen_fill"]
     assert names(plan(arch=arch, options={"num_splits": 3})) == [
         "forward",
         "combine",
@@ -115,12 +115,12 @@ def test_splits_follow_the_bounds():
     parts = [calls[batch].num_splits for batch in (1, 2, 4)]
     assert parts == sorted(parts, reverse=True) and parts[0] > parts[-1] > 1
     assert calls[1].kernels == calls[2].kernels == calls[4].kernels
-    assert names(calls[1]) == ["forward", "combine", "varlen_fill"]
+    assert names(calls[1]) == ["forward_tma", "combine", "varlen_fill"]
     for batch in (1, 2, 4):
         assert 66 <= calls[batch].blocks <= 132 * calls[batch].blocks_per_sm
         size = parts[(1, 2, 4).index(batch)] * batch * 32 * 129 * 4
         assert calls[batch].workspace_bytes == size
-    assert calls[64].num_splits == 1 and names(calls[64]) == ["forward", "varlen_fill"]
+    assert calls[64].num_splits == 1 and names(calls[64]) == ["forward_tma", "varlen_fill"]
     few = plan(options={"max_seqlen_q": 1, "max_seqlen_k": 200}, batch=1, total_q=1, heads=heads)
     assert few.num_splits == 1 and "their bounds" in few.reasons["num_splits"]
     once = plan(options={**bounds, "num_splits": 1}, batch=1, total_q=1, heads=heads)
