@@ -132,7 +132,10 @@ def _refuse_pages(tensors: tuple[Any, ...]) -> None:
     """Raises NotImplementedError where a gradient is wanted of a call with pages."""
     *_, page_table = tensors[4:] or (None,)
     if page_table is not None and any(x is not None and x.requires_grad for x in tensors[:4]):
-        raise NotImplementedError("page_table has no gradient: call with it under no_grad()")
+        raise NotImplementedError(
+            "flash_attn_varlen_func has no gradient with page_table, as K and V are a cache: use "
+            "no_grad()"
+        )
 
 
 # torch.autograd.Function's own apply() asks first, in Python, for what is_followed() has answered.
