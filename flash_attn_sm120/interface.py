@@ -232,7 +232,8 @@ def flash_attn_varlen_func(
         softmax_scale, learnable_sink, softcap, pack_gqa, deterministic, return_lse: as in
             :func:`flash_attn_func`.
         causal, window_size: as there, bottom right of each sequence by its own lengths.
-        num_splits: as there; 0 never splits yet, as that would take lengths.
+        num_splits: as there; 0 splits as if all sequences were as long as ``max_seqlen_q`` and
+            ``max_seqlen_k``, the lengths being on the device.
         out: like ``q`` with ``head_dim_v``, to write the result to.
         lse: ``(heads_q, total_q)``, or ``(batch, heads_q, seqlen_q)`` where q is not packed,
             float32, contiguous, to write the log-sum-exp to.
