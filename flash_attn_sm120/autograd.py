@@ -207,10 +207,13 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
 def _under_autocast(op: Any, key: str) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def forward(q: Any, k: Any, v: Any, *others: Any, **options: Any) -> Any:
-        q, k, v = autocast(q, k, v)
+    def forward(q: Any, k: Any, v: Any, sink: Any, *lengths: Any, **options: Any) -> Any:
+        if ops.by_name(lengths).get("page_table") is None:
+            q, k, v = autocast(q, k, v)
+        else:  # a cache is read in place
+            (q,) = autocast(q)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(q, k, v, *others, **options)
+            return op(q, k, v, sink, *lengths, **options)
 
     return forward
 
