@@ -58,7 +58,7 @@ static int set_numbers(PyObject *dict, enum fa_direction direction, const struct
         {"tile_n", plan->tile_n, true},
         {"warps", variant->warps, true},
         {"stages", variant->stages, true},
-        {"group_heads", plan->group_heads, is_forward},
+        {"group_heads", plan->group_heads, true},
         {"num_splits", plan->splits, is_forward},
         {"q_splits", plan->splits, !is_forward},
         {"smem_bytes", plan->smem_bytes, true},
@@ -105,6 +105,8 @@ PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem,
                      enum fa_direction direction)
 {
     const int arch = problem->options.arch;
+    if (direction == FA_BACKWARD && fa_problem_check_differentiable(problem) < 0)
+        return NULL;
     if (!arch && problem->q.device_type == FA_DEVICE_CPU)
         return explain_cpu();
     if (direction == FA_BACKWARD && fa_shape_is_empty(&problem->shape))

@@ -36,6 +36,8 @@ struct fa_plan_input {
     int pack_gqa;              /* enum fa_pack_gqa */
     int deterministic;
     int varlen;      /* lengths are on the device, and differ from sequence to sequence */
+    int paged;       /* K and V lie in pages */
+    int small_pages; /* of rows that are no multiple of FA_MIN_BOX_ROWS */
     int tma_strides; /* tensor maps can describe K and V; in the backward Q and dO */
 };
 
@@ -84,6 +86,7 @@ struct fa_workspace {
     int64_t out_parts, lse_parts; /* of a split forward */
     int64_t dq_accum, dk_accum, dv_accum;
     int64_t dq_semaphores, dkv_semaphores, block_counter;
+    int64_t order; /* of sequences, the longest first; 0 where there is none */
     int64_t zeros; /* from here on it has to be zero before the backward's main kernel runs */
     int64_t size;
 };
@@ -96,7 +99,9 @@ struct fa_plan {
     int tile_m, tile_n;     /* queries and keys of a tile of the main kernel */
     int m_blocks, n_blocks; /* tiles of query rows per head (a KV head where packed), and of keys */
     int query_tiles;        /* backward: of a head, over the whole batch */
-    int group_heads;        /* forward: (batch, head) pairs that run together, sharing the L2 */
+    int group_heads;        /* (batch, head) pairs that run together, sharing the L2; backward: */
+                            /* (batch, KV head) */
+    int group_limit;        /* backward: no more of them, whatever the batch */
     int splits;         /* forward: parts of the keys of a block of queries, a thread block each; */
                         /* backward: thread blocks that share a tile of keys */
     int combine_slices; /* of the parts of a row, each summed up by threads of its own */

@@ -79,7 +79,7 @@ class Plan:
     warps: int | None = None
     stages: int | None = None  # of K and V; in the backward of Q
     tma: bool | None = None  # the TMA brings tiles; else cp.async
-    group_heads: int | None = None  # forward: (batch, head) pairs that run together
+    group_heads: int | None = None  # (batch, head) pairs that run together
     num_splits: int | None = None  # forward: parts of the keys, a block for each
     q_splits: int | None = None  # backward: blocks that share a tile of keys
     pack_gqa: bool | None = None  # forward: the query heads of one KV head share blocks
@@ -146,7 +146,8 @@ def explain(
         options: ``softmax_scale``, ``causal``, ``window_size``, ``learnable_sink``, ``softcap``,
             ``num_splits``, ``pack_gqa``, ``deterministic``, as in :func:`flash_attn_func`;
             ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``, ``seqused_q``,
-            ``seqused_k``, as in :func:`flash_attn_varlen_func`: their contents are not read.
+            ``seqused_k``, ``page_table``, as in :func:`flash_attn_varlen_func`: their contents are
+            not read.
 
     Raises:
         The exceptions of :func:`flash_attn_func`.

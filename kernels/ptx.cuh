@@ -40,7 +40,7 @@ __device__ __forceinline__ float ld_global(const float *gmem)
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(gmem));
     return x;
 }
-/* Of what no kernel writes: read when it is needed, and not if it is not. */
+/* Of what no kernel writes meanwhile: read when it is needed, and not if it is not. */
 __device__ __forceinline__ int ld_global(const int *gmem)
 {
     int x;
@@ -129,6 +129,12 @@ __device__ __forceinline__ void mbarrier_wait(unsigned mbarrier, unsigned parity
                      : "r"(mbarrier), "r"(parity)
                      : "memory");
     } while (!done);
+}
+
+/* What this thread has written to shared memory comes before what the TMA writes there. */
+__device__ __forceinline__ void fence_before_tma()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ void prefetch_tensor_map(const fa_tensor_map *map)
@@ -283,6 +289,13 @@ __device__ __forceinline__ unsigned ld_shared(unsigned smem)
 __device__ __forceinline__ void st_shared(unsigned smem, unsigned x)
 {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void st_shared_16(unsigned smem, uint4 x)
+{
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(x.x), "r"(x.y),
+                 "r"(x.z), "r"(x.w)
+                 : "memory");
 }
 
 /* Four 8x8 matrices; lane i passes the address of row i % 8 of matrix i / 8 and receives, from
