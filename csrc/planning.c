@@ -85,7 +85,9 @@ int fa_planning_fit(const struct fa_problem *problem, const struct fa_plan_input
         .seqlen_q = shape->seqlen_q,
         .seqlen_k = shape->seqlen_k,
         .is_packed_q = shape->is_packed_q,
+        .is_packed_k = shape->is_packed_k,
         .rows_q = fa_shape_rows_q(shape),
+        .rows_k = shape->total_k,
     };
     struct fa_plan_error error;
     if (!input->varlen || fa_plan_fit(input, &extent, plan, &error) == 0)
