@@ -124,6 +124,20 @@ static struct fa_lengths lengths_of(const struct fa_problem *problem)
     };
 }
 
+static struct fa_pages pages_of(const struct fa_problem *problem)
+{
+    const struct fa_tensor *table = &problem->page_table;
+    if (!table->object)
+        return (struct fa_pages){0};
+    return (struct fa_pages){
+        .table = table->data,
+        .table_stride = table->stride[0],
+        .per_sequence = (int)table->shape[1],
+        .count = (int)problem->k.shape[0],
+        .page_size = divisor_of(problem->shape.page_size),
+    };
+}
+
 /* ---- forward --------------------------------------------------------------------------------- */
 
 static struct fa_forward_params forward_params(const struct fa_problem *problem,
@@ -159,6 +173,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .group_heads = divisor_of(plan->group_heads),
         .parts = divisor_of(plan->splits),
         .lengths = lengths_of(problem),
+        .pages = pages_of(problem),
     };
 }
 
@@ -201,6 +216,8 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
                         const struct fa_plan *plan, float *workspace,
                         struct fa_forward_arguments *arguments)
 {
+    const int page_size = problem->shape.page_size;
+    const int box_rows = page_size ? fa_page_box_rows(plan->tile_n, page_size) : plan->tile_n;
     arguments->main.forward = forward_params(problem, plan, workspace);
     if (plan->splits > 1)
         arguments->combine = combine_params(problem, plan, workspace);
@@ -208,9 +225,9 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
         arguments->fill = fill_params(problem);
     if (plan->steps[plan->main].variant.kernel != FA_KERNEL_FORWARD_TMA)
         return 0;
-    if (encode_tensor_map(driver, &problem->k, plan->tile_n, &arguments->main.k_map) < 0)
+    if (encode_tensor_map(driver, &problem->k, box_rows, &arguments->main.k_map) < 0)
         return -1;
-    return encode_tensor_map(driver, &problem->v, plan->tile_n, &arguments->main.v_map);
+    return encode_tensor_map(driver, &problem->v, box_rows, &arguments->main.v_map);
 }
 
 /* ---- backward -------------------------------------------------------------------------------- */

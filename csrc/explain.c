@@ -105,13 +105,16 @@ PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem,
                      enum fa_direction direction)
 {
     const int arch = problem->options.arch;
+    if (direction == FA_BACKWARD && fa_problem_check_differentiable(problem) < 0)
+        return NULL;
     if (!arch && problem->q.device_type == FA_DEVICE_CPU)
         return explain_cpu();
     if (direction == FA_BACKWARD && fa_shape_is_empty(&problem->shape))
         return explain_nothing();
-    const struct fa_plan_input input = fa_planning_input(problem, direction, NULL);
+    struct fa_plan_input input = fa_planning_input(problem, direction, NULL);
     struct fa_plan plan;
-    if (fa_planning_make(state, &input, problem->q.device_id, arch, &plan) < 0 ||
+    if (fa_planning_set_may_split(state, problem, problem->q.device_id, arch, &input) < 0 ||
+        fa_planning_make(state, &input, problem->q.device_id, arch, &plan) < 0 ||
         fa_planning_fit(problem, &input, &plan) < 0)
         return NULL;
     return explain_plan(direction, &plan);

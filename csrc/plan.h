@@ -32,9 +32,12 @@ struct fa_plan_input {
     int softcap;               /* whether scores are capped */
     int sink;                  /* whether there is one */
     int num_splits;            /* 0: as the plan chooses; else at most as many parts of the keys */
+    int may_split;             /* varlen and num_splits 0: fa_plan_may_split; else 0 */
     int pack_gqa;              /* enum fa_pack_gqa */
     int deterministic;
     int varlen;      /* lengths are on the device, and differ from sequence to sequence */
+    int paged;       /* K and V lie in pages */
+    int small_pages; /* of rows that are no multiple of FA_MIN_BOX_ROWS */
     int tma_strides; /* tensor maps can describe K and V; in the backward Q and dO */
 };
 
@@ -68,6 +71,9 @@ struct fa_step {
     int blocks; /* the grid; 0: nothing to launch */
     int threads;
     int smem_request; /* more than smem_bytes where FA_SM120_LIMITS pads it */
+    /* It may start before the step before it has ended, for whose end it waits itself: programmatic
+     * dependent launch. That step waits for all before it. */
+    bool overlaps_previous;
 };
 
 #define FA_MAX_REASONS 12
@@ -102,6 +108,7 @@ struct fa_plan {
     int combine_slices; /* of the parts of a row, each summed up by threads of its own */
     int smem_bytes;     /* that a block of the main kernel uses */
     int blocks_per_sm;  /* of the main kernel; in the forward registers may allow fewer */
+    int sms;            /* forward: multiprocessors of the device */
     struct fa_workspace workspace;
     struct fa_reason reasons[FA_MAX_REASONS];
     int reason_count;
@@ -124,6 +131,12 @@ struct fa_plan_target {
  * filled. */
 int fa_plan_make(const struct fa_plan_input *input, const struct fa_plan_target *target,
                  struct fa_plan *plan, struct fa_plan_error *error);
+
+/* Whether a forward of sequences of any lengths, in a batch of this extent, gains from parts of the
+ * keys. A plan has kernels for parts or for whole sequences, whatever the extent: this bit of it
+ * the plan knows. How many parts, fa_plan_fit says. */
+bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent *extent,
+                       const struct fa_device *device);
 
 /* Sizes grids and workspace of a plan that fa_plan_make made for `input`, which is of such an
  * extent when rounded. 0, or -1 with `error` filled. */

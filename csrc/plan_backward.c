@@ -375,9 +375,7 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
                          struct fa_plan *plan, struct fa_plan_error *error)
 {
     plan->m_blocks = CEIL_DIV(extent->seqlen_q, plan->tile_m);
-    /* Where a block stores dQ, it also does where there is no key. */
-    const bool is_direct = plan->steps[plan->main].variant.dq_direct;
-    plan->n_blocks = is_direct ? 1 : CEIL_DIV(extent->seqlen_k, plan->tile_n);
+    plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
     const int places =
         extent->is_packed_k && extent->seqlen_k > 0
             ? fa_plan_list_places(extent->batch, extent->rows_k, plan->tile_n, plan->n_blocks)

@@ -11,13 +11,23 @@ static int rounded_up(int length)
     return MIN(bound, FA_MAX_SIZE);
 }
 
-/* A length that all sequences have, or a bound of their lengths: that of the caller, if there is
+/* A length that all sequences have, or a bound of their lengths: that of the caller, if a side has
  * one, whatever the rows of the tensor are. */
-static int planned_length(const struct fa_shape *shape, int seqlen, bool is_packed, int max_seqlen)
+static int planned_length(const struct fa_shape *shape, int seqlen, bool is_bounded, int max_seqlen)
 {
     if (!shape->is_varlen)
         return seqlen;
-    return rounded_up(is_packed && max_seqlen != FA_NO_BOUND ? max_seqlen : seqlen);
+    return rounded_up(is_bounded && max_seqlen != FA_NO_BOUND ? max_seqlen : seqlen);
+}
+
+/* The same for keys: 0 where there is no row of any. */
+static int planned_keys(const struct fa_problem *problem)
+{
+    const struct fa_shape *shape = &problem->shape;
+    const bool is_bounded = shape->is_packed_k || shape->page_size;
+    if (fa_tensor_is_empty(&problem->k))
+        return 0;
+    return planned_length(shape, shape->seqlen_k, is_bounded, problem->options.max_seqlen_k);
 }
 
 /* Whether a tensor map can describe K or V, or in the backward Q or dO. Those of packed queries
@@ -25,10 +35,10 @@ static int planned_length(const struct fa_shape *shape, int seqlen, bool is_pack
 static bool has_map(const struct fa_shape *shape, bool is_forward, const struct fa_tensor *tensor)
 {
     enum { MOST_BYTES_OF_A_ROW = 1 << 20 };
-    if (!shape->is_varlen)
+    if (!shape->is_varlen || is_forward)
         return fa_tensor_has_tma_strides(tensor);
     const int64_t row_bytes = tensor->stride[0] * fa_element_bytes(tensor->dtype);
-    return !is_forward && shape->is_packed_q && fa_tensor_has_tma_strides(tensor) &&
+    return shape->is_packed_q && fa_tensor_has_tma_strides(tensor) &&
            (tensor->shape[0] < 2 || row_bytes <= MOST_BYTES_OF_A_ROW);
 }
 
@@ -38,8 +48,7 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
     const struct fa_shape *shape = &problem->shape;
     const struct fa_options *options = &problem->options;
     const bool is_forward = direction == FA_FORWARD;
-    const int keys =
-        planned_length(shape, shape->seqlen_k, shape->is_packed_k, options->max_seqlen_k);
+    const int keys = planned_keys(problem);
     const struct fa_tensor *first = is_forward ? &problem->k : &problem->q;
     const struct fa_tensor *second = is_forward ? &problem->v : dout;
     return (struct fa_plan_input){
@@ -64,6 +73,8 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .pack_gqa = is_forward ? (int)options->pack_gqa : FA_PACK_AUTO,
         .deterministic = !is_forward && options->deterministic,
         .varlen = shape->is_varlen,
+        .paged = shape->page_size != 0,
+        .small_pages = shape->page_size % FA_MIN_BOX_ROWS != 0,
         .tma_strides =
             has_map(shape, is_forward, first) && (!second || has_map(shape, is_forward, second)),
     };
@@ -76,11 +87,10 @@ static int raise_plan_error(const struct fa_plan_error *error)
     return -1;
 }
 
-int fa_planning_fit(const struct fa_problem *problem, const struct fa_plan_input *input,
-                    struct fa_plan *plan)
+static struct fa_extent extent_of(const struct fa_problem *problem)
 {
     const struct fa_shape *shape = &problem->shape;
-    const struct fa_extent extent = {
+    return (struct fa_extent){
         .batch = shape->batch,
         .seqlen_q = shape->seqlen_q,
         .seqlen_k = shape->seqlen_k,
@@ -89,6 +99,12 @@ int fa_planning_fit(const struct fa_problem *problem, const struct fa_plan_input
         .rows_q = fa_shape_rows_q(shape),
         .rows_k = shape->total_k,
     };
+}
+
+int fa_planning_fit(const struct fa_problem *problem, const struct fa_plan_input *input,
+                    struct fa_plan *plan)
+{
+    const struct fa_extent extent = extent_of(problem);
     struct fa_plan_error error;
     if (!input->varlen || fa_plan_fit(input, &extent, plan, &error) == 0)
         return 0;
@@ -113,6 +129,19 @@ static int set_target(struct fa_state *state, int ordinal, int arch, struct fa_p
     target->device = cuda->device;
     if (state->settings.plan_as)
         target->device.arch = state->settings.plan_as;
+    return 0;
+}
+
+int fa_planning_set_may_split(struct fa_state *state, const struct fa_problem *problem, int ordinal,
+                              int arch, struct fa_plan_input *input)
+{
+    struct fa_plan_target target;
+    const struct fa_extent extent = extent_of(problem);
+    if (!input->varlen || input->direction != FA_FORWARD)
+        return 0;
+    if (set_target(state, ordinal, arch, &target) < 0)
+        return -1;
+    input->may_split = fa_plan_may_split(input, &extent, &target.device);
     return 0;
 }
 
