@@ -96,7 +96,9 @@ static struct fa_extent extent_of(const struct fa_problem *problem)
         .seqlen_q = shape->seqlen_q,
         .seqlen_k = shape->seqlen_k,
         .is_packed_q = shape->is_packed_q,
+        .is_packed_k = shape->is_packed_k,
         .rows_q = fa_shape_rows_q(shape),
+        .rows_k = shape->total_k,
     };
 }
 

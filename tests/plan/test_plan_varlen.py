@@ -158,19 +158,22 @@ def test_splits_follow_the_bounds():
     assert once.num_splits == 1 and once.reasons["num_splits"].endswith("as asked")
 
 
-def test_long_sequences_start_first():
-    """The backward's workspace has room for their order, where there is one."""
+def test_a_list_of_tiles():
+    """Where it has fewer places than a grid from the bound has blocks, of no more sequences than can
+    be sorted."""
     options = {"max_seqlen_q": 1000, "max_seqlen_k": 1000}
 
-    def bytes_for_order(batch):
-        planned = plan(explain_backward, options=options, batch=batch)
+    def blocks_and_bytes(batch, **shape):
+        planned = plan(explain_backward, options=options, batch=batch, **shape)
         of_tiles = planned.steps[0].blocks * planned.tile_m * (2 + 128) * 4
-        return planned.workspace_bytes - of_tiles
+        return planned.blocks, planned.workspace_bytes - of_tiles
 
-    assert bytes_for_order(6) == 4 * 8
-    assert bytes_for_order(1) == 0
-    assert bytes_for_order(5000) == 0, "its search takes the square of their number"
-    assert plan(explain_backward, options=options, batch=100).group_heads < 200
+    assert blocks_and_bytes(6) == (2 * (8 + 6), 4 * 2 * (8 + 6))
+    assert blocks_and_bytes(6, packed=(True, False)) == (2 * 6 * 8, 0), "not packed"
+    assert blocks_and_bytes(1) == (2 * 8, 0), "no fewer"
+    assert blocks_and_bytes(5000) == (2 * 8 * 5000, 0), "too many"
+    many_heads = plan(explain_backward, options=options, batch=6, heads=(90, 90))
+    assert many_heads.group_heads == 45, "half of them, of all sequences"
 
 
 def test_short_sequences_have_one_tile_of_keys():
@@ -183,7 +186,7 @@ def test_short_sequences_have_one_tile_of_keys():
             assert names(short) == ["backward_preprocess", "backward"]
             assert short.blocks == 4 * 2
             no_keys = plan(explain_backward, options=options, dims=dims, total_k=0)
-            assert no_keys.blocks == 4 * 2, "they clear dq"
+            assert no_keys.blocks == 0 and "-DDQ_DIRECT=0" in no_keys.options
     assert plan(explain_backward, options={**options, "max_seqlen_k": 64}).blocks_per_sm == 2
     assert "-DDQ_DIRECT=0" in plan(explain_backward, options={"max_seqlen_k": 129}).options
 
