@@ -39,21 +39,23 @@ static struct fa_divisor divisor_of(int number)
     return (struct fa_divisor){number, (unsigned)multiplier, shift};
 }
 
-/* A tensor [batch, seqlen, heads, head_dim] in boxes of `rows` of the sequence and as many dims as
- * tile_layout in kernels/layout.cuh puts in a row of a segment. 0 or -1. */
+/* A tensor [batch, seqlen, heads, head_dim], where it is packed [total, heads, head_dim], in boxes of
+ * `rows` of the sequence and as many dims as tile_layout in kernels/layout.cuh puts in a row of a
+ * segment. 0 or -1. */
 static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,
                              struct fa_tensor_map *map)
 {
     const int chunk = fa_chunk_elements(tensor->dtype); /* in elements */
-    const int padded = fa_padded_dim((int)tensor->shape[3], fa_mma_k(tensor->dtype));
+    const int last = tensor->ndim - 1;
+    const int padded = fa_padded_dim((int)tensor->shape[last], fa_mma_k(tensor->dtype));
     const int cols = fa_segment_chunks(padded / chunk);
     const int swizzle = cols == 8   ? CU_TENSOR_MAP_SWIZZLE_128B
                         : cols == 4 ? CU_TENSOR_MAP_SWIZZLE_64B
                                     : CU_TENSOR_MAP_SWIZZLE_32B;
-    static const int order[] = {3, 1, 2, 0}; /* head_dim, seqlen, heads, batch */
+    const int order[] = {last, last - 2, last - 1, last - 3}; /* head_dim, seqlen, heads, batch */
     uint64_t sizes[4], strides[4];
     for (int i = 0; i < 4; i++) {
-        sizes[i] = (uint64_t)tensor->shape[order[i]];
+        sizes[i] = order[i] < 0 ? 1 : (uint64_t)tensor->shape[order[i]];
         strides[i] = (uint64_t)fa_element_bytes(tensor->dtype) *
                      (sizes[i] > 1 ? (uint64_t)tensor->stride[order[i]] : sizes[0]);
     }
@@ -83,6 +85,20 @@ static struct fa_lengths lengths_of(const struct fa_problem *problem)
         .seqused_k = data_of(&problem->seqused_k),
         .total_q = problem->shape.total_q,
         .total_k = problem->shape.total_k,
+    };
+}
+
+static struct fa_pages pages_of(const struct fa_problem *problem)
+{
+    const struct fa_tensor *table = &problem->page_table;
+    if (!table->object)
+        return (struct fa_pages){0};
+    return (struct fa_pages){
+        .table = table->data,
+        .table_stride = table->stride[0],
+        .per_sequence = (int)table->shape[1],
+        .count = (int)problem->k.shape[0],
+        .page_size = divisor_of(problem->shape.page_size),
     };
 }
 
@@ -121,6 +137,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .group_heads = divisor_of(plan->group_heads),
         .parts = divisor_of(plan->splits),
         .lengths = lengths_of(problem),
+        .pages = pages_of(problem),
     };
 }
 
@@ -164,6 +181,8 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
                         const struct fa_plan *plan, float *workspace,
                         struct fa_forward_arguments *arguments)
 {
+    const int page_size = problem->shape.page_size;
+    const int box_rows = page_size ? fa_page_box_rows(plan->tile_n, page_size) : plan->tile_n;
     arguments->main.forward = forward_params(problem, plan, workspace);
     if (plan->splits > 1)
         arguments->combine = combine_params(problem, plan, workspace);
@@ -171,9 +190,9 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
         arguments->fill = fill_params(problem);
     if (plan->steps[plan->main].variant.kernel != FA_KERNEL_FORWARD_TMA)
         return 0;
-    if (encode_tensor_map(driver, &problem->k, plan->tile_n, &arguments->main.k_map) < 0)
+    if (encode_tensor_map(driver, &problem->k, box_rows, &arguments->main.k_map) < 0)
         return -1;
-    return encode_tensor_map(driver, &problem->v, plan->tile_n, &arguments->main.v_map);
+    return encode_tensor_map(driver, &problem->v, box_rows, &arguments->main.v_map);
 }
 
 /* ---- backward -------------------------------------------------------------------------------- */

@@ -35,6 +35,8 @@ struct fa_plan_input {
     int pack_gqa;              /* enum fa_pack_gqa */
     int deterministic;
     int varlen;      /* lengths are on the device, and differ from sequence to sequence */
+    int paged;       /* K and V lie in pages */
+    int small_pages; /* of rows that are no multiple of FA_MIN_BOX_ROWS */
     int tma_strides; /* tensor maps can describe K and V; in the backward Q and dO */
 };
 

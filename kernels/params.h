@@ -17,7 +17,7 @@ typedef int64_t fa_int64;
 #define FA_ALIGNED(bytes) _Alignas(bytes)
 #endif
 
-enum fa_dtype { FA_FLOAT32, FA_FLOAT16, FA_BFLOAT16, FA_INT32 /* of lengths alone */ };
+enum fa_dtype { FA_FLOAT32, FA_FLOAT16, FA_BFLOAT16, FA_INT32 /* of lengths and pages alone */ };
 
 /* Outer strides of one [batch, seqlen, heads, head_dim] tensor. */
 struct fa_strides {
@@ -45,6 +45,18 @@ struct fa_lengths {
     int total_q, total_k;                   /* rows of the packed tensors */
 };
 
+/* Pages of K and V; read only where PAGED. k and v are [count, page_size, heads_kv, head_dim or
+ * head_dim_v]: their stride.batch is from page to page. Row r of sequence b is row r % page_size of
+ * page table[b, r / page_size]. seqlen_k is at most per_sequence * page_size, and 0 where count is:
+ * then every row has a page. */
+struct fa_pages {
+    const int *table;      /* [batch, per_sequence]; whatever it holds, kernels clamp */
+    fa_int64 table_stride; /* from sequence to sequence */
+    int per_sequence;      /* pages of a sequence, at most */
+    int count;             /* pages that exist */
+    struct fa_divisor page_size;
+};
+
 /* The single argument of kernels/forward.cu. */
 struct fa_forward_params {
     const void *q; /* [batch, seqlen_q, heads_q, head_dim] */
@@ -68,9 +80,10 @@ struct fa_forward_params {
      * of queries, 1 if not SPLIT. */
     struct fa_divisor heads, heads_per_kv, m_blocks, group_heads, parts;
     struct fa_lengths lengths; /* read only where VARLEN */
+    struct fa_pages pages;     /* read only where PAGED */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 280, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 320, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -83,7 +96,7 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 576, "320 for the first 280, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 576, "320, then maps");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
  * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
