@@ -2,6 +2,7 @@
 #include <Python.h>
 #include <string.h>
 
+#include "append.h"
 #include "attention.h"
 #include "explain.h"
 #include "state.h"
@@ -27,6 +28,7 @@ static int read_options(struct fa_state *state, const struct method *method,
                      method->tensors, (int)count);
         return -1;
     }
+    problem->is_cache = method->kind == FA_METHOD_CACHE;
     return fa_options_read(&state->option_names, method->name, method->kind, arguments + count,
                            kwnames, &problem->options);
 }
@@ -39,6 +41,7 @@ static PyObject *run_forward(struct fa_state *state, PyObject *const qkv[3],
 {
     PyObject *result = NULL;
     if (fa_problem_read(&state->dlpack, qkv, FA_READ_DATA, problem) == 0 &&
+        (!problem->is_cache || fa_append_read(&state->dlpack, problem) == 0) &&
         fa_problem_set_results(&state->dlpack, problem) == 0 &&
         fa_attention_forward(state, problem) == 0)
         result = PyTuple_Pack(2, problem->out.object,
@@ -75,6 +78,17 @@ static PyObject *forward_if_plain(PyObject *module, PyObject *const *arguments, 
         fa_following_is_plain_call(&state->following, tensors, sizeof tensors / sizeof *tensors);
     if (is_plain <= 0)
         return is_plain < 0 ? NULL : Py_NewRef(Py_NotImplemented);
+    return run_forward(state, arguments, &problem);
+}
+
+static PyObject *forward_with_cache(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
+                                    PyObject *kwnames)
+{
+    static const struct method METHOD = {"forward_with_cache", FA_METHOD_CACHE, 3};
+    struct fa_state *state = PyModule_GetState(module);
+    struct fa_problem problem;
+    if (read_options(state, &METHOD, arguments, count, kwnames, &problem) < 0)
+        return NULL;
     return run_forward(state, arguments, &problem);
 }
 
@@ -172,6 +186,7 @@ static PyObject *tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(un
 #define CALL_OPTIONS   FA_CALL_OPTIONS(FA_OPTION_SIGNATURE)
 #define RESULT_OPTIONS FA_RESULT_OPTIONS(FA_OPTION_SIGNATURE)
 #define PLAN_OPTIONS   FA_PLAN_OPTIONS(FA_OPTION_SIGNATURE)
+#define CACHE_OPTIONS  FA_CACHE_OPTIONS(FA_OPTION_SIGNATURE)
 #define FAST_METHOD(name, doc)                                                                     \
     {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS, doc}
 
@@ -181,6 +196,10 @@ static PyMethodDef METHODS[] = {
     FAST_METHOD(forward_if_plain,
                 "forward_if_plain($module, q, k, v, /, *" CALL_OPTIONS RESULT_OPTIONS ")\n--\n\n"
                 "The same, or NotImplemented where torch may follow the call: see follow()."),
+    FAST_METHOD(forward_with_cache,
+                "forward_with_cache($module, q, k_cache, v_cache, /, *" CALL_OPTIONS
+                    RESULT_OPTIONS CACHE_OPTIONS
+                ")\n--\n\nThe same of caches, to which k and v are appended."),
     FAST_METHOD(backward, "backward($module, dout, q, k, v, out, lse, dlse, /, *" CALL_OPTIONS
                           ")\n--\n\n(dq, dk, dv, dsink) of a call; dlse and dsink may be None."),
     FAST_METHOD(explain, "explain($module, q, k, v, /, *" CALL_OPTIONS PLAN_OPTIONS ")\n--\n\n"

@@ -62,6 +62,7 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .deterministic = !is_forward && options->deterministic,
         .varlen = shape->is_varlen,
         .paged = shape->page_size != 0,
+        .append = problem->append.k.object != NULL,
         .small_pages = shape->page_size % FA_MIN_BOX_ROWS != 0,
         .tma_strides = (is_forward || !shape->is_varlen) && fa_tensor_has_tma_strides(first) &&
                        (!second || fa_tensor_has_tma_strides(second)),
@@ -79,12 +80,15 @@ int fa_planning_fit(const struct fa_problem *problem, const struct fa_plan_input
                     struct fa_plan *plan)
 {
     const struct fa_shape *shape = &problem->shape;
+    const struct fa_append *append = &problem->append;
     const struct fa_extent extent = {
         .batch = shape->batch,
         .seqlen_q = shape->seqlen_q,
         .seqlen_k = shape->seqlen_k,
         .is_packed_q = shape->is_packed_q,
         .rows_q = fa_shape_rows_q(shape),
+        .new_blocks = append->k.object ? (int64_t)shape->batch * fa_append_blocks(append) : 0,
+        .q_blocks = append->cos.object ? (int64_t)shape->batch * shape->seqlen_q : 0,
     };
     struct fa_plan_error error;
     if (!input->varlen || fa_plan_fit(input, &extent, plan, &error) == 0)

@@ -130,6 +130,33 @@ struct fa_fill_params {
 
 FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 104, "host and device disagree on the layout");
 
+/* The single argument of kernels/kv_append.cu: new rows of K and V go to the caches behind those
+ * that they hold, K rotated, and q goes to rotated_q. */
+struct fa_append_params {
+    const void *k, *v;        /* [batch, new_rows, heads_kv, head_dim or head_dim_v] */
+    void *k_cache, *v_cache;  /* [batch, seqlen_k, heads_kv, head_dim or head_dim_v], or pages */
+    const void *q;            /* [batch, seqlen_q, heads_q, head_dim], or packed */
+    void *rotated_q;          /* like q, contiguous; NULL: q is not rotated */
+    const void *cos, *sin;    /* [positions, rotary_dim / 2], rows contiguous */
+    const int *cache_seqlens; /* [batch]: rows that the caches hold; NULL: cache_seqlen each */
+    int *seqused_k;           /* [batch]: rows that they hold afterwards */
+    struct fa_strides k_stride, v_stride, k_cache_stride, v_cache_stride, q_stride;
+    struct fa_strides rotated_q_stride;
+    fa_int64 cos_stride, sin_stride;
+    int batch, seqlen_q, seqlen_k; /* seqlen_k: rows for which the caches have room */
+    int heads_q, heads_kv;
+    int cache_seqlen, new_rows;
+    int positions, rotary_dim; /* rotary_dim: 0 where nothing is rotated */
+    int interleaved;           /* dims 2i and 2i + 1 are rotated, else i and i + rotary_dim / 2 */
+    int q_advances; /* query i has the position i behind that of query 0, else the same */
+    struct fa_divisor new_blocks, q_blocks; /* of a sequence, each has a row */
+    struct fa_divisor chunks, chunks_v;     /* of 16 bytes, of a row of one head */
+    struct fa_lengths lengths;              /* of q alone */
+    struct fa_pages pages;                  /* table NULL: the caches are not in pages */
+};
+
+FA_STATIC_ASSERT(sizeof(struct fa_append_params) == 416, "host and device disagree on the layout");
+
 /* The single argument of kernels/backward.cu, backward_preprocess.cu and backward_sink.cu.
  *
  * Blocks add to an accumulator in fp32, in the layout of the C fragments of ptx.cuh: [batch, heads,

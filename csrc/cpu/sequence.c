@@ -27,14 +27,14 @@ static struct source queries_of(const struct fa_problem *problem)
 static struct source keys_of(const struct fa_problem *problem)
 {
     const struct fa_tensor *k = &problem->k;
-    const bool is_paged = problem->shape.page_size != 0;
+    const struct fa_shape *shape = &problem->shape;
     return (struct source){"k",
                            k,
                            &problem->cu_seqlens_k,
                            &problem->seqused_k,
-                           is_paged ? &problem->page_table : NULL,
+                           shape->page_size ? &problem->page_table : NULL,
                            problem->options.max_seqlen_k,
-                           is_paged ? problem->shape.seqlen_k : k->shape[k->ndim - 3]};
+                           shape->is_packed_k ? shape->total_k : shape->seqlen_k};
 }
 
 static int64_t number(const struct fa_tensor *lengths, int64_t i)

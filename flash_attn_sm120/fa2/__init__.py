@@ -15,6 +15,7 @@ from flash_attn_sm120.fa2.attention import (
     flash_attn_varlen_kvpacked_func,
     flash_attn_varlen_qkvpacked_func,
 )
+from flash_attn_sm120.fa2.kv_cache import flash_attn_with_kvcache
 
 __all__ = [
     "flash_attn_func",
@@ -23,4 +24,5 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
+    "flash_attn_with_kvcache",
 ]

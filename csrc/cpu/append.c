@@ -1,0 +1,170 @@
+/* Row i that is new to sequence b becomes row cache_seqlens[b] + i of its cache, which is also its
+ * position. A pair of dims (x, y) of a row at position p is rotated by the angle of the tables:
+ *
+ *     (x cos[p, pair] - y sin[p, pair], y cos[p, pair] + x sin[p, pair])
+ */
+#include "append.h"
+
+#include <stdlib.h>
+
+#include "../error.h"
+#include "rows.h"
+#include "sequence.h"
+
+/* ---- lengths --------------------------------------------------------------------------------- */
+
+static int64_t held_rows(const struct fa_problem *problem, int64_t batch)
+{
+    return problem->seqused_k.object ? ((const int *)problem->seqused_k.data)[batch]
+                                     : problem->append.cache_seqlen;
+}
+
+/* Sets the lengths with the new rows. 0, or -1 with ValueError set. */
+static int set_lengths(const struct fa_problem *problem, int *seqused_k)
+{
+    const int64_t rows = problem->append.k.shape[1], room = problem->shape.seqlen_k;
+    for (int64_t batch = 0; batch < problem->shape.batch; batch++) {
+        const int64_t held = held_rows(problem, batch);
+        if (held < 0 || held > room - rows)
+            return fa_raise(PyExc_ValueError,
+                            "cache_seqlens must leave room for %lld new rows of the caches' %lld: "
+                            "sequence %lld has %lld",
+                            (long long)rows, (long long)room, (long long)batch, (long long)held);
+        seqused_k[batch] = (int)(held + rows);
+    }
+    return 0;
+}
+
+/* ---- rows ------------------------------------------------------------------------------------ */
+
+/* The angles of a position; of the last one if there are not so many. */
+struct rotation {
+    float cos[FA_MAX_HEAD_DIM / 2], sin[FA_MAX_HEAD_DIM / 2];
+    int dim; /* of a row are rotated */
+    bool is_interleaved;
+};
+
+static struct rotation rotation_of(const struct fa_problem *problem, int64_t position)
+{
+    const struct fa_append *append = &problem->append;
+    struct rotation rotation = {.dim = fa_rotary_dim(append),
+                                .is_interleaved = problem->options.rotary_interleaved};
+    if (rotation.dim == 0)
+        return rotation;
+    const int64_t row = min64(position, append->cos.shape[0] - 1);
+    const int pairs = rotation.dim / 2;
+    fa_load_row(&append->cos, row * append->cos.stride[0], pairs, pairs, rotation.cos);
+    fa_load_row(&append->sin, row * append->sin.stride[0], pairs, pairs, rotation.sin);
+    return rotation;
+}
+
+static void rotate(const struct rotation *rotation, float *row)
+{
+    const int pairs = rotation->dim / 2;
+    for (int pair = 0; pair < pairs; pair++) {
+        float *x = &row[rotation->is_interleaved ? 2 * pair : pair];
+        float *y = x + (rotation->is_interleaved ? 1 : pairs);
+        const float cos = rotation->cos[pair], sin = rotation->sin[pair];
+        const float rotated = *x * cos - *y * sin;
+        *y = *y * cos + *x * sin;
+        *x = rotated;
+    }
+}
+
+/* Where a row of all heads is. */
+struct place {
+    const struct fa_tensor *tensor;
+    struct side side;
+    int64_t row;
+};
+
+static void move_row(struct place from, struct place to, const struct rotation *rotation)
+{
+    const int n = (int)from.tensor->shape[from.tensor->ndim - 1];
+    const int64_t heads = from.tensor->shape[from.tensor->ndim - 2];
+    float row[FA_MAX_HEAD_DIM];
+    for (int64_t head = 0; head < heads; head++) {
+        fa_load_row(from.tensor, fa_row_offset(from.tensor, from.side, from.row, head), n, n, row);
+        if (rotation)
+            rotate(rotation, row);
+        fa_store_row(to.tensor, fa_row_offset(to.tensor, to.side, to.row, head), n, row);
+    }
+}
+
+static void append_rows(const struct fa_problem *problem, const struct fa_cpu_append *append,
+                        int64_t batch)
+{
+    const int64_t rows = problem->append.k.shape[1];
+    const int64_t held = append->seqused_k[batch] - rows;
+    const struct side cache = fa_sequence(&append->problem, batch).k, new = {.batch = batch};
+    for (int64_t row = 0; row < rows; row++) {
+        const struct rotation rotation = rotation_of(problem, held + row);
+        move_row((struct place){&problem->append.k, new, row},
+                 (struct place){&problem->k, cache, held + row}, &rotation);
+        move_row((struct place){&problem->append.v, new, row},
+                 (struct place){&problem->v, cache, held + row}, NULL);
+    }
+}
+
+static void rotate_queries(const struct fa_problem *problem, const struct fa_cpu_append *append,
+                           int64_t batch)
+{
+    const int64_t held = append->seqused_k[batch] - problem->append.k.shape[1];
+    const struct side side = fa_sequence(problem, batch).q;
+    const bool advances = fa_queries_advance(&problem->shape);
+    for (int64_t row = 0; row < side.length; row++) {
+        const struct rotation rotation = rotation_of(problem, held + (advances ? row : 0));
+        move_row((struct place){&problem->q, side, row},
+                 (struct place){&append->problem.q, side, row}, &rotation);
+    }
+}
+
+/* ---- the interface --------------------------------------------------------------------------- */
+
+/* q of the attention: contiguous, in memory of our own. 0, or -1 with MemoryError set. */
+static int allocate_q(const struct fa_problem *problem, struct fa_cpu_append *append)
+{
+    struct fa_tensor *q = &append->problem.q;
+    int64_t elements = 1;
+    for (int i = q->ndim - 1; i >= 0; i--) {
+        q->stride[i] = elements;
+        elements *= q->shape[i];
+    }
+    q->data = append->rotated_q = calloc((size_t)elements + 1, fa_element_bytes(problem->q.dtype));
+    if (q->data)
+        return 0;
+    PyErr_NoMemory();
+    return -1;
+}
+
+int fa_cpu_append_begin(const struct fa_problem *problem, struct fa_cpu_append *append)
+{
+    *append = (struct fa_cpu_append){.problem = *problem};
+    append->seqused_k = malloc((size_t)(problem->shape.batch + 1) * sizeof *append->seqused_k);
+    if (!append->seqused_k) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    append->problem.seqused_k =
+        (struct fa_tensor){.object = problem->q.object, .data = append->seqused_k};
+    if (set_lengths(problem, append->seqused_k) == 0 &&
+        (!problem->append.cos.object || allocate_q(problem, append) == 0))
+        return 0;
+    fa_cpu_append_end(append);
+    return -1;
+}
+
+void fa_cpu_append(const struct fa_problem *problem, const struct fa_cpu_append *append)
+{
+    for (int64_t batch = 0; batch < problem->shape.batch; batch++) {
+        append_rows(problem, append, batch);
+        if (append->rotated_q)
+            rotate_queries(problem, append, batch);
+    }
+}
+
+void fa_cpu_append_end(struct fa_cpu_append *append)
+{
+    free(append->seqused_k);
+    free(append->rotated_q);
+}
