@@ -35,19 +35,14 @@ static int read_options(struct fa_state *state, const struct method *method,
 
 /* ---- methods --------------------------------------------------------------------------------- */
 
-/* (out, lse) of a call whose options have been read; releases the problem. */
-static PyObject *run_forward(struct fa_state *state, PyObject *const qkv[3],
-                             struct fa_problem *problem)
+/* (out, lse) of a problem that has been read. */
+static PyObject *run_forward(struct fa_state *state, struct fa_problem *problem)
 {
-    PyObject *result = NULL;
-    if (fa_problem_read(&state->dlpack, qkv, FA_READ_DATA, problem) == 0 &&
-        (!problem->is_cache || fa_append_read(&state->dlpack, problem) == 0) &&
-        fa_problem_set_results(&state->dlpack, problem) == 0 &&
-        fa_attention_forward(state, problem) == 0)
-        result = PyTuple_Pack(2, problem->out.object,
-                              problem->lse.object ? problem->lse.object : Py_None);
-    fa_problem_release(problem);
-    return result;
+    if (fa_problem_set_results(&state->dlpack, problem) < 0 ||
+        fa_attention_forward(state, problem) < 0)
+        return NULL;
+    return PyTuple_Pack(2, problem->out.object,
+                        problem->lse.object ? problem->lse.object : Py_None);
 }
 
 static PyObject *forward(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
@@ -56,9 +51,12 @@ static PyObject *forward(PyObject *module, PyObject *const *arguments, Py_ssize_
     static const struct method METHOD = {"forward", FA_METHOD_FORWARD, 3};
     struct fa_state *state = PyModule_GetState(module);
     struct fa_problem problem;
-    if (read_options(state, &METHOD, arguments, count, kwnames, &problem) < 0)
-        return NULL;
-    return run_forward(state, arguments, &problem);
+    PyObject *result = NULL;
+    if (read_options(state, &METHOD, arguments, count, kwnames, &problem) == 0 &&
+        fa_problem_read(&state->dlpack, arguments, FA_READ_DATA, &problem) == 0)
+        result = run_forward(state, &problem);
+    fa_problem_release(&problem);
+    return result;
 }
 
 static PyObject *forward_if_plain(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
@@ -76,9 +74,18 @@ static PyObject *forward_if_plain(PyObject *module, PyObject *const *arguments, 
         options->seqused_q, options->seqused_k, options->page_table};
     const int is_plain =
         fa_following_is_plain_call(&state->following, tensors, sizeof tensors / sizeof *tensors);
-    if (is_plain <= 0)
-        return is_plain < 0 ? NULL : Py_NewRef(Py_NotImplemented);
-    return run_forward(state, arguments, &problem);
+    PyObject *result = NULL;
+    if (is_plain == 0)
+        result = Py_NewRef(Py_NotImplemented);
+    else if (is_plain > 0 &&
+             fa_problem_read(&state->dlpack, arguments, FA_READ_DATA, &problem) == 0)
+        result = run_forward(state, &problem);
+    else if (is_plain > 0 && PyErr_ExceptionMatches(PyExc_Exception)) {
+        PyErr_Clear(); /* it may have no memory, on the meta device */
+        result = Py_NewRef(Py_NotImplemented);
+    }
+    fa_problem_release(&problem);
+    return result;
 }
 
 static PyObject *forward_with_cache(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
@@ -87,9 +94,13 @@ static PyObject *forward_with_cache(PyObject *module, PyObject *const *arguments
     static const struct method METHOD = {"forward_with_cache", FA_METHOD_CACHE, 3};
     struct fa_state *state = PyModule_GetState(module);
     struct fa_problem problem;
-    if (read_options(state, &METHOD, arguments, count, kwnames, &problem) < 0)
-        return NULL;
-    return run_forward(state, arguments, &problem);
+    PyObject *result = NULL;
+    if (read_options(state, &METHOD, arguments, count, kwnames, &problem) == 0 &&
+        fa_problem_read(&state->dlpack, arguments, FA_READ_DATA, &problem) == 0 &&
+        fa_append_read(&state->dlpack, &problem) == 0)
+        result = run_forward(state, &problem);
+    fa_problem_release(&problem);
+    return result;
 }
 
 static PyObject *backward(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
