@@ -83,6 +83,7 @@ static struct fa_lengths lengths_of(const struct fa_problem *problem)
         .cu_seqlens_k = data_of(&problem->cu_seqlens_k),
         .seqused_q = data_of(&problem->seqused_q),
         .seqused_k = data_of(&problem->seqused_k),
+        .leftpad_k = data_of(&problem->leftpad_k),
         .total_q = problem->shape.total_q,
         .total_k = problem->shape.total_k,
     };

@@ -7,14 +7,14 @@
 #include "cpu_threads.h"
 #include "launch.h"
 
-/* Asks how many threads there are, then looks at the tensors and at the lengths that attention
- * reads, those of `attended`, a last time and releases the GIL. 0 or -1. */
-static int begin(const struct fa_problem *problem, const struct fa_problem *attended,
-                 const struct fa_gradients *gradients, struct fa_threads *threads)
+/* Asks how many threads there are, then looks at the tensors and at lengths a last time and
+ * releases the GIL. 0 or -1. */
+static int begin(const struct fa_problem *problem, const struct fa_gradients *gradients,
+                 struct fa_threads *threads)
 {
     const int count = fa_cpu_thread_count();
     if (count < 0 || fa_problem_recheck(problem, gradients, NULL) < 0 ||
-        fa_check_lengths(attended) < 0)
+        fa_check_lengths(problem) < 0)
         return -1;
     fa_cpu_threads_begin(threads, count);
     return 0;
@@ -24,9 +24,9 @@ static int append_and_attend(const struct fa_problem *problem)
 {
     struct fa_cpu_append append;
     struct fa_threads threads;
-    if (fa_problem_recheck(problem, NULL, NULL) < 0 || fa_cpu_append_begin(problem, &append) < 0)
+    if (fa_cpu_append_begin(problem, &append) < 0)
         return -1;
-    int status = begin(problem, &append.problem, NULL, &threads);
+    int status = begin(problem, NULL, &threads);
     if (status == 0) {
         fa_cpu_append(problem, &append);
         status = fa_cpu_threads_end(&threads, fa_cpu_forward(&append.problem, &threads));
@@ -42,7 +42,7 @@ int fa_attention_forward(struct fa_state *state, const struct fa_problem *proble
     if (problem->append.k.object)
         return append_and_attend(problem);
     struct fa_threads threads;
-    if (begin(problem, problem, NULL, &threads) < 0)
+    if (begin(problem, NULL, &threads) < 0)
         return -1;
     return fa_cpu_threads_end(&threads, fa_cpu_forward(problem, &threads));
 }
@@ -55,7 +55,7 @@ int fa_attention_backward(struct fa_state *state, const struct fa_problem *probl
     if (problem->q.device_type == FA_DEVICE_CUDA)
         return fa_launch(state, problem, gradients);
     struct fa_threads threads;
-    if (begin(problem, problem, gradients, &threads) < 0)
+    if (begin(problem, gradients, &threads) < 0)
         return -1;
     return fa_cpu_threads_end(&threads, fa_cpu_backward(problem, gradients, &threads));
 }

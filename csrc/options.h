@@ -54,6 +54,7 @@ struct fa_window {
     X(rotary_sin, PyObject *, object, NULL, "None")                                                \
     X(cache_seqlens, PyObject *, object, NULL, "None")                                             \
     X(cache_batch_idx, PyObject *, object, NULL, "None")                                           \
+    X(cache_leftpad, PyObject *, object, NULL, "None")                                             \
     X(rotary_interleaved, bool, flag, true, "True")
 
 #define FA_OPTIONS(X) FA_CALL_OPTIONS(X) FA_RESULT_OPTIONS(X) FA_PLAN_OPTIONS(X) FA_CACHE_OPTIONS(X)

@@ -37,6 +37,7 @@ struct fa_plan_input {
     int deterministic;
     int varlen;      /* lengths are on the device, and differ from sequence to sequence */
     int paged;       /* K and V lie in pages */
+    int leftpad;     /* the first key of a sequence is not row 0 of its pages */
     int append;      /* new rows of K and V are appended to them first */
     int small_pages; /* of rows that are no multiple of FA_MIN_BOX_ROWS */
     int tma_strides; /* tensor maps can describe K and V; in the backward Q and dO */

@@ -51,6 +51,8 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
     else if (input->small_pages)
         *why = "a box of the TMA lies within a page and has 8 rows at least: page sizes must be "
                "multiples of 8";
+    else if (input->leftpad)
+        *why = "a box of the TMA begins where a page does, and keys behind a left pad may not";
     else if (input->seqlen_k == 0)
         *why = "no tensor map describes K and V without keys";
     else if (!input->tma_strides)

@@ -62,6 +62,7 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .deterministic = !is_forward && options->deterministic,
         .varlen = shape->is_varlen,
         .paged = shape->page_size != 0,
+        .leftpad = shape->page_size && problem->leftpad_k.object,
         .append = problem->append.k.object != NULL,
         .small_pages = shape->page_size % FA_MIN_BOX_ROWS != 0,
         .tma_strides = (is_forward || !shape->is_varlen) && fa_tensor_has_tma_strides(first) &&

@@ -127,6 +127,7 @@ static int read_lengths_and_pages(struct fa_dlpack *dlpack, struct fa_problem *p
         {cache_lengths(options), "cache_seqlens", 1, &problem->seqused_k},
         {options->page_table, "page_table", 2, &problem->page_table},
         {options->cache_batch_idx, "cache_batch_idx", 1, &problem->page_table},
+        {options->cache_leftpad, "cache_leftpad", 1, &problem->leftpad_k},
     };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (read_numbers(dlpack, all[i].object, all[i].name, all[i].ndim, &problem->q,
@@ -155,6 +156,8 @@ static int64_t read_batch(const struct fa_problem *problem)
         (has_batch_k && check_size(&problem->v, name_of_v(problem), 0, "q's batch", batch) < 0) ||
         (table->object && check_size(table, name_of_table(problem), 0, "q's batch", batch) < 0) ||
         (used_q->object && check_size(used_q, "seqused_q", 0, "q's batch", batch) < 0) ||
+        (problem->leftpad_k.object &&
+         check_size(&problem->leftpad_k, "cache_leftpad", 0, "q's batch", batch) < 0) ||
         (used_k->object &&
          check_size(used_k, name_of_seqused_k(problem), 0, "q's batch", batch) < 0))
         return -1;
@@ -276,7 +279,8 @@ static void set_shape(struct fa_problem *problem, int batch)
     shape->is_packed_k = problem->cu_seqlens_k.object != NULL;
     shape->page_size = problem->page_table.object ? rows_of(k) : 0;
     shape->is_varlen = shape->is_packed_q || shape->is_packed_k || shape->page_size ||
-                       problem->seqused_q.object || problem->seqused_k.object || options->k;
+                       problem->seqused_q.object || problem->seqused_k.object ||
+                       problem->leftpad_k.object || options->k;
     shape->total_q = shape->is_packed_q ? rows_of(q) : 0;
     shape->total_k = shape->is_packed_k ? rows_of(k) : 0;
     shape->heads_q = heads_of(q);
@@ -383,8 +387,8 @@ struct named_tensor {
 };
 
 /* All tensors of a call, some of which may not be there (yet). */
-#define FORWARD_TENSORS 15
-#define MAX_TENSORS     21
+#define FORWARD_TENSORS 16
+#define MAX_TENSORS     22
 static int tensors_of(const struct fa_problem *problem, const struct fa_gradients *gradients,
                       struct named_tensor tensors[MAX_TENSORS])
 {
@@ -400,6 +404,7 @@ static int tensors_of(const struct fa_problem *problem, const struct fa_gradient
         {&problem->seqused_q, "seqused_q"},
         {&problem->seqused_k, name_of_seqused_k(problem)},
         {&problem->page_table, name_of_table(problem)},
+        {&problem->leftpad_k, "cache_leftpad"},
         {&problem->append.k, "k"},
         {&problem->append.v, "v"},
         {&problem->append.cos, "rotary_cos"},
@@ -538,7 +543,7 @@ void fa_problem_release(struct fa_problem *problem)
                                         &problem->out, &problem->lse, &problem->cu_seqlens_q,
                                         &problem->cu_seqlens_k, &problem->seqused_q,
                                         &problem->seqused_k, &problem->page_table,
-                                        &problem->append.k, &problem->append.v,
+                                        &problem->leftpad_k, &problem->append.k, &problem->append.v,
                                         &problem->append.cos, &problem->append.sin},
             FORWARD_TENSORS);
 }

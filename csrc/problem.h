@@ -29,6 +29,7 @@ struct fa_problem {
     struct fa_tensor cu_seqlens_q, cu_seqlens_k; /* [batch + 1]: where sequences begin and end */
     struct fa_tensor seqused_q, seqused_k;       /* [batch]: how many of their rows are used */
     struct fa_tensor page_table; /* [batch, pages of a sequence]: where its keys are in k and v */
+    struct fa_tensor leftpad_k;  /* [batch]: used rows of k that come before its first key */
     bool is_cache;               /* k and v are caches, and called so */
     struct fa_append append;
 };

@@ -89,6 +89,7 @@ def forward_with_cache(
     rotary_sin: Any | None = None,
     cache_seqlens: Any | int | None = None,
     cache_batch_idx: Any | None = None,
+    cache_leftpad: Any | None = None,
     rotary_interleaved: bool = True,
 ) -> Any: ...
 def backward(

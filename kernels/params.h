@@ -42,7 +42,8 @@ struct fa_divisor {
 struct fa_lengths {
     const int *cu_seqlens_q, *cu_seqlens_k; /* [batch + 1]; NULL: that side is not packed */
     const int *seqused_q, *seqused_k;       /* [batch]; NULL: all of it */
-    int total_q, total_k;                   /* rows of the packed tensors */
+    const int *leftpad_k; /* [batch]: so many of the used rows of k come before key 0; NULL: none */
+    int total_q, total_k; /* rows of the packed tensors */
 };
 
 /* Pages of K and V; read only where PAGED. k and v are [count, page_size, heads_kv, head_dim or
@@ -83,7 +84,7 @@ struct fa_forward_params {
     struct fa_pages pages;     /* read only where PAGED */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 320, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 328, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -96,7 +97,7 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 576, "320, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "328, padding, then maps");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
  * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
@@ -128,7 +129,7 @@ struct fa_fill_params {
     struct fa_lengths lengths;
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 104, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 112, "host and device disagree on the layout");
 
 /* The single argument of kernels/kv_append.cu: new rows of K and V go to the caches behind those
  * that they hold, K rotated, and q goes to rotated_q. */
@@ -155,7 +156,7 @@ struct fa_append_params {
     struct fa_pages pages;                  /* table NULL: the caches are not in pages */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_append_params) == 416, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_append_params) == 424, "host and device disagree on the layout");
 
 /* The single argument of kernels/backward.cu, backward_preprocess.cu and backward_sink.cu.
  *
@@ -221,7 +222,7 @@ struct fa_postprocess_params {
     struct fa_lengths lengths;   /* read only where VARLEN */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_postprocess_params) == 128,
+FA_STATIC_ASSERT(sizeof(struct fa_postprocess_params) == 136,
                  "host and device disagree on the layout");
 
 #endif

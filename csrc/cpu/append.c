@@ -7,33 +7,8 @@
 
 #include <stdlib.h>
 
-#include "../error.h"
 #include "rows.h"
 #include "sequence.h"
-
-/* ---- lengths --------------------------------------------------------------------------------- */
-
-static int64_t held_rows(const struct fa_problem *problem, int64_t batch)
-{
-    return problem->seqused_k.object ? ((const int *)problem->seqused_k.data)[batch]
-                                     : problem->append.cache_seqlen;
-}
-
-/* Sets the lengths with the new rows. 0, or -1 with ValueError set. */
-static int set_lengths(const struct fa_problem *problem, int *seqused_k)
-{
-    const int64_t rows = problem->append.k.shape[1], room = problem->shape.seqlen_k;
-    for (int64_t batch = 0; batch < problem->shape.batch; batch++) {
-        const int64_t held = held_rows(problem, batch);
-        if (held < 0 || held > room - rows)
-            return fa_raise(PyExc_ValueError,
-                            "cache_seqlens must leave room for %lld new rows of the caches' %lld: "
-                            "sequence %lld has %lld",
-                            (long long)rows, (long long)room, (long long)batch, (long long)held);
-        seqused_k[batch] = (int)(held + rows);
-    }
-    return 0;
-}
 
 /* ---- rows ------------------------------------------------------------------------------------ */
 
@@ -91,12 +66,22 @@ static void move_row(struct place from, struct place to, const struct rotation *
     }
 }
 
+/* Rows that the cache of a sequence holds before. */
+static int64_t held_rows(const struct fa_problem *problem, int64_t batch)
+{
+    const int64_t held = problem->seqused_k.object ? ((const int *)problem->seqused_k.data)[batch]
+                                                   : problem->append.cache_seqlen;
+    /* Checked before, but other threads may write to the lengths meanwhile. */
+    return clamp(held, 0, problem->shape.seqlen_k - problem->append.k.shape[1]);
+}
+
 static void append_rows(const struct fa_problem *problem, const struct fa_cpu_append *append,
-                        int64_t batch)
+                        int64_t batch, int64_t held)
 {
     const int64_t rows = problem->append.k.shape[1];
-    const int64_t held = append->seqused_k[batch] - rows;
-    const struct side cache = fa_sequence(&append->problem, batch).k, new = {.batch = batch};
+    struct side cache = fa_sequence(&append->problem, batch).k;
+    const struct side new = {.batch = batch};
+    cache.begin = 0; /* whatever its first key is */
     for (int64_t row = 0; row < rows; row++) {
         const struct rotation rotation = rotation_of(problem, held + row);
         move_row((struct place){&problem->append.k, new, row},
@@ -107,9 +92,8 @@ static void append_rows(const struct fa_problem *problem, const struct fa_cpu_ap
 }
 
 static void rotate_queries(const struct fa_problem *problem, const struct fa_cpu_append *append,
-                           int64_t batch)
+                           int64_t batch, int64_t held)
 {
-    const int64_t held = append->seqused_k[batch] - problem->append.k.shape[1];
     const struct side side = fa_sequence(problem, batch).q;
     const bool advances = fa_queries_advance(&problem->shape);
     for (int64_t row = 0; row < side.length; row++) {
@@ -147,8 +131,7 @@ int fa_cpu_append_begin(const struct fa_problem *problem, struct fa_cpu_append *
     }
     append->problem.seqused_k =
         (struct fa_tensor){.object = problem->q.object, .data = append->seqused_k};
-    if (set_lengths(problem, append->seqused_k) == 0 &&
-        (!problem->append.cos.object || allocate_q(problem, append) == 0))
+    if (!problem->append.cos.object || allocate_q(problem, append) == 0)
         return 0;
     fa_cpu_append_end(append);
     return -1;
@@ -157,9 +140,11 @@ int fa_cpu_append_begin(const struct fa_problem *problem, struct fa_cpu_append *
 void fa_cpu_append(const struct fa_problem *problem, const struct fa_cpu_append *append)
 {
     for (int64_t batch = 0; batch < problem->shape.batch; batch++) {
-        append_rows(problem, append, batch);
+        const int64_t held = held_rows(problem, batch);
+        append->seqused_k[batch] = (int)(held + problem->append.k.shape[1]);
+        append_rows(problem, append, batch, held);
         if (append->rotated_q)
-            rotate_queries(problem, append, batch);
+            rotate_queries(problem, append, batch, held);
     }
 }
 

@@ -11,11 +11,11 @@ struct fa_cpu_append {
     void *rotated_q; /* NULL: q is not rotated */
 };
 
-/* Checks the lengths, and makes room for what attention reads; needs the GIL. 0, or -1 with the
- * exception set and nothing held. */
+/* Makes room for what attention reads; needs the GIL. 0, or -1 with MemoryError set and nothing held.
+ */
 int fa_cpu_append_begin(const struct fa_problem *problem, struct fa_cpu_append *append);
 
-/* Appends, rotating; pure C. Nothing interrupts it: a cache is never half written. */
+/* Fills that room, and appends to caches whose lengths have been checked; pure C. Nothing interrupts it: a cache is never half written. */
 void fa_cpu_append(const struct fa_problem *problem, const struct fa_cpu_append *append);
 
 void fa_cpu_append_end(struct fa_cpu_append *append);

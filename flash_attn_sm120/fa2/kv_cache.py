@@ -63,7 +63,8 @@ def flash_attn_with_kvcache(
             it, and without ``k``, all rows.
         cache_batch_idx: ``(batch,)`` int32: the entry of the caches that is a sequence's, or its
             row of the table.
-        cache_leftpad: not supported yet.
+        cache_leftpad: ``(batch,)`` int32: so many rows at the beginning of a cache are not seen.
+            Positions count from row 0 on, all the same.
         block_table, page_table: the same by either name, ``(batch, max_pages)`` int32.
         softmax_scale, causal, softcap, num_splits, learnable_sink, pack_gqa, out: as in
             :func:`flash_attn_sm120.flash_attn_func`.
@@ -81,8 +82,8 @@ def flash_attn_with_kvcache(
         TypeError, ValueError, RuntimeError: as :func:`flash_attn_sm120.flash_attn_func`.
         NotImplementedError: also where a gradient is wanted, or torch follows the call.
     """
-    if alibi_slopes is not None or cache_leftpad is not None or unsupported:
-        _refuse(alibi_slopes=alibi_slopes, cache_leftpad=cache_leftpad, **unsupported)
+    if alibi_slopes is not None or unsupported:
+        _refuse(alibi_slopes=alibi_slopes, **unsupported)
     if is_followed(q, k_cache, v_cache, k, v):
         raise NotImplementedError(
             "flash_attn_with_kvcache is not supported yet where torch follows a call: "
@@ -120,6 +121,7 @@ def flash_attn_with_kvcache(
         rotary_sin=rotary_sin,
         cache_seqlens=cache_seqlens,
         cache_batch_idx=cache_batch_idx,
+        cache_leftpad=cache_leftpad,
         rotary_interleaved=rotary_interleaved,
     )
     if k is not None:
@@ -149,7 +151,7 @@ _NAME = flash_attn_with_kvcache.__name__
 
 # Parameters of FlashAttention-3's function, and what asks for nothing.
 _NOT_YET = {
-    **dict.fromkeys(("alibi_slopes", "cache_leftpad", "qv", "q_descale", "k_descale", "v_descale")),
+    **dict.fromkeys(("alibi_slopes", "qv", "q_descale", "k_descale", "v_descale")),
     **dict.fromkeys(("cu_seqlens_k_new", "rotary_seqlens", "scheduler_metadata")),
     "attention_chunk": 0,
     "sm_margin": 0,

@@ -102,7 +102,8 @@ class Call:
             advances = arguments.get("causal") or arguments.get("window_size", (-1, -1)) != (-1, -1)
             steps = torch.arange(len(q)) * bool(advances)
             q = rotate(q, (held + steps).clamp(max=len(cos) - 1), cos, sin, interleaved)
-        rows = self.entries[number][: held + new]
+        pads = arguments.get("cache_leftpad")
+        rows = self.entries[number][0 if pads is None else int(pads[number]) : held + new]
         k, v = (
             torch.stack([cache[entry] for entry in rows])
             if rows
@@ -203,6 +204,21 @@ def test_rotary(device, dims, interleaved):
             )
 
 
+@pytest.mark.quick("cpu-*")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_leftpad(device, layout):
+    """Rows before it are not seen, whatever they hold, and positions count from row 0 on."""
+    for i, mask in enumerate(MASKS):
+        if not device.takes(i + LAYOUTS.index(layout)):
+            continue
+        call = make(device, [0, 17, 40], 3, 2, layout=layout, rotary=16)
+        call.arguments["cache_leftpad"] = on(device, [0, 16, 21])
+        for cache in (call.k_cache, call.v_cache):
+            for entry in call.entries[2][:21]:
+                cache[entry] = math.nan
+        call.check(**MASKS[mask])
+
+
 @pytest.mark.quick("cpu")
 def test_everything_at_once(device):
     call = make(device, [0, 20, 44], 4, 4, 64, 32, layout="paged", rotary=32)
@@ -293,8 +309,8 @@ BAD = {
     "negative length": ({"cache_seqlens": -1}, ValueError, "cache_seqlens must be from 0 to the rows of the caches, 48, got -1"),
     "long length": ({"cache_seqlens": 49}, ValueError, "the rows of the caches, 48, got 49"),
     "no room": ({"cache_seqlens": 47}, ValueError, "k has 2 rows to append, each cache has room for 1 at most"),
-    "no room in one": ({"cache_seqlens": torch.tensor([0, 47, 3]).int()}, ValueError, "leave room for 2 new rows of the caches' 48: sequence 1 has 47"),
-    "negative in one": ({"cache_seqlens": torch.tensor([0, 4, -3]).int()}, ValueError, "sequence 2 has -3"),
+    "no room in one": ({"cache_seqlens": torch.tensor([0, 47, 3]).int()}, ValueError, "cache_seqlens must be from 0 to the length without what is appended: sequence 1 has 46, got 47"),
+    "negative in one": ({"cache_seqlens": torch.tensor([0, 4, -3]).int()}, ValueError, "sequence 2 has 46, got -3"),
     "many rows": ({"k": torch.zeros(3, 49, 2, 32), "v": torch.zeros(3, 49, 2, 32)}, ValueError, "k has 49 rows to append"),
     "heads of k": ({"k": torch.zeros(3, 2, 4, 32)}, ValueError, "k must have the caches' heads 2 in dimension 2, got 4"),
     "rows of v": ({"v": torch.zeros(3, 1, 2, 32)}, ValueError, "v must have k's seqlen 2 in dimension 1, got 1"),
@@ -303,9 +319,10 @@ BAD = {
     "heads of caches": ({"q": torch.zeros(3, 2, 3, 32)}, ValueError, "must be a multiple of the heads of k and v, got 3 and 2"),
     "strided cache": ({"k_cache": torch.zeros(3, SEQLEN, 32, 2).transpose(2, 3)}, ValueError, "k_cache is read in place, never copied"),
     "expanded cache": ({"v_cache": expanded(torch.zeros(3, SEQLEN, 2, 32))}, ValueError, "v_cache has elements that share memory"),
-    "entry": ({"cache_batch_idx": torch.tensor([0, 3, 1]).int()}, ValueError, "from 0 to 2 .*: .*of sequence 1 is 3"),
+    "entry": ({"cache_batch_idx": torch.tensor([0, 3, 1]).int()}, ValueError, "cache_batch_idx must have pages from 0 to 2 .*: .*of sequence 1 is 3"),
     "two tables": ({"block_table": torch.zeros(3, 1).int(), "page_table": torch.zeros(3, 1).int()}, ValueError, "two names of one table"),
-    "leftpad": ({"cache_leftpad": torch.zeros(3).int()}, NotImplementedError, "does not support cache_leftpad yet"),
+    "leftpad": ({"cache_leftpad": torch.tensor([0, 12, 3]).int()}, ValueError, "cache_leftpad must be from 0 to the rows in use: sequence 1 has 11, got 12"),
+    "batch of leftpad": ({"cache_leftpad": torch.zeros(2).int()}, ValueError, "cache_leftpad must have q's batch 3 in dimension 0, got 2"),
     "alibi": ({"alibi_slopes": torch.zeros(4)}, NotImplementedError, "does not support alibi_slopes yet"),
     "qv": ({"qv": torch.zeros(4)}, NotImplementedError, "does not support qv yet"),
     "unknown": ({"cache_leftpads": None}, TypeError, "got an unexpected keyword argument 'cache_leftpads'"),
@@ -392,6 +409,7 @@ def test_garbage_stays_within_the_tensors(device, layout):
                 call.arguments[name].fill_(2**31 - 1)
                 call.arguments[name][0] = -7
         call.run(cache_seqlens=on(device, lengths), causal=True)
+        call.run(cache_leftpad=on(device, [50, -1, 2**31 - 1]), causal=True)
 
 
 def test_captured_graphs_replay_with_other_lengths(cuda):
