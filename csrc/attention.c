@@ -24,8 +24,10 @@ static int append_and_attend(const struct fa_problem *problem)
 {
     struct fa_cpu_append append;
     struct fa_threads threads;
-    if (fa_cpu_append_begin(problem, &append) < 0)
+    if (fa_cpu_append_begin(problem, &append) < 0) {
+        PyErr_NoMemory();
         return -1;
+    }
     int status = begin(problem, NULL, &threads);
     if (status == 0) {
         fa_cpu_append(problem, &append);

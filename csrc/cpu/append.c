@@ -105,36 +105,32 @@ static void rotate_queries(const struct fa_problem *problem, const struct fa_cpu
 
 /* ---- the interface --------------------------------------------------------------------------- */
 
-/* q of the attention: contiguous, in memory of our own. 0, or -1 with MemoryError set. */
-static int allocate_q(const struct fa_problem *problem, struct fa_cpu_append *append)
+/* q of the attention, where it is rotated: contiguous, in new memory. False where there is none. */
+static bool allocate_q(const struct fa_problem *problem, struct fa_cpu_append *append)
 {
     struct fa_tensor *q = &append->problem.q;
     int64_t elements = 1;
+    if (!problem->append.cos.object)
+        return true;
     for (int i = q->ndim - 1; i >= 0; i--) {
         q->stride[i] = elements;
         elements *= q->shape[i];
     }
-    q->data = append->rotated_q = calloc((size_t)elements + 1, fa_element_bytes(problem->q.dtype));
-    if (q->data)
-        return 0;
-    PyErr_NoMemory();
-    return -1;
+    q->data = append->rotated_q =
+        calloc((size_t)elements + 1, (size_t)fa_element_bytes(problem->q.dtype));
+    return q->data != NULL;
 }
 
 int fa_cpu_append_begin(const struct fa_problem *problem, struct fa_cpu_append *append)
 {
     *append = (struct fa_cpu_append){.problem = *problem};
     append->seqused_k = malloc((size_t)(problem->shape.batch + 1) * sizeof *append->seqused_k);
-    if (!append->seqused_k) {
-        PyErr_NoMemory();
-        return -1;
-    }
     append->problem.seqused_k =
         (struct fa_tensor){.object = problem->q.object, .data = append->seqused_k};
-    if (!problem->append.cos.object || allocate_q(problem, append) == 0)
+    if (append->seqused_k && allocate_q(problem, append))
         return 0;
     fa_cpu_append_end(append);
-    return -1;
+    return FA_OUT_OF_MEMORY;
 }
 
 void fa_cpu_append(const struct fa_problem *problem, const struct fa_cpu_append *append)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from flash_attn_sm120 import _C, autograd
 from flash_attn_sm120.fa2.attention import Window, as_fa2_lse, unbounded
@@ -84,12 +84,9 @@ def flash_attn_with_kvcache(
     """
     if alibi_slopes is not None or unsupported:
         _refuse(alibi_slopes=alibi_slopes, **unsupported)
-    if is_followed(q, k_cache, v_cache, k, v):
-        raise NotImplementedError(
-            "flash_attn_with_kvcache is not supported yet where torch follows a call: "
-            "torch.compile, torch.func, modes, tensor subclasses, lazy negation"
-        )
-    if torch.is_grad_enabled() and _any_requires_grad(q, k_cache, v_cache, k, v, learnable_sink):
+    if is_dynamo_compiling():
+        raise NotImplementedError(_FOLLOWED)
+    if is_grad_enabled() and _any_requires_grad(q, k_cache, v_cache, k, v, learnable_sink):
         raise NotImplementedError(
             "flash_attn_with_kvcache has no gradient: use torch.no_grad(), or detach its tensors"
         )
@@ -99,40 +96,49 @@ def flash_attn_with_kvcache(
         raise ValueError("block_table and page_table are two names of one table: got both")
     if page_table is not None and cache_batch_idx is not None:
         page_table, cache_batch_idx = _rows_of_table(page_table, cache_batch_idx), None
-    result, lse = _C.forward_with_cache(
-        q,
-        k_cache,
-        v_cache,
-        cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q,
-        page_table=page_table,
-        softmax_scale=softmax_scale,
-        causal=causal,
-        window_size=unbounded(window_size),
-        learnable_sink=learnable_sink,
-        softcap=softcap,
-        num_splits=num_splits,
-        pack_gqa=pack_gqa,
-        return_lse=return_softmax_lse,
-        out=out,
-        k=k,
-        v=v,
-        rotary_cos=rotary_cos,
-        rotary_sin=rotary_sin,
-        cache_seqlens=cache_seqlens,
-        cache_batch_idx=cache_batch_idx,
-        cache_leftpad=cache_leftpad,
-        rotary_interleaved=rotary_interleaved,
-    )
+    for run in (_C.cache_forward_if_plain, _C.cache_forward):
+        results = run(
+            q,
+            k_cache,
+            v_cache,
+            cu_seqlens_q=cu_seqlens_q,
+            max_seqlen_q=max_seqlen_q,
+            page_table=page_table,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=unbounded(window_size),
+            learnable_sink=learnable_sink,
+            softcap=softcap,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            return_lse=return_softmax_lse,
+            out=out,
+            k=k,
+            v=v,
+            rotary_cos=rotary_cos,
+            rotary_sin=rotary_sin,
+            cache_seqlens=cache_seqlens,
+            cache_batch_idx=cache_batch_idx,
+            cache_leftpad=cache_leftpad,
+            rotary_interleaved=rotary_interleaved,
+        )
+        if results is not NotImplemented:
+            break
+        if is_followed(q, k_cache, v_cache, k, v, out):
+            raise NotImplementedError(_FOLLOWED)
     if k is not None:
         autograd.written_in_place(k_cache, v_cache)
     if out is not None:
         autograd.written_in_place(out)
-    return (result, as_fa2_lse(lse)) if return_softmax_lse else result
+    result, lse = results
+    return result if lse is None else (result, as_fa2_lse(lse))
 
 
 def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(getattr(x, "requires_grad", None) is True for x in tensors)
+    for x in tensors:  # noqa: SIM110, as a generator takes twice the time
+        if getattr(x, "requires_grad", None) is True:
+            return True
+    return False
 
 
 def _rows_of_table(table: Tensor, rows: Tensor) -> Tensor:
@@ -148,6 +154,10 @@ def _rows_of_table(table: Tensor, rows: Tensor) -> Tensor:
 
 
 _NAME = flash_attn_with_kvcache.__name__
+_FOLLOWED = (
+    f"{_NAME} is not supported yet where torch follows a call: torch.compile, torch.func, modes, "
+    "tensor subclasses, lazy negation"
+)
 
 # Parameters of FlashAttention-3's function, and what asks for nothing.
 _NOT_YET = {

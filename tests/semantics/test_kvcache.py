@@ -384,11 +384,14 @@ def test_torch_that_follows_is_refused():
         return flash_attn_with_kvcache(q, call.k_cache, call.v_cache, cache_seqlens=3).sum()
 
     with pytest.raises(NotImplementedError, match="where torch follows a call"):
-        torch.func.grad(run)(call.q)
-    k = call.k_cache.square()
-    with torch.no_grad():
-        call.run()
-    k.requires_grad_()
+        torch.vmap(run)(call.q[None])
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="where torch follows a call"):
+        torch.compile(run, backend="eager", fullgraph=True)(call.q)
+
+
+@pytest.mark.quick
+def test_torch_counts_the_change_of_a_cache():
+    call = make(CPU, [0, 9], 1, 1)
     version = call.k_cache._version
     call.run()
     assert call.k_cache._version > version
