@@ -15,8 +15,8 @@ struct fa_cpu_append {
 /* Makes room for what attention reads. 0, or FA_OUT_OF_MEMORY and nothing is held. */
 int fa_cpu_append_begin(const struct fa_problem *problem, struct fa_cpu_append *append);
 
-/* Fills that room, and appends to caches whose lengths have been checked; pure C. Nothing interrupts
- * it: a cache is never half written. */
+/* Fills that room, and appends to caches whose lengths have been checked. Nothing interrupts it: a
+ * cache is never half written. */
 void fa_cpu_append(const struct fa_problem *problem, const struct fa_cpu_append *append);
 
 void fa_cpu_append_end(struct fa_cpu_append *append);

@@ -1,14 +1,4 @@
-"""The functions without a cache: dense and packed sequences, and projections that are packed.
-
-They differ from :mod:`flash_attn_sm120.interface` in names, order and returns alone:
-
-- A side of ``window_size`` that is negative is unbounded.
-- Head dims that are no multiples of 8 are padded with zeros, which copies q, k and v.
-- They return ``out``, or with ``return_attn_probs`` ``(out, lse, S_dmask)``, of which the last is
-  empty, as FlashAttention-2's is without dropout.
-- Where a query sees no key its lse is +inf, as in FlashAttention-2, and not -inf. That takes a pass
-  over the lse, only where it is asked for. Gradients flow through it.
-"""
+"""The functions without a cache: dense and packed sequences, and projections that are packed."""
 
 from __future__ import annotations
 
@@ -43,7 +33,7 @@ def flash_attn_func(
     Args:
         dropout_p, alibi_slopes: not supported yet: NotImplementedError unless 0 and None.
         window_size: ``(left, right)``; a negative side is unbounded.
-        return_attn_probs: return ``(out, lse, S_dmask)``, see above.
+        return_attn_probs: return ``(out, lse, S_dmask)``.
     """
     _refuse("flash_attn_func", dropout_p, alibi_slopes)
     out, lse = interface.flash_attn_func(

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+__all__ = ["index_first_axis", "index_put_first_axis", "pad_input", "unpad_input"]
+
 
 def index_first_axis(input: Tensor, indices: Tensor) -> Tensor:
     """``input[indices]``: rows of the first dimension."""
