@@ -60,10 +60,15 @@ static int load_kernels(struct call *call)
     return 0;
 }
 
+/* Captured graphs have programmatic dependencies since CUDA 12.3. */
+#define OVERLAP_VERSION 12030
+
 /* Launches a kernel whose single argument is *params, without waiting for it. 0 or -1. */
 static int enqueue(struct fa_driver *driver, CUkernel kernel, const struct fa_step *step,
                    CUstream stream, void *params)
 {
+    CUlaunchAttribute overlap = {CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                 .value.programmatic_stream_serialization = 1};
     const CUlaunchConfig config = {
         .grid_x = (unsigned)step->blocks,
         .grid_y = 1,
@@ -73,6 +78,8 @@ static int enqueue(struct fa_driver *driver, CUkernel kernel, const struct fa_st
         .block_z = 1,
         .shared_bytes = (unsigned)step->smem_request,
         .stream = stream,
+        .attributes = &overlap,
+        .attribute_count = step->overlaps_previous && driver->version >= OVERLAP_VERSION,
     };
     void *arguments[] = {params};
     CUresult result;

@@ -75,6 +75,9 @@ struct fa_step {
     int blocks; /* the grid; 0: nothing to launch */
     int threads;
     int smem_request; /* more than smem_bytes where FA_SM120_LIMITS pads it */
+    /* It may start before the step before it has ended, for whose end it waits itself: programmatic
+     * dependent launch. That step waits for all before it. */
+    bool overlaps_previous;
 };
 
 #define FA_MAX_REASONS 12

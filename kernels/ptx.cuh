@@ -224,6 +224,25 @@ __device__ __forceinline__ void semaphore_release(int *semaphore)
     asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(semaphore) : "memory");
 }
 
+/* ---- between kernels ------------------------------------------------------------------------ */
+
+/* Once all blocks have come here or ended, the next kernel may start that was launched to overlap
+ * this one: see overlaps_previous in csrc/plan.h. Before 9.0 there are none. */
+__device__ __forceinline__ void let_next_kernel_start()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+/* Waits until the kernel before this one has ended and what it wrote can be read. */
+__device__ __forceinline__ void wait_for_previous_kernel()
+{
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 /* ---- between groups of warps ---------------------------------------------------------------- */
 
 /* The barrier `id` of COUNT threads of the block, of which some only announce that they have come
