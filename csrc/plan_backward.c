@@ -90,13 +90,13 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
                                  : "backward: mma.sync, Q and dO brought by cp.async");
     if (!target->device.has_tma)
         fa_plan_because(plan, "not the TMA", "the TMA came with compute capability 9.0");
-    else if (input->varlen)
-        fa_plan_because(plan, "not the TMA",
-                        "the TMA's boxes end at the tensor, not at the sequence");
     else if (!variant->tma)
         fa_plan_because(plan, "not the TMA",
-                        "it needs Q and dO at strides that are multiples of 16 bytes, from a row "
-                        "up to 2^40: neither expanded nor flipped");
+                        input->varlen
+                            ? "of sequences of any lengths it needs packed Q and dO, at strides "
+                              "that are multiples of 16 bytes, from a row up to 2^20"
+                            : "it needs Q and dO at strides that are multiples of 16 bytes, from a "
+                              "row up to 2^40: neither expanded nor flipped");
     fa_plan_because(plan, "tile", "row of csrc/tiles.c for the larger head dim");
     if (input->softcap)
         fa_plan_because(plan, "sub_m", "16 queries at a time: the tanh of a cap takes registers");

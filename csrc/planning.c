@@ -30,6 +30,18 @@ static int planned_keys(const struct fa_problem *problem)
     return planned_length(shape, shape->seqlen_k, is_bounded, problem->options.max_seqlen_k);
 }
 
+/* Whether a tensor map can describe K or V, or in the backward Q or dO. Those of packed queries
+ * begin some rows before the tensor, see arguments.c, which must not be far. */
+static bool has_map(const struct fa_shape *shape, bool is_forward, const struct fa_tensor *tensor)
+{
+    enum { MOST_BYTES_OF_A_ROW = 1 << 20 };
+    if (is_forward || !shape->is_varlen)
+        return fa_tensor_has_tma_strides(tensor);
+    const int64_t row_bytes = tensor->stride[0] * fa_element_bytes(tensor->dtype);
+    return shape->is_packed_q && fa_tensor_has_tma_strides(tensor) &&
+           (tensor->shape[0] < 2 || row_bytes <= MOST_BYTES_OF_A_ROW);
+}
+
 struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
                                        enum fa_direction direction, const struct fa_tensor *dout)
 {
@@ -65,8 +77,8 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .leftpad = shape->page_size && problem->leftpad_k.object,
         .append = problem->append.k.object != NULL,
         .small_pages = shape->page_size % FA_MIN_BOX_ROWS != 0,
-        .tma_strides = (is_forward || !shape->is_varlen) && fa_tensor_has_tma_strides(first) &&
-                       (!second || fa_tensor_has_tma_strides(second)),
+        .tma_strides =
+            has_map(shape, is_forward, first) && (!second || has_map(shape, is_forward, second)),
     };
 }
 

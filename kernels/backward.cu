@@ -44,7 +44,7 @@
  * between it and the mask: then nothing delays the exponentials. */
 constexpr bool MASKS_FIRST = !SOFTCAP;
 
-static_assert(!VARLEN || (!TMA && !DQ_DIRECT), "boxes and tiles end where the tensor does");
+static_assert(!VARLEN || !DQ_DIRECT, "tiles that no sequence has are not written");
 
 /* The mask of S^T [WARP_N, SUB_M], whose rows are keys. `key` and `query` are those of
  * S_rmem[0][0][0]. */

@@ -200,8 +200,10 @@ struct fa_backward_params {
     fa_int64 zero_share; /* of zero_chunks, for one block of backward_preprocess.cu */
     void *dq;            /* like q; where DQ_DIRECT */
     struct fa_strides dq_stride;
-    struct fa_tensor_map q_map, dout_map; /* [batch, heads_q, seqlen_q, head_dim or head_dim_v] */
-    struct fa_lengths lengths;            /* read only where VARLEN */
+    /* [batch, heads_q, seqlen_q, head_dim or head_dim_v]; where VARLEN [total_q + 1, heads_q,
+     * TILE_M, the same]: entry e has the TILE_M rows before row e. */
+    struct fa_tensor_map q_map, dout_map;
+    struct fa_lengths lengths; /* read only where VARLEN */
     int *order;      /* [batch]: the sequences, the longest first, as backward_preprocess.cu writes
                       * it; NULL: as they come; where VARLEN alone */
     int group_heads; /* (batch, KV head) pairs that run together; the last group may have fewer */

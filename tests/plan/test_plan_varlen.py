@@ -52,16 +52,27 @@ def test_steps(arch):
         "backward_sink",
     ]
     assert all(s.variant.endswith("_varlen") for s in backward.steps)
-    assert not backward.tma and not plan(arch=arch).tma
+    assert backward.tma == (arch >= 90) and not plan(arch=arch).tma
 
 
 def test_reasons():
     forward, backward = plan(arch=90), plan(explain_backward, arch=90)
-    assert "not at the sequence" in backward.reasons["not the TMA"]
     assert "were the lengths their bounds" in forward.reasons["num_splits"]
     assert "any lengths" in backward.reasons["splits"]
     dense = torch.empty(1, 1000, 8, 128, dtype=torch.bfloat16)
     assert "varlen" not in explain(dense, dense, dense, arch=120).variant
+
+
+def test_the_backward_uses_the_tma_for_packed_queries():
+    """Whose rows are not so far apart that its maps would begin long before the tensor."""
+    assert plan(explain_backward, packed=(True, False)).tma
+    not_packed = plan(explain_backward, packed=(False, True))
+    assert not not_packed.tma and "packed Q and dO" in not_packed.reasons["not the TMA"]
+    (q, k, v), lengths = call(10)
+    assert not explain_backward(q[:1].expand(10, -1, -1), k, v, **lengths, arch=120).tma
+    for row, tma in ((1 << 19, True), ((1 << 19) + 8, False)):
+        q = torch.empty(2 * row, dtype=torch.bfloat16).as_strided((2, 8, 128), (row, 128, 1))
+        assert explain_backward(q, k, v, **lengths, arch=120).tma == tma
 
 
 @pytest.mark.parametrize("direction", [explain, explain_backward])
