@@ -5,6 +5,7 @@
 #include <Python.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #include "../kernels/params.h"
 #include "device.h"
@@ -81,6 +82,9 @@ typedef struct {
     X(cuCtxPushCurrent, "cuCtxPushCurrent_v2", (CUcontext context))                                \
     X(cuCtxPopCurrent, "cuCtxPopCurrent_v2", (CUcontext * context))                                \
     X(cuStreamIsCapturing, "cuStreamIsCapturing", (CUstream stream, int *status))                  \
+    X(cuStreamSynchronize, "cuStreamSynchronize", (CUstream stream))                               \
+    X(cuMemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2",                                                   \
+      (void *host, uintptr_t device, size_t size, CUstream stream))                                \
     X(cuLibraryLoadData, "cuLibraryLoadData",                                                      \
       (CUlibrary * library, const void *code, int *jit_options, void **jit_values,                 \
        unsigned jit_count, int *options, void **values, unsigned count))                           \
@@ -131,6 +135,9 @@ struct fa_cuda_device *fa_driver_device(struct fa_driver *driver, int ordinal);
  */
 int fa_driver_enter(struct fa_driver *driver, struct fa_cuda_device *device, bool *pushed);
 void fa_driver_leave(struct fa_driver *driver, bool pushed);
+
+/* Whether the stream is under graph capture: 1, 0, or -1 with the exception set. */
+int fa_driver_is_capturing(struct fa_driver *driver, CUstream stream);
 
 /* 0 for CUDA_SUCCESS, else -1 with RuntimeError "call: NAME (text)" set. */
 int fa_driver_check(struct fa_driver *driver, CUresult result, const char *call);

@@ -1,6 +1,7 @@
 #include "launch.h"
 
 #include "arguments.h"
+#include "device_check.h"
 #include "planning.h"
 
 /* A call on its way to the stream. */
@@ -36,6 +37,16 @@ static int find_plan(struct call *call)
         fa_planning_fit(call->problem, &call->key.input, plan) < 0)
         return -1;
     return fa_planning_warn(state, plan);
+}
+
+/* Looks at lengths and pages, where FA_SM120_CHECK asks for it. 0 or -1. */
+static int check(const struct call *call)
+{
+    if (!call->state->settings.check || !call->problem->shape.is_varlen)
+        return 0;
+    return fa_problem_recheck(call->problem, call->gradients, NULL) < 0
+               ? -1
+               : fa_device_check(&call->state->driver, call->problem, call->stream);
 }
 
 /* The kernels of the plan, loaded, where they are not yet. 0 or -1. */
@@ -137,7 +148,8 @@ int fa_launch(struct fa_state *state, const struct fa_problem *problem,
     int status = -1;
     bool pushed;
     if (fa_driver_enter(driver, &driver->devices[call.ordinal], &pushed) == 0) {
-        if (load_kernels(&call) == 0 && fa_problem_recheck(problem, gradients, &workspace) == 0)
+        if (check(&call) == 0 && load_kernels(&call) == 0 &&
+            fa_problem_recheck(problem, gradients, &workspace) == 0)
             status = launch_kernels(&call, workspace.data);
         fa_driver_leave(driver, pushed);
     }

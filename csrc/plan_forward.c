@@ -46,8 +46,6 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
 {
     if (!device->has_tma)
         *why = "the TMA came with compute capability 9.0";
-    else if (input->varlen && !input->paged)
-        *why = "the TMA's boxes end at the tensor, not at the sequence";
     else if (input->small_pages)
         *why = "a box of the TMA lies within a page and has 8 rows at least: page sizes must be "
                "multiples of 8";

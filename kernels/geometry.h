@@ -79,9 +79,8 @@ FA_CONSTEXPR int fa_forward_smem(int stage_bytes, int stages, int has_mbarriers)
     return stages * (stage_bytes + (has_mbarriers ? FA_STAGE_MBARRIER_BYTES : 0));
 }
 
-/* Rows of a box of the TMA that lie in one page and in one tile, whatever the page: the largest power
- * of two that divides both. Smaller boxes than of eight rows would start within the pattern of the
- * swizzle. */
+/* Rows of a box of the TMA, which lies in one page and in one tile: the largest power of two that
+ * divides the rows of both. Smaller boxes than of 8 would start within the pattern of the swizzle. */
 enum { FA_MIN_BOX_ROWS = 8 };
 FA_CONSTEXPR int fa_page_box_rows(int tile_n, int page_size)
 {

@@ -163,6 +163,8 @@ template <class params_t> struct sequence<params_t, false> {
     {
         return batch * stride.batch + head * stride.head;
     }
+    /* The entry of the batch of k and v, of those that tensor maps describe. */
+    __device__ __forceinline__ int k_entry() const { return batch; }
     /* From the beginning of lse, [batch, heads, seqlen_q], to query 0 of a head: `pair` is the
      * number of this batch entry and head. */
     __device__ __forceinline__ fa_int64 lse_offset(fa_int64 pair, int) const
@@ -211,6 +213,10 @@ template <class params_t> struct sequence<params_t, true> {
     __device__ __forceinline__ fa_int64 k_offset(const fa_strides &stride, int head) const
     {
         return batch * stride.batch + k_begin * stride.seqlen + head * stride.head;
+    }
+    __device__ __forceinline__ int k_entry() const
+    {
+        return params.lengths.cu_seqlens_k ? 0 : batch; /* a packed side is one entry */
     }
     __device__ __forceinline__ bool is_packed() const { return params.lengths.cu_seqlens_q; }
     __device__ __forceinline__ fa_int64 lse_offset(fa_int64 pair, int head) const

@@ -169,7 +169,7 @@ static int check_side(const struct source *source, int64_t batch)
     return source->pages ? check_pages(source, batch, used + source->new_rows) : 0;
 }
 
-int fa_check_lengths(const struct fa_problem *problem)
+int fa_check_sequences(const struct fa_problem *problem)
 {
     const struct source queries = queries_of(problem), keys = keys_of(problem);
     const int64_t checked = problem->shape.is_varlen ? problem->shape.batch : 0;

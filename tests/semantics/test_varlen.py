@@ -312,8 +312,6 @@ BAD = {
     "not packed": ({"cu_seqlens_k": lambda x: None}, ValueError, "k must have 4 dimensions, got 3"),
     "bound": ({"max_seqlen_q": lambda x: -1}, ValueError, "max_seqlen_q must be 0 or larger, got -1"),
     "bound of floats": ({"max_seqlen_k": lambda x: 1.5}, TypeError, "max_seqlen_k must be an integer or None, got 1.5"),
-    "pages": ({"page_table": lambda x: torch.zeros(3, 1).int(), "cu_seqlens_k": lambda x: None}, NotImplementedError, "page_table is not supported yet"),
-    "packed pages": ({"page_table": lambda x: torch.zeros(3, 1).int()}, ValueError, "page_table takes no cu_seqlens_k"),
     "out": ({"out": lambda x: torch.zeros(3, 4, 64)}, ValueError, "out must have q's total 42 in dimension 0, got 3"),
     "lse": ({"lse": lambda x: torch.zeros(1, 4, 42)}, ValueError, "lse must have 2 dimensions, got 3"),
     "heads of lse": ({"lse": lambda x: torch.zeros(3, 42)}, ValueError, "lse must have q's heads 4 in dimension 0, got 3"),
