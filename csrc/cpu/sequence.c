@@ -160,10 +160,10 @@ static int check_side(const struct source *source, int64_t batch)
         return -1;
     const int64_t used = source->seqused->object ? number(source->seqused, batch) : length;
     if (used < 0 || used > length - source->new_rows)
-        return fa_raise(PyExc_ValueError,
-                        "%s must be from 0 to the length%s: sequence %lld has %lld, got %lld",
-                        source->seqused_name, source->new_rows ? " without what is appended" : "",
-                        (long long)batch, (long long)(length - source->new_rows), (long long)used);
+        return fa_raise(
+            PyExc_ValueError, "%s must be from 0 to %s: sequence %lld has %lld, got %lld",
+            source->seqused_name, source->new_rows ? "what leaves room for new rows" : "the length",
+            (long long)batch, (long long)(length - source->new_rows), (long long)used);
     if (source->leftpad->object && check_leftpad(source, batch, used + source->new_rows) < 0)
         return -1;
     return source->pages ? check_pages(source, batch, used + source->new_rows) : 0;

@@ -83,6 +83,8 @@ def flash_attn_with_kvcache(
         NotImplementedError: also where a gradient is wanted, or torch follows the call.
     """
     if alibi_slopes is not None or unsupported:
+        if k is None:
+            unsupported.pop("cu_seqlens_k_new", None)  # it tells of k, and serving engines pass it
         _refuse(alibi_slopes=alibi_slopes, **unsupported)
     if is_dynamo_compiling():
         raise NotImplementedError(_FOLLOWED)

@@ -141,6 +141,21 @@ def test_varlen(device):
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=lambda device: device.name)
+def test_varlen_of_pages(device):
+    """Lengths of keys are told by cu_seqlens_k, as in FlashAttention-2."""
+    q, k, v = make(device, seqlen_k=16)
+    q, pages = q.flatten(0, 1), [x.reshape(8, 4, 2, 16) for x in (k, v)]
+    table = on(device, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    ends_q, ends_k = on(device, [0, 5, 18]), on(device, [0, 13, 20])
+    out = fa2.flash_attn_varlen_func(
+        q, *pages, ends_q, ends_k, 13, 13, causal=True, block_table=table
+    )
+    packed = [torch.cat([x[0, :13], x[1, :7]]) for x in (k, v)]
+    expected = fa2.flash_attn_varlen_func(q, *packed, ends_q, ends_k, 13, 13, causal=True)
+    assert_all_equal([out], [expected])
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=lambda device: device.name)
 @pytest.mark.parametrize("dim", [5, 59])
 def test_any_head_dim(device, dim):
     q, k, v = (x.requires_grad_() for x in make(device, dim=dim))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
+from flash_attn_sm120 import _C
 from flash_attn_sm120.fa2 import flash_attn_with_kvcache
 from helpers.checks import assert_all_equal
 from helpers.devices import CPU, CUDA, writable
@@ -285,6 +286,18 @@ def test_returns():
     assert_all_equal([alone], [out])
 
 
+def test_other_lengths_need_no_other_plan(device):
+    """Nor another kernel: a decoding loop, in tensors of one shape."""
+    if device == CPU:
+        pytest.skip("the CPU has no plans")
+    counts = []
+    for step in range(10):
+        call = make(device, [step, 2 * step, 47 - step], 1, 1, layout="paged", rotary=32)
+        call.run(causal=True)
+        counts.append(_C.counts())
+    assert counts[0] == counts[-1]
+
+
 # ---- bad input -----------------------------------------------------------------------------------
 
 
@@ -309,7 +322,7 @@ BAD = {
     "negative length": ({"cache_seqlens": -1}, ValueError, "cache_seqlens must be from 0 to the rows of the caches, 48, got -1"),
     "long length": ({"cache_seqlens": 49}, ValueError, "the rows of the caches, 48, got 49"),
     "no room": ({"cache_seqlens": 47}, ValueError, "k has 2 rows to append, each cache has room for 1 at most"),
-    "no room in one": ({"cache_seqlens": torch.tensor([0, 47, 3]).int()}, ValueError, "cache_seqlens must be from 0 to the length without what is appended: sequence 1 has 46, got 47"),
+    "no room in one": ({"cache_seqlens": torch.tensor([0, 47, 3]).int()}, ValueError, "cache_seqlens must be from 0 to what leaves room for new rows: sequence 1 has 46, got 47"),
     "negative in one": ({"cache_seqlens": torch.tensor([0, 4, -3]).int()}, ValueError, "sequence 2 has 46, got -3"),
     "many rows": ({"k": torch.zeros(3, 49, 2, 32), "v": torch.zeros(3, 49, 2, 32)}, ValueError, "k has 49 rows to append"),
     "heads of k": ({"k": torch.zeros(3, 2, 4, 32)}, ValueError, "k must have the caches' heads 2 in dimension 2, got 4"),
@@ -325,6 +338,7 @@ BAD = {
     "batch of leftpad": ({"cache_leftpad": torch.zeros(2).int()}, ValueError, "cache_leftpad must have q's batch 3 in dimension 0, got 2"),
     "alibi": ({"alibi_slopes": torch.zeros(4)}, NotImplementedError, "does not support alibi_slopes yet"),
     "qv": ({"qv": torch.zeros(4)}, NotImplementedError, "does not support qv yet"),
+    "packed k": ({"cu_seqlens_k_new": torch.zeros(4).int()}, NotImplementedError, "does not support cu_seqlens_k_new yet"),
     "unknown": ({"cache_leftpads": None}, TypeError, "got an unexpected keyword argument 'cache_leftpads'"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap must be 0"),
     "gradient": ({"q": torch.zeros(3, 2, 4, 32, requires_grad=True)}, NotImplementedError, "has no gradient: use torch.no_grad"),
@@ -343,6 +357,16 @@ def test_bad_calls_append_nothing(case):
         flash_attn_with_kvcache(**{**tensors, **call.arguments, **changes})
     assert_all_equal((call.k_cache, call.v_cache), before, equal_nan=True)
     call.check()
+
+
+def test_nothing_is_appended_where_attention_cannot_be(device):
+    if device == CPU:
+        pytest.skip("the CPU has no plans")
+    call = make(device, [0, 9], 1, 1, dtype=torch.float32)
+    before = call.plain(call.k_cache).clone()
+    with pytest.raises(NotImplementedError, match="float32 is supported on the CPU alone"):
+        call.run()
+    assert_all_equal([call.plain(call.k_cache)], [before], equal_nan=True)
 
 
 @pytest.mark.quick
