@@ -209,7 +209,6 @@ static struct fa_fill_params fill_params(const struct fa_problem *problem)
         .seqlen_q = shape->seqlen_q,
         .heads_q = shape->heads_q,
         .head_dim_v = shape->head_dim_v,
-        .rows = fa_shape_rows_q(shape),
         .lengths = lengths_of(problem),
     };
 }
@@ -372,6 +371,8 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .lengths = lengths_of(problem),
         .order = at->order ? (int *)(workspace + at->order) : NULL,
         .group_heads = plan->group_heads,
+        .query_tiles = plan->query_tiles,
+        .head_dim = shape->head_dim,
     };
 }
 

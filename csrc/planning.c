@@ -35,7 +35,7 @@ static int planned_keys(const struct fa_problem *problem)
 static bool has_map(const struct fa_shape *shape, bool is_forward, const struct fa_tensor *tensor)
 {
     enum { MOST_BYTES_OF_A_ROW = 1 << 20 };
-    if (is_forward || !shape->is_varlen)
+    if (!shape->is_varlen || is_forward)
         return fa_tensor_has_tma_strides(tensor);
     const int64_t row_bytes = tensor->stride[0] * fa_element_bytes(tensor->dtype);
     return shape->is_packed_q && fa_tensor_has_tma_strides(tensor) &&

@@ -573,13 +573,14 @@ int fa_gradients_read(struct fa_dlpack *dlpack, PyObject *dout, PyObject *out, P
 }
 
 /* Of a problem that is empty it is 0, and so are rows that no sequence has, which nothing is
- * computed for. 0 or -1. */
+ * computed for: on the CPU from here on, elsewhere kernels clear them. 0 or -1. */
 static int allocate_gradient(struct fa_dlpack *dlpack, const struct fa_problem *problem,
                              const struct fa_gradients *gradients, const struct fa_tensor *like,
                              const char *name, enum fa_dtype dtype, int ndim, const int64_t *shape,
                              struct fa_tensor *gradient)
 {
-    const int status = fa_shape_is_empty(&problem->shape) || problem->shape.is_varlen
+    const bool is_cpu = problem->q.device_type == FA_DEVICE_CPU;
+    const int status = fa_shape_is_empty(&problem->shape) || (problem->shape.is_varlen && is_cpu)
                            ? fa_tensor_zeros(dlpack, like, name, dtype, ndim, shape, gradient)
                            : fa_tensor_empty(dlpack, like, name, dtype, ndim, shape, gradient);
     return status < 0 ? -1 : check_apart(problem, gradients, gradient, name);

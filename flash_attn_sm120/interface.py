@@ -292,7 +292,7 @@ def flash_attn_varlen_func(
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`flash_attn_func`.
-        NotImplementedError: also where a gradient with ``page_table`` is wanted.
+        NotImplementedError: as there, and where a gradient with ``page_table`` is wanted.
     """
     if isinstance(cu_seqlens_k, int):
         raise TypeError(

@@ -118,18 +118,16 @@ struct fa_combine_params {
 
 FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 112, "host and device disagree on the layout");
 
-/* The single argument of kernels/varlen_fill.cu: rows of out and lse that no sequence has become 0
- * and -inf. */
+/* The single argument of kernels/varlen_fill.cu. */
 struct fa_fill_params {
     void *out;  /* [batch, seqlen_q, heads_q, head_dim_v], or packed */
     float *lse; /* [batch, heads_q, seqlen_q], or packed; NULL: not wanted */
     struct fa_strides out_stride;
     int batch, seqlen_q, heads_q, head_dim_v;
-    fa_int64 rows; /* of out for each head: batch * seqlen_q, or total_q */
     struct fa_lengths lengths;
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 112, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 104, "host and device disagree on the layout");
 
 /* The single argument of kernels/kv_append.cu: new rows of K and V go to the caches behind those
  * that they hold, K rotated, and q goes to rotated_q. */
@@ -163,10 +161,10 @@ FA_STATIC_ASSERT(sizeof(struct fa_append_params) == 424, "host and device disagr
  * Blocks add to an accumulator in fp32, in the layout of the C fragments of ptx.cuh: [batch, heads,
  * rows / 16, head_dim / 8, 32 lanes, 4], with rows up to the end of the last tile.
  *
- * Where VARLEN, [heads, tiles] takes the place of [batch, heads, m_blocks], here and in lse_delta
- * and dq_semaphores. The tiles of sequence b begin with tile b * m_blocks, or, of a packed side,
- * with cu_seqlens_q[b] / TILE_M + b. There are batch * m_blocks of them, or
- * ceil(total_q / TILE_M) + batch. */
+ * Where VARLEN, [heads, query_tiles] takes the place of [batch, heads, m_blocks], here and in
+ * lse_delta and dq_semaphores. There are batch * m_blocks of them, and those of sequence b begin
+ * with tile b * m_blocks; or, of a packed side and where these are fewer, ceil(total_q / TILE_M) +
+ * batch, and they begin with tile cu_seqlens_q[b] / TILE_M + b. */
 struct fa_backward_params {
     const void *q;              /* [batch, seqlen_q, heads_q, head_dim] */
     const void *k;              /* [batch, seqlen_k, heads_kv, head_dim] */
@@ -207,9 +205,11 @@ struct fa_backward_params {
     int *order;      /* [batch]: the sequences, the longest first, as backward_preprocess.cu writes
                       * it; NULL: as they come; where VARLEN alone */
     int group_heads; /* (batch, KV head) pairs that run together; the last group may have fewer */
+    int query_tiles; /* where VARLEN: of a head, of all sequences */
+    int head_dim;    /* of q and k, for backward_preprocess.cu */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 768, "432, padding, maps, then the rest");
+FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 832, "432, padding, maps, then the rest");
 
 /* The single argument of kernels/backward_postprocess.cu. */
 struct fa_postprocess_params {

@@ -219,6 +219,27 @@ def test_pairs_in_groups(device):
             torch.testing.assert_close(x.cpu(), y.cpu())
 
 
+@options
+@pytest.mark.parametrize("dims", [(64, 64), (128, 72)], ids=str)
+def test_one_tile_of_keys(device, dims, options):
+    """Which stores dq: also of queries that see no key, because there are none or by a mask."""
+    if not device.takes(dims[0] == 64):
+        pytest.skip("the other size of tiles has this case")
+    lengths = ([170, 3, 33, 0, 64], [40, 64, 0, 7, 64])
+    batch = make_batch(device, *lengths, heads=(4, 2), dims=dims, dtype=dtype_of(device))
+    options = with_sink(device, options, 4)
+    for bound in (64, 128):
+        bounds = {"max_seqlen_q": 170, "max_seqlen_k": bound}
+        planned = explain_backward(*batch.inputs, **batch.lengths, **bounds, **options)
+        assert planned.variant is None or "_dqd" in planned.variant
+        check(batch, bounds=bounds, **options)
+
+
+def test_bounds_without_keys(device):
+    batch = make_batch(device, [17, 3], [0, 0], dtype=dtype_of(device))
+    check(batch, bounds={"max_seqlen_k": 64})
+
+
 def test_other_lengths_need_no_other_plan(device):
     """Nor another kernel, and bounds are all that a plan knows of lengths."""
     if device == CPU:
