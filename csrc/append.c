@@ -41,16 +41,14 @@ static int read_rows(struct fa_dlpack *dlpack, struct fa_problem *problem)
                                            "the caches' head_dim"};
     const struct fa_shape *shape = &problem->shape;
     struct fa_append *append = &problem->append;
-    /* How many there are k says. */
-    if (fa_tensor_read(dlpack, problem->options.k, "k", 4, &append->k) < 0)
+    int64_t sizes[] = {shape->batch, FA_ANY_SIZE, shape->heads_kv, shape->head_dim};
+    if (fa_problem_read_like_q(dlpack, problem, problem->options.k, "k", 4, sizes, meanings,
+                               &append->k) < 0)
         return -1;
     const int64_t rows = append->k.shape[1];
-    fa_tensor_release(&append->k);
-    const int64_t sizes[] = {shape->batch, rows, shape->heads_kv, shape->head_dim};
-    const int64_t sizes_v[] = {shape->batch, rows, shape->heads_kv, shape->head_dim_v};
-    if (fa_problem_read_like_q(dlpack, problem, problem->options.k, "k", 4, sizes, meanings,
-                               &append->k) < 0 ||
-        fa_problem_read_like_q(dlpack, problem, problem->options.v, "v", 4, sizes_v, meanings,
+    sizes[1] = rows;
+    sizes[3] = shape->head_dim_v;
+    if (fa_problem_read_like_q(dlpack, problem, problem->options.v, "v", 4, sizes, meanings,
                                &append->v) < 0)
         return -1;
     const int held = append->cache_seqlen == FA_NO_BOUND ? 0 : append->cache_seqlen;
@@ -81,11 +79,12 @@ static int read_table(struct fa_dlpack *dlpack, const struct fa_problem *problem
 static int read_rotary(struct fa_dlpack *dlpack, struct fa_problem *problem)
 {
     const struct fa_shape *shape = &problem->shape;
+    const struct fa_options *options = &problem->options;
     struct fa_append *append = &problem->append;
-    if (fa_tensor_read(dlpack, problem->options.rotary_cos, "rotary_cos", 2, &append->cos) < 0)
+    static const int64_t any[] = {FA_ANY_SIZE, FA_ANY_SIZE};
+    if (read_table(dlpack, problem, options->rotary_cos, "rotary_cos", any, &append->cos) < 0)
         return -1;
-    const int64_t sizes[] = {append->cos.shape[0], append->cos.shape[1]};
-    fa_tensor_release(&append->cos);
+    const int64_t *sizes = append->cos.shape;
     if (sizes[1] < 1 || sizes[1] > shape->head_dim / 2)
         return fa_raise(PyExc_ValueError,
                         "rotary_cos must have rotary_dim / 2 columns, from 1 to head_dim / 2 = %d, "
@@ -95,11 +94,7 @@ static int read_rotary(struct fa_dlpack *dlpack, struct fa_problem *problem)
         return fa_raise(PyExc_ValueError,
                         "rotary_cos must have a row for each position in the caches, %d, got %lld",
                         shape->seqlen_k, (long long)sizes[0]);
-    if (read_table(dlpack, problem, problem->options.rotary_cos, "rotary_cos", sizes,
-                   &append->cos) < 0)
-        return -1;
-    return read_table(dlpack, problem, problem->options.rotary_sin, "rotary_sin", sizes,
-                      &append->sin);
+    return read_table(dlpack, problem, options->rotary_sin, "rotary_sin", sizes, &append->sin);
 }
 
 /* ---- the interface --------------------------------------------------------------------------- */

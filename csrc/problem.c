@@ -334,7 +334,7 @@ static int check_sizes(const struct fa_tensor *tensor, const char *name, const i
                        const char *const *meanings)
 {
     for (int i = 0; i < tensor->ndim; i++)
-        if (check_size(tensor, name, i, meanings[i], sizes[i]) < 0)
+        if (sizes[i] != FA_ANY_SIZE && check_size(tensor, name, i, meanings[i], sizes[i]) < 0)
             return -1;
     return 0;
 }

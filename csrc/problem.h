@@ -75,8 +75,9 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
  * else new ones. 0 or -1. */
 int fa_problem_set_results(struct fa_dlpack *dlpack, struct fa_problem *problem);
 
-/* Reads a tensor of the dtype and device of q; `meanings`: what its sizes are, for messages. 0 or
- * -1. */
+/* Reads a tensor of the dtype and device of q; `meanings`: what its sizes are, for messages. Of
+ * sizes FA_ANY_SIZE is any. 0 or -1. */
+#define FA_ANY_SIZE (-1)
 int fa_problem_read_like_q(struct fa_dlpack *dlpack, const struct fa_problem *problem,
                            PyObject *object, const char *name, int ndim, const int64_t *sizes,
                            const char *const *meanings, struct fa_tensor *tensor);
