@@ -37,6 +37,8 @@ struct fa_plan_input {
     int deterministic;
     int varlen;      /* lengths are on the device, and differ from sequence to sequence */
     int paged;       /* K and V lie in pages */
+    int leftpad;     /* the first key of a sequence is not row 0 of its pages */
+    int append;      /* new rows of K and V are appended to them first */
     int small_pages; /* of rows that are no multiple of FA_MIN_BOX_ROWS */
     int tma_strides; /* tensor maps can describe K and V; in the backward Q and dO */
 };
@@ -49,10 +51,13 @@ struct fa_extent {
     bool is_packed_q, is_packed_k;
     int64_t rows_q; /* of q for each head */
     int64_t rows_k; /* of k where it is packed */
+    /* Where rows are appended: blocks that append a row, and that rotate one of q. */
+    int64_t new_blocks, q_blocks;
 };
 
 /* What a launch computes. It tells which struct of kernels/params.h the kernel takes. */
 enum fa_job {
+    FA_JOB_APPEND,
     FA_JOB_FORWARD,
     FA_JOB_COMBINE,
     FA_JOB_FILL,
@@ -85,6 +90,7 @@ struct fa_reason {
 /* Where things start in the workspace, in units of four bytes. */
 struct fa_workspace {
     int64_t out_parts, lse_parts; /* of a split forward */
+    int64_t rotated_q, seqused_k; /* of one that appends: what attention reads */
     int64_t dq_accum, dk_accum, dv_accum;
     int64_t dq_semaphores, dkv_semaphores, block_counter;
     int64_t list;  /* of tiles, see kernels/tile_list.cuh; 0 where there is none */
