@@ -1,0 +1,445 @@
+"""A door into torch's own attention: what torch computes by FlashAttention is computed here.
+
+torch lets an implementation take the place of its FlashAttention-2, operator by operator. That
+reaches F.scaled_dot_product_attention on CUDA and all that stands on it: nn.MultiheadAttention,
+jagged nested tensors, varlen_attn, Transformers' and diffusers' default attention, eager, compiled
+or exported. torch's autograd and its shapes without data stay in use.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import attention as registry
+
+from flash_attn_sm120 import _C, ops
+from flash_attn_sm120.autograd import written_in_place
+from flash_attn_sm120.plan import ScalarOptions, Window
+
+NAME = "SM120"  # in torch.nn.attention.list_flash_attention_impls()
+
+_OLDEST_TRIED, _NEWEST_TRIED = (2, 11), (2, 13)
+
+# ---- what went where -----------------------------------------------------------------------------
+
+
+class Stats(NamedTuple):
+    """Calls since the import, by torch's name of the operator or function."""
+
+    taken: dict[str, int]  # name -> calls computed here
+    left: dict[str, int]  # "name: reason" -> calls left to torch
+
+
+def stats() -> Stats:
+    """How many calls were computed here, and how many were left to torch, and why."""
+    with _counting:
+        return Stats(dict(_taken), dict(_left))
+
+
+_counting = threading.Lock()
+_taken: Counter[str] = Counter()
+_left: Counter[str] = Counter()
+
+
+def _count(counter: Counter[str], name: str) -> None:
+    with _counting:
+        counter[name] += 1
+
+
+class NotTaken(NotImplementedError):
+    """A call that is torch's to compute; the text says why."""
+
+
+# ---- the door ------------------------------------------------------------------------------------
+
+
+class Handle:
+    """An open door; :meth:`remove` closes it."""
+
+    def __init__(self, library: Any) -> None:
+        self._library = library
+
+    def remove(self) -> None:
+        """Brings torch's own operators back. A second time it does nothing."""
+        library, self._library = self._library, None
+        if library is None:
+            return
+        library._destroy()
+        if registry.current_flash_attention_impl() == NAME:
+            registry.restore_flash_attention_impl()
+
+
+def activate() -> Handle:
+    """Computes here what torch computes by FlashAttention on CUDA, until the handle's ``remove()``.
+
+    The same as ``torch.nn.attention.activate_flash_attention_impl("SM120")``, which needs this
+    module to be imported, and which ``restore_flash_attention_impl()`` undoes. Calls that are not
+    taken go to the operator that was there before: dropout, debug masks, ALiBi slopes, paged KV
+    caches, head dims of more than 256, GPUs before compute capability 8.0. :func:`stats` counts
+    them, with the reason.
+
+    Raises:
+        NotImplementedError: PyTorch before 2.11, which has no such door.
+
+    Whatever is raised, torch's operators are those that were active before.
+    """
+    if not hasattr(registry, "restore_flash_attention_impl"):
+        raise NotImplementedError(
+            "sdpa.activate() needs torch.nn.attention.activate_flash_attention_impl and its "
+            f"counterpart, which PyTorch {torch.__version__} does not have"
+        )
+    before = registry.current_flash_attention_impl()
+    try:
+        registry.activate_flash_attention_impl(NAME)
+    except BaseException:
+        if before is not None:
+            registry.activate_flash_attention_impl(before)
+        raise
+    assert _handle is not None
+    return _handle
+
+
+def override(key: str) -> Handle:
+    """Puts :data:`OPERATORS` in the place of torch's for one dispatch key: all of them, or none."""
+    originals = {name: _original(name, key) for name in OPERATORS if hasattr(torch.ops.aten, name)}
+    library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():  # torch says that an operator is overridden, as is meant
+            warnings.filterwarnings("ignore", message="Warning only once for all operators")
+            for name, original in originals.items():
+                function = _or_else(original, name, OPERATORS[name])
+                library.impl(name, function, key, with_keyset=True)
+    except BaseException:
+        library._destroy()
+        raise
+    return Handle(library)
+
+
+def _original(name: str, key: str) -> Callable[..., Any] | None:
+    """The kernel that an operator has now; None where it has none, as in builds without CUDA."""
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
+        return None
+    call: Callable[..., Any] = torch.library.get_kernel(f"aten::{name}", key).call_boxed
+    return call
+
+
+def _or_else(
+    original: Callable[..., Any] | None, name: str, ours: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Our operator, and the original one for calls that it does not take."""
+
+    def operator(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            results = ours(*args, **kwargs)
+        except NotTaken as why:
+            if original is None:
+                raise
+            _count(_left, f"{name}: {why}")
+        else:
+            _count(_taken, name)
+            return results
+        return original(keyset, *args, **kwargs)
+
+    return operator
+
+
+def _override_cuda() -> Handle:
+    global _handle
+    _warn_of_untried_version()
+    _handle = override("CUDA")
+    return _handle
+
+
+_handle: Handle | None = None  # of the last activation
+
+
+@cache
+def _warn_of_untried_version() -> None:
+    version = tuple(int(x) for x in torch.__version__.split(".")[:2])
+    if not _OLDEST_TRIED <= version <= _NEWEST_TRIED:
+        warnings.warn(
+            f"flash_attn_sm120.sdpa has been tried with PyTorch 2.11 to 2.13, not with "
+            f"{torch.__version__}",
+            RuntimeWarning,
+            stacklevel=5,  # the caller of activate()
+        )
+
+
+if hasattr(registry, "register_flash_attention_impl"):  # by name alone: nothing changes here
+    registry.register_flash_attention_impl(NAME, register_fn=_override_cuda)
+
+
+# ---- the operators, as torch calls them ----------------------------------------------------------
+
+
+def _sdpa_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    return_debug_mask: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    """Tensors are (batch, heads, seqlen, head_dim), and out has the layout of the query."""
+    _check(query, value, dropout_p, return_debug_mask)
+    out = torch.empty_like(query)
+    _, lse = _C.forward(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        out=out.transpose(1, 2),
+        return_lse=True,
+        softmax_scale=scale,
+        causal=is_causal,
+    )
+    return out, lse, None, None, query.shape[2], key.shape[2], *_nothing_drawn(query)
+
+
+def _sdpa_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    philox_seed: Tensor,
+    philox_offset: Tensor,
+    *,
+    scale: float | None = None,
+) -> list[Tensor]:
+    _check(query, value, dropout_p)
+    dout, q, k, v, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
+    options: ScalarOptions = {"softmax_scale": scale, "causal": is_causal}
+    gradients = ops.run_backward(dout, None, q, k, v, None, out, logsumexp, options)[:3]
+    return _in_layout_of((query, key, value), (x.transpose(1, 2) for x in gradients))
+
+
+def _flash_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+    seqused_k: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> tuple[Any, ...]:
+    """Tensors are (batch, seqlen, heads, head_dim), or (total, heads, head_dim) and packed."""
+    out = torch.empty_like(query)
+    lse = _flash_forward_inplace(
+        out,
+        query,
+        key,
+        value,
+        cum_seq_q,
+        cum_seq_k,
+        max_q,
+        max_k,
+        dropout_p,
+        is_causal,
+        return_debug_mask,
+        scale=scale,
+        window_size_left=window_size_left,
+        window_size_right=window_size_right,
+        seqused_k=seqused_k,
+        alibi_slopes=alibi_slopes,
+        block_table=block_table,
+        num_splits=num_splits,
+    )
+    return out, lse, *_nothing_drawn(query)
+
+
+def _flash_forward_inplace(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
+    *,
+    scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+    seqused_k: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    block_table: Tensor | None = None,
+    num_splits: int | None = None,
+) -> Tensor:
+    """The same into ``out``; returns the log-sum-exp."""
+    _check(query, value, dropout_p, return_debug_mask, alibi_slopes, block_table)
+    _, lse = _C.forward(
+        query,
+        key,
+        value,
+        **_lengths(cum_seq_q, cum_seq_k, max_q, max_k, seqused_k),
+        out=out,
+        return_lse=True,
+        softmax_scale=scale,
+        causal=is_causal,
+        window_size=_window(window_size_left, window_size_right),
+        num_splits=num_splits or 0,
+    )
+    written_in_place(out)  # as autograd knows of no function of this name
+    return lse  # type: ignore[return-value]
+
+
+def _flash_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    rng_state: Tensor,
+    unused: Tensor,
+    *,
+    scale: float | None = None,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
+) -> list[Tensor]:
+    _check(query, value, dropout_p)
+    options: Any = {
+        **_lengths(cum_seq_q, cum_seq_k, max_q, max_k),
+        "softmax_scale": scale,
+        "causal": is_causal,
+        "window_size": _window(window_size_left, window_size_right),
+    }
+    tensors = (grad_out, None, query, key, value, None, out, logsumexp)
+    return _in_layout_of((query, key, value), ops.run_backward(*tensors, options))
+
+
+OPERATORS: dict[str, Callable[..., Any]] = {
+    "_scaled_dot_product_flash_attention": _sdpa_forward,
+    "_scaled_dot_product_flash_attention_backward": _sdpa_backward,
+    "_flash_attention_forward": _flash_forward,
+    "_flash_attention_forward_no_dropout_inplace": _flash_forward_inplace,
+    "_flash_attention_backward": _flash_backward,
+}
+
+
+# ---- their arguments -----------------------------------------------------------------------------
+
+
+def _check(
+    query: Tensor,
+    value: Tensor,
+    dropout_p: float,
+    return_debug_mask: bool = False,
+    alibi_slopes: Tensor | None = None,
+    block_table: Tensor | None = None,
+) -> None:
+    """Raises NotTaken for what is torch's to compute, or to refuse."""
+    if dropout_p:
+        raise NotTaken("dropout_p")
+    if return_debug_mask:
+        raise NotTaken("return_debug_mask")
+    if alibi_slopes is not None:
+        raise NotTaken("alibi_slopes")
+    if block_table is not None:
+        raise NotTaken("block_table")
+    head_dim = query.shape[-1]
+    if head_dim > 256 or head_dim % 8 or value.shape[-1] != head_dim:
+        raise NotTaken("head_dim")
+    if query.stride(-1) != 1:
+        raise NotTaken("stride of the last dimension")
+    dtypes = _dtypes_on(query.get_device())
+    if query.dtype not in dtypes:
+        raise NotTaken("dtype" if dtypes else "compute capability")
+
+
+@cache
+def _dtypes_on(device: int) -> tuple[torch.dtype, ...]:
+    """Those that are computed on a CUDA device, or, of -1, on the CPU."""
+    if device < 0:
+        return (torch.bfloat16, torch.float16, torch.float32)
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return ()
+    return (torch.bfloat16, torch.float16)
+
+
+def _lengths(
+    cum_seq_q: Tensor | None,
+    cum_seq_k: Tensor | None,
+    max_q: int,
+    max_k: int,
+    seqused_k: Tensor | None = None,
+) -> dict[str, Any]:
+    """The options of sequences with lengths of their own; none of a dense call."""
+    if cum_seq_q is None and cum_seq_k is None and seqused_k is None:
+        return {}
+    return {
+        "cu_seqlens_q": cum_seq_q,
+        "cu_seqlens_k": cum_seq_k,
+        "max_seqlen_q": max_q,
+        "max_seqlen_k": max_k,
+        "seqused_k": seqused_k,
+    }
+
+
+def _window(left: int | None, right: int | None) -> Window:
+    """torch has -1 for a side without a bound, too."""
+    return (
+        None if left is None or left < 0 else left,
+        None if right is None or right < 0 else right,
+    )
+
+
+def _in_layout_of(inputs: Iterable[Tensor], gradients: Iterable[Any]) -> list[Tensor]:
+    """The gradients with the strides of torch.empty_like(input), which compiled code relies on."""
+    results = []
+    for x, gradient in zip(inputs, gradients, strict=False):
+        if gradient.stride() != x.stride():
+            strides = torch.empty_like(x, device="meta").stride()
+            if gradient.stride() != strides:
+                gradient = torch.empty_like(x).copy_(gradient)
+        results.append(gradient)
+    return results
+
+
+def _nothing_drawn(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What torch returns of its random numbers and of its debug mask where there are none."""
+    state, unused = _random_numbers(query.device)
+    return torch.empty_like(state), torch.empty_like(unused), query.new_empty(0)
+
+
+@cache
+def _random_numbers(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tensors to make others like, which takes torch half the time of saying type and device."""
+    state = torch.empty(2, dtype=torch.uint64, device=device)
+    return state, torch.empty((), dtype=torch.uint64, device=device)
