@@ -234,6 +234,8 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .dq_stride = fa_tensor_strides(&gradients->dq),
         .zero_share = CEIL_DIV(zero_chunks, MAX(plan->steps[0].blocks, 1)),
         .lengths = lengths_of(problem),
+        .order = at->order ? (int *)(workspace + at->order) : NULL,
+        .group_heads = plan->group_heads,
     };
 }
 

@@ -26,6 +26,8 @@ static int find_plan(struct call *call)
         .tiles_version = state->tiles.version,
     };
     struct fa_plan *plan = &call->planned.plan;
+    if (fa_planning_set_may_split(state, call->problem, call->ordinal, 0, &call->key.input) < 0)
+        return -1;
     call->is_kept = fa_plan_cache_find(&state->plans, &call->key, &call->planned);
     if (call->is_kept)
         return fa_planning_fit(call->problem, &call->key.input, plan);

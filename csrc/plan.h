@@ -32,6 +32,7 @@ struct fa_plan_input {
     int softcap;               /* whether scores are capped */
     int sink;                  /* whether there is one */
     int num_splits;            /* 0: as the plan chooses; else at most as many parts of the keys */
+    int may_split;             /* varlen and num_splits 0: fa_plan_may_split; else 0 */
     int pack_gqa;              /* enum fa_pack_gqa */
     int deterministic;
     int varlen;      /* lengths are on the device, and differ from sequence to sequence */
@@ -80,6 +81,7 @@ struct fa_workspace {
     int64_t out_parts, lse_parts; /* of a split forward */
     int64_t dq_accum, dk_accum, dv_accum;
     int64_t dq_semaphores, dkv_semaphores, block_counter;
+    int64_t order; /* of sequences, the longest first; 0 where there is none */
     int64_t zeros; /* from here on it has to be zero before the backward's main kernel runs */
     int64_t size;
 };
@@ -92,12 +94,15 @@ struct fa_plan {
     int tile_m, tile_n;     /* queries and keys of a tile of the main kernel */
     int m_blocks, n_blocks; /* tiles of query rows per head (a KV head where packed), and of keys */
     int query_tiles;        /* backward: of a head, over the whole batch */
-    int group_heads;        /* forward: (batch, head) pairs that run together, sharing the L2 */
+    int group_heads;        /* (batch, head) pairs that run together, sharing the L2; backward: */
+                            /* (batch, KV head) */
+    int group_limit;        /* backward: no more of them, whatever the batch */
     int splits;         /* forward: parts of the keys of a block of queries, a thread block each; */
                         /* backward: thread blocks that share a tile of keys */
     int combine_slices; /* of the parts of a row, each summed up by threads of its own */
     int smem_bytes;     /* that a block of the main kernel uses */
     int blocks_per_sm;  /* of the main kernel; in the forward registers may allow fewer */
+    int sms;            /* forward: multiprocessors of the device */
     struct fa_workspace workspace;
     struct fa_reason reasons[FA_MAX_REASONS];
     int reason_count;
@@ -120,6 +125,12 @@ struct fa_plan_target {
  * filled. */
 int fa_plan_make(const struct fa_plan_input *input, const struct fa_plan_target *target,
                  struct fa_plan *plan, struct fa_plan_error *error);
+
+/* Whether a forward of sequences of any lengths, in a batch of this extent, gains from parts of the
+ * keys. A plan has kernels for parts or for whole sequences, whatever the extent: this bit of it
+ * the plan knows. How many parts, fa_plan_fit says. */
+bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent *extent,
+                       const struct fa_device *device);
 
 /* Sizes grids and workspace of a plan that fa_plan_make made for `input`, which is of such an
  * extent when rounded. 0, or -1 with `error` filled. */

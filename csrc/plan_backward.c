@@ -227,6 +227,52 @@ static void set_splits(const struct fa_plan_input *input, const struct fa_device
                         : "1: a tile of keys is one block's, by the rule of csrc/plan_backward.c");
 }
 
+/* ---- the order of the blocks ----------------------------------------------------------------- */
+
+/* Of a group of (batch, KV head) pairs, whose blocks run together, either the L2 holds all that
+ * they add to and read again (dQ, Q and dO: half of it is theirs), or it is so small that blocks
+ * of at least so many keys of a pair run at a time: these go through its queries side by side, so
+ * that one of them misses the L2 and the others do not. Idea 28 of the backward in
+ * benchmarks/NOTES.md. Smaller groups would share more, but leave multiprocessors idle at the end,
+ * and ordered accumulation would wait longer. */
+#define SHARING_KEYS 512
+
+static int group_limit(const struct fa_plan_input *input, const struct fa_device *device,
+                       const struct fa_plan *plan)
+{
+    const struct fa_variant *main = &plan->steps[plan->main].variant;
+    const int64_t query_bytes =
+        4 * (int64_t)main->dq_buffers * input->head_dim + 2 * (input->head_dim + input->head_dim_v);
+    const int64_t pair_bytes = query_bytes * input->seqlen_q * fa_plan_heads_per_kv(input);
+    const int64_t fit = device->l2_bytes / 2 / MAX(1, pair_bytes);
+    const int64_t slots = (int64_t)MAX(1, device->sms) * plan->blocks_per_sm;
+    return (int)MIN(INT32_MAX, MAX(1, MAX(fit, slots * plan->tile_n / SHARING_KEYS)));
+}
+
+static void set_group_limit(const struct fa_plan_input *input, const struct fa_device *device,
+                            struct fa_plan *plan)
+{
+    plan->group_limit = group_limit(input, device, plan);
+    fa_plan_because(plan, "group_heads",
+                    "as many (batch, KV head) pairs at a time as the L2 holds, or as leave blocks "
+                    "of 512 keys of each running side by side, in equal groups");
+}
+
+/* Equal groups, as far as that goes. */
+static int group_heads(int64_t pairs, int limit)
+{
+    return (int)CEIL_DIV(pairs, MAX(1, CEIL_DIV(pairs, limit)));
+}
+
+/* Whether long sequences start first. With one tile of keys there is nothing to group, and finding
+ * the order takes the square of their number. */
+static bool is_sorted(const struct fa_plan_input *input, const struct fa_extent *extent,
+                      const struct fa_plan *plan)
+{
+    enum { MOST_SORTED = 4096 };
+    return input->varlen && plan->n_blocks > 1 && extent->batch > 1 && extent->batch <= MOST_SORTED;
+}
+
 /* ---- before and after the main kernel -------------------------------------------------------- */
 
 static struct fa_step preprocess(const struct fa_plan_input *input, const struct fa_plan *plan)
@@ -267,8 +313,8 @@ struct tiles {
     int64_t queries, keys;
 };
 
-static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles,
-                          struct fa_plan *plan)
+static void fit_workspace(const struct fa_plan_input *input, const struct fa_extent *extent,
+                          struct tiles tiles, struct fa_plan *plan)
 {
     const struct fa_variant *main = &plan->steps[plan->main].variant;
     const int buffers = main->dq_direct ? 0 : main->dq_buffers;
@@ -278,6 +324,7 @@ static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles,
     const bool is_ordered = input->deterministic;
     struct fa_workspace *workspace = &plan->workspace;
     workspace->size = 2 * queries; /* the lse and delta of each */
+    workspace->order = is_sorted(input, extent, plan) ? take(workspace, extent->batch) : 0;
     workspace->zeros = workspace->size;
     workspace->dq_accum = take(workspace, buffers * queries * input->head_dim);
     workspace->dk_accum = take(workspace, keys * input->head_dim);
@@ -342,7 +389,8 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
     plan->query_tiles = (int)query_tiles;
     for (int i = 0; i < plan->step_count; i++)
         plan->steps[i].blocks = blocks_of(plan, &plan->steps[i], tiles);
-    fit_workspace(input, tiles, plan);
+    plan->group_heads = group_heads((int64_t)extent->batch * input->heads_kv, plan->group_limit);
+    fit_workspace(input, extent, tiles, plan);
     return 0;
 }
 
@@ -353,6 +401,7 @@ int fa_plan_backward(const struct fa_plan_input *input, const struct fa_plan_tar
 {
     struct fa_step *first = fa_plan_add(plan, (struct fa_step){0});
     set_main(input, target, plan);
+    set_group_limit(input, &target->device, plan);
     const struct fa_extent extent = fa_plan_extent(input);
     plan->splits = 1;
     if (fa_plan_fit_backward(input, &extent, plan, error) < 0)

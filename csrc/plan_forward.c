@@ -225,21 +225,42 @@ static void set_group_heads(const struct fa_plan_input *input, const struct fa_d
 /* ---- splits of the keys ---------------------------------------------------------------------- */
 
 /* The tiles of keys that the longest block of queries goes through, or one more. */
-static int longest_walk(const struct fa_plan_input *input, const struct fa_plan *plan)
+static int longest_walk(const struct fa_plan_input *input, int seqlen_k, int tile_m, int tile_n)
 {
     /* The windows of all rows of a block together, which may start and end within a tile. */
     const int64_t keys =
-        (int64_t)input->window_left + input->window_right + MIN(plan->tile_m, input->seqlen_q);
+        (int64_t)input->window_left + input->window_right + MIN(tile_m, input->seqlen_q);
     if (keys <= 0)
         return 0;
-    return (int)MIN(plan->n_blocks, (keys - 1 + plan->tile_n - 1) / plan->tile_n + 1);
+    return (int)MIN(CEIL_DIV(seqlen_k, tile_n), (keys - 1 + tile_n - 1) / tile_n + 1);
+}
+
+/* The call in one part, by plan->tile_m, tile_n and what else does not depend on the extent. */
+static struct fa_grid grid_of(const struct fa_plan_input *input, const struct fa_extent *extent,
+                              const struct fa_plan *plan, bool packed)
+{
+    const int64_t heads = (int64_t)extent->batch * (packed ? input->heads_kv : input->heads_q);
+    const int64_t blocks = heads * CEIL_DIV(rows(input, extent->seqlen_q, packed), plan->tile_m);
+    return (struct fa_grid){
+        .blocks = (int)MIN(blocks, INT32_MAX),
+        .tiles = longest_walk(input, extent->seqlen_k, plan->tile_m, plan->tile_n),
+        .tile_m = plan->tile_m,
+        .tile_n = plan->tile_n,
+        .key_bytes = (input->head_dim + input->head_dim_v) * fa_element_bytes(input->dtype),
+        .kv_heads = (int64_t)extent->batch * input->heads_kv,
+        .row_bytes = extent->rows_q * input->heads_q * (input->head_dim_v + 1) * 4,
+        .in_flight = plan->smem_bytes,
+        .sms = plan->sms,
+        .blocks_per_sm = plan->blocks_per_sm,
+    };
 }
 
 /* So many parts as take the least time. */
-static int choose_splits(const struct fa_device *device, int tiles, struct fa_plan *plan)
+static int choose_splits(const struct fa_plan_input *input, struct fa_plan *plan)
 {
-    const struct fa_grid grid = {plan->steps[plan->main].blocks, tiles, plan->tile_n, device->sms,
-                                 plan->blocks_per_sm};
+    const struct fa_extent extent = fa_plan_extent(input);
+    const struct fa_grid grid =
+        grid_of(input, &extent, plan, plan->steps[plan->main].variant.pack_gqa);
     const int splits = fa_split_parts(&grid);
     fa_plan_because(plan, "num_splits",
                     splits > 1 ? "blocks of queries leave multiprocessors idle: parts of their "
@@ -247,6 +268,18 @@ static int choose_splits(const struct fa_device *device, int tiles, struct fa_pl
                                : "1: parts would not pay for the second kernel, by the rule of "
                                  "csrc/split.c");
     return splits;
+}
+
+/* The number is fa_plan_fit's. */
+static int may_split(const struct fa_plan_input *input, struct fa_plan *plan)
+{
+    fa_plan_because(plan, "num_splits",
+                    input->may_split
+                        ? "as many parts as pay where the lengths are their bounds, by the rule of "
+                          "csrc/split.c"
+                        : "1: were the lengths their bounds, parts would not pay for the second "
+                          "kernel, by the rule of csrc/split.c");
+    return input->may_split ? 2 : 1;
 }
 
 /* As many as asked, as far as there are tiles and blocks for them. */
@@ -260,23 +293,39 @@ static int bounded_splits(int asked, int tiles, struct fa_plan *plan)
     return splits;
 }
 
-static int splits_of(const struct fa_plan_input *input, const struct fa_device *device,
-                     struct fa_plan *plan)
+static int splits_of(const struct fa_plan_input *input, struct fa_plan *plan)
 {
     const int64_t rows = (int64_t)input->batch * input->heads_q * input->seqlen_q;
-    const int tiles = longest_walk(input, plan), asked = input->num_splits;
-    const bool is_varlen = input->varlen;
-    const char *why_one =
-        asked == 1   ? "1: the keys are not split, as asked"
-        : tiles <= 1 ? "1: no block of queries goes through more than a tile of keys"
-        : rows == 0 || rows > INT32_MAX ? "1: from 1 to 2^31 - 1 rows of queries can be split"
-        : asked == 0 && is_varlen ? "1: the rule of csrc/split.c does not know the lengths of "
-                                    "sequences, which are on the device"
-                                  : NULL;
-    if (!why_one)
-        return asked == 0 ? choose_splits(device, tiles, plan) : bounded_splits(asked, tiles, plan);
-    fa_plan_because(plan, "num_splits", why_one);
-    return 1;
+    const int tiles = longest_walk(input, input->seqlen_k, plan->tile_m, plan->tile_n);
+    const int asked = input->num_splits;
+    const char *why_one = asked == 1   ? "1: the keys are not split, as asked"
+                          : tiles <= 1 ? "1: no block of queries goes through more than a tile of "
+                                         "keys"
+                          : rows == 0 || rows > INT32_MAX
+                              ? "1: from 1 to 2^31 - 1 rows of queries can be split"
+                              : NULL;
+    if (why_one) {
+        fa_plan_because(plan, "num_splits", why_one);
+        return 1;
+    }
+    if (asked > 0)
+        return bounded_splits(asked, tiles, plan);
+    return input->varlen ? may_split(input, plan) : choose_splits(input, plan);
+}
+
+/* A tile that calls of few queries have on every device: what tile a plan has does not depend on
+ * the extent, nor is it known before there is a plan. */
+bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent *extent,
+                       const struct fa_device *device)
+{
+    const struct fa_plan nominal = {
+        .tile_m = 64, .tile_n = 64, .smem_bytes = 64 << 10, .blocks_per_sm = 1, .sms = device->sms};
+    const int64_t out_rows = extent->rows_q * input->heads_q;
+    if (!input->varlen || input->num_splits != 0 || extent->batch == 0 || out_rows == 0 ||
+        out_rows > INT32_MAX)
+        return false;
+    const struct fa_grid grid = grid_of(input, extent, &nominal, input->pack_gqa != FA_PACK_NEVER);
+    return fa_split_parts(&grid) > 1;
 }
 
 /* A row of out takes a thread for every four dims, so a block has room for some rows. Of many parts
@@ -290,8 +339,6 @@ static int combine_slots(const struct fa_plan_input *input)
 
 static void add_combine(const struct fa_plan_input *input, struct fa_plan *plan)
 {
-    enum { PARTS_PER_SLICE = 4 };
-    plan->combine_slices = MIN(CEIL_DIV(plan->splits, PARTS_PER_SLICE), combine_slots(input));
     fa_plan_add(plan, (struct fa_step){.job = FA_JOB_COMBINE,
                                        .variant = {.kernel = FA_KERNEL_COMBINE,
                                                    .dtype = input->dtype,
@@ -300,11 +347,10 @@ static void add_combine(const struct fa_plan_input *input, struct fa_plan *plan)
                                        .threads = COMBINE_WARPS * 32});
 }
 
-static void set_splits(const struct fa_plan_input *input, const struct fa_device *device,
-                       struct fa_plan *plan)
+static void set_splits(const struct fa_plan_input *input, struct fa_plan *plan)
 {
     struct fa_step *main = &plan->steps[plan->main];
-    plan->splits = splits_of(input, device, plan);
+    plan->splits = splits_of(input, plan);
     if (plan->splits == 1)
         return;
     main->variant.split = 1;
@@ -326,7 +372,9 @@ static void add_fill(const struct fa_plan_input *input, struct fa_plan *plan)
 static void fit_combine(const struct fa_plan_input *input, int64_t rows, struct fa_plan *plan,
                         struct fa_step *step)
 {
+    enum { PARTS_PER_SLICE = 4 };
     struct fa_workspace *workspace = &plan->workspace;
+    plan->combine_slices = MIN(CEIL_DIV(plan->splits, PARTS_PER_SLICE), combine_slots(input));
     workspace->lse_parts = plan->splits * rows * input->head_dim_v;
     workspace->size = workspace->lse_parts + plan->splits * rows;
     step->blocks = (int)CEIL_DIV(rows, combine_slots(input) / plan->combine_slices);
@@ -341,6 +389,10 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
     const int64_t rows_of_all = extent->rows_q * input->heads_q;
     plan->m_blocks = (int)CEIL_DIV(rows(input, extent->seqlen_q, packed), plan->tile_m);
     plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
+    if (main->variant.split && input->may_split) {
+        const struct fa_grid grid = grid_of(input, extent, plan, packed);
+        plan->splits = MAX(2, fa_split_parts(&grid));
+    }
     if (heads > INT32_MAX || heads * plan->m_blocks > INT32_MAX / plan->splits ||
         (plan->splits > 1 && rows_of_all > INT32_MAX))
         return fa_plan_refuse(error, false,
@@ -365,13 +417,14 @@ int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_targ
     if (!choose_tile(input, target, plan, &tile))
         return fa_plan_refuse(error, true,
                               "no tile fits the shared memory of this device at these head dims");
+    plan->sms = target->device.sms;
     set_main(input, target, &tile, plan);
     const struct fa_extent extent = fa_plan_extent(input);
     plan->splits = 1;
     if (fa_plan_fit_forward(input, &extent, plan, error) < 0)
         return -1;
     set_group_heads(input, &target->device, plan);
-    set_splits(input, &target->device, plan);
+    set_splits(input, plan);
     add_fill(input, plan);
     return fa_plan_fit_forward(input, &extent, plan, error);
 }

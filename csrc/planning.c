@@ -64,17 +64,22 @@ static int raise_plan_error(const struct fa_plan_error *error)
     return -1;
 }
 
-int fa_planning_fit(const struct fa_problem *problem, const struct fa_plan_input *input,
-                    struct fa_plan *plan)
+static struct fa_extent extent_of(const struct fa_problem *problem)
 {
     const struct fa_shape *shape = &problem->shape;
-    const struct fa_extent extent = {
+    return (struct fa_extent){
         .batch = shape->batch,
         .seqlen_q = shape->seqlen_q,
         .seqlen_k = shape->seqlen_k,
         .is_packed_q = shape->is_packed_q,
         .rows_q = fa_shape_rows_q(shape),
     };
+}
+
+int fa_planning_fit(const struct fa_problem *problem, const struct fa_plan_input *input,
+                    struct fa_plan *plan)
+{
+    const struct fa_extent extent = extent_of(problem);
     struct fa_plan_error error;
     if (!input->varlen || fa_plan_fit(input, &extent, plan, &error) == 0)
         return 0;
@@ -99,6 +104,19 @@ static int set_target(struct fa_state *state, int ordinal, int arch, struct fa_p
     target->device = cuda->device;
     if (state->settings.plan_as)
         target->device.arch = state->settings.plan_as;
+    return 0;
+}
+
+int fa_planning_set_may_split(struct fa_state *state, const struct fa_problem *problem, int ordinal,
+                              int arch, struct fa_plan_input *input)
+{
+    struct fa_plan_target target;
+    const struct fa_extent extent = extent_of(problem);
+    if (!input->varlen || input->direction != FA_FORWARD)
+        return 0;
+    if (set_target(state, ordinal, arch, &target) < 0)
+        return -1;
+    input->may_split = fa_plan_may_split(input, &extent, &target.device);
     return 0;
 }
 

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.nn import attention as registry
 
-from flash_attn_sm120 import _C, ops
+from flash_attn_sm120 import _C
 from flash_attn_sm120.autograd import written_in_place
-from flash_attn_sm120.plan import ScalarOptions, Window
+from flash_attn_sm120.plan import Window
 
 NAME = "SM120"  # in torch.nn.attention.list_flash_attention_impls()
 
@@ -224,8 +224,7 @@ def _sdpa_backward(
 ) -> list[Tensor]:
     _check(query, value, dropout_p)
     dout, q, k, v, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
-    options: ScalarOptions = {"softmax_scale": scale, "causal": is_causal}
-    gradients = ops.run_backward(dout, None, q, k, v, None, out, logsumexp, options)[:3]
+    gradients = _gradients(dout, q, k, v, out, logsumexp, softmax_scale=scale, causal=is_causal)
     return _in_layout_of((query, key, value), (x.transpose(1, 2) for x in gradients))
 
 
@@ -334,14 +333,26 @@ def _flash_backward(
     window_size_right: int | None = None,
 ) -> list[Tensor]:
     _check(query, value, dropout_p)
-    options: Any = {
+    gradients = _gradients(
+        grad_out,
+        query,
+        key,
+        value,
+        out,
+        logsumexp,
         **_lengths(cum_seq_q, cum_seq_k, max_q, max_k),
-        "softmax_scale": scale,
-        "causal": is_causal,
-        "window_size": _window(window_size_left, window_size_right),
-    }
-    tensors = (grad_out, None, query, key, value, None, out, logsumexp)
-    return _in_layout_of((query, key, value), ops.run_backward(*tensors, options))
+        softmax_scale=scale,
+        causal=is_causal,
+        window_size=_window(window_size_left, window_size_right),
+    )
+    return _in_layout_of((query, key, value), gradients)
+
+
+def _gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any
+) -> tuple[Tensor, ...]:
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return _C.backward(dout, q, k, v, out, lse, None, deterministic=deterministic, **options)[:3]
 
 
 OPERATORS: dict[str, Callable[..., Any]] = {
@@ -423,7 +434,7 @@ def _window(left: int | None, right: int | None) -> Window:
 def _in_layout_of(inputs: Iterable[Tensor], gradients: Iterable[Any]) -> list[Tensor]:
     """The gradients with the strides of torch.empty_like(input), which compiled code relies on."""
     results = []
-    for x, gradient in zip(inputs, gradients, strict=False):
+    for x, gradient in zip(inputs, gradients, strict=True):
         if gradient.stride() != x.stride():
             strides = torch.empty_like(x, device="meta").stride()
             if gradient.stride() != strides:

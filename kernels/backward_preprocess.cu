@@ -1,6 +1,6 @@
-/* Before backward.cu: lse_log2 and delta = dO.O - dlse of every query, and zeros in the
- * accumulators and semaphores. A block takes a tile of queries [TILE_M], and a share of what is
- * zeroed.
+/* Before backward.cu: lse_log2 and delta = dO.O - dlse of every query, zeros in the accumulators
+ * and semaphores, and the order of the sequences. A block takes a tile of queries [TILE_M], a share
+ * of what is zeroed, and the place in the order of one sequence.
  *
  * Constants as in backward.cu: DTYPE, HEAD_DIM_V, TILE_M, VARLEN. */
 #include "params.h"
@@ -81,4 +81,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     uint4 *zeros = static_cast<uint4 *>(params.zeros);
     for (fa_int64 i = begin + threadIdx.x; i < end; i += THREADS)
         zeros[i] = make_uint4(0, 0, 0, 0);
+
+    if (VARLEN && params.order && tile < params.batch) { /* there are as many tiles, or more */
+        const int rank = rank_by_length<THREADS>(params.batch, tile, [&](int number) {
+            return read_queries(params.lengths, params.seqlen_q, number).count;
+        });
+        if (threadIdx.x == 0)
+            params.order[rank] = tile;
+    }
 }

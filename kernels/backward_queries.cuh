@@ -8,7 +8,13 @@
 #include "score.cuh"
 
 /* The coordinates of this thread's block: sequence, KV head, keys, and which of the q_splits blocks
- * that share them. */
+ * that share them.
+ *
+ * Blocks that run at the same time should share Q, dO and the accumulators of dQ in the L2: so
+ * group_heads (batch, KV head) pairs go through all their tiles of keys together, heads fastest.
+ * With a right diagonal the first keys are seen by the most queries: these blocks start first, as
+ * do those of long sequences, and the short ones fill the gaps at the end. Of two blocks of a pair
+ * the one with the lower keys always has the lower number: ordered accumulation relies on it. */
 struct backward_block {
     sequence<fa_backward_params> seq;
     int n_block, head_kv, q_split;
@@ -18,11 +24,16 @@ struct backward_block {
     {
         q_split = number % params.q_splits;
         number /= params.q_splits;
+        const int group_blocks = params.group_heads * params.n_blocks;
+        const int first_pair = number / group_blocks * params.group_heads;
+        const int pairs = min(params.group_heads, params.batch * params.heads_kv - first_pair);
+        number %= group_blocks;
+        n_block = number / pairs;
+        number = first_pair + number % pairs;
         head_kv = number % params.heads_kv;
         number /= params.heads_kv;
-        seq.select(number % params.batch);
+        seq.select(VARLEN && params.order ? ld_global(params.order + number) : number);
         seq.make_uniform();
-        n_block = number / params.batch;
     }
 };
 

@@ -161,9 +161,12 @@ struct fa_backward_params {
     struct fa_strides dq_stride;
     struct fa_tensor_map q_map, dout_map; /* [batch, heads_q, seqlen_q, head_dim or head_dim_v] */
     struct fa_lengths lengths;            /* read only where VARLEN */
+    int *order;      /* [batch]: the sequences, the longest first, as backward_preprocess.cu writes
+                      * it; NULL: as they come; where VARLEN alone */
+    int group_heads; /* (batch, KV head) pairs that run together; the last group may have fewer */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 768, "432, padding, maps, then lengths");
+FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 768, "432, padding, maps, then the rest");
 
 /* The single argument of kernels/backward_postprocess.cu. */
 struct fa_postprocess_params {

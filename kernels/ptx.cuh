@@ -40,7 +40,7 @@ __device__ __forceinline__ float ld_global(const float *gmem)
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(gmem));
     return x;
 }
-/* Of what no kernel writes: read when it is needed, and not if it is not. */
+/* Of what no kernel writes meanwhile: read when it is needed, and not if it is not. */
 __device__ __forceinline__ int ld_global(const int *gmem)
 {
     int x;

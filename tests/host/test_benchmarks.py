@@ -1,5 +1,6 @@
 """The benchmarks' own logic, in dry runs on the CPU: what they say where something cannot run."""
 
+import itertools
 import json
 import re
 import sys
@@ -173,13 +174,52 @@ def test_where_nothing_fits_all_are_absent(monkeypatch, capsys, module):
         assert re.search(rf"absent in \d cells: {name}: does not fit", said)
 
 
-def test_a_dry_run_of_decoding(monkeypatch, capsys):
-    arguments = ("--presets", "hd64", "--seqlens", "32", "--batches", "2")
-    run(monkeypatch, decode, *arguments)
-    assert re.search(r"^\| hd64 +\| 2 +\| 32 ", capsys.readouterr().out, re.M)
-    monkeypatch.setattr(forward, "flash_attn_func", exhausted)
-    run(monkeypatch, decode, *arguments)
+DECODING = ("--presets", "hd64", "--seqlens", "32", "--batches", "2")
+
+
+def test_a_dry_run_of_decoding(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "records.jsonl"
+    run(monkeypatch, decode, *DECODING, "--output", str(file))
+    said = capsys.readouterr().out
+    assert re.search(r"^\| hd64 +\| 2 +\| 32 ", said, re.M) and "a plain read" in said
+    header, *records = map(json.loads, file.read_text().splitlines())
+    assert header["benchmark"] == "decode"
+    assert {"gb_per_s", "num_splits"} <= set(records[0]) and records[0]["seqlen_q"] == 1
+    monkeypatch.setattr(decode, "flash_attn_func", exhausted)
+    run(monkeypatch, decode, *DECODING)
     assert re.search(r"^\| hd64 +\| 2 +\| 32 .*\| absent", capsys.readouterr().out, re.M)
+
+
+def test_a_dry_run_of_the_sweep_of_splits(monkeypatch, capsys):
+    run(monkeypatch, decode, *DECODING, "--sweep")
+    assert "plan/best" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        decode.Call("tiny", harness.Preset(4, 2, 64), 1, 40, 3),
+        decode.Call("tiny", harness.Preset(4, 2, 64), 2, 40, sink=True),
+        decode.Call("tiny", harness.Preset(6, 1, 64), 2, 40, 2, window=7, sink=True),
+        decode.Call("tiny", harness.Preset(4, 4, 64), 1, 40, window=7),
+    ],
+    ids=str,
+)
+def test_layers_are_right_and_distinct(monkeypatch, call):
+    monkeypatch.setitem(decode.COLD_BYTES, "cpu", 3 * call.bytes_read)
+    inputs = decode.Inputs.of(call, "cpu")
+    check = decode.Check(inputs)
+    out = inputs.ours()()
+    check(OURS, out)
+    out[-1, -1, -1, 5] += 0.5
+    with pytest.raises(harness.WrongResult):
+        check(OURS, out)
+    seen = [x[:, -call.keys_read :] for x in inputs.keys]
+    assert len(seen) == 3
+    for x, y in itertools.pairwise(seen):
+        assert y.storage_offset() - x.storage_offset() == call.layer_rows * call.row_elements
+    if not call.sink and not call.window:
+        check(harness.CUDNN, inputs.peer(harness.CUDNN).call())
 
 
 def test_without_a_gpu_they_say_so(monkeypatch):

@@ -58,7 +58,7 @@ def test_steps(arch):
 def test_reasons():
     forward, backward = plan(arch=90), plan(explain_backward, arch=90)
     assert "not at the sequence" in backward.reasons["not the TMA"]
-    assert "lengths of sequences, which are on the device" in forward.reasons["num_splits"]
+    assert "were the lengths their bounds" in forward.reasons["num_splits"]
     assert "any lengths" in backward.reasons["splits"]
     dense = torch.empty(1, 1000, 8, 128, dtype=torch.bfloat16)
     assert "varlen" not in explain(dense, dense, dense, arch=120).variant
@@ -66,8 +66,10 @@ def test_reasons():
 
 @pytest.mark.parametrize("direction", [explain, explain_backward])
 def test_variants_hold_no_length(direction):
-    """Nor a batch size or a total, under one bound: it alone chooses the tile."""
+    """Nor a batch size or a total, under one bound: it alone chooses the tile. Whether keys are
+    split is one bit of a variant, see test_splits_follow_the_bounds."""
     options = {"max_seqlen_q": 300, "max_seqlen_k": 500, "causal": True, "deterministic": True}
+    options["num_splits"] = 1
     first = plan(direction, options=options)
     for shape in ({"total_q": 3}, {"total_q": 200_000, "total_k": 10}, {"batch": 100}):
         other = plan(direction, options=options, **shape)
@@ -90,6 +92,43 @@ def test_grids_are_exact():
     assert backward.steps[0].blocks == 8 * tiles
     dense = plan(explain_backward, total_q=130, batch=7, packed=(False, True))
     assert dense.steps[0].blocks == 8 * 7 * -(-130 // dense.tile_m)
+
+
+def test_splits_follow_the_bounds():
+    """The number of parts is the call's, the kernels are the plan's: with parts or without."""
+    heads, bounds = (32, 8), {"max_seqlen_q": 1, "max_seqlen_k": 8192}
+    calls = {
+        batch: plan(options=bounds, batch=batch, total_q=batch, total_k=10**6, heads=heads, arch=90)
+        for batch in (1, 2, 4, 64)
+    }
+    parts = [calls[batch].num_splits for batch in (1, 2, 4)]
+    assert parts == sorted(parts, reverse=True) and parts[0] > parts[-1] > 1
+    assert calls[1].kernels == calls[2].kernels == calls[4].kernels
+    assert names(calls[1]) == ["forward", "combine", "varlen_fill"]
+    for batch in (1, 2, 4):
+        assert 66 <= calls[batch].blocks <= 132 * calls[batch].blocks_per_sm
+        size = parts[(1, 2, 4).index(batch)] * batch * 32 * 129 * 4
+        assert calls[batch].workspace_bytes == size
+    assert calls[64].num_splits == 1 and names(calls[64]) == ["forward", "varlen_fill"]
+    few = plan(options={"max_seqlen_q": 1, "max_seqlen_k": 200}, batch=1, total_q=1, heads=heads)
+    assert few.num_splits == 1 and "their bounds" in few.reasons["num_splits"]
+    once = plan(options={**bounds, "num_splits": 1}, batch=1, total_q=1, heads=heads)
+    assert once.num_splits == 1 and once.reasons["num_splits"].endswith("as asked")
+
+
+def test_long_sequences_start_first():
+    """The backward's workspace has room for their order, where there is one."""
+    options = {"max_seqlen_q": 500, "max_seqlen_k": 500}
+
+    def bytes_for_order(batch, **bounds):
+        planned = plan(explain_backward, options={**options, **bounds}, batch=batch)
+        few = plan(explain_backward, options={**options, "max_seqlen_k": 1}, batch=batch)
+        return planned.workspace_bytes - few.workspace_bytes
+
+    assert bytes_for_order(6) == 4 * 8
+    assert bytes_for_order(1) == 0
+    assert bytes_for_order(5000) == 0, "its search takes the square of their number"
+    assert plan(explain_backward, options=options, batch=100).group_heads < 200
 
 
 def test_empty_calls():

@@ -278,17 +278,16 @@ def test_jagged_tensors(device, door, counted, monkeypatch):
 
 def test_deterministic_gradients_are_asked_for_as_torch_does(door, tensors, monkeypatch):
     asked = []
-    backward = sdpa.ops._C.backward
+    backward = sdpa._C.backward
 
     class Recording:
-        def __getattr__(self, name):
-            return getattr(sdpa._C, name)
+        forward = sdpa._C.forward
 
-        def backward(self, *tensors, **options):
-            asked.append(options.get("deterministic", False))
-            return backward(*tensors, **options)
+        def backward(self, *tensors, deterministic, **options):
+            asked.append(deterministic)
+            return backward(*tensors, deterministic=deterministic, **options)
 
-    monkeypatch.setattr(sdpa.ops, "_C", Recording())
+    monkeypatch.setattr(sdpa, "_C", Recording())
     q, k, v = tensors()
     out = aten._scaled_dot_product_flash_attention(q, k, v)[0]
     out.sum().backward(retain_graph=True)

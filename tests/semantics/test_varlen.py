@@ -5,7 +5,13 @@ import random
 import pytest
 import torch
 
-from flash_attn_sm120 import _C, explain, flash_attn_func, flash_attn_varlen_func
+from flash_attn_sm120 import (
+    _C,
+    explain,
+    explain_backward,
+    flash_attn_func,
+    flash_attn_varlen_func,
+)
 from helpers.checks import assert_all_equal
 from helpers.devices import CPU, CUDA, EMULATOR, writable
 from helpers.tiles import tile_row, use_tiles
@@ -159,6 +165,30 @@ def test_splits(device):
         check_forward(batch, num_splits=3, **with_sink(device, options, 4))
 
 
+def test_splits_of_bounds(device):
+    """As many parts as the bounds ask for, of sequences of any lengths up to them."""
+    batch = make_batch(
+        device, [1, 0, 2], [1500, 64, 3], heads=(4, 1), dims=(64, 64), dtype=dtype_of(device)
+    )
+    batch.lengths |= {"max_seqlen_q": 2, "max_seqlen_k": 4096}
+    plan = explain(*batch.inputs, **batch.lengths)
+    assert not plan.steps or plan.num_splits > 2
+    check_forward(batch, causal=True)
+
+
+def test_decoding_of_any_batch_makes_few_plans(device):
+    """Batches of any size and lengths: two plans for each power of two of a bound at most."""
+    if device == CPU:
+        pytest.skip("the CPU has no plans")
+    draw = random.Random(16)
+    before = _C.counts()["plans"]
+    for _ in range(1000 if device == CUDA else 100):
+        lengths = [draw.randint(0, 40) for _ in range(draw.randint(1, 8))]
+        batch = make_batch(device, [1] * len(lengths), lengths, heads=(1, 1), dims=(8, 8))
+        attend(batch, max_seqlen_q=1, max_seqlen_k=draw.choice([512, 2048]))
+    assert _C.counts()["plans"] - before <= 4
+
+
 def test_pack_gqa(device):
     batch = make_batch(device, [5, 0, 70], [64, 9, 100], heads=(6, 2), dtype=dtype_of(device))
     packed = check_forward(batch, pack_gqa=True, causal=True)
@@ -170,6 +200,23 @@ def test_bounds_change_nothing_but_grids(device):
     first = check_forward(batch, causal=True, pack_gqa=False)
     bounds = {"max_seqlen_q": 64, "max_seqlen_k": 64}
     assert_all_equal(first, attend(batch, causal=True, pack_gqa=False, **bounds))
+
+
+def test_pairs_in_groups(device):
+    """A bound far above the lengths makes groups small: the last is smaller than the others, and
+    one has a part of the heads of a sequence. The longest sequence comes first."""
+    heads = (22, 22)
+    batch = make_batch(device, [3, 20, 0, 70], [9, 40, 150, 140], heads, (16, 16), dtype_of(device))
+    options = {"causal": True, "max_seqlen_q": 1 << 20}
+    planned = explain_backward(*batch.inputs, **batch.lengths, **options)
+    assert planned.group_heads is None or planned.group_heads % 22
+    for deterministic in (False, True):
+        out, lse, gradients, _ = check(batch, deterministic=deterministic, causal=True)
+        grouped = gradients_of(batch, out, lse, deterministic=deterministic, **options)[:3]
+        if deterministic:
+            assert_all_equal(gradients, grouped)
+        for x, y in zip(gradients, grouped, strict=True):
+            torch.testing.assert_close(x.cpu(), y.cpu())
 
 
 def test_other_lengths_need_no_other_plan(device):
@@ -225,25 +272,6 @@ def test_autograd(device):
     batch.lengths["cu_seqlens_k"].add_(0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
-
-
-@pytest.mark.quick
-def test_torch_that_follows_is_refused():
-    batch = make_batch(CPU, [7, 3], [9, 4], dtype=torch.float32)
-
-    def call(q):
-        return flash_attn_varlen_func(q, batch.k, batch.v, **batch.lengths)[0].sum()
-
-    message = "flash_attn_varlen_func is not supported yet where torch follows a call"
-    with pytest.raises(NotImplementedError, match=message):
-        torch.func.grad(call)(batch.q)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
-        torch.compile(call, backend="eager", fullgraph=True)(batch.q)
-    q = batch.q.requires_grad_()
-    out, _ = flash_attn_varlen_func(q, batch.k, batch.v, **batch.lengths)
-    (first,) = torch.autograd.grad(out.nan_to_num().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        first.sum().backward()
 
 
 def test_captured_graphs_replay_with_other_lengths(cuda):
