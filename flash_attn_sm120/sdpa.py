@@ -4,6 +4,9 @@ torch lets an implementation take the place of its FlashAttention-2, operator by
 reaches F.scaled_dot_product_attention on CUDA and all that stands on it: nn.MultiheadAttention,
 jagged nested tensors, varlen_attn, Transformers' and diffusers' default attention, eager, compiled
 or exported. torch's autograd and its shapes without data stay in use.
+
+scaled_dot_product_attention() is for programs that call it by name, and takes more: it meets calls
+before torch has sorted out those that its own FlashAttention cannot compute.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import attention as registry
+from torch.nn import functional as F
 
 from flash_attn_sm120 import _C
 from flash_attn_sm120.autograd import written_in_place
+from flash_attn_sm120.interface import flash_attn_func
 from flash_attn_sm120.plan import Window
 
 NAME = "SM120"  # in torch.nn.attention.list_flash_attention_impls()
@@ -174,6 +179,135 @@ def _warn_of_untried_version() -> None:
 
 if hasattr(registry, "register_flash_attention_impl"):  # by name alone: nothing changes here
     registry.register_flash_attention_impl(NAME, register_fn=_override_cuda)
+
+
+# ---- the function --------------------------------------------------------------------------------
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``torch.nn.functional.scaled_dot_product_attention``, computed here where that is possible.
+
+    It takes what torch's own FlashAttention does not: ``is_causal`` (aligned top left) where the
+    lengths differ, a ``value`` of another head dim, and float32 on the CPU. Gradients, autocast,
+    torch.compile and the rest of docs/torch.md are those of :func:`flash_attn_func`.
+
+    Args:
+        query: ``(..., heads, seqlen_q, head_dim)`` of 2 dimensions or more, as torch takes it.
+        key: ``(..., heads, seqlen_k, head_dim)``.
+        value: ``(..., heads, seqlen_k, head_dim_v)``. Dimensions before the last two broadcast.
+        attn_mask: calls with a mask are computed by torch.
+        dropout_p: so are calls with dropout.
+        is_causal: query ``i`` sees the keys ``j <= i``.
+        scale: factor of the scores; default ``1 / sqrt(head_dim)``.
+        enable_gqa: the heads of ``query`` are a multiple of those of ``key`` and ``value``.
+
+    Returns:
+        ``(..., heads, seqlen_q, head_dim_v)``.
+
+    torch also computes calls without elements, head dims of more than 256, float64, float32 on
+    CUDA, nested tensors, other devices, and GPUs before compute capability 8.0. :func:`stats`
+    counts them, with the reason; calls in compiled code are not counted.
+    """
+    why = _why_left(query, key, value, attn_mask, dropout_p)
+    if not torch.compiler.is_compiling():
+        name = "scaled_dot_product_attention"
+        _count(*((_left, f"{name}: {why}") if why else (_taken, name)))
+    if why:
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            dropout_p,
+            is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
+    if scale is None:
+        scale = query.shape[-1] ** -0.5  # before it is padded
+    seqlen_q, seqlen_k, head_dim_v = query.shape[-2], key.shape[-2], value.shape[-1]
+    q, k, v, shape = _to_heads(query, key, value, enable_gqa)
+    out: Tensor = flash_attn_func(
+        _padded(q).transpose(1, 2),
+        _padded(k).transpose(1, 2),
+        _padded(v).transpose(1, 2),
+        softmax_scale=scale,
+        causal=is_causal and seqlen_q == seqlen_k,
+        # causal is aligned bottom right, and this top left
+        window_size=(None, seqlen_q - seqlen_k if is_causal else None),
+    )[0]
+    out = out.transpose(1, 2)[..., :head_dim_v]
+    return out if len(shape) == 2 else out.reshape(*shape, seqlen_q, head_dim_v)
+
+
+def _why_left(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
+) -> str:
+    """Why torch is to compute a call; empty where we do."""
+    if attn_mask is not None:
+        return "attn_mask"
+    if dropout_p:
+        return "dropout_p"
+    if query.is_nested or key.is_nested or value.is_nested:
+        return "nested tensor"
+    device = query.device.type
+    if device not in ("cpu", "cuda"):
+        return "device"
+    if min(query.dim(), key.dim(), value.dim()) < 2 or 0 in (
+        *query.shape,
+        *key.shape,
+        *value.shape,
+    ):
+        return "no elements"
+    if max(query.shape[-1], value.shape[-1]) > 256:
+        return "head_dim"
+    dtypes = _dtypes_on(query.get_device())
+    if not dtypes:
+        return "compute capability"
+    is_cast = query.dtype is torch.float32 and torch.is_autocast_enabled(device)
+    return "" if is_cast or query.dtype in dtypes else "dtype"
+
+
+def _to_heads(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
+    """The tensors as (batch, heads, seqlen, head_dim), and the dimensions of out before seqlen."""
+    ndim = max(query.dim(), key.dim(), value.dim()) - 2
+    tensors = [x if x.dim() > 2 else x.unsqueeze(0) for x in (query, key, value)]
+    if enable_gqa:
+        heads, *heads_kv = (x.shape[-3] for x in tensors)
+        if heads_kv[0] != heads_kv[1]:
+            tensors[1:] = (x.repeat_interleave(heads // x.shape[-3], -3) for x in tensors[1:])
+    else:
+        heads = _broadcast(x.shape[-3:-2] for x in tensors)[0]
+        tensors = [x.expand(*x.shape[:-3], heads, -1, -1) for x in tensors]
+    batch = _broadcast(x.shape[:-3] for x in tensors)
+    if any(x.shape[:-3] != batch for x in tensors):
+        tensors = [x.expand(*batch, -1, -1, -1) for x in tensors]
+    if len(batch) != 1:
+        tensors = [x.reshape(-1, *x.shape[-3:]) for x in tensors]
+    q, k, v = tensors
+    return q, k, v, (*batch, heads)[-ndim:] if ndim else ()
+
+
+def _broadcast(shapes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+    return tuple(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+
+
+def _padded(x: Tensor) -> Tensor:
+    """With zeros up to a head dim that kernels have, which change no score."""
+    missing = -x.shape[-1] % 8
+    return F.pad(x, (0, missing)) if missing else x
 
 
 # ---- the operators, as torch calls them ----------------------------------------------------------
@@ -394,14 +528,17 @@ def _check(
         raise NotTaken("dtype" if dtypes else "compute capability")
 
 
-@cache
 def _dtypes_on(device: int) -> tuple[torch.dtype, ...]:
     """Those that are computed on a CUDA device, or, of -1, on the CPU."""
-    if device < 0:
-        return (torch.bfloat16, torch.float16, torch.float32)
-    if torch.cuda.get_device_capability(device) < (8, 0):
-        return ()
-    return (torch.bfloat16, torch.float16)
+    dtypes = _DTYPES.get(device)
+    if dtypes is None:
+        is_new_enough = torch.cuda.get_device_capability(device) >= (8, 0)
+        dtypes = _DTYPES[device] = (torch.bfloat16, torch.float16) if is_new_enough else ()
+    return dtypes
+
+
+# torch.compile warns of functools.cache.
+_DTYPES: dict[int, tuple[torch.dtype, ...]] = {-1: (torch.bfloat16, torch.float16, torch.float32)}
 
 
 def _lengths(

@@ -16,6 +16,7 @@ from torch.nn.attention import varlen
 
 from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func, sdpa
 from helpers.checks import assert_all_equal
+from helpers.children import run_python
 from helpers.devices import CPU, CUDA, params_of
 
 SDPA = "_scaled_dot_product_flash_attention"
@@ -384,8 +385,9 @@ def test_calls_that_are_not_taken_reach_what_was_there(original, counted, why):
 
 def test_gpus_that_are_too_old_are_left_to_torch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
-    assert sdpa._dtypes_on.__wrapped__(0) == ()
-    monkeypatch.setattr(sdpa, "_dtypes_on", lambda _: ())
+    monkeypatch.setattr(sdpa, "_DTYPES", {})
+    assert sdpa._dtypes_on(0) == ()
+    monkeypatch.setattr(sdpa, "_DTYPES", {-1: ()})
     x = on_the_cpu(1, 2, 3, 16)
     with pytest.raises(sdpa.NotTaken, match="compute capability"):
         sdpa._check(x, x, 0.0)
@@ -486,6 +488,188 @@ def test_an_untried_version_of_torch_is_said_once(monkeypatch):
             sdpa.activate().remove()
     finally:
         sdpa._warn_of_untried_version.cache_clear()
+
+
+# ---- the function --------------------------------------------------------------------------------
+
+FUNCTION = "scaled_dot_product_attention"
+
+
+def test_the_signature_is_that_of_torch():
+    theirs = aten.scaled_dot_product_attention.default._schema.arguments
+    ours = inspect.signature(sdpa.scaled_dot_product_attention).parameters.values()
+    assert [(x.name, x.kwarg_only) for x in theirs] == [
+        (x.name, x.kind is x.KEYWORD_ONLY) for x in ours
+    ]
+    for x, parameter in zip(theirs[3:], list(ours)[3:], strict=True):
+        assert x.default_value == parameter.default
+
+
+def assert_near(ours, theirs, dtype):
+    """Within some roundings of the largest number."""
+    for x, y in zip(ours, theirs, strict=True):
+        assert x.shape == y.shape and x.dtype == dtype
+        largest = max(1.0, y.abs().max().item())
+        bound = 200 * torch.finfo(torch.float32).eps if dtype == torch.float32 else 3e-2
+        assert (x.cpu().double() - y).abs().max() <= bound * largest
+
+
+SHAPES = {  # of query, key, value
+    "2D": ((5, 12), (7, 12), (7, 20)),
+    "more queries": ((9, 12), (7, 12), (7, 20)),
+    "3D": ((4, 5, 16), (4, 7, 16), (4, 7, 16)),
+    "4D": ((2, 4, 5, 24), (2, 4, 7, 24), (2, 4, 7, 24)),
+    "5D": ((2, 3, 4, 5, 8), (2, 3, 4, 7, 8), (2, 3, 4, 7, 8)),
+    "one head of v": ((4, 5, 12), (7, 12), (1, 7, 20)),
+    "a batch of k alone": ((4, 5, 8), (3, 4, 7, 8), (4, 7, 8)),
+    "one batch of q": ((1, 4, 5, 8), (3, 4, 7, 8), (3, 4, 7, 8)),
+    "all of them": ((2, 3, 4, 9, 12), (4, 7, 12), (3, 1, 7, 20)),
+}
+SHAPES_GQA = {
+    "3D": ((4, 5, 12), (2, 7, 12), (2, 7, 20)),
+    "4D": ((2, 4, 5, 16), (2, 2, 7, 16), (2, 2, 7, 16)),
+    "5D, broadcast": ((2, 3, 4, 9, 12), (2, 7, 12), (3, 2, 7, 20)),
+    "unequal": ((2, 4, 9, 12), (2, 2, 7, 12), (2, 4, 7, 20)),
+}
+CALLS = [
+    pytest.param(shapes, {"enable_gqa": True} if gqa else {}, id=f"{'gqa ' * gqa}{name}")
+    for gqa, table in enumerate((SHAPES, SHAPES_GQA))
+    for name, shapes in table.items()
+]
+
+
+@pytest.mark.quick("cpu-all of them-True")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("shapes, options", CALLS)
+def test_every_shape_that_torch_takes(device, counted, shapes, options, causal):
+    dtype = device.dtypes[0]
+    inputs = [torch.randn(x).to(device.torch_device, dtype).requires_grad_() for x in shapes]
+    exact = [x.detach().cpu().double().requires_grad_() for x in inputs]
+    ours = sdpa.scaled_dot_product_attention(*inputs, is_causal=causal, **options)
+    theirs = F.scaled_dot_product_attention(*exact, is_causal=causal, **options)
+    assert_near([ours, *gradients(ours, inputs)], [theirs, *gradients(theirs, exact)], dtype)
+    assert counted() == [{FUNCTION: 1}, {}]
+
+
+def test_scale(device):
+    x = torch.randn(2, 3, 5, 12).to(device.torch_device, device.dtypes[0])
+    for scale in (0.5, -0.25):
+        ours = sdpa.scaled_dot_product_attention(x, x, x, scale=scale)
+        exact = x.cpu().double()
+        theirs = F.scaled_dot_product_attention(exact, exact, exact, scale=scale)
+        assert_near([ours], [theirs], x.dtype)
+
+
+LEFT = {
+    "attn_mask": ((2, 4, 5, 8), {"attn_mask": torch.ones(5, 5).tril(-1).bool()}),  # row 0 sees none
+    "dropout_p": ((2, 4, 5, 8), {"dropout_p": 0.5}),
+    "head_dim": ((2, 4, 5, 264), {}),
+    "no elements": ((2, 4, 0, 8), {}),
+    "dtype": ((2, 4, 5, 8), {}),
+}
+
+
+@pytest.mark.parametrize("why", LEFT)
+def test_what_is_left_to_torch(device, counted, why):
+    shape, options = LEFT[why]
+    dtype = torch.float64 if why == "dtype" else device.dtypes[0]
+    x = torch.randn(shape).to(device.torch_device, dtype).requires_grad_()
+    options = {
+        name: value.to(x.device) if torch.is_tensor(value) else value
+        for name, value in options.items()
+    }
+    outs = []
+    for module in (sdpa, F):
+        torch.manual_seed(0)
+        outs.append(module.scaled_dot_product_attention(x, x, x, **options))
+    assert_all_equal(outs[:1], outs[1:])
+    assert why != "attn_mask" or not outs[0][:, :, 0].any()
+    assert counted() == [{}, {f"{FUNCTION}: {why}": 1}]
+
+
+def test_nested_tensors_and_tensors_without_data_are_left_to_torch(counted):
+    rows = torch.randn(8, 4, 16)
+    x = torch.nested.nested_tensor_from_jagged(rows, torch.tensor([0, 3, 8])).transpose(1, 2)
+    assert sdpa.scaled_dot_product_attention(x, x, x).is_nested
+    meta = torch.empty(2, 4, 5, 16, device="meta")
+    assert sdpa.scaled_dot_product_attention(meta, meta, meta).shape == meta.shape
+    assert counted() == [{}, {f"{FUNCTION}: nested tensor": 1, f"{FUNCTION}: device": 1}]
+
+
+def test_what_torch_refuses_is_refused():
+    x = torch.randn(2, 4, 5, 16)
+    for other in (x[:, :2], x[:, :3], x[..., :8], x[:1].expand(3, -1, -1, -1)):
+        with pytest.raises((ValueError, RuntimeError)):
+            sdpa.scaled_dot_product_attention(x, other, other)
+    with pytest.raises(ValueError, match="multiple of the heads"):
+        sdpa.scaled_dot_product_attention(x, x[:, :3], x[:, :3], enable_gqa=True)
+    with pytest.raises(RuntimeError, match="at least 2 dim"):
+        sdpa.scaled_dot_product_attention(x[0, 0, 0], x, x)
+
+
+def test_the_function_compiled(device):
+    torch.compiler.reset()
+    attend = torch.compile(
+        lambda q, k, v: sdpa.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+        fullgraph=True,
+        dynamic=True,
+        backend="aot_eager",
+    )
+    for seqlen in (5, 9):
+        shapes = ((2, 4, seqlen, 12), (2, 2, 7, 12), (2, 2, 7, 12))
+        inputs = [torch.randn(x).to(device.torch_device, device.dtypes[0]) for x in shapes]
+        options = {"is_causal": True, "enable_gqa": True}
+        expected = sdpa.scaled_dot_product_attention(*inputs, **options)
+        assert_all_equal([attend(*inputs)], [expected])
+
+
+def test_the_function_under_autocast(device, counted):
+    x = torch.randn(2, 4, 5, 16, device=device.torch_device)
+    with torch.autocast(device.torch_device, torch.bfloat16):
+        out = sdpa.scaled_dot_product_attention(x, x, x)
+    expected = sdpa.scaled_dot_product_attention(*[x.bfloat16()] * 3)
+    assert_all_equal([out], [expected])
+    assert counted() == [{FUNCTION: 2}, {}]
+
+
+SAMPLES = """
+import sys, types, unittest
+
+# torch's own tests import it for texts that are compared, of which there are none here
+sys.modules.setdefault("expecttest", types.SimpleNamespace(TestCase=unittest.TestCase))
+
+import torch
+from torch.testing._internal.common_methods_invocations import op_db
+
+from flash_attn_sm120 import sdpa
+
+op = next(x for x in op_db if x.name == "nn.functional.scaled_dot_product_attention")
+bounds = {torch.float64: 0, torch.float32: 5e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def run(function, sample):
+    torch.manual_seed(0)
+    inputs = (sample.input, *sample.args)
+    out = function(*inputs, **sample.kwargs)
+    return [out, *torch.autograd.grad(out.sum(), inputs)]
+
+
+for dtype, bound in bounds.items():
+    for sample in op.sample_inputs(DEVICE, dtype, requires_grad=True):
+        torch_has = run(torch.nn.functional.scaled_dot_product_attention, sample)
+        for x, y in zip(run(sdpa.scaled_dot_product_attention, sample), torch_has, strict=True):
+            assert (x.shape, x.dtype) == (y.shape, y.dtype)
+            error, largest = (x - y).abs().max(), y.abs().max().clamp(min=1)
+            assert error <= bound * largest, (sample, error, largest)
+print(sdpa.stats().taken["scaled_dot_product_attention"])
+"""
+
+
+def test_samples_of_torch(device, tmp_path):
+    """In a process of its own: importing torch's tests changes settings of torch."""
+    done = run_python(f"DEVICE = {device.torch_device!r}\n{SAMPLES}", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) >= (24 if device is CUDA else 36)
 
 
 # ---- CUDA: torch's functions ---------------------------------------------------------------------
