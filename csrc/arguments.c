@@ -39,33 +39,71 @@ static struct fa_divisor divisor_of(int number)
     return (struct fa_divisor){number, (unsigned)multiplier, shift};
 }
 
-/* A tensor [batch, seqlen, heads, head_dim] in boxes of `rows` of the sequence and as many dims as
- * tile_layout in kernels/layout.cuh puts in a row of a segment. 0 or -1. */
-static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,
-                             struct fa_tensor_map *map)
+/* A tensor as the TMA sees it: sizes and, in bytes, strides, from the innermost on. */
+struct map_shape {
+    char *data;
+    uint64_t sizes[4], strides[4];
+};
+
+/* In boxes of `rows` of its second dimension and as many dims of a head as tile_layout in
+ * kernels/layout.cuh puts in a row of a segment. 0 or -1. */
+static int encode_boxes(struct fa_driver *driver, const struct map_shape *shape,
+                        enum fa_dtype dtype, int rows, struct fa_tensor_map *map)
 {
-    const int chunk = fa_chunk_elements(tensor->dtype); /* in elements */
-    const int padded = fa_padded_dim((int)tensor->shape[3], fa_mma_k(tensor->dtype));
+    const int chunk = fa_chunk_elements(dtype); /* in elements */
+    const int padded = fa_padded_dim((int)shape->sizes[0], fa_mma_k(dtype));
     const int cols = fa_segment_chunks(padded / chunk);
     const int swizzle = cols == 8   ? CU_TENSOR_MAP_SWIZZLE_128B
                         : cols == 4 ? CU_TENSOR_MAP_SWIZZLE_64B
                                     : CU_TENSOR_MAP_SWIZZLE_32B;
-    static const int order[] = {3, 1, 2, 0}; /* head_dim, seqlen, heads, batch */
-    uint64_t sizes[4], strides[4];
-    for (int i = 0; i < 4; i++) {
-        sizes[i] = (uint64_t)tensor->shape[order[i]];
-        strides[i] = (uint64_t)fa_element_bytes(tensor->dtype) *
-                     (sizes[i] > 1 ? (uint64_t)tensor->stride[order[i]] : sizes[0]);
-    }
     const uint32_t box[] = {(uint32_t)(cols * chunk), (uint32_t)rows, 1, 1};
     static const uint32_t ones[] = {1, 1, 1, 1};
-    return FA_DRIVER_CALL(driver, cuTensorMapEncodeTiled,
-                          (map,
-                           tensor->dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                        : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                           4, tensor->data, sizes, strides + 1, box, ones,
-                           CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_128B,
-                           CU_TENSOR_MAP_OOB_FILL_ZEROS));
+    return FA_DRIVER_CALL(
+        driver, cuTensorMapEncodeTiled,
+        (map,
+         dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+         4, shape->data, shape->sizes, shape->strides + 1, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+         swizzle, CU_TENSOR_MAP_L2_PROMOTION_128B, CU_TENSOR_MAP_OOB_FILL_ZEROS));
+}
+
+/* The dimensions of a tensor [batch, seqlen, heads, head_dim], or packed [total, heads, head_dim],
+ * where `batch` has the size 1. */
+static struct map_shape map_shape_of(const struct fa_tensor *tensor)
+{
+    const int last = tensor->ndim - 1;
+    const int order[] = {last, last - 2, last - 1, last - 3}; /* head_dim, seqlen, heads, batch */
+    struct map_shape shape = {.data = tensor->data};
+    for (int i = 0; i < 4; i++) {
+        shape.sizes[i] = order[i] < 0 ? 1 : (uint64_t)tensor->shape[order[i]];
+        shape.strides[i] =
+            (uint64_t)fa_element_bytes(tensor->dtype) *
+            (shape.sizes[i] > 1 ? (uint64_t)tensor->stride[order[i]] : shape.sizes[0]);
+    }
+    return shape;
+}
+
+/* A tensor in boxes of `rows` of the sequence. 0 or -1. */
+static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,
+                             struct fa_tensor_map *map)
+{
+    const struct map_shape shape = map_shape_of(tensor);
+    return encode_boxes(driver, &shape, tensor->dtype, rows, map);
+}
+
+/* The same of Q or dO. A packed one, whose sequences begin and end at any row, becomes [ends,
+ * heads, rows, head_dim]: entry e has the `rows` rows before row e. So a box that begins at row
+ * `rows` - n of it has n rows of a sequence and then, outside of the tensor, zeros. */
+static int encode_queries_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,
+                              struct fa_tensor_map *map)
+{
+    struct map_shape shape = map_shape_of(tensor);
+    if (tensor->ndim == 3) {
+        shape.sizes[3] = shape.sizes[1] + 1;
+        shape.strides[3] = shape.strides[1];
+        shape.sizes[1] = (uint64_t)rows;
+        shape.data -= shape.sizes[1] * shape.strides[1];
+    }
+    return encode_boxes(driver, &shape, tensor->dtype, rows, map);
 }
 
 /* A tensor's memory; NULL where there is none. */
@@ -83,6 +121,20 @@ static struct fa_lengths lengths_of(const struct fa_problem *problem)
         .seqused_k = data_of(&problem->seqused_k),
         .total_q = problem->shape.total_q,
         .total_k = problem->shape.total_k,
+    };
+}
+
+static struct fa_pages pages_of(const struct fa_problem *problem)
+{
+    const struct fa_tensor *table = &problem->page_table;
+    if (!table->object)
+        return (struct fa_pages){0};
+    return (struct fa_pages){
+        .table = table->data,
+        .table_stride = table->stride[0],
+        .per_sequence = (int)table->shape[1],
+        .count = (int)problem->k.shape[0],
+        .page_size = divisor_of(problem->shape.page_size),
     };
 }
 
@@ -121,6 +173,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .group_heads = divisor_of(plan->group_heads),
         .parts = divisor_of(plan->splits),
         .lengths = lengths_of(problem),
+        .pages = pages_of(problem),
     };
 }
 
@@ -155,7 +208,6 @@ static struct fa_fill_params fill_params(const struct fa_problem *problem)
         .seqlen_q = shape->seqlen_q,
         .heads_q = shape->heads_q,
         .head_dim_v = shape->head_dim_v,
-        .rows = fa_shape_rows_q(shape),
         .lengths = lengths_of(problem),
     };
 }
@@ -164,6 +216,8 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
                         const struct fa_plan *plan, float *workspace,
                         struct fa_forward_arguments *arguments)
 {
+    const int page_size = problem->shape.page_size;
+    const int box_rows = page_size ? fa_page_box_rows(plan->tile_n, page_size) : plan->tile_n;
     arguments->main.forward = forward_params(problem, plan, workspace);
     if (plan->splits > 1)
         arguments->combine = combine_params(problem, plan, workspace);
@@ -171,9 +225,9 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
         arguments->fill = fill_params(problem);
     if (plan->steps[plan->main].variant.kernel != FA_KERNEL_FORWARD_TMA)
         return 0;
-    if (encode_tensor_map(driver, &problem->k, plan->tile_n, &arguments->main.k_map) < 0)
+    if (encode_tensor_map(driver, &problem->k, box_rows, &arguments->main.k_map) < 0)
         return -1;
-    return encode_tensor_map(driver, &problem->v, plan->tile_n, &arguments->main.v_map);
+    return encode_tensor_map(driver, &problem->v, box_rows, &arguments->main.v_map);
 }
 
 /* ---- backward -------------------------------------------------------------------------------- */
@@ -236,6 +290,8 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .lengths = lengths_of(problem),
         .order = at->order ? (int *)(workspace + at->order) : NULL,
         .group_heads = plan->group_heads,
+        .query_tiles = plan->query_tiles,
+        .head_dim = shape->head_dim,
     };
 }
 
@@ -278,9 +334,9 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     arguments->dv = postprocess_params(workspace + at->dv_accum, 1, keys, 1, &gradients->dv);
     if (!variant->tma)
         return 0;
-    if (encode_tensor_map(driver, &problem->q, plan->tile_m, &arguments->main.q_map) < 0)
+    if (encode_queries_map(driver, &problem->q, plan->tile_m, &arguments->main.q_map) < 0)
         return -1;
-    return encode_tensor_map(driver, &gradients->dout, plan->tile_m, &arguments->main.dout_map);
+    return encode_queries_map(driver, &gradients->dout, plan->tile_m, &arguments->main.dout_map);
 }
 
 /* ---- the interface --------------------------------------------------------------------------- */

@@ -6,14 +6,14 @@
 #include "cpu_threads.h"
 #include "launch.h"
 
-/* Asks how many threads there are, then looks at the tensors and at lengths a last time and
+/* Asks how many threads there are, then looks at the tensors and at the sequences a last time and
  * releases the GIL. 0 or -1. */
 static int begin(const struct fa_problem *problem, const struct fa_gradients *gradients,
                  struct fa_threads *threads)
 {
     const int count = fa_cpu_thread_count();
     if (count < 0 || fa_problem_recheck(problem, gradients, NULL) < 0 ||
-        fa_check_lengths(problem) < 0)
+        fa_check_sequences(problem) < 0)
         return -1;
     fa_cpu_threads_begin(threads, count);
     return 0;

@@ -67,9 +67,9 @@ static PyObject *forward_if_plain(PyObject *module, PyObject *const *arguments, 
         return NULL;
     const struct fa_options *options = &problem.options;
     PyObject *const tensors[] = {
-        arguments[0],       arguments[1],      arguments[2],          options->learnable_sink,
-        options->out,       options->lse,      options->cu_seqlens_q, options->cu_seqlens_k,
-        options->seqused_q, options->seqused_k};
+        arguments[0],       arguments[1],       arguments[2],          options->learnable_sink,
+        options->out,       options->lse,       options->cu_seqlens_q, options->cu_seqlens_k,
+        options->seqused_q, options->seqused_k, options->page_table};
     const int is_plain =
         fa_following_is_plain_call(&state->following, tensors, sizeof tensors / sizeof *tensors);
     PyObject *result = NULL;

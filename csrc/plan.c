@@ -30,6 +30,7 @@ struct fa_variant fa_plan_variant(const struct fa_plan_input *input)
         .mask_left = input->mask_left,
         .softcap = input->softcap,
         .varlen = input->varlen,
+        .paged = input->paged,
     };
 }
 

@@ -36,6 +36,8 @@ struct fa_plan_input {
     int pack_gqa;              /* enum fa_pack_gqa */
     int deterministic;
     int varlen;      /* lengths are on the device, and differ from sequence to sequence */
+    int paged;       /* K and V lie in pages */
+    int small_pages; /* of rows that are no multiple of FA_MIN_BOX_ROWS */
     int tma_strides; /* tensor maps can describe K and V; in the backward Q and dO */
 };
 
@@ -68,6 +70,9 @@ struct fa_step {
     int blocks; /* the grid; 0: nothing to launch */
     int threads;
     int smem_request; /* more than smem_bytes where FA_SM120_LIMITS pads it */
+    /* It may start before the step before it has ended, for whose end it waits itself: programmatic
+     * dependent launch. That step waits for all before it. */
+    bool overlaps_previous;
 };
 
 #define FA_MAX_REASONS 12

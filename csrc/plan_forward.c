@@ -46,8 +46,9 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
 {
     if (!device->has_tma)
         *why = "the TMA came with compute capability 9.0";
-    else if (input->varlen)
-        *why = "the TMA's boxes end at the tensor, not at the sequence";
+    else if (input->small_pages)
+        *why = "a box of the TMA lies within a page and has 8 rows at least: page sizes must be "
+               "multiples of 8";
     else if (input->seqlen_k == 0)
         *why = "no tensor map describes K and V without keys";
     else if (!input->tma_strides)
@@ -337,24 +338,27 @@ static int combine_slots(const struct fa_plan_input *input)
     return fa_combine_slots(COMBINE_WARPS * 32, input->head_dim_v);
 }
 
-static void add_combine(const struct fa_plan_input *input, struct fa_plan *plan)
+static void add_combine(const struct fa_plan_input *input, const struct fa_device *device,
+                        struct fa_plan *plan)
 {
     fa_plan_add(plan, (struct fa_step){.job = FA_JOB_COMBINE,
                                        .variant = {.kernel = FA_KERNEL_COMBINE,
                                                    .dtype = input->dtype,
                                                    .head_dim_v = input->head_dim_v,
                                                    .warps = COMBINE_WARPS},
-                                       .threads = COMBINE_WARPS * 32});
+                                       .threads = COMBINE_WARPS * 32,
+                                       .overlaps_previous = device->has_tma});
 }
 
-static void set_splits(const struct fa_plan_input *input, struct fa_plan *plan)
+static void set_splits(const struct fa_plan_input *input, const struct fa_device *device,
+                       struct fa_plan *plan)
 {
     struct fa_step *main = &plan->steps[plan->main];
     plan->splits = splits_of(input, plan);
     if (plan->splits == 1)
         return;
     main->variant.split = 1;
-    add_combine(input, plan);
+    add_combine(input, device, plan);
 }
 
 /* Rows that no sequence has are the last kernel's: it overwrites what others may leave there. */
@@ -424,7 +428,7 @@ int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_targ
     if (fa_plan_fit_forward(input, &extent, plan, error) < 0)
         return -1;
     set_group_heads(input, &target->device, plan);
-    set_splits(input, plan);
+    set_splits(input, &target->device, plan);
     add_fill(input, plan);
     return fa_plan_fit_forward(input, &extent, plan, error);
 }

@@ -10,16 +10,17 @@ struct fa_problem {
     struct fa_shape shape;
     struct fa_options options;
     /* Where a side is packed [total, ...] takes the place of [batch, seqlen, ...], here and below,
-     * and the lse is [heads_q, total]. */
+     * and the lse is [heads_q, total]; of a page table k and v are [pages, page_size, ...]. */
     struct fa_tensor q;    /* [batch, seqlen_q, heads_q, head_dim] */
     struct fa_tensor k;    /* [batch, seqlen_k, heads_kv, head_dim] */
     struct fa_tensor v;    /* [batch, seqlen_k, heads_kv, head_dim_v] */
     struct fa_tensor sink; /* [heads_q]; object NULL where there is none */
     struct fa_tensor out;  /* [batch, seqlen_q, heads_q, head_dim_v] */
     struct fa_tensor lse;  /* [batch, heads_q, seqlen_q] fp32; object NULL where not wanted */
-    /* int32, contiguous; object NULL where there are none */
+    /* int32, rows contiguous; object NULL where there are none */
     struct fa_tensor cu_seqlens_q, cu_seqlens_k; /* [batch + 1]: where sequences begin and end */
     struct fa_tensor seqused_q, seqused_k;       /* [batch]: how many of their rows are used */
+    struct fa_tensor page_table; /* [batch, pages of a sequence]: where its keys are in k and v */
 };
 
 /* What the backward has beside the problem, whose out and lse it is given. */
@@ -32,7 +33,7 @@ struct fa_gradients {
 };
 
 /* Tensors that kernels could not read in place are copied; or, for a plan, only taken to lie as
- * their copies would. */
+ * their copies would. Pages are read in place or refused. */
 enum fa_read { FA_READ_DATA, FA_READ_LAYOUT };
 
 /* Reads and checks q, k, v and the options' tensors into a zeroed problem that holds its options;
@@ -54,6 +55,9 @@ int fa_problem_recheck(const struct fa_problem *problem, const struct fa_gradien
                        const struct fa_tensor *workspace);
 
 void fa_problem_release(struct fa_problem *problem);
+
+/* Whether the problem has a backward. 0, or -1 with NotImplementedError set. */
+int fa_problem_check_differentiable(const struct fa_problem *problem);
 
 /* Reads and checks out and lse of the forward, and their gradients, into a problem that was read
  * and into zeroed gradients. What was read has contiguous rows; the lse and its gradient are

@@ -28,9 +28,8 @@ enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
 #define FA_BACKWARDS    FA_ONLY(BACKWARD)
 #define FA_MAIN         (FA_FORWARDS | FA_BACKWARDS)
 #define FA_ALL_KERNELS  ((1 << FA_KERNEL_COUNT) - 1)
-/* Neither what the TMA feeds nor what goes over all rows of out, nor what is of no other use. */
-#define FA_READ_LENGTHS                                                                            \
-    (FA_ALL_KERNELS & ~(FA_ONLY(FORWARD_TMA) | FA_ONLY(COMBINE) | FA_ONLY(VARLEN_FILL)))
+/* Not what goes over all rows of out, nor what is of no other use. */
+#define FA_READ_LENGTHS (FA_ALL_KERNELS & ~(FA_ONLY(COMBINE) | FA_ONLY(VARLEN_FILL)))
 
 /* How a field stands in a variant's name, behind its code. */
 enum fa_code {
@@ -67,7 +66,8 @@ enum fa_code {
     X(pack_gqa, "PACK_GQA", FA_FORWARDS, "_pack", FA_FLAG)                                         \
     X(split, "SPLIT", FA_FORWARDS, "_split", FA_FLAG)                                              \
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)                     \
-    X(varlen, "VARLEN", FA_READ_LENGTHS, "_varlen", FA_FLAG)
+    X(varlen, "VARLEN", FA_READ_LENGTHS, "_varlen", FA_FLAG)                                       \
+    X(paged, "PAGED", FA_FORWARDS, "_paged", FA_FLAG)
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */

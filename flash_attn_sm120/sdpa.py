@@ -86,9 +86,8 @@ def activate() -> Handle:
 
     The same as ``torch.nn.attention.activate_flash_attention_impl("SM120")``, which needs this
     module to be imported, and which ``restore_flash_attention_impl()`` undoes. Calls that are not
-    taken go to the operator that was there before: dropout, debug masks, ALiBi slopes, paged KV
-    caches, head dims of more than 256, GPUs before compute capability 8.0. :func:`stats` counts
-    them, with the reason.
+    taken go to the operator that was there before: dropout, debug masks, ALiBi slopes, head dims of
+    more than 256, GPUs before compute capability 8.0. :func:`stats` counts them, with the reason.
 
     Raises:
         NotImplementedError: PyTorch before 2.11, which has no such door.
@@ -429,12 +428,16 @@ def _flash_forward_inplace(
     num_splits: int | None = None,
 ) -> Tensor:
     """The same into ``out``; returns the log-sum-exp."""
-    _check(query, value, dropout_p, return_debug_mask, alibi_slopes, block_table)
+    if alibi_slopes is not None:
+        raise NotTaken("alibi_slopes")
+    if block_table is not None and seqused_k is None:
+        raise NotTaken("block_table without seqused_k")
+    _check(query, value, dropout_p, return_debug_mask)
     _, lse = _C.forward(
         query,
         key,
         value,
-        **_lengths(cum_seq_q, cum_seq_k, max_q, max_k, seqused_k),
+        **_lengths(cum_seq_q, cum_seq_k, max_q, max_k, seqused_k, block_table),
         out=out,
         return_lse=True,
         softmax_scale=scale,
@@ -506,18 +509,12 @@ def _check(
     value: Tensor,
     dropout_p: float,
     return_debug_mask: bool = False,
-    alibi_slopes: Tensor | None = None,
-    block_table: Tensor | None = None,
 ) -> None:
     """Raises NotTaken for what is torch's to compute, or to refuse."""
     if dropout_p:
         raise NotTaken("dropout_p")
     if return_debug_mask:
         raise NotTaken("return_debug_mask")
-    if alibi_slopes is not None:
-        raise NotTaken("alibi_slopes")
-    if block_table is not None:
-        raise NotTaken("block_table")
     head_dim = query.shape[-1]
     if head_dim > 256 or head_dim % 8 or value.shape[-1] != head_dim:
         raise NotTaken("head_dim")
@@ -547,16 +544,18 @@ def _lengths(
     max_q: int,
     max_k: int,
     seqused_k: Tensor | None = None,
+    block_table: Tensor | None = None,
 ) -> dict[str, Any]:
     """The options of sequences with lengths of their own; none of a dense call."""
     if cum_seq_q is None and cum_seq_k is None and seqused_k is None:
         return {}
     return {
         "cu_seqlens_q": cum_seq_q,
-        "cu_seqlens_k": cum_seq_k,
+        "cu_seqlens_k": cum_seq_k if block_table is None else None,
         "max_seqlen_q": max_q,
         "max_seqlen_k": max_k,
         "seqused_k": seqused_k,
+        "page_table": block_table,
     }
 
 

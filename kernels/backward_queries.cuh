@@ -157,8 +157,7 @@ struct query_loader {
                 const unsigned mbarrier =
                     smem + SMEM.q_mbarriers + stage * FA_BACKWARD_MBARRIER_STRIDE;
                 mbarrier_expect(mbarrier, Q_layout::BYTES + LSE_DELTA_BYTES);
-                load_boxes<Q_layout>(Q_smem, seq.params.q_map, mbarrier, m_block * TILE_M, head,
-                                     seq.batch);
+                load_boxes<Q_layout>(Q_smem, seq.params.q_map, mbarrier, head, m_block);
                 bulk_load(lse_smem, lse_gmem, LSE_DELTA_BYTES, mbarrier);
             }
             return;
@@ -178,8 +177,8 @@ struct query_loader {
             if (asks_tma()) {
                 const unsigned mbarrier = smem + SMEM.dout_mbarrier;
                 mbarrier_expect(mbarrier, dO_layout::BYTES);
-                load_boxes<dO_layout>(smem + SMEM.dout, seq.params.dout_map, mbarrier,
-                                      m_block * TILE_M, head, seq.batch);
+                load_boxes<dO_layout>(smem + SMEM.dout, seq.params.dout_map, mbarrier, head,
+                                      m_block);
             }
             return;
         }
@@ -191,16 +190,20 @@ struct query_loader {
     }
 
   private:
-    /* A tile in boxes of the TMA, each a segment of the layout. */
+    /* A tile in boxes of the TMA, each a segment of the layout. Of packed queries a box has the
+     * rows up to the end of the tile or of the sequence, and then zeros: see fa_backward_params. */
     template <class layout>
-    static __device__ __forceinline__ void load_boxes(unsigned tile_smem, const fa_tensor_map &map,
-                                                      unsigned mbarrier, int row, int head,
-                                                      int batch)
+    __device__ __forceinline__ void load_boxes(unsigned tile_smem, const fa_tensor_map &map,
+                                               unsigned mbarrier, int head, int m_block) const
     {
+        const int query0 = m_block * TILE_M;
+        const int rows = min(TILE_M, seq.seqlen_q() - query0);
+        const int row = VARLEN ? TILE_M - rows : query0;
+        const int entry = VARLEN ? seq.q_begin + query0 + rows : seq.batch;
 #pragma unroll
         for (int c = 0; c < layout::PADDED; c += layout::COLS)
             tma_load_4d(tile_smem + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier, c * 8,
-                        row, head, batch);
+                        row, head, entry);
     }
 };
 

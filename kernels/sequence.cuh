@@ -63,42 +63,35 @@ template <class F> __device__ __forceinline__ int last_sequence(int sequences, F
     return first;
 }
 
-/* The sequence that has a row of a packed side of queries, if any has. */
-__device__ __forceinline__ int sequence_of_query(const fa_lengths &lengths, int sequences, int row)
-{
-    return last_sequence(sequences, [&](int number) {
-        return first_row(lengths.cu_seqlens_q, lengths.total_q, number) <= row;
-    });
-}
-
-/* Tiles of `tile_m` queries of all sequences, in a workspace that has as many as they may need. Of
- * a packed side that is a tile for each sequence more than the rows fill: a sequence starts with
- * the tile that has its first row, and one further on for each sequence before it. */
+/* Tiles of `tile_m` queries of all sequences, in a workspace that has as many as they may need:
+ * either m_blocks for each, or, of a packed side and where these are fewer, one for each sequence
+ * more than the rows fill. Then a sequence starts with the tile that has its first row, and one
+ * further on for each sequence before it. The host takes what is less. */
 struct sequence_tiles {
     const fa_lengths &lengths;
     int sequences;
     int m_blocks; /* tiles of the longest sequence */
     int tile_m;
+    int count;
 
     struct place {
         int sequence, m_block;
     };
 
-    __device__ __forceinline__ int count() const
+    __device__ __forceinline__ bool is_by_bound() const
     {
-        return lengths.cu_seqlens_q ? (lengths.total_q + tile_m - 1) / tile_m + sequences
-                                    : sequences * m_blocks;
+        return count == fa_int64{sequences} * m_blocks;
     }
     /* The first tile of a sequence, whose first row is `row`. */
     __device__ __forceinline__ int first(int row, int sequence) const
     {
-        return lengths.cu_seqlens_q ? row / tile_m + sequence : sequence * m_blocks;
+        return is_by_bound() ? sequence * m_blocks : row / tile_m + sequence;
     }
     /* The sequence that has a tile, and which of its tiles that is: if none has it, one behind the
      * last. */
     __device__ __forceinline__ place place_of(int tile) const
     {
-        if (!lengths.cu_seqlens_q)
+        if (is_by_bound())
             return {tile / m_blocks, tile % m_blocks};
         const auto first_of = [&](int number) {
             return first(first_row(lengths.cu_seqlens_q, lengths.total_q, number), number);
@@ -156,6 +149,8 @@ template <class params_t> struct sequence<params_t, false> {
     {
         return batch * stride.batch + head * stride.head;
     }
+    /* The entry of the batch of k and v, of those that tensor maps describe. */
+    __device__ __forceinline__ int k_entry() const { return batch; }
     /* From the beginning of lse, [batch, heads, seqlen_q], to query 0 of a head: `pair` is the
      * number of this batch entry and head. */
     __device__ __forceinline__ fa_int64 lse_offset(fa_int64 pair, int) const
@@ -204,6 +199,10 @@ template <class params_t> struct sequence<params_t, true> {
     __device__ __forceinline__ fa_int64 k_offset(const fa_strides &stride, int head) const
     {
         return batch * stride.batch + k_begin * stride.seqlen + head * stride.head;
+    }
+    __device__ __forceinline__ int k_entry() const
+    {
+        return params.lengths.cu_seqlens_k ? 0 : batch; /* a packed side is one entry */
     }
     __device__ __forceinline__ bool is_packed() const { return params.lengths.cu_seqlens_q; }
     __device__ __forceinline__ fa_int64 lse_offset(fa_int64 pair, int head) const

@@ -234,6 +234,28 @@ def test_only_the_first_keys_are_used_where_torch_says_so(device, door, splits):
     assert_all_equal([out], [expected])
 
 
+def test_keys_in_pages(device, door, counted):
+    """Whether or not torch says also where packed keys begin, of which there are none."""
+    if "block_table" not in str(aten._flash_attention_forward.default._schema):
+        pytest.skip("this PyTorch has no block_table")
+    q, begins = packed(device, [1, 2])
+    pages, _ = packed(device, [6 * 16], heads=2)
+    pages = pages.view(6, 16, 2, 16)
+    table = torch.tensor([[4, 0], [5, 2]], dtype=torch.int32, device=q.device)
+    used = torch.tensor([20, 7], dtype=torch.int32, device=q.device)
+    options = {"seqused_k": used, "block_table": table, "enable_gqa": True}
+    with torch.no_grad():
+        outs = [
+            varlen.varlen_attn(q, pages, pages, begins, x, 2, 32, window_size=(-1, 0), **options)
+            for x in (None, begins)
+        ]
+        expected, _ = flash_attn_varlen_func(
+            *(q, pages, pages), cu_seqlens_q=begins, seqused_k=used, page_table=table, causal=True
+        )
+    assert_all_equal(outs, [expected, expected])
+    assert counted() == [{FLASH: 2}, {}]
+
+
 def test_output_in_place(device, door, counted):
     name = f"{FLASH}_no_dropout_inplace"
     if not hasattr(aten, name):
@@ -251,6 +273,8 @@ def test_output_in_place(device, door, counted):
 
 
 def test_varlen_attn(device, door, counted):
+    if "window_size" not in inspect.signature(varlen.varlen_attn).parameters:
+        pytest.skip("this PyTorch has no window_size there")
     q, begins_q = packed(device, [3, 0, 4])
     k, begins_k = packed(device, [5, 2, 4])
     out = varlen.varlen_attn(q, k, k, begins_q, begins_k, 4, 5, window_size=(-1, 0))
@@ -397,8 +421,11 @@ def test_without_an_original_what_is_not_taken_is_an_error(counted):
     handle = sdpa.override("CPU")
     try:
         x, begins = packed(CPU, [3, 4])
-        table = torch.zeros(2, 1, dtype=torch.int32)
+        table = torch.zeros(2, 1, dtype=torch.int32)  # without seqused_k
+        schema = str(aten._flash_attention_forward.default._schema)
         for option in ({"block_table": table}, {"alibi_slopes": torch.zeros(4)}):
+            if next(iter(option)) not in schema:
+                continue
             with pytest.raises(NotImplementedError, match=next(iter(option))):
                 aten._flash_attention_forward(
                     *(x, x, x, begins, begins, 4, 4, 0.0, False, False), **option
