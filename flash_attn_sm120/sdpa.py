@@ -11,6 +11,7 @@ before torch has sorted out those that its own FlashAttention cannot compute.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 from collections import Counter
@@ -138,9 +139,12 @@ def _or_else(
     original: Callable[..., Any] | None, name: str, ours: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Our operator, and the original one for calls that it does not take."""
+    known = inspect.signature(ours).parameters.keys()
 
     def operator(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         try:
+            if not kwargs.keys() <= known:  # of a newer PyTorch; the default is never passed
+                raise NotTaken(", ".join(kwargs.keys() - known))
             results = ours(*args, **kwargs)
         except NotTaken as why:
             if original is None:
