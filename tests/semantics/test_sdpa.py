@@ -705,7 +705,7 @@ print(sdpa.stats().taken["scaled_dot_product_attention"])
 
 
 def test_samples_of_torch(device, tmp_path):
-    """In a process of its own: importing torch's tests changes settings of torch."""
+    """In another process: importing torch's tests changes settings of torch."""
     done = run_python(f"DEVICE = {device.torch_device!r}\n{SAMPLES}", tmp_path)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= (24 if device is CUDA else 36)
