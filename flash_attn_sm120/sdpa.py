@@ -31,6 +31,13 @@ NAME = "SM120"  # in torch.nn.attention.list_flash_attention_impls()
 
 _OLDEST_TRIED, _NEWEST_TRIED = (2, 11), (2, 13)
 
+# One override on top of another must be asked for, in versions that do not take it for granted.
+_OVERRIDING = {
+    name: True
+    for name in inspect.signature(torch.library.Library.impl).parameters
+    if name == "allow_override"
+}
+
 # ---- what went where -----------------------------------------------------------------------------
 
 
@@ -114,7 +121,7 @@ def override(key: str) -> Handle:
             warnings.filterwarnings("ignore", message="Warning only once for all operators")
             for name, original in originals.items():
                 function = _or_else(original, name, OPERATORS[name])
-                library.impl(name, function, key, with_keyset=True)
+                library.impl(name, function, key, with_keyset=True, **_OVERRIDING)
     except BaseException:
         library._destroy()
         raise

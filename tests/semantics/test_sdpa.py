@@ -693,13 +693,23 @@ def run(function, sample):
     return [out, *torch.autograd.grad(out.sum(), inputs)]
 
 
+def in_double(x):
+    is_real = torch.is_tensor(x) and x.is_floating_point()
+    return x.detach().double().requires_grad_(x.requires_grad) if is_real else x
+
+
 for dtype, bound in bounds.items():
     for sample in op.sample_inputs(DEVICE, dtype, requires_grad=True):
-        torch_has = run(torch.nn.functional.scaled_dot_product_attention, sample)
-        for x, y in zip(run(sdpa.scaled_dot_product_attention, sample), torch_has, strict=True):
+        theirs = run(torch.nn.functional.scaled_dot_product_attention, sample)
+        drops = sample.kwargs.get("dropout_p", 0) > 0  # other elements in another dtype
+        exact = theirs if drops else run(
+            torch.nn.functional.scaled_dot_product_attention, sample.transform(in_double)
+        )
+        ours = run(sdpa.scaled_dot_product_attention, sample)
+        for x, y, z in zip(ours, theirs, exact, strict=True):
             assert (x.shape, x.dtype) == (y.shape, y.dtype)
-            error, largest = (x - y).abs().max(), y.abs().max().clamp(min=1)
-            assert error <= bound * largest, (sample, error, largest)
+            allowed = bound * z.abs().max().clamp(min=1) + 2 * (y - z).abs().max()
+            assert (x - z).abs().max() <= allowed, (sample, x, z)
 print(sdpa.stats().taken["scaled_dot_product_attention"])
 """
 
@@ -774,8 +784,9 @@ def test_dropout_on_cuda_is_that_of_torch(on_cuda, counted):
         assert_all_equal(attend(), expected)
     finally:
         handle.remove()
+    taken, left = counted()
     reasons = {f"{SDPA}: dropout_p": 1, f"{SDPA}_backward: dropout_p": 1}
-    assert counted() == [{}, reasons]
+    assert taken == {} and left.items() >= reasons.items(), "torch may call other operators in turn"
 
 
 def test_removing_on_cuda_brings_back_torch(on_cuda, counted):
