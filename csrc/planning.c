@@ -20,8 +20,7 @@ static int planned_length(const struct fa_shape *shape, int seqlen, bool is_boun
     return rounded_up(is_bounded && max_seqlen != FA_NO_BOUND ? max_seqlen : seqlen);
 }
 
-/* The same for keys; in the forward, which may read them by the TMA, 0 where there is no row of any.
- */
+/* The same for keys; 0 in the forward where no row has any: no tensor map describes them. */
 static int planned_keys(const struct fa_problem *problem, bool is_forward)
 {
     const struct fa_shape *shape = &problem->shape;

@@ -111,17 +111,23 @@ static int64_t check_packed(const struct source *source, int64_t batch)
     return -1;
 }
 
-/* Whether the pages of a sequence's first `rows` rows exist. 0, or -1 with ValueError set. */
-static int check_pages(const struct source *source, int64_t batch, int64_t rows)
+/* Whether the pages exist of all keys that queries see. 0, or -1 with ValueError set. */
+static int check_pages(const struct fa_problem *problem, int64_t batch)
 {
-    const int64_t page_size = source->tensor->shape[1], count = source->tensor->shape[0];
-    const int *pages = pages_of(source, batch);
-    for (int64_t i = 0; i * page_size < rows; i++)
-        if (pages[i] < 0 || pages[i] >= count)
+    const struct sequence sequence = fa_sequence(problem, batch);
+    const struct range queries = {0, sequence.q.length};
+    const int64_t page_size = sequence.k.page_size, count = problem->k.shape[0];
+    if (!sequence.k.pages || count_of(queries) == 0)
+        return 0;
+    const struct range keys = visible_to_any(&problem->shape, &sequence, queries);
+    for (int64_t i = keys.begin / page_size; i * page_size < keys.end; i++) {
+        const int page = sequence.k.pages[i];
+        if (page < 0 || page >= count)
             return fa_raise(PyExc_ValueError,
-                            "page_table must have pages from 0 to %lld where a sequence has keys: "
+                            "page_table must have pages from 0 to %lld where a query sees keys: "
                             "page %lld of sequence %lld is %d",
-                            (long long)count - 1, (long long)i, (long long)batch, pages[i]);
+                            (long long)count - 1, (long long)i, (long long)batch, page);
+    }
     return 0;
 }
 
@@ -131,11 +137,11 @@ static int check_side(const struct source *source, int64_t batch)
     if (length < 0)
         return -1;
     const int64_t used = source->seqused->object ? number(source->seqused, batch) : length;
-    if (used < 0 || used > length)
-        return fa_raise(PyExc_ValueError,
-                        "seqused_%s must be from 0 to the length: sequence %lld has %lld, got %lld",
-                        source->name, (long long)batch, (long long)length, (long long)used);
-    return source->pages ? check_pages(source, batch, used) : 0;
+    if (used >= 0 && used <= length)
+        return 0;
+    return fa_raise(PyExc_ValueError,
+                    "seqused_%s must be from 0 to the length: sequence %lld has %lld, got %lld",
+                    source->name, (long long)batch, (long long)length, (long long)used);
 }
 
 int fa_check_sequences(const struct fa_problem *problem)
@@ -143,7 +149,8 @@ int fa_check_sequences(const struct fa_problem *problem)
     const struct source queries = queries_of(problem), keys = keys_of(problem);
     const int64_t checked = problem->shape.is_varlen ? problem->shape.batch : 0;
     for (int64_t batch = 0; batch < checked; batch++)
-        if (check_side(&queries, batch) < 0 || check_side(&keys, batch) < 0)
+        if (check_side(&queries, batch) < 0 || check_side(&keys, batch) < 0 ||
+            check_pages(problem, batch) < 0)
             return -1;
     return 0;
 }
