@@ -1,5 +1,5 @@
 /* The sequence that a task works on: its lengths, where its rows begin, as in kernels/sequence.cuh,
- * and the keys that queries see. The reference implementation reads lengths here and nowhere else. */
+ * and the keys that queries see. The reference implementation reads lengths here alone. */
 #ifndef FA_CPU_SEQUENCE_H
 #define FA_CPU_SEQUENCE_H
 
