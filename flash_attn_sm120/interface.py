@@ -258,8 +258,8 @@ def flash_attn_varlen_func(
             With ``page_table`` ``seqused_k`` is the sequences' lengths; None: ``max_seqlen_k``.
         page_table: ``(batch, max_pages)`` int32, rows contiguous: key ``j`` of sequence ``b`` is
             row ``j % page_size`` of page ``page_table[b, j // page_size]`` of ``k`` and ``v``.
-            Pages have 1 to 1024 rows, come in any order and may be shared; entries beyond the
-            length of a sequence may hold anything. The cache may be a view, as of ``(num_pages, 2,
+            Pages have 1 to 1024 rows, come in any order and may be shared; entries whose keys no
+            query sees may hold anything. The cache may be a view, as of ``(num_pages, 2,
             page_size, heads_kv, head_dim)``; it is read in place or refused, never copied, nor cast
             by autocast. Not with ``cu_seqlens_k``. There is no backward.
         softmax_scale, learnable_sink, softcap, pack_gqa, deterministic, return_lse: as in

@@ -88,7 +88,9 @@ def test_seqused_without_cu_seqlens():
     """Dense keys of which not all are used: a call with lengths, in no pages."""
     (q, _, _), lengths = call()
     k = torch.empty(4, 300, 2, 128, dtype=torch.bfloat16)
-    planned = explain(q, k, k, seqused_k=lengths["seqused_k"], arch=120)
+    with use_tiles(BY_TMA):
+        planned = explain(q, k, k, seqused_k=lengths["seqused_k"], arch=120)
+    assert planned.kernel == "forward_tma"
     of = constants(planned)
     assert (of["VARLEN"], of["PAGED"]) == (1, 0)
 
