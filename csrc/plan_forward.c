@@ -65,15 +65,20 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
     return false;
 }
 
+/* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds on
+ * 12.x. */
+static int smem_limit(const struct fa_device *device)
+{
+    return MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
+}
+
 /* The tile of the first of some rows that serves the call within the shared memory, stages
  * included. Where the TMA cannot bring K and V, which *why_not_tma tells, cp.async does. */
 static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
                               const struct fa_plan_input *input, const struct fa_device *device,
                               struct fa_tile *tile, const char **why_not_tma)
 {
-    /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds
-     * on 12.x. */
-    const int smem_per_block = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
+    const int smem_per_block = smem_limit(device);
     for (size_t i = 0; i < count; i++) {
         if (!serves(&rows[i], input, device))
             continue;
@@ -89,6 +94,19 @@ static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
     return false;
 }
 
+/* Pages by the TMA, where a row of tiles.c asks for cp.async: that would need an address for every
+ * row of a tile, from every thread; a box needs one for several rows, from a single thread. */
+static void prefer_tma(const struct fa_plan_input *input, const struct fa_device *device,
+                       struct fa_tile *tile, const char **why_not_tma)
+{
+    struct fa_tile by_tma = *tile;
+    by_tma.kernel = FA_KERNEL_FORWARD_TMA;
+    by_tma.producer = FA_PRODUCER_THREAD;
+    if (tile->kernel == FA_KERNEL_FORWARD &&
+        tma_can_implement(input, device, &by_tma, smem_limit(device), why_not_tma))
+        *tile = by_tma;
+}
+
 static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_target *target,
                         struct fa_plan *plan, struct fa_tile *tile)
 {
@@ -98,10 +116,14 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const bool is_own = first_that_serves(own->rows, own->count, input, device, tile, &why_not_tma);
     if (!is_own && !first_that_serves(FA_TILES, FA_TILE_COUNT, input, device, tile, &why_not_tma))
         return false;
+    const bool is_asked = tile->kernel == FA_KERNEL_FORWARD_TMA;
+    if (!is_own && input->paged)
+        prefer_tma(input, device, tile, &why_not_tma);
     const bool is_tma = tile->kernel == FA_KERNEL_FORWARD_TMA;
     fa_plan_because(plan, "kernel",
-                    is_tma
-                        ? "forward_tma: mma.sync fed by the TMA, as the tile's row asks"
+                    is_asked ? "forward_tma: mma.sync fed by the TMA, as the tile's row asks"
+                    : is_tma
+                        ? "forward_tma: mma.sync fed by the TMA, which takes whole boxes of pages"
                         : "forward: mma.sync fed by cp.async, the path of every device from 8.0");
     if (why_not_tma && !is_tma)
         fa_plan_because(plan, "not forward_tma", why_not_tma);
