@@ -104,6 +104,11 @@ FA_CONSTEXPR int fa_combine_slots(int threads, int head_dim_v)
 /* Of a block of kernels/varlen_fill.cu; the rows are all heads'. */
 enum { FA_FILL_THREADS = 256, FA_FILL_ROWS = 256 };
 
+/* ---- kv_append ------------------------------------------------------------------------------- */
+
+/* Of a block of kernels/kv_append.cu, which has a row of all heads. */
+enum { FA_APPEND_THREADS = 128 };
+
 /* ---- backward -------------------------------------------------------------------------------- */
 
 /* log2 of what P is multiplied by, and with it all sums of gradients until they are written: see
