@@ -149,6 +149,11 @@ bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent
 int fa_plan_fit(const struct fa_plan_input *input, const struct fa_extent *extent,
                 struct fa_plan *plan, struct fa_plan_error *error);
 
+/* The kernel that puts parts together, of these types; and its grid for so many rows and parts,
+ * which returns how many slices the parts of a row have. */
+struct fa_step fa_plan_combine(int dtype, int parts_dtype, int head_dim_v);
+int fa_plan_fit_combine(int64_t rows, int parts, struct fa_step *step);
+
 /* ---- shared by plan_forward.c and plan_backward.c -------------------------------------------- */
 
 int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_target *target,

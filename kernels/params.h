@@ -108,20 +108,27 @@ FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "328, padding, the
  * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
  * total_q below. */
 struct fa_combine_params {
-    const float *out_parts; /* [parts, rows, head_dim_v], contiguous: each of its own keys alone */
-    const float *lse_parts; /* [parts, rows], contiguous, binary log; -inf: no keys */
+    const void *out_parts;  /* [parts, batch, seqlen_q, heads_q, head_dim_v], contiguous in the last
+                             * dimension: each of its own keys alone */
+    const float *lse_parts; /* [parts, batch, seqlen_q, heads_q]; -inf: no keys */
     void *out;              /* [batch, seqlen_q, heads_q, head_dim_v] */
     float *lse;             /* [rows], natural log; NULL: not wanted */
     const void *sink;       /* [heads_q], contiguous, natural log; NULL: none */
-    struct fa_strides out_stride;
+    struct fa_strides out_stride, out_parts_stride, lse_parts_stride;
+    fa_int64 out_parts_step, lse_parts_step; /* from part to part */
     unsigned rows;
     int parts;
-    int sink_dtype; /* enum fa_dtype */
+    int sink_dtype;       /* enum fa_dtype */
+    float lse_parts_log2; /* what takes lse_parts to a binary logarithm: 1, or log2(e) */
     struct fa_divisor heads_q, seqlen_q;
     struct fa_divisor slices; /* of the parts of a row: each is summed up by threads of its own */
+    /* All NULL, or of cu_seqlens_q and seqused_q: rows that no sequence has, or uses, have no
+     * parts. */
+    struct fa_lengths lengths;
+    int sequences; /* of cu_seqlens_q */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 112, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 232, "host and device disagree on the layout");
 
 /* The single argument of kernels/varlen_fill.cu. */
 struct fa_fill_params {
