@@ -369,10 +369,11 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .dq_stride = fa_tensor_strides(&gradients->dq),
         .zero_share = CEIL_DIV(zero_chunks, MAX(plan->steps[0].blocks, 1)),
         .lengths = lengths_of(problem),
-        .order = at->order ? (int *)(workspace + at->order) : NULL,
+        .list = at->list ? (struct fa_listed_tile *)(workspace + at->list) : NULL,
         .group_heads = plan->group_heads,
         .query_tiles = plan->query_tiles,
         .head_dim = shape->head_dim,
+        .tile_n = plan->tile_n,
     };
 }
 

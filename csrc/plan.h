@@ -48,8 +48,9 @@ struct fa_plan_input {
 struct fa_extent {
     int batch;
     int seqlen_q, seqlen_k; /* where varlen: bounds */
-    bool is_packed_q;
+    bool is_packed_q, is_packed_k;
     int64_t rows_q; /* of q for each head */
+    int64_t rows_k; /* of k where it is packed */
     /* Where rows are appended: blocks that append a row, and that rotate one of q. */
     int64_t new_blocks, q_blocks;
 };
@@ -92,7 +93,7 @@ struct fa_workspace {
     int64_t rotated_q, seqused_k; /* of one that appends: what attention reads */
     int64_t dq_accum, dk_accum, dv_accum;
     int64_t dq_semaphores, dkv_semaphores, block_counter;
-    int64_t order; /* of sequences, the longest first; 0 where there is none */
+    int64_t list;  /* of tiles, see kernels/tile_list.cuh; 0 where there is none */
     int64_t zeros; /* from here on it has to be zero before the backward's main kernel runs */
     int64_t size;
 };
@@ -175,6 +176,12 @@ struct fa_step *fa_plan_add(struct fa_plan *plan, struct fa_step step);
 /* The main kernel's constants that follow from what is computed, the same in both directions; those
  * of the tile are left 0. */
 struct fa_variant fa_plan_variant(const struct fa_plan_input *input);
+
+/* The places of a list of the tiles of packed sequences, see kernels/tile_list.cuh, each of `tile`
+ * of the `rows` in all: one for each sequence more than the rows fill. 0: none is made, as grids
+ * from the bound, `blocks` for each sequence, are as small, or as finding the order takes the
+ * square of the sequences. */
+int fa_plan_list_places(int sequences, int64_t rows, int tile, int64_t blocks);
 
 /* Fills `error`; -1. */
 int fa_plan_refuse(struct fa_plan_error *error, bool unsupported, const char *message);

@@ -80,7 +80,7 @@ FA_CONSTEXPR int fa_forward_smem(int stage_bytes, int stages, int has_mbarriers)
 }
 
 /* Rows of a box of the TMA, which lies in one page and in one tile: the largest power of two that
- * divides the rows of both. Smaller boxes than of 8 would start within the pattern of the swizzle. */
+ * divides the rows of both. Boxes of fewer than 8 would start within the swizzle pattern. */
 enum { FA_MIN_BOX_ROWS = 8 };
 FA_CONSTEXPR int fa_page_box_rows(int tile_n, int page_size)
 {

@@ -46,6 +46,11 @@ struct fa_lengths {
     int total_q, total_k; /* rows of the packed tensors */
 };
 
+/* One tile of a list, see kernels/tile_list.cuh: of which sequence, -1 if of none, and which. */
+struct fa_listed_tile {
+    int sequence, tile;
+};
+
 /* Pages of K and V; read only where PAGED. k and v are [count, page_size, heads_kv, head_dim or
  * head_dim_v]: their stride.batch is from page to page. Row r of sequence b is row r % page_size of
  * page table[b, r / page_size]. seqlen_k is at most per_sequence * page_size, and 0 where count is:
@@ -188,7 +193,7 @@ struct fa_backward_params {
     struct fa_strides q_stride, k_stride, v_stride, out_stride, dout_stride, dk_stride, dv_stride;
     int batch, heads_q, heads_kv, heads_per_kv;
     int seqlen_q, seqlen_k;
-    int m_blocks, n_blocks; /* tiles of queries, and of keys */
+    int m_blocks, n_blocks; /* tiles of queries, and of keys; n_blocks: places of a list */
     int q_splits;           /* blocks that share a tile of keys and split its queries */
     int window_left;        /* as in fa_forward_params */
     int window_right;
@@ -201,12 +206,13 @@ struct fa_backward_params {
     /* [batch, heads_q, seqlen_q, head_dim or head_dim_v]; where VARLEN [total_q + 1, heads_q,
      * TILE_M, the same]: entry e has the TILE_M rows before row e. */
     struct fa_tensor_map q_map, dout_map;
-    struct fa_lengths lengths; /* read only where VARLEN */
-    int *order;      /* [batch]: the sequences, the longest first, as backward_preprocess.cu writes
-                      * it; NULL: as they come; where VARLEN alone */
-    int group_heads; /* (batch, KV head) pairs that run together; the last group may have fewer */
+    struct fa_lengths lengths;   /* read only where VARLEN */
+    struct fa_listed_tile *list; /* [n_blocks]: the tiles of keys of all sequences, as
+                                  * backward_preprocess.cu writes them; NULL: n_blocks of each */
+    int group_heads; /* (batch, KV head) pairs that run together, with a list KV heads; the last
+                      * group may have fewer */
     int query_tiles; /* where VARLEN: of a head, of all sequences */
-    int head_dim;    /* of q and k, for backward_preprocess.cu */
+    int head_dim, tile_n; /* of q and k, and keys of a tile: for backward_preprocess.cu */
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 832, "432, padding, maps, then the rest");

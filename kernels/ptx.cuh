@@ -236,17 +236,15 @@ __device__ __forceinline__ void semaphore_release(int *semaphore)
  * this one: see overlaps_previous in csrc/plan.h. Before 9.0 there are none. */
 __device__ __forceinline__ void let_next_kernel_start()
 {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
+    if constexpr (__CUDA_ARCH__ >= 900)
+        asm volatile("griddepcontrol.launch_dependents;");
 }
 
 /* Waits until the kernel before this one has ended and what it wrote can be read. */
 __device__ __forceinline__ void wait_for_previous_kernel()
 {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    if constexpr (__CUDA_ARCH__ >= 900)
+        asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 /* ---- between groups of warps ---------------------------------------------------------------- */
