@@ -126,8 +126,8 @@ template <class layout> struct paged_rows {
     }
 };
 
-/* Pages of any size. The table is read a tile ahead. Keys are counted from row 0 of the pages, where
- * key 0 of the sequence need not be. */
+/* Pages of any size. The table is read a tile ahead. Keys are counted from row 0 of the pages,
+ * where key 0 of the sequence need not be. */
 template <> struct copied_source<true> {
     const fa_forward_params &params;
     page_list list{params.pages};
