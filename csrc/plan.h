@@ -51,7 +51,7 @@ struct fa_extent {
     bool is_packed_q, is_packed_k;
     int64_t rows_q; /* of q for each head */
     int64_t rows_k; /* of k where it is packed */
-    /* Where rows are appended: blocks that append a row, and that rotate one of q. */
+    /* Where rows are appended: blocks that append one of K or V, and that rotate one of q. */
     int64_t new_blocks, q_blocks;
 };
 

@@ -160,7 +160,7 @@ struct fa_append_params {
     int positions, rotary_dim; /* rotary_dim: 0 where nothing is rotated */
     int interleaved;           /* dims 2i and 2i + 1 are rotated, else i and i + rotary_dim / 2 */
     int q_advances; /* query i has the position i behind that of query 0, else the same */
-    struct fa_divisor new_blocks, q_blocks; /* of a sequence, each has a row */
+    struct fa_divisor new_blocks, q_blocks; /* of a sequence, each has a row of K, of V, or of q */
     struct fa_divisor chunks, chunks_v;     /* of 16 bytes, of a row of one head */
     struct fa_lengths lengths;              /* of q alone */
     struct fa_pages pages;                  /* table NULL: the caches are not in pages */
