@@ -221,7 +221,8 @@ def admit(
     """Calls each contestant once. Those found right, and for each that cannot run, the reason.
 
     A contestant is right where `check(name, result)` raises nothing; WrongResult ends the run, as
-    its time would mean nothing. `outputs` are tensors like those of a result.
+    its time would mean nothing, unless it is among what the contestant cannot. `outputs` are
+    tensors like those of a result.
     """
     entrants, absent = [], {}
     for contestant in contestants:
@@ -233,8 +234,13 @@ def admit(
         if reason:
             absent[contestant.name] = reason
         else:
-            check(contestant.name, result)
-            entrants.append(contestant)
+            try:
+                check(contestant.name, result)
+                entrants.append(contestant)
+            except WrongResult as error:
+                if WrongResult not in contestant.cannot:
+                    raise
+                absent[contestant.name] = f"wrong: {error}"
         del result  # the next one may need its memory
     return entrants, absent
 

@@ -144,6 +144,14 @@ int fa_driver_enter(struct fa_driver *driver, struct fa_cuda_device *device, boo
     return 0;
 }
 
+int fa_driver_is_capturing(struct fa_driver *driver, CUstream stream)
+{
+    int status;
+    if (FA_DRIVER_CALL(driver, cuStreamIsCapturing, (stream, &status)) < 0)
+        return -1;
+    return status != CU_STREAM_CAPTURE_STATUS_NONE;
+}
+
 void fa_driver_leave(struct fa_driver *driver, bool pushed)
 {
     CUcontext popped;

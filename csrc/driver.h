@@ -5,6 +5,7 @@
 #include <Python.h>
 #include <stdbool.h>
 #include <stddef.h>
+#include <stdint.h>
 
 #include "../kernels/params.h"
 #include "device.h"
@@ -33,6 +34,8 @@ enum {
 
     CU_STREAM_CAPTURE_STATUS_NONE = 0,
 
+    CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
+
     CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6,
     CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9,
     CU_TENSOR_MAP_INTERLEAVE_NONE = 0,
@@ -43,12 +46,23 @@ enum {
     CU_TENSOR_MAP_OOB_FILL_ZEROS = 0, /* ..._FLOAT_OOB_FILL_NONE in cuda.h */
 };
 
+/* Of a launch; the value is a union of 64 bytes. */
+typedef struct {
+    FA_ALIGNED(8) int id;
+    FA_ALIGNED(8) union {
+        char bytes[64];
+        int programmatic_stream_serialization;
+    } value;
+} CUlaunchAttribute;
+
+FA_STATIC_ASSERT(sizeof(CUlaunchAttribute) == 72, "cuda.h: an id, padded to 8 bytes, and 64");
+
 typedef struct {
     unsigned grid_x, grid_y, grid_z;
     unsigned block_x, block_y, block_z;
     unsigned shared_bytes;
     CUstream stream;
-    void *attributes;
+    CUlaunchAttribute *attributes;
     unsigned attribute_count;
 } CUlaunchConfig;
 
@@ -68,6 +82,9 @@ typedef struct {
     X(cuCtxPushCurrent, "cuCtxPushCurrent_v2", (CUcontext context))                                \
     X(cuCtxPopCurrent, "cuCtxPopCurrent_v2", (CUcontext * context))                                \
     X(cuStreamIsCapturing, "cuStreamIsCapturing", (CUstream stream, int *status))                  \
+    X(cuStreamSynchronize, "cuStreamSynchronize", (CUstream stream))                               \
+    X(cuMemcpyDtoHAsync, "cuMemcpyDtoHAsync_v2",                                                   \
+      (void *host, uintptr_t device, size_t size, CUstream stream))                                \
     X(cuLibraryLoadData, "cuLibraryLoadData",                                                      \
       (CUlibrary * library, const void *code, int *jit_options, void **jit_values,                 \
        unsigned jit_count, int *options, void **values, unsigned count))                           \
@@ -118,6 +135,9 @@ struct fa_cuda_device *fa_driver_device(struct fa_driver *driver, int ordinal);
  */
 int fa_driver_enter(struct fa_driver *driver, struct fa_cuda_device *device, bool *pushed);
 void fa_driver_leave(struct fa_driver *driver, bool pushed);
+
+/* Whether the stream is under graph capture: 1, 0, or -1 with the exception set. */
+int fa_driver_is_capturing(struct fa_driver *driver, CUstream stream);
 
 /* 0 for CUDA_SUCCESS, else -1 with RuntimeError "call: NAME (text)" set. */
 int fa_driver_check(struct fa_driver *driver, CUresult result, const char *call);

@@ -105,6 +105,8 @@ PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem,
                      enum fa_direction direction)
 {
     const int arch = problem->options.arch;
+    if (direction == FA_BACKWARD && fa_problem_check_differentiable(problem) < 0)
+        return NULL;
     if (!arch && problem->q.device_type == FA_DEVICE_CPU)
         return explain_cpu();
     if (direction == FA_BACKWARD && fa_shape_is_empty(&problem->shape))

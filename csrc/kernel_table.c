@@ -43,11 +43,9 @@ static int grow(struct fa_kernel_table *table)
 static int refuse_capture(struct fa_driver *driver, const struct fa_variant *variant,
                           CUstream stream)
 {
-    int status;
-    if (FA_DRIVER_CALL(driver, cuStreamIsCapturing, (stream, &status)) < 0)
-        return -1;
-    if (status == CU_STREAM_CAPTURE_STATUS_NONE)
-        return 0;
+    const int capturing = fa_driver_is_capturing(driver, stream);
+    if (capturing <= 0)
+        return capturing;
     char name[FA_VARIANT_NAME_SIZE];
     fa_variant_name(variant, name);
     PyErr_Format(

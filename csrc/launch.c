@@ -1,6 +1,7 @@
 #include "launch.h"
 
 #include "arguments.h"
+#include "device_check.h"
 #include "planning.h"
 
 /* A call on its way to the stream. */
@@ -38,6 +39,16 @@ static int find_plan(struct call *call)
     return fa_planning_warn(state, plan);
 }
 
+/* Looks at lengths and pages, where FA_SM120_CHECK asks for it. 0 or -1. */
+static int check(const struct call *call)
+{
+    if (!call->state->settings.check || !call->problem->shape.is_varlen)
+        return 0;
+    return fa_problem_recheck(call->problem, call->gradients, NULL) < 0
+               ? -1
+               : fa_device_check(&call->state->driver, call->problem, call->stream);
+}
+
 /* The kernels of the plan, loaded, where they are not yet. 0 or -1. */
 static int load_kernels(struct call *call)
 {
@@ -60,10 +71,15 @@ static int load_kernels(struct call *call)
     return 0;
 }
 
+/* Captured graphs have programmatic dependencies since CUDA 12.3. */
+#define OVERLAP_VERSION 12030
+
 /* Launches a kernel whose single argument is *params, without waiting for it. 0 or -1. */
 static int enqueue(struct fa_driver *driver, CUkernel kernel, const struct fa_step *step,
                    CUstream stream, void *params)
 {
+    CUlaunchAttribute overlap = {CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                 .value.programmatic_stream_serialization = 1};
     const CUlaunchConfig config = {
         .grid_x = (unsigned)step->blocks,
         .grid_y = 1,
@@ -73,6 +89,8 @@ static int enqueue(struct fa_driver *driver, CUkernel kernel, const struct fa_st
         .block_z = 1,
         .shared_bytes = (unsigned)step->smem_request,
         .stream = stream,
+        .attributes = &overlap,
+        .attribute_count = step->overlaps_previous && driver->version >= OVERLAP_VERSION,
     };
     void *arguments[] = {params};
     CUresult result;
@@ -130,7 +148,8 @@ int fa_launch(struct fa_state *state, const struct fa_problem *problem,
     int status = -1;
     bool pushed;
     if (fa_driver_enter(driver, &driver->devices[call.ordinal], &pushed) == 0) {
-        if (load_kernels(&call) == 0 && fa_problem_recheck(problem, gradients, &workspace) == 0)
+        if (check(&call) == 0 && load_kernels(&call) == 0 &&
+            fa_problem_recheck(problem, gradients, &workspace) == 0)
             status = launch_kernels(&call, workspace.data);
         fa_driver_leave(driver, pushed);
     }

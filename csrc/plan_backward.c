@@ -11,8 +11,9 @@
 static const struct fa_backward_tile *choose_tile(const struct fa_plan_input *input)
 {
     const int head_dim = MAX(input->head_dim, input->head_dim_v);
+    const int varlen_k = input->varlen ? input->seqlen_k : INT32_MAX;
     const struct fa_backward_tile *tile = FA_BACKWARD_TILES;
-    while (tile->head_dim < head_dim)
+    while (tile->head_dim < head_dim || (tile->varlen_k != FA_ANY && tile->varlen_k < varlen_k))
         tile++; /* the last one serves all */
     return tile;
 }
@@ -69,7 +70,7 @@ static struct fa_variant variant_of(const struct fa_plan_input *input,
     variant.stages = tile->stages;
     variant.tma = device->has_tma && input->tma_strides;
     variant.deterministic = input->deterministic;
-    variant.dq_direct = n_blocks_of(input, tile) == 1 && input->all_see_keys;
+    variant.dq_direct = n_blocks_of(input, tile) == 1 && (input->all_see_keys || input->varlen);
     variant.dq_buffers = variant.dq_direct ? 1 : dq_buffers_of(input);
     return variant;
 }
@@ -83,21 +84,25 @@ static int backward_smem(const struct fa_plan_input *input, const struct fa_vari
 }
 
 static void explain_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
-                         const struct fa_variant *variant, struct fa_plan *plan)
+                         const struct fa_backward_tile *tile, const struct fa_variant *variant,
+                         struct fa_plan *plan)
 {
     fa_plan_because(plan, "kernel",
                     variant->tma ? "backward: mma.sync, Q and dO brought by the TMA"
                                  : "backward: mma.sync, Q and dO brought by cp.async");
     if (!target->device.has_tma)
         fa_plan_because(plan, "not the TMA", "the TMA came with compute capability 9.0");
-    else if (input->varlen)
-        fa_plan_because(plan, "not the TMA",
-                        "the TMA's boxes end at the tensor, not at the sequence");
     else if (!variant->tma)
         fa_plan_because(plan, "not the TMA",
-                        "it needs Q and dO at strides that are multiples of 16 bytes, from a row "
-                        "up to 2^40: neither expanded nor flipped");
-    fa_plan_because(plan, "tile", "row of csrc/tiles.c for the larger head dim");
+                        input->varlen
+                            ? "of sequences of any lengths it needs packed Q and dO, at strides "
+                              "that are multiples of 16 bytes, from a row up to 2^20"
+                            : "it needs Q and dO at strides that are multiples of 16 bytes, from a "
+                              "row up to 2^40: neither expanded nor flipped");
+    fa_plan_because(plan, "tile",
+                    tile->varlen_k == FA_ANY
+                        ? "row of csrc/tiles.c for the larger head dim"
+                        : "row of csrc/tiles.c for the larger head dim, and for few keys");
     if (input->softcap)
         fa_plan_because(plan, "sub_m", "16 queries at a time: the tanh of a cap takes registers");
     if (variant->dq_direct)
@@ -122,7 +127,7 @@ static void set_main(const struct fa_plan_input *input, const struct fa_plan_tar
     plan->tile_m = tile->tile_m;
     plan->tile_n = tile_n_of(tile);
     plan->smem_bytes = backward_smem(input, &variant, plan->tile_n);
-    explain_main(input, target, &variant, plan);
+    explain_main(input, target, tile, &variant, plan);
     int by_smem;
     const int smem_request = fa_device_smem_request(&target->device, target->limits_arch,
                                                     plan->smem_bytes, threads, &by_smem);
@@ -264,15 +269,6 @@ static int group_heads(int64_t pairs, int limit)
     return (int)CEIL_DIV(pairs, MAX(1, CEIL_DIV(pairs, limit)));
 }
 
-/* Whether long sequences start first. With one tile of keys there is nothing to group, and finding
- * the order takes the square of their number. */
-static bool is_sorted(const struct fa_plan_input *input, const struct fa_extent *extent,
-                      const struct fa_plan *plan)
-{
-    enum { MOST_SORTED = 4096 };
-    return input->varlen && plan->n_blocks > 1 && extent->batch > 1 && extent->batch <= MOST_SORTED;
-}
-
 /* ---- before and after the main kernel -------------------------------------------------------- */
 
 static struct fa_step preprocess(const struct fa_plan_input *input, const struct fa_plan *plan)
@@ -313,8 +309,8 @@ struct tiles {
     int64_t queries, keys;
 };
 
-static void fit_workspace(const struct fa_plan_input *input, const struct fa_extent *extent,
-                          struct tiles tiles, struct fa_plan *plan)
+static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles, bool is_listed,
+                          struct fa_plan *plan)
 {
     const struct fa_variant *main = &plan->steps[plan->main].variant;
     const int buffers = main->dq_direct ? 0 : main->dq_buffers;
@@ -324,7 +320,7 @@ static void fit_workspace(const struct fa_plan_input *input, const struct fa_ext
     const bool is_ordered = input->deterministic;
     struct fa_workspace *workspace = &plan->workspace;
     workspace->size = 2 * queries; /* the lse and delta of each */
-    workspace->order = is_sorted(input, extent, plan) ? take(workspace, extent->batch) : 0;
+    workspace->list = is_listed ? take(workspace, 2 * (int64_t)plan->n_blocks) : 0;
     workspace->zeros = workspace->size;
     workspace->dq_accum = take(workspace, buffers * queries * input->head_dim);
     workspace->dk_accum = take(workspace, keys * input->head_dim);
@@ -354,11 +350,13 @@ static void add_steps_after(const struct fa_plan_input *input, struct fa_plan *p
 
 /* ---- sizes ----------------------------------------------------------------------------------- */
 
-/* Of packed queries every sequence begins with a tile, see fa_backward_params. */
+/* As many as the bound asks for, or, of packed queries, as their rows fill and one more for each
+ * sequence, see fa_backward_params. */
 static int64_t query_tiles_of_head(const struct fa_extent *extent, const struct fa_plan *plan)
 {
-    return extent->is_packed_q ? CEIL_DIV(extent->rows_q, plan->tile_m) + extent->batch
-                               : (int64_t)extent->batch * plan->m_blocks;
+    const int64_t by_bound = (int64_t)extent->batch * plan->m_blocks;
+    const int64_t by_rows = CEIL_DIV(extent->rows_q, plan->tile_m) + extent->batch;
+    return extent->is_packed_q ? MIN(by_bound, by_rows) : by_bound;
 }
 
 static int blocks_of(const struct fa_plan *plan, const struct fa_step *step, struct tiles tiles)
@@ -378,10 +376,18 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
 {
     plan->m_blocks = CEIL_DIV(extent->seqlen_q, plan->tile_m);
     plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
+    const int places =
+        extent->is_packed_k && extent->seqlen_k > 0
+            ? fa_plan_list_places(extent->batch, extent->rows_k, plan->tile_n, plan->n_blocks)
+            : 0;
+    const bool is_listed = places > 0;
+    if (is_listed)
+        plan->n_blocks = places;
     const int64_t query_tiles = query_tiles_of_head(extent, plan);
+    const int64_t pairs = is_listed ? input->heads_kv : (int64_t)extent->batch * input->heads_kv;
     const struct tiles tiles = {
         .queries = fa_saturating_multiply(query_tiles, input->heads_q),
-        .keys = fa_saturating_multiply((int64_t)extent->batch * input->heads_kv, plan->n_blocks),
+        .keys = fa_saturating_multiply(pairs, plan->n_blocks),
     };
     if (tiles.queries > INT32_MAX || tiles.keys > INT32_MAX / plan->splits)
         return fa_plan_refuse(error, false,
@@ -389,8 +395,8 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
     plan->query_tiles = (int)query_tiles;
     for (int i = 0; i < plan->step_count; i++)
         plan->steps[i].blocks = blocks_of(plan, &plan->steps[i], tiles);
-    plan->group_heads = group_heads((int64_t)extent->batch * input->heads_kv, plan->group_limit);
-    fit_workspace(input, extent, tiles, plan);
+    plan->group_heads = group_heads(pairs, plan->group_limit);
+    fit_workspace(input, tiles, is_listed, plan);
     return 0;
 }
 

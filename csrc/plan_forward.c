@@ -46,8 +46,11 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
 {
     if (!device->has_tma)
         *why = "the TMA came with compute capability 9.0";
-    else if (input->varlen)
-        *why = "the TMA's boxes end at the tensor, not at the sequence";
+    else if (input->small_pages)
+        *why = "a box of the TMA lies within a page and has 8 rows at least: page sizes must be "
+               "multiples of 8";
+    else if (input->leftpad)
+        *why = "a box of the TMA begins where a page does, and keys behind a left pad may not";
     else if (input->seqlen_k == 0)
         *why = "no tensor map describes K and V without keys";
     else if (!input->tma_strides)
@@ -177,9 +180,20 @@ static struct fa_variant variant_of(const struct fa_plan_input *input, const str
     return variant;
 }
 
+/* The first kernel: it makes lengths, and q if that is rotated, for all that follow. */
+static void add_append(const struct fa_plan_input *input, struct fa_plan *plan)
+{
+    if (input->append)
+        fa_plan_add(plan, (struct fa_step){
+                              .job = FA_JOB_APPEND,
+                              .variant = {.kernel = FA_KERNEL_KV_APPEND, .dtype = input->dtype},
+                              .threads = FA_APPEND_THREADS});
+}
+
 static void set_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
                      const struct fa_tile *tile, struct fa_plan *plan)
 {
+    plan->main = plan->step_count;
     plan->tile_m = tile->warps * tile->warp_m;
     plan->tile_n = tile->tile_n;
     plan->smem_bytes = forward_smem(input, tile);
@@ -337,24 +351,27 @@ static int combine_slots(const struct fa_plan_input *input)
     return fa_combine_slots(COMBINE_WARPS * 32, input->head_dim_v);
 }
 
-static void add_combine(const struct fa_plan_input *input, struct fa_plan *plan)
+static void add_combine(const struct fa_plan_input *input, const struct fa_device *device,
+                        struct fa_plan *plan)
 {
     fa_plan_add(plan, (struct fa_step){.job = FA_JOB_COMBINE,
                                        .variant = {.kernel = FA_KERNEL_COMBINE,
                                                    .dtype = input->dtype,
                                                    .head_dim_v = input->head_dim_v,
                                                    .warps = COMBINE_WARPS},
-                                       .threads = COMBINE_WARPS * 32});
+                                       .threads = COMBINE_WARPS * 32,
+                                       .overlaps_previous = device->has_tma});
 }
 
-static void set_splits(const struct fa_plan_input *input, struct fa_plan *plan)
+static void set_splits(const struct fa_plan_input *input, const struct fa_device *device,
+                       struct fa_plan *plan)
 {
     struct fa_step *main = &plan->steps[plan->main];
     plan->splits = splits_of(input, plan);
     if (plan->splits == 1)
         return;
     main->variant.split = 1;
-    add_combine(input, plan);
+    add_combine(input, device, plan);
 }
 
 /* Rows that no sequence has are the last kernel's: it overwrites what others may leave there. */
@@ -380,6 +397,24 @@ static void fit_combine(const struct fa_plan_input *input, int64_t rows, struct 
     step->blocks = (int)CEIL_DIV(rows, combine_slots(input) / plan->combine_slices);
 }
 
+/* What attention reads lies behind the parts, q at a multiple of 16 bytes. */
+static int fit_append(const struct fa_plan_input *input, const struct fa_extent *extent,
+                      struct fa_plan *plan, struct fa_step *step, struct fa_plan_error *error)
+{
+    struct fa_workspace *workspace = &plan->workspace;
+    const int64_t blocks = extent->new_blocks + extent->q_blocks;
+    const int64_t elements =
+        extent->q_blocks ? extent->rows_q * input->heads_q * input->head_dim : 0;
+    if (blocks > INT32_MAX)
+        return fa_plan_refuse(error, false,
+                              "batch * seqlen needs more than 2^31 - 1 thread blocks");
+    step->blocks = (int)blocks;
+    workspace->rotated_q = CEIL_DIV(workspace->size, 4) * 4;
+    workspace->seqused_k = workspace->rotated_q + elements / 2;
+    workspace->size = workspace->seqused_k + extent->batch;
+    return 0;
+}
+
 int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_extent *extent,
                         struct fa_plan *plan, struct fa_plan_error *error)
 {
@@ -398,6 +433,7 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
         return fa_plan_refuse(error, false,
                               "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
     main->blocks = (int)(heads * plan->m_blocks * plan->splits);
+    plan->workspace = (struct fa_workspace){0};
     for (int i = 0; i < plan->step_count; i++) {
         struct fa_step *step = &plan->steps[i];
         if (step->job == FA_JOB_COMBINE)
@@ -405,7 +441,7 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
         else if (step->job == FA_JOB_FILL)
             step->blocks = (int)CEIL_DIV(extent->rows_q, FA_FILL_ROWS);
     }
-    return 0;
+    return input->append ? fit_append(input, extent, plan, &plan->steps[0], error) : 0;
 }
 
 /* ---- the interface --------------------------------------------------------------------------- */
@@ -418,13 +454,14 @@ int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_targ
         return fa_plan_refuse(error, true,
                               "no tile fits the shared memory of this device at these head dims");
     plan->sms = target->device.sms;
+    add_append(input, plan);
     set_main(input, target, &tile, plan);
     const struct fa_extent extent = fa_plan_extent(input);
     plan->splits = 1;
     if (fa_plan_fit_forward(input, &extent, plan, error) < 0)
         return -1;
     set_group_heads(input, &target->device, plan);
-    set_splits(input, plan);
+    set_splits(input, &target->device, plan);
     add_fill(input, plan);
     return fa_plan_fit_forward(input, &extent, plan, error);
 }

@@ -11,13 +11,36 @@ static int rounded_up(int length)
     return MIN(bound, FA_MAX_SIZE);
 }
 
-/* A length that all sequences have, or a bound of their lengths: that of the caller, if there is
+/* A length that all sequences have, or a bound of their lengths: that of the caller, if a side has
  * one, whatever the rows of the tensor are. */
-static int planned_length(const struct fa_shape *shape, int seqlen, bool is_packed, int max_seqlen)
+static int planned_length(const struct fa_shape *shape, int seqlen, bool is_bounded, int max_seqlen)
 {
     if (!shape->is_varlen)
         return seqlen;
-    return rounded_up(is_packed && max_seqlen != FA_NO_BOUND ? max_seqlen : seqlen);
+    return rounded_up(is_bounded && max_seqlen != FA_NO_BOUND ? max_seqlen : seqlen);
+}
+
+/* The same for keys; in the forward, which may read them by the TMA, 0 where there is no row of any.
+ */
+static int planned_keys(const struct fa_problem *problem, bool is_forward)
+{
+    const struct fa_shape *shape = &problem->shape;
+    const bool is_bounded = shape->is_packed_k || shape->page_size;
+    if (is_forward && fa_tensor_is_empty(&problem->k))
+        return 0;
+    return planned_length(shape, shape->seqlen_k, is_bounded, problem->options.max_seqlen_k);
+}
+
+/* Whether a tensor map can describe K or V, or in the backward Q or dO. Those of packed queries
+ * begin some rows before the tensor, see arguments.c, which must not be far. */
+static bool has_map(const struct fa_shape *shape, bool is_forward, const struct fa_tensor *tensor)
+{
+    enum { MOST_BYTES_OF_A_ROW = 1 << 20 };
+    if (!shape->is_varlen || is_forward)
+        return fa_tensor_has_tma_strides(tensor);
+    const int64_t row_bytes = tensor->stride[0] * fa_element_bytes(tensor->dtype);
+    return shape->is_packed_q && fa_tensor_has_tma_strides(tensor) &&
+           (tensor->shape[0] < 2 || row_bytes <= MOST_BYTES_OF_A_ROW);
 }
 
 struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
@@ -26,8 +49,7 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
     const struct fa_shape *shape = &problem->shape;
     const struct fa_options *options = &problem->options;
     const bool is_forward = direction == FA_FORWARD;
-    const int keys =
-        planned_length(shape, shape->seqlen_k, shape->is_packed_k, options->max_seqlen_k);
+    const int keys = planned_keys(problem, is_forward);
     const struct fa_tensor *first = is_forward ? &problem->k : &problem->q;
     const struct fa_tensor *second = is_forward ? &problem->v : dout;
     return (struct fa_plan_input){
@@ -52,8 +74,12 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .pack_gqa = is_forward ? (int)options->pack_gqa : FA_PACK_AUTO,
         .deterministic = !is_forward && options->deterministic,
         .varlen = shape->is_varlen,
-        .tma_strides = !shape->is_varlen && fa_tensor_has_tma_strides(first) &&
-                       (!second || fa_tensor_has_tma_strides(second)),
+        .paged = shape->page_size != 0,
+        .leftpad = shape->page_size && problem->leftpad_k.object,
+        .append = problem->append.k.object != NULL,
+        .small_pages = shape->page_size % FA_MIN_BOX_ROWS != 0,
+        .tma_strides =
+            has_map(shape, is_forward, first) && (!second || has_map(shape, is_forward, second)),
     };
 }
 
@@ -67,12 +93,17 @@ static int raise_plan_error(const struct fa_plan_error *error)
 static struct fa_extent extent_of(const struct fa_problem *problem)
 {
     const struct fa_shape *shape = &problem->shape;
+    const struct fa_append *append = &problem->append;
     return (struct fa_extent){
         .batch = shape->batch,
         .seqlen_q = shape->seqlen_q,
         .seqlen_k = shape->seqlen_k,
         .is_packed_q = shape->is_packed_q,
+        .is_packed_k = shape->is_packed_k,
         .rows_q = fa_shape_rows_q(shape),
+        .rows_k = shape->total_k,
+        .new_blocks = append->k.object ? (int64_t)shape->batch * fa_append_blocks(append) : 0,
+        .q_blocks = append->cos.object ? (int64_t)shape->batch * shape->seqlen_q : 0,
     };
 }
 

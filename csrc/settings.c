@@ -1,22 +1,25 @@
 #include "settings.h"
 
 #include <Python.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* The one value that both architecture variables know so far is sm_120's. */
-static int read_arch(const char *variable, int *arch)
+/* A variable that knows one value; 0 where it is unset. */
+static int read_number(const char *variable, int known, int *number)
 {
     const char *value = getenv(variable);
-    if (!value || !*value) {
-        *arch = 0;
+    char expected[16];
+    *number = 0;
+    if (!value || !*value)
         return 0;
-    }
-    if (strcmp(value, "120") != 0) {
-        PyErr_Format(PyExc_ValueError, "%s must be 120 or unset, got \"%s\"", variable, value);
+    snprintf(expected, sizeof expected, "%d", known);
+    if (strcmp(value, expected) != 0) {
+        PyErr_Format(PyExc_ValueError, "%s must be %d or unset, got \"%s\"", variable, known,
+                     value);
         return -1;
     }
-    *arch = 120;
+    *number = known;
     return 0;
 }
 
@@ -35,8 +38,9 @@ int fa_settings_read(struct fa_settings *settings)
 {
     if (settings->ready)
         return 0;
-    if (read_arch("FA_SM120_LIMITS", &settings->limits_arch) < 0 ||
-        read_arch("FA_SM120_PLAN_AS", &settings->plan_as) < 0 ||
+    if (read_number("FA_SM120_LIMITS", 120, &settings->limits_arch) < 0 ||
+        read_number("FA_SM120_PLAN_AS", 120, &settings->plan_as) < 0 ||
+        read_number("FA_SM120_CHECK", 1, &settings->check) < 0 ||
         read_path("FA_SM120_DRIVER", settings->driver, sizeof settings->driver) < 0)
         return -1;
     settings->ready = true;

@@ -11,8 +11,9 @@
 
 /* Batch, lengths and heads, and packed rows: kernels can then add a few of them, and a window, in
  * 32 bits. */
-#define FA_MAX_SIZE     (INT32_MAX / 8)
-#define FA_MAX_HEAD_DIM 256
+#define FA_MAX_SIZE      (INT32_MAX / 8)
+#define FA_MAX_HEAD_DIM  256
+#define FA_MAX_PAGE_SIZE 1024
 
 /* Whether the query heads of one KV head share the rows of a block: as the plan chooses, always,
  * never. */
@@ -25,6 +26,7 @@ struct fa_shape {
     bool is_varlen;
     bool is_packed_q, is_packed_k; /* tensors are [total, heads, head_dim], lse is [heads, total] */
     int total_q, total_k;          /* rows of the packed tensors; 0 of others */
+    int page_size;                 /* rows of a page; 0: K and V do not lie in pages */
     int heads_q, heads_kv;
     int head_dim, head_dim_v;
     /* Query i sees the keys i + seqlen_k - seqlen_q + [-window_left, window_right]. */

@@ -2,8 +2,8 @@
 
 #include "arithmetic.h"
 
-/* The choice rests on a count of bytes: K and V are read from memory once, cold, and what else takes
- * time counts as the bytes that a multiprocessor could have read meanwhile, its share of the
+/* The choice rests on a count of bytes: K and V are read from memory once, cold, and what else
+ * takes time counts as the bytes that a multiprocessor could have read meanwhile, its share of the
  * bandwidth being 24 KB per microsecond. Measured on an H100, see S07 in benchmarks/NOTES.md. */
 
 /* From a request to its bytes. A block has in_flight bytes on their way and gets no more than those

@@ -66,7 +66,7 @@ static int refuse_dtype(DLDataType dtype, const char *name, const char *expected
                     dtype.bits, dtype.lanes == 1 ? "" : " in vectors");
 }
 
-/* `*out` is FA_INT32 where lengths are wanted. */
+/* `*out` is FA_INT32 where that is wanted. */
 static int read_dtype(DLDataType dtype, const char *name, enum fa_dtype *out)
 {
     if (*out == FA_INT32) {
@@ -354,10 +354,10 @@ int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name,
     return read_tensor(dlpack, object, name, ndim, FA_FLOAT32, tensor);
 }
 
-int fa_tensor_read_lengths(struct fa_dlpack *dlpack, PyObject *object, const char *name,
-                           struct fa_tensor *tensor)
+int fa_tensor_read_int32(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
+                         struct fa_tensor *tensor)
 {
-    return read_tensor(dlpack, object, name, 1, FA_INT32, tensor);
+    return read_tensor(dlpack, object, name, ndim, FA_INT32, tensor);
 }
 
 static bool is_alike(const struct fa_tensor *a, const struct fa_tensor *b)
@@ -449,6 +449,19 @@ bool fa_tensor_is_readable(const struct fa_tensor *tensor)
     return true;
 }
 
+/* Whether elements lie where their type may. */
+static bool is_aligned(const struct fa_tensor *tensor)
+{
+    return (uintptr_t)tensor->data % (uintptr_t)fa_element_bytes(tensor->dtype) == 0;
+}
+
+bool fa_tensor_has_contiguous_rows(const struct fa_tensor *tensor)
+{
+    const int last = tensor->ndim - 1;
+    return fa_tensor_is_empty(tensor) ||
+           (is_aligned(tensor) && (tensor->shape[last] == 1 || tensor->stride[last] == 1));
+}
+
 bool fa_tensor_is_contiguous(const struct fa_tensor *tensor)
 {
     int64_t compact = 1;
@@ -459,7 +472,7 @@ bool fa_tensor_is_contiguous(const struct fa_tensor *tensor)
             return false;
         compact *= tensor->shape[i];
     }
-    return (uintptr_t)tensor->data % (uintptr_t)fa_element_bytes(tensor->dtype) == 0;
+    return is_aligned(tensor);
 }
 
 /* "float32 (2, 5, 4, 16) on cpu:0" */

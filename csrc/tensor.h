@@ -18,7 +18,7 @@ struct fa_tensor {
     int64_t shape[FA_MAX_NDIM];
     int64_t stride[FA_MAX_NDIM]; /* in elements; 0 and negative are legal */
     uintptr_t begin, end;        /* all elements lie in between; both 0 where there are none */
-    enum fa_dtype dtype;         /* of lengths FA_INT32, of all else floating-point */
+    enum fa_dtype dtype;         /* of lengths and pages FA_INT32, of all else floating-point */
     enum fa_device_type device_type;
     int device_id;
     bool is_read_only;              /* its producer says so */
@@ -47,9 +47,9 @@ struct fa_dlpack {
 int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                    struct fa_tensor *tensor);
 
-/* The same for lengths: int32 in one dimension. */
-int fa_tensor_read_lengths(struct fa_dlpack *dlpack, PyObject *object, const char *name,
-                           struct fa_tensor *tensor);
+/* The same for lengths and pages: int32. */
+int fa_tensor_read_int32(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
+                         struct fa_tensor *tensor);
 
 /* What is borrowed (read by the exchange API) is good until Python code runs: that may resize or
  * free the memory of an argument that was read before. So a call that has done all that can run
@@ -77,6 +77,9 @@ static inline struct fa_strides fa_tensor_strides(const struct fa_tensor *tensor
 /* Whether rows of the innermost dimension lie contiguous and, for the 16-byte accesses of the
  * kernels, aligned. */
 bool fa_tensor_is_readable(const struct fa_tensor *tensor);
+
+/* Whether the innermost dimension alone is contiguous. */
+bool fa_tensor_has_contiguous_rows(const struct fa_tensor *tensor);
 
 /* Whether it is contiguous in all dimensions. */
 bool fa_tensor_is_contiguous(const struct fa_tensor *tensor);

@@ -13,6 +13,7 @@
     X(FORWARD_TMA, "forward_tma")                                                                  \
     X(COMBINE, "combine")                                                                          \
     X(VARLEN_FILL, "varlen_fill")                                                                  \
+    X(KV_APPEND, "kv_append")                                                                      \
     X(BACKWARD, "backward")                                                                        \
     X(BACKWARD_PREPROCESS, "backward_preprocess")                                                  \
     X(BACKWARD_POSTPROCESS, "backward_postprocess")                                                \
@@ -28,9 +29,9 @@ enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
 #define FA_BACKWARDS    FA_ONLY(BACKWARD)
 #define FA_MAIN         (FA_FORWARDS | FA_BACKWARDS)
 #define FA_ALL_KERNELS  ((1 << FA_KERNEL_COUNT) - 1)
-/* Neither what the TMA feeds nor what goes over all rows of out, nor what is of no other use. */
+/* Not what goes over all rows of out, nor what is of no other use. */
 #define FA_READ_LENGTHS                                                                            \
-    (FA_ALL_KERNELS & ~(FA_ONLY(FORWARD_TMA) | FA_ONLY(COMBINE) | FA_ONLY(VARLEN_FILL)))
+    (FA_ALL_KERNELS & ~(FA_ONLY(COMBINE) | FA_ONLY(VARLEN_FILL) | FA_ONLY(KV_APPEND)))
 
 /* How a field stands in a variant's name, behind its code. */
 enum fa_code {
@@ -67,7 +68,8 @@ enum fa_code {
     X(pack_gqa, "PACK_GQA", FA_FORWARDS, "_pack", FA_FLAG)                                         \
     X(split, "SPLIT", FA_FORWARDS, "_split", FA_FLAG)                                              \
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)                     \
-    X(varlen, "VARLEN", FA_READ_LENGTHS, "_varlen", FA_FLAG)
+    X(varlen, "VARLEN", FA_READ_LENGTHS, "_varlen", FA_FLAG)                                       \
+    X(paged, "PAGED", FA_FORWARDS, "_paged", FA_FLAG)
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */

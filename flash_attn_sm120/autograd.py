@@ -132,7 +132,10 @@ def _refuse_pages(tensors: tuple[Any, ...]) -> None:
     """Raises NotImplementedError where a gradient is wanted of a call with pages."""
     *_, page_table = tensors[4:] or (None,)
     if page_table is not None and any(x is not None and x.requires_grad for x in tensors[:4]):
-        raise NotImplementedError("page_table has no gradient: call with it under no_grad()")
+        raise NotImplementedError(
+            "flash_attn_varlen_func has no gradient with page_table, as K and V are a cache: use "
+            "no_grad()"
+        )
 
 
 # torch.autograd.Function's own apply() asks first, in Python, for what is_followed() has answered.
@@ -204,10 +207,13 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
 def _under_autocast(op: Any, key: str) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def forward(q: Any, k: Any, v: Any, *others: Any, **options: Any) -> Any:
-        q, k, v = autocast(q, k, v)
+    def forward(q: Any, k: Any, v: Any, sink: Any, *lengths: Any, **options: Any) -> Any:
+        if ops.by_name(lengths).get("page_table") is None:
+            q, k, v = autocast(q, k, v)
+        else:  # a cache is read in place
+            (q,) = autocast(q)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return op(q, k, v, *others, **options)
+            return op(q, k, v, sink, *lengths, **options)
 
     return forward
 

@@ -39,6 +39,9 @@ def flash_attn_func(
     block_sparse_tensors_bwd: Any = None,
     return_lse: bool = False,
     *,
+    seqused_k: Tensor | None = None,
+    max_seqlen_k: int | None = None,
+    page_table: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     **unsupported: Any,
@@ -85,11 +88,13 @@ def flash_attn_func(
             others are refused, and so is memory that overlaps an input or itself.
         lse: ``(batch, heads_q, seqlen_q)`` float32, contiguous, to write the log-sum-exp to; it is
             returned, whether or not ``return_lse`` asks for it.
+        seqused_k, max_seqlen_k, page_table: lengths of the keys, and K and V in pages: the call is
+            that of :func:`flash_attn_varlen_func`.
         qv, gather_kv_indices, score_mod, score_mod_bwd, mask_mod,
             aux_tensors, aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd: as in
             FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
-        unsupported: ``page_table``, ``seqused_k``, ``dropout_p`` and other parameters of
-            FlashAttention's functions: NotImplementedError by name, unless they ask for nothing.
+        unsupported: ``cu_seqlens_q``, ``dropout_p`` and other parameters of FlashAttention's
+            functions: NotImplementedError by name, unless they ask for nothing.
 
     Returns:
         ``(out, lse)``: ``out (batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``; ``lse
@@ -135,6 +140,26 @@ def flash_attn_func(
             block_sparse_tensors=block_sparse_tensors,
             block_sparse_tensors_bwd=block_sparse_tensors_bwd,
             **unsupported,
+        )
+    if seqused_k is not None or max_seqlen_k is not None or page_table is not None:
+        return flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            max_seqlen_k=max_seqlen_k,
+            seqused_k=seqused_k,
+            page_table=page_table,
+            softmax_scale=softmax_scale,
+            causal=causal,
+            window_size=window_size,
+            learnable_sink=learnable_sink,
+            softcap=softcap,
+            num_splits=num_splits,
+            pack_gqa=pack_gqa,
+            deterministic=deterministic,
+            return_lse=return_lse,
+            out=out,
+            lse=lse,
         )
     if not (
         is_dynamo_compiling()
@@ -212,23 +237,31 @@ def flash_attn_varlen_func(
 ) -> tuple[Tensor, Tensor | None]:
     """Attention of sequences of any lengths, each as :func:`flash_attn_func` computes it alone.
 
-    Lengths stay on the device: no call reads them on the host or waits for them, and a CUDA graph
-    that holds the call can be replayed with other lengths. A side with ``cu_seqlens`` is packed:
-    the rows of all sequences, one after the other. One without is ``(batch, seqlen, heads,
-    head_dim)``.
+    Lengths and pages stay on the device: no call reads them on the host or waits for them, and a
+    CUDA graph that holds the call can be replayed with others. A side with ``cu_seqlens`` is
+    packed: the rows of all sequences, one after the other. One without is ``(batch, seqlen, heads,
+    head_dim)``; K and V with a ``page_table`` are a cache of pages.
 
     Args:
         q: ``(total_q, heads_q, head_dim)``, or ``(batch, seqlen_q, heads_q, head_dim)`` without
             ``cu_seqlens_q``.
         k: ``(total_k, heads_kv, head_dim)``, or ``(batch, seqlen_k, heads_kv, head_dim)`` without
-            ``cu_seqlens_k``.
+            ``cu_seqlens_k``, or ``(num_pages, page_size, heads_kv, head_dim)`` with ``page_table``.
         v: like ``k``, with ``head_dim_v``.
         cu_seqlens_q, cu_seqlens_k: ``(batch + 1,)`` int32, contiguous, on the device of ``q``:
             sequence ``b`` has the rows from ``cu_seqlens[b]`` to ``cu_seqlens[b + 1]``.
         max_seqlen_q, max_seqlen_k: no sequence is longer. A bound makes grids smaller where a side
-            is packed, and has no effect where it is not; None: all rows of the tensor. Of a longer
-            sequence CUDA uses so many first rows, as with ``seqused``; the CPU raises ValueError.
+            is packed or in pages, and has no effect where it is not; None: all rows of the tensor,
+            or all for which there are pages. Of a longer sequence CUDA uses so many first rows, as
+            with ``seqused``; the CPU raises ValueError.
         seqused_q, seqused_k: ``(batch,)`` int32: only so many of a sequence's first rows are used.
+            With ``page_table`` ``seqused_k`` is the sequences' lengths; None: ``max_seqlen_k``.
+        page_table: ``(batch, max_pages)`` int32, rows contiguous: key ``j`` of sequence ``b`` is
+            row ``j % page_size`` of page ``page_table[b, j // page_size]`` of ``k`` and ``v``.
+            Pages have 1 to 1024 rows, come in any order and may be shared; entries beyond the
+            length of a sequence may hold anything. The cache may be a view, as of ``(num_pages, 2,
+            page_size, heads_kv, head_dim)``; it is read in place or refused, never copied, nor cast
+            by autocast. Not with ``cu_seqlens_k``. There is no backward.
         softmax_scale, learnable_sink, softcap, pack_gqa, deterministic, return_lse: as in
             :func:`flash_attn_func`.
         causal, window_size: as there, bottom right of each sequence by its own lengths.
@@ -237,7 +270,6 @@ def flash_attn_varlen_func(
         out: like ``q`` with ``head_dim_v``, to write the result to.
         lse: ``(heads_q, total_q)``, or ``(batch, heads_q, seqlen_q)`` where q is not packed,
             float32, contiguous, to write the log-sum-exp to.
-        page_table: not supported yet.
         min_seqlen_k, scheduler_metadata, seqlen_k_per_split, qv, gather_kv_indices, score_mod,
             score_mod_bwd, mask_mod, block_sparse_tensors, aux_tensors, aux_scalars: as in
             FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
@@ -251,14 +283,16 @@ def flash_attn_varlen_func(
         ``return_lse``. Rows that no sequence has, or does not use, get out 0, lse -inf and
         gradients 0, whatever q, k and v hold there.
 
-    CUDA tensors of lengths may hold anything: what is out of range is clamped to the tensors. Of
-    CPU tensors it is a ValueError.
+    CUDA tensors of lengths and pages may hold anything: what is out of range is clamped to the
+    tensors. Of CPU tensors it is a ValueError, and so it is of CUDA tensors where the environment
+    variable FA_SM120_CHECK is 1.
 
     Calls that torch follows are those of the operator
     ``torch.ops.flash_attn_sm120.varlen_forward``, as there.
 
     Raises:
-        TypeError, ValueError, NotImplementedError, RuntimeError: as :func:`flash_attn_func`.
+        TypeError, ValueError, RuntimeError: as :func:`flash_attn_func`.
+        NotImplementedError: as there, and where a gradient with ``page_table`` is wanted.
     """
     if isinstance(cu_seqlens_k, int):
         raise TypeError(
@@ -355,7 +389,7 @@ def _attend(
     k: Tensor,
     v: Tensor,
     learnable_sink: Tensor | None,
-    lengths: dict[str, Tensor | None],  # empty where the call has none
+    lengths: dict[str, Tensor | None],  # and pages; empty where the call has none
     options: ScalarOptions,
     return_lse: bool,
     out: Tensor | None,
@@ -363,13 +397,17 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """A call that is more than plain inference: by an operator, by autograd, or cast first."""
     in_place = out is not None or lse is not None
+    is_paged = lengths.get("page_table") is not None
     by_operator = is_followed(q, k, v, learnable_sink, *lengths.values()) or (
         is_followed(q, k, v, out, lse)
         if in_place
         else profiler._is_profiler_enabled and isinstance(q, torch.Tensor)
     )
     if not by_operator and _is_any_autocast_enabled():
-        q, k, v = autograd.autocast(q, k, v)
+        if is_paged:  # a cache is read in place
+            (q,) = autograd.autocast(q)
+        else:
+            q, k, v = autograd.autocast(q, k, v)
     by_autograd = (
         not by_operator and is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink)
     )
@@ -393,6 +431,10 @@ def _attend(
             f"{function}(..., out=, lse=) does not support automatic differentiation, nor what "
             "torch follows by (compile, func, modes, subclasses, lazy negation): use no_grad()"
         )
+    if is_paged and not by_operator:
+        raise NotImplementedError(
+            f"{function} has no gradient with page_table, as K and V are a cache: use no_grad()"
+        )
     if not by_operator:
         return autograd.attend(q, k, v, learnable_sink, lengths, options, return_lse)
     return ops.attend(q, k, v, learnable_sink, lengths, options, return_lse)
@@ -412,8 +454,8 @@ _NOT_YET = {
     **dict.fromkeys(("qv", "gather_kv_indices", "score_mod", "score_mod_bwd", "mask_mod")),
     **dict.fromkeys(("aux_tensors", "aux_scalars")),
     **dict.fromkeys(("block_sparse_tensors", "block_sparse_tensors_bwd")),
-    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")),
-    **dict.fromkeys(("seqused_q", "seqused_k", "page_table", "block_table", "cache_seqlens")),
+    **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "seqused_q")),
+    **dict.fromkeys(("block_table", "cache_seqlens")),
     **dict.fromkeys(("q_descale", "k_descale", "v_descale", "alibi_slopes")),
     **dict.fromkeys(("min_seqlen_k", "scheduler_metadata", "seqlen_k_per_split")),
     "dropout_p": 0.0,

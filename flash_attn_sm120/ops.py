@@ -288,6 +288,11 @@ def _check_sizes(
         ("k", k, "q's head_dim", k.dim() - 1, q.shape[-1])
     ]
     if is_paged:
+        size = k.shape[1]
+        _require(
+            size >= 1 and size <= 1024,
+            f"pages must have from 1 to 1024 rows (dimension 1 of k), got {size}",
+        )
         sizes.append(("v", v, "k's pages", 0, k.shape[0]))
     elif not is_packed:
         sizes += [(name, x, "q's batch", 0, batch) for name, x in (("k", k), ("v", v))]

@@ -146,7 +146,8 @@ def explain(
         options: ``softmax_scale``, ``causal``, ``window_size``, ``learnable_sink``, ``softcap``,
             ``num_splits``, ``pack_gqa``, ``deterministic``, as in :func:`flash_attn_func`;
             ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``, ``seqused_q``,
-            ``seqused_k``, as in :func:`flash_attn_varlen_func`: their contents are not read.
+            ``seqused_k``, ``page_table``, as in :func:`flash_attn_varlen_func`: their contents are
+            not read.
 
     Raises:
         The exceptions of :func:`flash_attn_func`.

@@ -6,7 +6,7 @@
 #include "kv_source.cuh"
 
 struct cp_async_ring : ring_place {
-    strided_source source;
+    copied_source<> source;
     int tiles;
 
     __device__ __forceinline__ cp_async_ring(const fa_forward_params &params, const char *smem)
@@ -35,6 +35,8 @@ struct cp_async_ring : ring_place {
         }
         rewind();
     }
+
+    __device__ __forceinline__ void clear_tail(int) const {} /* the copies have filled it */
 
     __device__ __forceinline__ bool is_producer() const { return false; }
     __device__ __forceinline__ void feed() {}

@@ -3,6 +3,7 @@
  *
  *   ring(params, smem)   once per block
  *   start(walk, seq)     starts the loads of the first tiles, again for every pass
+ *   clear_tail(seqlen_k) before the first tile is used: its V after the last key becomes zeros
  *   is_producer()        is this warp one that only loads?
  *   feed()               what such a warp does
  *   wait_own()           until this thread may read the chunks that it copies itself
@@ -164,6 +165,8 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
      * With a mask the exact pass is a separate copy of the code, and the fast one carries none of
      * its instructions. On 8.x two copies would spill: there both passes are the same code, and the
      * first looks for inf and NaN, too. */
+    if (SPLIT) /* combine.cu: it waits for the end of this kernel, but not for a launch */
+        let_next_kernel_start();
     constexpr bool MASKED = MASK_RIGHT || MASK_LEFT;
     constexpr bool SEPARATE_PASSES = MASKED && __CUDA_ARCH__ >= 900;
     unsigned flagged = 0; /* the bits of a warp_row_set */
@@ -178,13 +181,16 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
         int masked_end = is_exact ? tiles.count : tiles.right_end();
 
         /* ---- 2. Start the ring. A producer warp only loads. */
-        ring.start({block.seq.batch, block.head_kv, tiles.end, tiles.count}, block.seq);
+        ring.start({block.seq.k_entry(), block.seq.k_begin, block.head_kv, tiles.end, tiles.count},
+                   block.seq);
         if (ring.is_producer()) {
             ring.feed();
             flagged = 0;
         } else {
             load_queries(Q_rmem, params);
             clear(O_rmem, l_rmem, m_rmem);
+            if (VARLEN)
+                ring.clear_tail(block.seq.seqlen_k());
 
             /* Right edge, unmasked tiles, left edge: both edges are the same code. */
             for (int i = 0; i < tiles.count; masked_end = tiles.count) {

@@ -4,8 +4,6 @@
  *   PRODUCER               enum fa_producer in geometry.h: who refills the ring */
 #include "params.h"
 
-#define VARLEN 0 /* the TMA's boxes end where the tensor does, not where a sequence does */
-
 #include "ptx.cuh"
 #include "tma_ring.cuh"
 #include "forward.cuh"

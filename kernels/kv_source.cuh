@@ -1,33 +1,69 @@
 /* Where the tiles of K and V are in memory, behind both rings: these, and all that follows, know
- * stages in shared memory alone. */
+ * stages in shared memory alone.
+ *
+ *   PAGED    1: K and V are pages, see fa_pages in params.h */
 #ifndef FA_KV_SOURCE_CUH
 #define FA_KV_SOURCE_CUH
 
+#include "division.cuh"
 #include "sequence.cuh"
 #include "tile.cuh"
 
 /* The tiles that a block goes through: of one KV head, from tile_end - 1 downwards. */
 struct tile_walk {
-    int batch, head_kv, tile_end, tiles;
+    int entry, first_row; /* of K and V: the entry of the batch, and the row in it that has key 0 */
+    int head_kv, tile_end, tiles;
 
     /* The first key of the i-th tile. */
     __device__ __forceinline__ int key(int i) const { return (tile_end - 1 - i) * TILE_N; }
 };
 
-/* Strided tensors, for cp.async: pointers that each thread moves from tile to tile. */
-struct strided_source {
+/* ---- pages ----------------------------------------------------------------------------------- */
+
+/* The pages of a sequence. */
+struct page_list {
+    const fa_pages &pages;
+    const int *table; /* [per_sequence] */
+
+    __device__ __forceinline__ void select(int batch)
+    {
+        table = pages.table + batch * pages.table_stride;
+    }
+    /* The entry of a key of the sequence: whatever the table holds, for page_of() to look at when
+     * it has come. */
+    __device__ __forceinline__ int read_entry(int key) const
+    {
+        return ld_global(table + divide(key, pages.page_size).quotient);
+    }
+    __device__ __forceinline__ int page_of(int entry) const
+    {
+        return clamp(entry, 0, pages.count - 1);
+    }
+    /* The row of a key in its page. */
+    __device__ __forceinline__ int row_of(int key) const
+    {
+        return divide(key, pages.page_size).rest;
+    }
+};
+
+/* ---- for cp.async ---------------------------------------------------------------------------- */
+
+template <bool IS_PAGED = PAGED> struct copied_source;
+
+/* Strided tensors: pointers that each thread moves from tile to tile. */
+template <> struct copied_source<false> {
     const fa_forward_params &params;
     const element *K_gmem, *V_gmem; /* this thread's first chunks of the tile that is copied next */
     fa_int64 K_stride, V_stride;    /* from row to row */
 
     __device__ __forceinline__ void start(const tile_walk &walk,
-                                          const sequence<fa_forward_params> &seq)
+                                          const sequence<fa_forward_params> &)
     {
-        const int row = seq.k_begin + walk.key(0);
+        const int row = walk.first_row + walk.key(0);
         K_stride = params.k_stride.seqlen;
         V_stride = params.v_stride.seqlen;
-        K_gmem = K_place().first_chunk(params.k, params.k_stride, walk.batch, walk.head_kv, row);
-        V_gmem = V_place().first_chunk(params.v, params.v_stride, walk.batch, walk.head_kv, row);
+        K_gmem = K_place().first_chunk(params.k, params.k_stride, walk.entry, walk.head_kv, row);
+        V_gmem = V_place().first_chunk(params.v, params.v_stride, walk.entry, walk.head_kv, row);
     }
     /* Start the copies of this thread's share of a tile; `keys` of its rows exist. */
     __device__ __forceinline__ void copy_K(unsigned smem, int keys) const
@@ -46,29 +82,159 @@ struct strided_source {
     }
 };
 
-/* Tensor maps, for the TMA. Keys after the last become zeros, and so do the chunks that pad a row.
- */
-struct mapped_source {
+/* The rows of K or V that a thread copies, see copy_place: each has an address of its own. The COLS
+ * threads that share these rows read one entry of the table each, so that entries take a register,
+ * and not one for each row. */
+template <class layout> struct paged_rows {
+    using place = copy_place<layout, THREADS>;
+    enum { ROWS = ceil_div(layout::ROWS, place::STEP) };
+    const element *gmem; /* this thread's first chunk of row 0 of page 0 */
+    int entries[ceil_div(ROWS, layout::COLS)];
+
+    __device__ __forceinline__ void start(const void *tensor, const fa_strides &stride, int head)
+    {
+        gmem = static_cast<const element *>(tensor) + head * stride.head +
+               place().col * CHUNK_ELEMENTS;
+    }
+    /* Of the tile whose first key is `key`, of which `keys` exist. */
+    __device__ __forceinline__ void read_entries(const page_list &list, int key, int keys)
+    {
+        const place at;
+#pragma unroll
+        for (int r = 0; r < ROWS; r += layout::COLS) {
+            const int row = at.row + (r + at.col) * place::STEP;
+            entries[r / layout::COLS] = row < keys ? list.read_entry(key + row) : 0;
+        }
+    }
+    /* Starts the copies of this thread's share of that tile. */
+    __device__ __forceinline__ void copy(unsigned smem, const page_list &list,
+                                         const fa_strides &stride, int key, int keys) const
+    {
+        const place at;
+        const element *row_gmem;
+        at.each([&](int r, int c, unsigned offset) {
+            if (c == 0) { /* a row begins */
+                const int number = r / place::STEP;
+                const int entry = __shfl_sync(0xffffffff, entries[number / layout::COLS],
+                                              number % layout::COLS, layout::COLS);
+                row_gmem = gmem + list.page_of(entry) * stride.batch +
+                           list.row_of(key + at.row + r) * stride.seqlen;
+            }
+            const int bytes = at.exists(r, c, keys) ? FA_CHUNK_BYTES : 0;
+            cp_async_16(smem + offset, row_gmem + c * CHUNK_ELEMENTS, bytes);
+        });
+    }
+};
+
+/* Pages of any size. The table is read a tile ahead. Keys are counted from row 0 of the pages, where
+ * key 0 of the sequence need not be. */
+template <> struct copied_source<true> {
+    const fa_forward_params &params;
+    page_list list{params.pages};
+    int key; /* the first of the tile that is copied next */
+    paged_rows<K_layout> K_rows;
+    paged_rows<V_layout> V_rows;
+
+    __device__ __forceinline__ void start(const tile_walk &walk,
+                                          const sequence<fa_forward_params> &seq)
+    {
+        list.select(walk.entry);
+        key = walk.first_row + walk.key(0);
+        K_rows.start(params.k, params.k_stride, walk.head_kv);
+        V_rows.start(params.v, params.v_stride, walk.head_kv);
+        read_entries(min(seq.seqlen_k() - walk.key(0), TILE_N));
+    }
+    __device__ __forceinline__ void copy_K(unsigned smem, int keys) const
+    {
+        K_rows.copy(smem, list, params.k_stride, key, keys);
+    }
+    __device__ __forceinline__ void copy_V(unsigned smem, int keys) const
+    {
+        V_rows.copy(smem, list, params.v_stride, key, keys);
+    }
+    __device__ __forceinline__ void advance()
+    {
+        key -= TILE_N;
+        read_entries(TILE_N);
+    }
+    __device__ __forceinline__ void read_entries(int keys)
+    {
+        keys = key < 0 ? 0 : keys; /* no tile is before that of key 0 of the sequence */
+        K_rows.read_entries(list, key, keys);
+        V_rows.read_entries(list, key, keys);
+    }
+};
+
+/* ---- for the TMA ----------------------------------------------------------------------------- */
+
+/* Starts the loads of some rows of a tile: a box is a segment of the layout, or whole rows of it
+ * where it has fewer than the tile. Rows beyond the tensor become zeros, and so do the chunks that
+ * pad a row. */
+template <class layout>
+__device__ __forceinline__ void load_boxes(unsigned smem, const fa_tensor_map &map,
+                                           unsigned mbarrier, int row, int head, int entry)
+{
+#pragma unroll
+    for (int c = 0; c < layout::PADDED; c += layout::COLS)
+        tma_load_4d(smem + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier,
+                    c * CHUNK_ELEMENTS, row, head, entry);
+}
+
+template <bool IS_PAGED = PAGED> struct mapped_source;
+
+/* Strided tensors: a tile is a box. */
+template <> struct mapped_source<false> {
     const fa_forward_tma_params &params;
+
+    __device__ __forceinline__ void start(const tile_walk &, const sequence<fa_forward_params> &) {}
 
     /* Starts the loads of the tile whose first key is `key`. */
     __device__ __forceinline__ void load(unsigned stage_smem, unsigned mbarrier,
                                          const tile_walk &walk, int key) const
     {
-        load_boxes<K_layout>(stage_smem, params.k_map, mbarrier, walk, key);
-        load_boxes<V_layout>(stage_smem + K_layout::BYTES, params.v_map, mbarrier, walk, key);
+        const int row = walk.first_row + key;
+        load_boxes<K_layout>(stage_smem, params.k_map, mbarrier, row, walk.head_kv, walk.entry);
+        load_boxes<V_layout>(stage_smem + K_layout::BYTES, params.v_map, mbarrier, row,
+                             walk.head_kv, walk.entry);
     }
+};
 
-    /* A box is a segment of the layout. */
-    template <class layout>
-    static __device__ __forceinline__ void load_boxes(unsigned smem, const fa_tensor_map &map,
-                                                      unsigned mbarrier, const tile_walk &walk,
-                                                      int key)
+/* Pages: a box lies in one page. Boxes come from the last key to the first, and the table is read a
+ * box ahead. */
+template <> struct mapped_source<true> {
+    const fa_forward_tma_params &params;
+    page_list list{params.forward.pages};
+    int seqlen_k, entry; /* of the box that is loaded next */
+
+    __device__ __forceinline__ int box_rows() const
     {
-#pragma unroll
-        for (int c = 0; c < layout::PADDED; c += layout::COLS)
-            tma_load_4d(smem + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier,
-                        c * CHUNK_ELEMENTS, key, walk.head_kv, walk.batch);
+        return fa_page_box_rows(TILE_N, list.pages.page_size.number);
+    }
+    /* Of boxes that have no key any page will do: there is one, else there were no tile. */
+    __device__ __forceinline__ void read_entry(int key)
+    {
+        entry = key >= 0 && key < seqlen_k ? list.read_entry(key) : 0;
+    }
+    __device__ __forceinline__ void start(const tile_walk &walk,
+                                          const sequence<fa_forward_params> &seq)
+    {
+        list.select(walk.entry);
+        seqlen_k = seq.seqlen_k();
+        read_entry(walk.key(0) + TILE_N - box_rows());
+    }
+    __device__ __forceinline__ void load(unsigned stage_smem, unsigned mbarrier,
+                                         const tile_walk &walk, int key)
+    {
+        const int box = box_rows();
+#pragma unroll 1
+        for (int n = TILE_N - box; n >= 0; n -= box) {
+            const int page = list.page_of(entry), row = list.row_of(key + n);
+            read_entry(key + n - box);
+            load_boxes<K_layout>(stage_smem + n * K_layout::ROW_BYTES, params.k_map, mbarrier, row,
+                                 walk.head_kv, page);
+            load_boxes<V_layout>(stage_smem + K_layout::BYTES + n * V_layout::ROW_BYTES,
+                                 params.v_map, mbarrier, row, walk.head_kv, page);
+        }
     }
 };
 

@@ -80,16 +80,20 @@ template <class layout, int THREADS> struct copy_place {
                (row0 + row) * stride.seqlen + col * CHUNK_ELEMENTS;
     }
 
+    /* Whether such a chunk is one of the first `rows` rows, and does not pad its row. */
+    __device__ __forceinline__ bool exists(int r, int c, int rows) const
+    {
+        const bool padding = c + layout::COLS > layout::CHUNKS && col + c >= layout::CHUNKS;
+        return !padding && (rows >= layout::ROWS || row + r < rows);
+    }
     /* Copies a tile to `smem`, this thread from `gmem` on. Rows from `rows` on, and the chunks that
      * pad a row, become zeros: there no memory is read. */
     __device__ __forceinline__ void copy(unsigned smem, const element *gmem, fa_int64 row_stride,
                                          int rows) const
     {
         each([&](int r, int c, unsigned offset) {
-            const bool padding = c + layout::COLS > layout::CHUNKS && col + c >= layout::CHUNKS;
-            const bool exists = !padding && (rows >= layout::ROWS || row + r < rows);
-            cp_async_16(smem + offset, gmem + r * row_stride + c * CHUNK_ELEMENTS,
-                        exists ? FA_CHUNK_BYTES : 0);
+            const int bytes = exists(r, c, rows) ? FA_CHUNK_BYTES : 0;
+            cp_async_16(smem + offset, gmem + r * row_stride + c * CHUNK_ELEMENTS, bytes);
         });
     }
 };

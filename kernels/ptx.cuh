@@ -131,6 +131,12 @@ __device__ __forceinline__ void mbarrier_wait(unsigned mbarrier, unsigned parity
     } while (!done);
 }
 
+/* What this thread has written to shared memory comes before what the TMA writes there. */
+__device__ __forceinline__ void fence_before_tma()
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
 __device__ __forceinline__ void prefetch_tensor_map(const fa_tensor_map *map)
 {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
@@ -224,6 +230,23 @@ __device__ __forceinline__ void semaphore_release(int *semaphore)
     asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(semaphore) : "memory");
 }
 
+/* ---- between kernels ------------------------------------------------------------------------ */
+
+/* Once all blocks have come here or ended, the next kernel may start that was launched to overlap
+ * this one: see overlaps_previous in csrc/plan.h. Before 9.0 there are none. */
+__device__ __forceinline__ void let_next_kernel_start()
+{
+    if constexpr (__CUDA_ARCH__ >= 900)
+        asm volatile("griddepcontrol.launch_dependents;");
+}
+
+/* Waits until the kernel before this one has ended and what it wrote can be read. */
+__device__ __forceinline__ void wait_for_previous_kernel()
+{
+    if constexpr (__CUDA_ARCH__ >= 900)
+        asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 /* ---- between groups of warps ---------------------------------------------------------------- */
 
 /* The barrier `id` of COUNT threads of the block, of which some only announce that they have come
@@ -266,6 +289,13 @@ __device__ __forceinline__ unsigned ld_shared(unsigned smem)
 __device__ __forceinline__ void st_shared(unsigned smem, unsigned x)
 {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(smem), "r"(x) : "memory");
+}
+
+__device__ __forceinline__ void st_shared_16(unsigned smem, uint4 x)
+{
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(smem), "r"(x.x), "r"(x.y),
+                 "r"(x.z), "r"(x.w)
+                 : "memory");
 }
 
 /* Four 8x8 matrices; lane i passes the address of row i % 8 of matrix i / 8 and receives, from

@@ -45,7 +45,14 @@ __device__ __forceinline__ sequence_rows read_queries(const fa_lengths &lengths,
 }
 __device__ __forceinline__ sequence_rows read_keys(const fa_lengths &lengths, int bound, int number)
 {
-    return read_rows(lengths.cu_seqlens_k, lengths.seqused_k, lengths.total_k, bound, number);
+    sequence_rows rows =
+        read_rows(lengths.cu_seqlens_k, lengths.seqused_k, lengths.total_k, bound, number);
+    if (lengths.leftpad_k) {
+        const int pad = clamp(ld_global(lengths.leftpad_k + number), 0, rows.count);
+        rows.begin += pad;
+        rows.count -= pad;
+    }
+    return rows;
 }
 
 /* The last of some sequences for which `has_begun` holds, as it does for all before it; the first
@@ -63,42 +70,35 @@ template <class F> __device__ __forceinline__ int last_sequence(int sequences, F
     return first;
 }
 
-/* The sequence that has a row of a packed side of queries, if any has. */
-__device__ __forceinline__ int sequence_of_query(const fa_lengths &lengths, int sequences, int row)
-{
-    return last_sequence(sequences, [&](int number) {
-        return first_row(lengths.cu_seqlens_q, lengths.total_q, number) <= row;
-    });
-}
-
-/* Tiles of `tile_m` queries of all sequences, in a workspace that has as many as they may need. Of
- * a packed side that is a tile for each sequence more than the rows fill: a sequence starts with
- * the tile that has its first row, and one further on for each sequence before it. */
+/* Tiles of `tile_m` queries of all sequences, in a workspace that has as many as they may need:
+ * either m_blocks for each, or, of a packed side and where these are fewer, one for each sequence
+ * more than the rows fill. Then a sequence starts with the tile that has its first row, and one
+ * further on for each sequence before it. The host takes what is less. */
 struct sequence_tiles {
     const fa_lengths &lengths;
     int sequences;
     int m_blocks; /* tiles of the longest sequence */
     int tile_m;
+    int count;
 
     struct place {
         int sequence, m_block;
     };
 
-    __device__ __forceinline__ int count() const
+    __device__ __forceinline__ bool is_by_bound() const
     {
-        return lengths.cu_seqlens_q ? (lengths.total_q + tile_m - 1) / tile_m + sequences
-                                    : sequences * m_blocks;
+        return count == fa_int64{sequences} * m_blocks;
     }
     /* The first tile of a sequence, whose first row is `row`. */
     __device__ __forceinline__ int first(int row, int sequence) const
     {
-        return lengths.cu_seqlens_q ? row / tile_m + sequence : sequence * m_blocks;
+        return is_by_bound() ? sequence * m_blocks : row / tile_m + sequence;
     }
     /* The sequence that has a tile, and which of its tiles that is: if none has it, one behind the
      * last. */
     __device__ __forceinline__ place place_of(int tile) const
     {
-        if (!lengths.cu_seqlens_q)
+        if (is_by_bound())
             return {tile / m_blocks, tile % m_blocks};
         const auto first_of = [&](int number) {
             return first(first_row(lengths.cu_seqlens_q, lengths.total_q, number), number);
@@ -114,20 +114,6 @@ struct sequence_tiles {
 __device__ __forceinline__ int same_in_warp(int x)
 {
     return static_cast<int>(__reduce_or_sync(0xffffffff, x));
-}
-
-/* The place of a sequence when all are sorted, the longest first; `length_of` gives the length of
- * any, the one that counts. Found by all threads of the block, THREADS sequences at a time. */
-template <int THREADS, class F>
-__device__ __forceinline__ int rank_by_length(int sequences, int number, F length_of)
-{
-    const int length = length_of(number);
-    int rank = 0;
-    for (int i = threadIdx.x; i - threadIdx.x < sequences; i += THREADS) {
-        const int other = i < sequences ? length_of(i) : -1;
-        rank += __syncthreads_count(other > length || (other == length && i < number));
-    }
-    return rank;
 }
 
 /* ---- the sequence of a block ----------------------------------------------------------------- */
@@ -156,6 +142,8 @@ template <class params_t> struct sequence<params_t, false> {
     {
         return batch * stride.batch + head * stride.head;
     }
+    /* The entry of the batch of k and v, of those that tensor maps describe. */
+    __device__ __forceinline__ int k_entry() const { return batch; }
     /* From the beginning of lse, [batch, heads, seqlen_q], to query 0 of a head: `pair` is the
      * number of this batch entry and head. */
     __device__ __forceinline__ fa_int64 lse_offset(fa_int64 pair, int) const
@@ -184,10 +172,9 @@ template <class params_t> struct sequence<params_t, true> {
         k_begin = k.begin;
         k_count = k.count;
     }
-    /* Moves its number and lengths to uniform registers, for a kernel that has few others. */
+    /* Moves the lengths to uniform registers, for a kernel that has no others to spare. */
     __device__ __forceinline__ void make_uniform()
     {
-        batch = same_in_warp(batch);
         q_begin = same_in_warp(q_begin);
         q_count = same_in_warp(q_count);
         k_begin = same_in_warp(k_begin);
@@ -204,6 +191,10 @@ template <class params_t> struct sequence<params_t, true> {
     __device__ __forceinline__ fa_int64 k_offset(const fa_strides &stride, int head) const
     {
         return batch * stride.batch + k_begin * stride.seqlen + head * stride.head;
+    }
+    __device__ __forceinline__ int k_entry() const
+    {
+        return params.lengths.cu_seqlens_k ? 0 : batch; /* a packed side is one entry */
     }
     __device__ __forceinline__ bool is_packed() const { return params.lengths.cu_seqlens_q; }
     __device__ __forceinline__ fa_int64 lse_offset(fa_int64 pair, int head) const

@@ -18,12 +18,12 @@ struct tma_ring : ring_place {
     static constexpr int BLOCK_THREADS = THREADS + (HAS_PRODUCER_WARP ? 32 : 0);
     static constexpr int COMPUTING_THREADS = 1; /* the named barrier that the producer is not in */
 
-    const fa_forward_tma_params &params;
+    mapped_source<> source;
     tile_walk walk;
     unsigned parity = 0; /* of the phase of `full` that ends when the tile in use has landed */
 
     __device__ __forceinline__ tma_ring(const fa_forward_tma_params &params, const char *smem_begin)
-        : ring_place(smem_address(smem_begin)), params(params)
+        : ring_place(smem_address(smem_begin)), source{params}
     {
         rewind();
         if (threadIdx.x == 0) {
@@ -49,11 +49,11 @@ struct tma_ring : ring_place {
     }
 
     /* Starts the loads of the i-th tile. */
-    __device__ __forceinline__ void load(unsigned stage, int i) const
+    __device__ __forceinline__ void load(unsigned stage, int i)
     {
         const int key = walk.key(i);
         mbarrier_expect(full(stage), STAGE_BYTES);
-        mapped_source{params}.load(smem + stage, full(stage), walk, key);
+        source.load(smem + stage, full(stage), walk, key);
     }
 
     __device__ __forceinline__ bool is_producer() const
@@ -71,10 +71,11 @@ struct tma_ring : ring_place {
     /* All stages are free: nothing has been in them before the first pass, and a barrier of the
      * block is between two passes. */
     __device__ __forceinline__ void start(const tile_walk &next,
-                                          const sequence<fa_forward_params> &)
+                                          const sequence<fa_forward_params> &seq)
     {
         walk = next;
         if (is_loader()) {
+            source.start(walk, seq);
             unsigned to = stage;
 #pragma unroll 1
             for (int i = 0; i < min(STAGES, walk.tiles); i++) {
@@ -82,6 +83,26 @@ struct tma_ring : ring_place {
                 to = to == RING_BYTES - STAGE_BYTES ? 0 : to + STAGE_BYTES;
             }
         }
+    }
+
+    /* A box of the TMA ends with the tensor or a page, and a sequence before that: what follows may
+     * be inf or NaN. Scores of such keys are masked, whatever they are, but 0 * V is to be 0. */
+    __device__ __forceinline__ void clear_tail(int seqlen_k) const
+    {
+        const int keys = seqlen_k - walk.key(0);
+        if (walk.tiles == 0 || keys >= TILE_N)
+            return;
+        wait_own();
+        const V_place place;
+        place.each([&](int r, int, unsigned offset) {
+            if (place.row + r >= keys)
+                st_shared_16(V_tile() + offset, make_uint4(0, 0, 0, 0));
+        });
+        fence_before_tma();    /* which refills the stage */
+        if (HAS_PRODUCER_WARP) /* barrier: all of it is written */
+            barrier_sync<THREADS>(COMPUTING_THREADS);
+        else
+            __syncthreads();
     }
 
     /* What this thread has waited for is the whole tile. */
@@ -99,14 +120,14 @@ struct tma_ring : ring_place {
         return HAS_PRODUCER_WARP ? barrier_or<COMPUTING_THREADS, THREADS>(x) : __syncthreads_or(x);
     }
 
-    __device__ __forceinline__ void refill(int i) const
+    __device__ __forceinline__ void refill(int i)
     {
         if (!HAS_PRODUCER_WARP && is_loader())
             load_after(i);
     }
 
     /* Loads to the stage of tile i - 1 the tile that comes STAGES later. */
-    __device__ __forceinline__ void load_after(int i) const
+    __device__ __forceinline__ void load_after(int i)
     {
         if (i == 0 || i + STAGES - 1 >= walk.tiles)
             return;

@@ -45,11 +45,14 @@ static inline struct range tile_from(struct range range, int64_t from, int size)
 /* n, padded. */
 int fa_width(int n);
 
-/* Where the rows of a sequence are in a tensor [batch, seqlen, heads, n], or [total, heads, n]. */
+/* Where the rows of a sequence are in a tensor [batch, seqlen, heads, n], or [total, heads, n], or
+ * [pages, page_size, heads, n]. */
 struct side {
-    int64_t batch;  /* 0 where the tensor is packed */
-    int64_t begin;  /* its first row there; else 0 */
-    int64_t length; /* how many there are */
+    int64_t batch;    /* 0 where the tensor is packed */
+    int64_t begin;    /* its first row there; else 0 */
+    int64_t length;   /* how many there are */
+    const int *pages; /* the page of its first rows, of the next ones, ...; NULL: not in pages */
+    int64_t page_size;
 };
 
 /* Where a row of a head starts, in elements. */

@@ -2,23 +2,50 @@
 
 #include "../error.h"
 
-/* What tells the lengths of one side. */
+/* What tells the lengths of one side, and where its rows are. */
 struct source {
     const char *name; /* "q" */
     const struct fa_tensor *tensor, *cu_seqlens, *seqused;
+    const struct fa_tensor *pages; /* NULL: none */
     int max_seqlen;
+    int64_t rows; /* of the tensor, or of a batch entry, or for which a sequence has pages */
+    /* Of caches, else object NULL and 0: */
+    const struct fa_tensor *leftpad;
+    int64_t new_rows; /* that the call appends to those in use */
+    const char *seqused_name, *pages_name;
 };
 
 static struct source queries_of(const struct fa_problem *problem)
 {
-    return (struct source){"q", &problem->q, &problem->cu_seqlens_q, &problem->seqused_q,
-                           problem->options.max_seqlen_q};
+    const struct fa_tensor *q = &problem->q;
+    static const struct fa_tensor none;
+    return (struct source){.name = "q",
+                           .tensor = q,
+                           .cu_seqlens = &problem->cu_seqlens_q,
+                           .seqused = &problem->seqused_q,
+                           .max_seqlen = problem->options.max_seqlen_q,
+                           .rows = q->shape[q->ndim - 3],
+                           .leftpad = &none,
+                           .seqused_name = "seqused_q"};
 }
 
 static struct source keys_of(const struct fa_problem *problem)
 {
-    return (struct source){"k", &problem->k, &problem->cu_seqlens_k, &problem->seqused_k,
-                           problem->options.max_seqlen_k};
+    const struct fa_shape *shape = &problem->shape;
+    const bool appends = problem->append.k.object && problem->seqused_k.object;
+    return (struct source){
+        .name = "k",
+        .tensor = &problem->k,
+        .cu_seqlens = &problem->cu_seqlens_k,
+        .seqused = &problem->seqused_k,
+        .pages = shape->page_size ? &problem->page_table : NULL,
+        .max_seqlen = problem->options.max_seqlen_k,
+        .rows = shape->is_packed_k ? shape->total_k : shape->seqlen_k,
+        .leftpad = &problem->leftpad_k,
+        .new_rows = appends ? problem->append.k.shape[1] : 0,
+        .seqused_name = problem->is_cache ? "cache_seqlens" : "seqused_k",
+        .pages_name = problem->options.cache_batch_idx ? "cache_batch_idx" : "page_table",
+    };
 }
 
 static int64_t number(const struct fa_tensor *lengths, int64_t i)
@@ -26,16 +53,20 @@ static int64_t number(const struct fa_tensor *lengths, int64_t i)
     return ((const int *)lengths->data)[i];
 }
 
-/* All rows of the tensor, or of a batch entry. */
-static int64_t rows_of(const struct source *source)
+/* The pages of a sequence. */
+static const int *pages_of(const struct source *source, int64_t batch)
 {
-    return source->tensor->shape[source->tensor->ndim - 3];
+    return (const int *)source->pages->data + batch * source->pages->stride[0];
 }
 
 static struct side side_of(const struct source *source, int64_t batch)
 {
-    const int64_t rows = rows_of(source);
+    const int64_t rows = source->rows;
     struct side side = {.batch = batch, .length = rows};
+    if (source->pages) {
+        side.pages = pages_of(source, batch);
+        side.page_size = source->tensor->shape[1];
+    }
     if (source->cu_seqlens->object) {
         side.batch = 0;
         side.begin = clamp(number(source->cu_seqlens, batch), 0, rows);
@@ -43,6 +74,11 @@ static struct side side_of(const struct source *source, int64_t batch)
     }
     if (source->seqused->object)
         side.length = clamp(number(source->seqused, batch), 0, side.length);
+    if (source->leftpad->object) {
+        const int64_t pad = clamp(number(source->leftpad, batch), 0, side.length);
+        side.begin += pad;
+        side.length -= pad;
+    }
     return side;
 }
 
@@ -78,10 +114,10 @@ static int64_t check_packed(const struct source *source, int64_t batch)
         fa_raise(PyExc_ValueError,
                  "cu_seqlens_%s must rise from 0 on: sequence %lld begins at %lld and ends at %lld",
                  name, (long long)batch, (long long)begin, (long long)end);
-    else if (end > rows_of(source))
+    else if (end > source->rows)
         fa_raise(PyExc_ValueError,
                  "cu_seqlens_%s must end within %s: sequence %lld ends at %lld, the total is %lld",
-                 name, name, (long long)batch, (long long)end, (long long)rows_of(source));
+                 name, name, (long long)batch, (long long)end, (long long)source->rows);
     else if (end - begin > source->max_seqlen)
         fa_raise(PyExc_ValueError,
                  "max_seqlen_%s must not be below any length: sequence %lld has %lld, got %d", name,
@@ -91,21 +127,49 @@ static int64_t check_packed(const struct source *source, int64_t batch)
     return -1;
 }
 
+/* Whether the pages of a sequence's first `rows` rows exist. 0, or -1 with ValueError set. */
+static int check_pages(const struct source *source, int64_t batch, int64_t rows)
+{
+    const int64_t page_size = source->tensor->shape[1], count = source->tensor->shape[0];
+    const int *pages = pages_of(source, batch);
+    for (int64_t i = 0; i * page_size < rows; i++)
+        if (pages[i] < 0 || pages[i] >= count)
+            return fa_raise(PyExc_ValueError,
+                            "%s must have pages from 0 to %lld where a sequence has keys: "
+                            "page %lld of sequence %lld is %d",
+                            source->pages_name, (long long)count - 1, (long long)i,
+                            (long long)batch, pages[i]);
+    return 0;
+}
+
+static int check_leftpad(const struct source *source, int64_t batch, int64_t used)
+{
+    const int64_t pad = number(source->leftpad, batch);
+    if (pad >= 0 && pad <= used)
+        return 0;
+    return fa_raise(PyExc_ValueError,
+                    "cache_leftpad must be from 0 to the rows in use: sequence %lld has %lld, got "
+                    "%lld",
+                    (long long)batch, (long long)used, (long long)pad);
+}
+
 static int check_side(const struct source *source, int64_t batch)
 {
-    const int64_t length =
-        source->cu_seqlens->object ? check_packed(source, batch) : rows_of(source);
+    const int64_t length = source->cu_seqlens->object ? check_packed(source, batch) : source->rows;
     if (length < 0)
         return -1;
     const int64_t used = source->seqused->object ? number(source->seqused, batch) : length;
-    if (used >= 0 && used <= length)
-        return 0;
-    return fa_raise(PyExc_ValueError,
-                    "seqused_%s must be from 0 to the length: sequence %lld has %lld, got %lld",
-                    source->name, (long long)batch, (long long)length, (long long)used);
+    if (used < 0 || used > length - source->new_rows)
+        return fa_raise(
+            PyExc_ValueError, "%s must be from 0 to %s: sequence %lld has %lld, got %lld",
+            source->seqused_name, source->new_rows ? "what leaves room for new rows" : "the length",
+            (long long)batch, (long long)(length - source->new_rows), (long long)used);
+    if (source->leftpad->object && check_leftpad(source, batch, used + source->new_rows) < 0)
+        return -1;
+    return source->pages ? check_pages(source, batch, used + source->new_rows) : 0;
 }
 
-int fa_check_lengths(const struct fa_problem *problem)
+int fa_check_sequences(const struct fa_problem *problem)
 {
     const struct source queries = queries_of(problem), keys = keys_of(problem);
     const int64_t checked = problem->shape.is_varlen ? problem->shape.batch : 0;

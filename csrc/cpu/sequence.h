@@ -19,8 +19,8 @@ struct lengths {
 };
 struct lengths fa_longest(const struct fa_problem *problem);
 
-/* Whether all lengths are what they should be; needs the GIL. 0, or -1 with a ValueError set that
- * tells the sequence's number. */
-int fa_check_lengths(const struct fa_problem *problem);
+/* Whether all lengths, and the pages of all keys, are what they should be; needs the GIL. 0, or -1
+ * with a ValueError set that tells the sequence's number. */
+int fa_check_sequences(const struct fa_problem *problem);
 
 #endif

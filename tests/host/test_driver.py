@@ -28,7 +28,8 @@ class CudaArray(np.ndarray):
         return (2, self.device_id)
     def __dlpack__(self, *, stream=None, max_version=None):
         assert stream == (7 * self.device_id or 1)
-        made.append(Capsule(np.asarray(self), device_type=2, device_id=self.device_id))
+        code = 0 if self.dtype.kind == "i" else 2
+        made.append(Capsule(np.asarray(self), code=code, device_type=2, device_id=self.device_id))
         return made[-1].capsule
 
 frameworks.current_stream = lambda device_id: 7 * device_id
@@ -299,6 +300,24 @@ def test_a_split_call_is_two_launches(run):
     assert [x["parts"] for x in others] == [3, 3, 1]
 
 
+def test_combine_may_start_before_the_forward_has_ended(run):
+    """From 9.0 on, where the driver captures that, too; the first kernel of a call never does."""
+    code = """
+from flash_attn_sm120 import jit
+jit.compile = lambda kernel, *_: f".entry {kernel}(".encode()  # for drivers of any version
+call(num_splits=3)
+"""
+    for environment, overlaps in (
+        ({}, True),
+        ({"FAKE_ARCH": "90"}, True),
+        ({"FAKE_ARCH": "89"}, False),
+        ({"FAKE_ARCH": "89", "FA_SM120_PLAN_AS": "120"}, False),
+        ({"FAKE_VERSION": "12020"}, False),
+    ):
+        _, launches = run(code, **environment)
+        assert [x["overlaps"] for x in launches] == [False, overlaps], environment
+
+
 def test_capture_needs_both_kernels_of_a_split_call(run):
     code = """
 import os
@@ -453,6 +472,28 @@ error_of(call)
     lines, launches = run(code)
     assert "not loaded yet, and a stream under graph capture cannot load it" in lines[0]
     assert lines[1] == "no error" and len(launches) == 2
+
+
+def test_lengths_are_checked_before_a_launch(run):
+    """FA_SM120_CHECK=1, which a capture cannot have."""
+    code = """
+import os
+lengths = on_device(np.array([3, 201], np.int32), 0)
+error_of(call, seqused_k=lengths)
+os.environ["FAKE_CAPTURING"] = "1"
+error_of(call, seqused_k=lengths)
+os.environ["FAKE_CAPTURING"] = "0"
+for entry in ("cuMemcpyDtoHAsync_v2", "cuStreamSynchronize"):
+    os.environ["FAKE_FAIL"] = entry
+    error_of(call, seqused_k=lengths)
+os.environ["FAKE_FAIL"] = ""
+call()
+"""
+    lines, launches = run(code, FA_SM120_CHECK="1")
+    assert lines[0].startswith("ValueError: seqused_k must be from 0 to the length: sequence 1 has")
+    assert lines[1].startswith("RuntimeError: FA_SM120_CHECK=1 waits for lengths")
+    assert all("reading lengths for FA_SM120_CHECK failed" in line for line in lines[2:])
+    assert len(lines) == 4 and len(launches) == 1
 
 
 def test_compiler_failure_passes_through(run):

@@ -325,8 +325,11 @@ def test_devices_must_agree(device):
         flash_attn_func(q, k, v, learnable_sink=torch.zeros(4))
 
 
-@pytest.mark.parametrize("variable", ["FA_SM120_LIMITS", "FA_SM120_PLAN_AS"])
-def test_unknown_environment_value(variable, tmp_path):
+@pytest.mark.parametrize(
+    ("variable", "known"),
+    [("FA_SM120_LIMITS", 120), ("FA_SM120_PLAN_AS", 120), ("FA_SM120_CHECK", 1)],
+)
+def test_unknown_environment_value(variable, known, tmp_path):
     """The error names the variable; put right, the next call works in the same process."""
     code = f"""
 import os, torch
@@ -336,12 +339,12 @@ try:
     explain(q, q, q, arch=120)
 except ValueError as error:
     print(error)
-os.environ["{variable}"] = "120"
+os.environ["{variable}"] = "{known}"
 print(explain(q, q, q, arch=120).tile_m)
 """
     done = run_python(code, tmp_path, **{variable: "sm_120"})
     assert done.stdout.splitlines() == [
-        f'{variable} must be 120 or unset, got "sm_120"',
+        f'{variable} must be {known} or unset, got "sm_120"',
         "64",
     ], done.stderr
 

@@ -1,12 +1,18 @@
 """How calls of packed sequences are carried out, for any architecture: planned without a GPU."""
 
+import itertools
+
 import pytest
 import torch
 
 from flash_attn_sm120 import explain, explain_backward
-from helpers.tiles import constants
+from helpers.tiles import constants, tile_row, use_tiles
 
 pytestmark = pytest.mark.quick
+
+BY_TMA = tile_row(
+    kernel="forward_tma", producer="warp", tile_n=64, sub_n=32, warps=4, warp_m=16, stages=2
+)
 
 
 def call(total_q=1000, total_k=1000, batch=4, heads=(8, 2), dims=(128, 128), packed=(True, True)):
@@ -37,12 +43,9 @@ def names(planned):
 
 @pytest.mark.parametrize("arch", [80, 90, 120, 121])
 def test_steps(arch):
-    assert names(plan(arch=arch)) == ["forward", "varlen_fill"]
-    assert names(plan(arch=arch, options={"num_splits": 3})) == [
-        "forward",
-        "combine",
-        "varlen_fill",
-    ]
+    main = "forward_tma" if arch >= 120 else "forward"
+    assert names(plan(arch=arch)) == [main, "varlen_fill"]
+    assert names(plan(arch=arch, options={"num_splits": 3})) == [main, "combine", "varlen_fill"]
     sink = {"learnable_sink": torch.zeros(8)}
     backward = plan(explain_backward, arch=arch, options=sink)
     assert names(backward) == [
@@ -52,16 +55,53 @@ def test_steps(arch):
         "backward_sink",
     ]
     assert all(s.variant.endswith("_varlen") for s in backward.steps)
-    assert not backward.tma and not plan(arch=arch).tma
+    assert backward.tma == (arch >= 90) and plan(arch=arch).tma == (arch >= 120)
+
+
+@pytest.mark.parametrize("dims", [(128, 128), (192, 128), (64, 128)], ids=str)
+@pytest.mark.parametrize("packed", list(itertools.product((True, False), repeat=2)), ids=str)
+def test_the_tma_brings_keys_of_any_lengths(packed, dims):
+    """Packed ones, and those of a batch, of which seqused says how many there are."""
+    (q, k, v), lengths = call(packed=packed, dims=dims)
+    lengths["seqused_k"] = torch.full((4,), -7, dtype=torch.int32)
+    with use_tiles(BY_TMA):
+        planned = explain(q, k, v, **lengths, arch=120)
+        assert planned.kernel == "forward_tma" and "not forward_tma" not in planned.reasons
+        assert constants(planned)["VARLEN"] == 1
+        before = explain(q, k, v, **lengths, arch=89)
+        assert before.kernel == "forward" and "9.0" in before.reasons["not forward_tma"]
+        k = k[..., :1, :].expand_as(k)
+        expanded = explain(q, k, v, **lengths, arch=120)
+        assert expanded.kernel == "forward"
+        assert "neither expanded nor flipped" in expanded.reasons["not forward_tma"]
+
+
+def test_no_keys_are_no_tensor_map():
+    with use_tiles(BY_TMA):
+        for batch, total_k in ((4, 0), (0, 0)):
+            planned = plan(batch=batch, total_k=total_k, options={"max_seqlen_k": 64})
+            assert planned.kernel == "forward"
+            assert "without keys" in planned.reasons["not forward_tma"]
 
 
 def test_reasons():
     forward, backward = plan(arch=90), plan(explain_backward, arch=90)
-    assert "not at the sequence" in backward.reasons["not the TMA"]
     assert "were the lengths their bounds" in forward.reasons["num_splits"]
     assert "any lengths" in backward.reasons["splits"]
     dense = torch.empty(1, 1000, 8, 128, dtype=torch.bfloat16)
     assert "varlen" not in explain(dense, dense, dense, arch=120).variant
+
+
+def test_the_backward_uses_the_tma_for_packed_queries():
+    """Whose rows are not so far apart that its maps would begin long before the tensor."""
+    assert plan(explain_backward, packed=(True, False)).tma
+    not_packed = plan(explain_backward, packed=(False, True))
+    assert not not_packed.tma and "packed Q and dO" in not_packed.reasons["not the TMA"]
+    (q, k, v), lengths = call(10)
+    assert not explain_backward(q[:1].expand(10, -1, -1), k, v, **lengths, arch=120).tma
+    for row, tma in ((1 << 19, True), ((1 << 19) + 8, False)):
+        q = torch.empty(2 * row, dtype=torch.bfloat16).as_strided((2, 8, 128), (row, 128, 1))
+        assert explain_backward(q, k, v, **lengths, arch=120).tma == tma
 
 
 @pytest.mark.parametrize("direction", [explain, explain_backward])
@@ -88,8 +128,10 @@ def test_grids_are_exact():
     assert few.blocks == 7 * 8 * -(-20 // few.tile_m)
     backward = plan(explain_backward, options=options, batch=7)
     assert backward.blocks == 7 * 2 * -(-130 // backward.tile_n)
-    tiles = -(-1000 // backward.tile_m) + 7  # every sequence begins with a tile
-    assert backward.steps[0].blocks == 8 * tiles
+    assert backward.steps[0].blocks == 8 * 7 * -(-130 // backward.tile_m)
+    long = plan(explain_backward, options={**options, "max_seqlen_q": 1000}, batch=7)
+    tiles = -(-1000 // long.tile_m) + 7  # every sequence begins with a tile
+    assert long.steps[0].blocks == 8 * tiles < 8 * 7 * -(-1000 // long.tile_m)
     dense = plan(explain_backward, total_q=130, batch=7, packed=(False, True))
     assert dense.steps[0].blocks == 8 * 7 * -(-130 // dense.tile_m)
 
@@ -104,31 +146,49 @@ def test_splits_follow_the_bounds():
     parts = [calls[batch].num_splits for batch in (1, 2, 4)]
     assert parts == sorted(parts, reverse=True) and parts[0] > parts[-1] > 1
     assert calls[1].kernels == calls[2].kernels == calls[4].kernels
-    assert names(calls[1]) == ["forward", "combine", "varlen_fill"]
+    assert names(calls[1]) == ["forward_tma", "combine", "varlen_fill"]
     for batch in (1, 2, 4):
         assert 66 <= calls[batch].blocks <= 132 * calls[batch].blocks_per_sm
         size = parts[(1, 2, 4).index(batch)] * batch * 32 * 129 * 4
         assert calls[batch].workspace_bytes == size
-    assert calls[64].num_splits == 1 and names(calls[64]) == ["forward", "varlen_fill"]
+    assert calls[64].num_splits == 1 and names(calls[64]) == ["forward_tma", "varlen_fill"]
     few = plan(options={"max_seqlen_q": 1, "max_seqlen_k": 200}, batch=1, total_q=1, heads=heads)
     assert few.num_splits == 1 and "their bounds" in few.reasons["num_splits"]
     once = plan(options={**bounds, "num_splits": 1}, batch=1, total_q=1, heads=heads)
     assert once.num_splits == 1 and once.reasons["num_splits"].endswith("as asked")
 
 
-def test_long_sequences_start_first():
-    """The backward's workspace has room for their order, where there is one."""
-    options = {"max_seqlen_q": 500, "max_seqlen_k": 500}
+def test_a_list_of_tiles():
+    """Where it has fewer places than a grid from the bound has blocks, of no more sequences than can
+    be sorted."""
+    options = {"max_seqlen_q": 1000, "max_seqlen_k": 1000}
 
-    def bytes_for_order(batch, **bounds):
-        planned = plan(explain_backward, options={**options, **bounds}, batch=batch)
-        few = plan(explain_backward, options={**options, "max_seqlen_k": 1}, batch=batch)
-        return planned.workspace_bytes - few.workspace_bytes
+    def blocks_and_bytes(batch, **shape):
+        planned = plan(explain_backward, options=options, batch=batch, **shape)
+        of_tiles = planned.steps[0].blocks * planned.tile_m * (2 + 128) * 4
+        return planned.blocks, planned.workspace_bytes - of_tiles
 
-    assert bytes_for_order(6) == 4 * 8
-    assert bytes_for_order(1) == 0
-    assert bytes_for_order(5000) == 0, "its search takes the square of their number"
-    assert plan(explain_backward, options=options, batch=100).group_heads < 200
+    assert blocks_and_bytes(6) == (2 * (8 + 6), 4 * 2 * (8 + 6))
+    assert blocks_and_bytes(6, packed=(True, False)) == (2 * 6 * 8, 0), "not packed"
+    assert blocks_and_bytes(1) == (2 * 8, 0), "no fewer"
+    assert blocks_and_bytes(5000) == (2 * 8 * 5000, 0), "too many"
+    many_heads = plan(explain_backward, options=options, batch=6, heads=(90, 90))
+    assert many_heads.group_heads == 45, "half of them, of all sequences"
+
+
+def test_short_sequences_have_one_tile_of_keys():
+    """Which stores dq: there is nothing to accumulate, and nothing comes after."""
+    for bound, tile_n in ((1, 64), (64, 64), (65, 128), (128, 128)):
+        for dims in ((64, 64), (128, 128)):
+            options = {"max_seqlen_q": 500, "max_seqlen_k": bound, "causal": True}
+            short = plan(explain_backward, options=options, dims=dims)
+            assert short.tile_n == tile_n and "-DDQ_DIRECT=1" in short.options
+            assert names(short) == ["backward_preprocess", "backward"]
+            assert short.blocks == 4 * 2
+            no_keys = plan(explain_backward, options=options, dims=dims, total_k=0)
+            assert no_keys.blocks == 0 and "-DDQ_DIRECT=0" in no_keys.options
+    assert plan(explain_backward, options={**options, "max_seqlen_k": 64}).blocks_per_sm == 2
+    assert "-DDQ_DIRECT=0" in plan(explain_backward, options={"max_seqlen_k": 129}).options
 
 
 def test_empty_calls():

@@ -316,10 +316,27 @@ def test_shapes_of_pages_without_data(is_packed):
         lengths["cu_seqlens_q"] = torch.empty(4, dtype=torch.int32, device="meta")
     out, lse = flash_attn_varlen_func(q, k, v, **lengths, return_lse=True)
     assert out.shape == (*shape[:-1], 24) and lse.shape == ((4, 12) if is_packed else (3, 4, 4))
-    with pytest.raises(NotImplementedError, match="page_table has no gradient"):
+    with pytest.raises(NotImplementedError, match="no gradient with page_table"):
         flash_attn_varlen_func(q.requires_grad_(), k, v, **lengths)
     with torch.no_grad():
         flash_attn_varlen_func(q, k, v, **lengths)
+
+
+def test_pages_are_checked_without_data():
+    q, table = torch.empty(3, 4, 4, 16, device="meta"), torch.empty(3, 6, device="meta").int()
+    for rows in (0, 1025):
+        k = torch.empty(50, rows, 2, 16, device="meta")
+        with pytest.raises(ValueError, match=f"from 1 to 1024 rows .*, got {rows}"):
+            flash_attn_varlen_func(q, k, k, page_table=table)
+    k = torch.empty(50, 16, 2, 16, device="meta")
+    for v, pages, message in (
+        (k[:49], table, "v must have k's pages 50 in dimension 0, got 49"),
+        (k[:, :8], table, "v must have k's page size 16 in dimension 1, got 8"),
+        (k, table[:2], "page_table must have q's batch 3 in dimension 0, got 2"),
+        (k, table[0], "page_table must have 2 dimensions, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            flash_attn_varlen_func(q, k, v, page_table=pages)
 
 
 BAD = {

@@ -202,14 +202,16 @@ def test_bounds_change_nothing_but_grids(device):
     assert_all_equal(first, attend(batch, causal=True, pack_gqa=False, **bounds))
 
 
-def test_pairs_in_groups(device):
-    """A bound far above the lengths makes groups small: the last is smaller than the others, and
-    one has a part of the heads of a sequence. The longest sequence comes first."""
-    heads = (22, 22)
-    batch = make_batch(device, [3, 20, 0, 70], [9, 40, 150, 140], heads, (16, 16), dtype_of(device))
+@pytest.mark.parametrize("heads, packed", [(45, (True, True)), (22, (True, False))], ids=str)
+def test_pairs_in_groups(device, heads, packed):
+    """A bound far above the lengths makes groups small: the last is smaller than the others. With a
+    list of tiles they are of heads, and the longest sequence comes first; else one has a part of
+    the heads of a sequence."""
+    lengths = ([3, 20, 0, 70], [9, 40, 150, 140])
+    batch = make_batch(device, *lengths, 2 * (heads,), (16, 16), dtype_of(device), packed=packed)
     options = {"causal": True, "max_seqlen_q": 1 << 20}
     planned = explain_backward(*batch.inputs, **batch.lengths, **options)
-    assert planned.group_heads is None or planned.group_heads % 22
+    assert planned.group_heads is None or planned.group_heads == {45: 23, 22: 30}[heads]
     for deterministic in (False, True):
         out, lse, gradients, _ = check(batch, deterministic=deterministic, causal=True)
         grouped = gradients_of(batch, out, lse, deterministic=deterministic, **options)[:3]
@@ -217,6 +219,27 @@ def test_pairs_in_groups(device):
             assert_all_equal(gradients, grouped)
         for x, y in zip(gradients, grouped, strict=True):
             torch.testing.assert_close(x.cpu(), y.cpu())
+
+
+@options
+@pytest.mark.parametrize("dims", [(64, 64), (128, 72)], ids=str)
+def test_one_tile_of_keys(device, dims, options):
+    """Which stores dq: also of queries that see no key, because there are none or by a mask."""
+    if not device.takes(dims[0] == 64):
+        pytest.skip("the other size of tiles has this case")
+    lengths = ([170, 3, 33, 0, 64], [40, 64, 0, 7, 64])
+    batch = make_batch(device, *lengths, heads=(4, 2), dims=dims, dtype=dtype_of(device))
+    options = with_sink(device, options, 4)
+    for bound in (64, 128):
+        bounds = {"max_seqlen_q": 170, "max_seqlen_k": bound}
+        planned = explain_backward(*batch.inputs, **batch.lengths, **bounds, **options)
+        assert planned.variant is None or "_dqd" in planned.variant
+        check(batch, bounds=bounds, **options)
+
+
+def test_bounds_without_keys(device):
+    batch = make_batch(device, [17, 3], [0, 0], dtype=dtype_of(device))
+    check(batch, bounds={"max_seqlen_k": 64})
 
 
 def test_other_lengths_need_no_other_plan(device):
@@ -312,8 +335,6 @@ BAD = {
     "not packed": ({"cu_seqlens_k": lambda x: None}, ValueError, "k must have 4 dimensions, got 3"),
     "bound": ({"max_seqlen_q": lambda x: -1}, ValueError, "max_seqlen_q must be 0 or larger, got -1"),
     "bound of floats": ({"max_seqlen_k": lambda x: 1.5}, TypeError, "max_seqlen_k must be an integer or None, got 1.5"),
-    "pages": ({"page_table": lambda x: torch.zeros(3, 1).int(), "cu_seqlens_k": lambda x: None}, NotImplementedError, "page_table is not supported yet"),
-    "packed pages": ({"page_table": lambda x: torch.zeros(3, 1).int()}, ValueError, "page_table takes no cu_seqlens_k"),
     "out": ({"out": lambda x: torch.zeros(3, 4, 64)}, ValueError, "out must have q's total 42 in dimension 0, got 3"),
     "lse": ({"lse": lambda x: torch.zeros(1, 4, 42)}, ValueError, "lse must have 2 dimensions, got 3"),
     "heads of lse": ({"lse": lambda x: torch.zeros(3, 42)}, ValueError, "lse must have q's heads 4 in dimension 0, got 3"),
