@@ -25,10 +25,11 @@ from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers import modeling_flash_attention_utils as flash_path_of_hf
 
-from flash_attn_sm120 import interface
+from flash_attn_sm120 import fa2, interface
 
 ATTENTION = "sm120_attention"
-FLASH = "sm120_flash"  # the "flash" in it is what Transformers looks for
+# Transformers looks for "flash" in a name, and for decoding from pages for a 2 or 3 behind it.
+FLASH = "flash_sm120"
 
 _OLDEST_TRIED, _BEFORE = (5, 17), (5, 25)
 
@@ -52,7 +53,7 @@ def register(flash_path: bool = False) -> Handle:
     """Makes ``attn_implementation="sm120_attention"`` known, until the handle's ``remove()``.
 
     Args:
-        flash_path: also ``"sm120_flash"``: the same attention under a name that Transformers takes
+        flash_path: also ``"flash_sm120"``: the same attention under a name that Transformers takes
             for FlashAttention, as continuous batching (``generate_batch``) wants it, and as vision
             towers do that else call attention once per image. Models that list the kernels which
             they are compatible with, such as gpt-oss, replace that name by the first of the list.
@@ -330,6 +331,9 @@ def attention(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | Tensor | None = None,
     max_length_k: int | Tensor | None = None,
+    block_table: Tensor | None = None,
+    k_cache: Tensor | None = None,
+    v_cache: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of both names, as layers call it: ``q (batch, heads, seqlen, dim)``.
@@ -349,6 +353,14 @@ def attention(
         is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         left = None if sliding_window is None else sliding_window - 1
         window_size = (left, 0 if is_causal else left)
+    options: dict[str, Any] = {
+        "softmax_scale": scaling,
+        "softcap": softcap or 0.0,
+        "learnable_sink": s_aux,
+    }
+    if block_table is not None:
+        pages = (k_cache, v_cache, block_table, cu_seq_lens_k)
+        return _decode(q, k, v, pages, window_size, options), None
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
         rows_q = Rows(cu_seq_lens_q.to(torch.int32), None, _bound(max_length_q))
         rows_k = Rows(cu_seq_lens_k.to(torch.int32), None, _bound(max_length_k))
@@ -357,18 +369,17 @@ def attention(
         shown = _mask_of_layer(window_size, lengths, attention_mask)
         if position_ids is not None and position_ids.ndim == 2:
             shown = _packed_by_positions(shown, position_ids.expand(q.shape[0], -1))
-    options = {
-        "softmax_scale": scaling,
-        "causal": window_size[1] == 0,
-        "window_size": window_size,
-        "softcap": softcap or 0.0,
-        "learnable_sink": s_aux,
-        "deterministic": bool(deterministic),
+    return _attend(q, k, v, shown, options, bool(deterministic)), None
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, shown: Mask, options: dict[str, Any], deterministic: bool
+) -> Tensor:
+    options |= {
+        "causal": shown.window_size[1] == 0,
+        "window_size": shown.window_size,
+        "deterministic": deterministic,
     }
-    return _attend(q, k, v, shown, options), None
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, shown: Mask, options: dict[str, Any]) -> Tensor:
     if _is_dense(shown):
         dense: Tensor = interface.flash_attn_func(q, k, v, **options)[0]
         return dense
@@ -386,6 +397,35 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, shown: Mask, options: dict[str, Any
         **options,
     )[0]
     return out.view(*q.shape[:3], v.shape[3])
+
+
+def _decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pages: tuple[Tensor | None, ...],
+    window_size: Window,
+    options: dict[str, Any],
+) -> Tensor:
+    """A step of continuous batching: each row is a sequence, and is appended to its pages first.
+
+    A graph captured for more sequences has rows of none: to those Transformers gives pages -1,
+    which are read and written as page 0, where it keeps nothing.
+    """
+    k_cache, v_cache, table, cu_seqlens = pages
+    if window_size[0] is not None or k_cache is None or v_cache is None or cu_seqlens is None:
+        raise NotImplementedError(
+            f"{FLASH} takes a block_table with k_cache, v_cache and cu_seq_lens_k, and no window"
+        )
+    assert table is not None
+    if v_cache.data_ptr() == k_cache[1:].data_ptr():  # pages of K and of V in turn: all are both
+        k_cache, v_cache, table = k_cache[::2], v_cache[::2], table >> 1
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    held = (cu_seqlens.diff()[: q.shape[0]] - 1).to(torch.int32)
+    out: Any = fa2.flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, cache_seqlens=held, block_table=table, **options
+    )
+    return out.transpose(0, 1)  # type: ignore[no-any-return]
 
 
 def _is_dense(shown: Mask) -> bool:
@@ -482,7 +522,7 @@ def _bound(length: int | Tensor | None) -> int | None:
 
 
 # Arguments of layers that would change the result, and are not supported.
-_REFUSED = ("position_bias", "sinks", "block_indices", "output_attentions", "block_table")
+_REFUSED = ("position_bias", "sinks", "block_indices", "output_attentions")
 
 
 def _refuse(dropout: float, others: dict[str, Any]) -> None:
@@ -523,7 +563,7 @@ def _wrap_lazy_imports() -> Callable[[], None]:
         if implementation != FLASH:
             return original(implementation, *args, **kwargs)
         padding = flash_path_of_hf._pad_input, flash_path_of_hf._unpad_input
-        return dense, packed, None, *padding
+        return dense, packed, fa2.flash_attn_with_kvcache, *padding
 
     def undo() -> None:
         flash_path_of_hf._lazy_imports = original

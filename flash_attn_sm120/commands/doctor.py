@@ -40,9 +40,7 @@ def _transformers_is_open() -> bool:
 
 
 DOORS = (
-    Door(
-        "PyTorch's attention", "torch", "flash_attn_sm120.sdpa", "sdpa.activate()", _sdpa_is_open
-    ),
+    Door("PyTorch's attention", "torch", "flash_attn_sm120.sdpa", "sdpa.activate()", _sdpa_is_open),
     Door(
         "Transformers",
         "transformers",
@@ -117,10 +115,10 @@ def what_it_gets(config: Any) -> Iterator[str]:
     if compatible and FLASH not in compatible:
         yield f"{FLASH}: replaced by Transformers, which wants one of {', '.join(compatible)}"
     else:
-        yield f"{FLASH}: taken, in continuous batching too"
-    dropout = getattr(config.get_text_config(), "attention_dropout", 0.0)
-    if dropout:
-        yield f"training: refused until attention_dropout, now {dropout}, is 0"
+        yield f"{FLASH}: taken"
+    for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"):
+        if dropout := getattr(config.get_text_config(), name, None):
+            yield f"training: refused until {name}, now {dropout}, is 0"
 
 
 def _class_of(config: Any) -> Any:

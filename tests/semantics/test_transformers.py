@@ -4,6 +4,7 @@ On the CPU, in fp32, with 2 layers and random weights.
 """
 
 import inspect
+import re
 import warnings
 
 import pytest
@@ -18,12 +19,14 @@ from transformers import (
     masking_utils,
     modeling_flash_attention_utils,
 )
+from transformers.generation.continuous_batching import initialization as continuous_batching
 from transformers.models.qwen2_vl.modeling_qwen2_vl import (
     Qwen2VisionTransformerPretrainedModel as VisionTower,
 )
 from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLVisionConfig
 
-from flash_attn_sm120 import interface
+from flash_attn_sm120 import __main__ as command_line
+from flash_attn_sm120 import fa2, interface
 from flash_attn_sm120 import transformers as door
 from flash_attn_sm120.transformers import ATTENTION, FLASH, Mask, Rows
 from helpers.language_models import (
@@ -243,6 +246,26 @@ def test_a_vision_tower(name, monkeypatch):
     assert len(calls) == (2 if name == FLASH else 4)
 
 
+def test_packed_training_step():
+    """As trainers do it: Transformers' own collator, checkpointing, a loss; the lengths are given."""
+    eager, ours = make_pair("mistral", ATTENTION)
+    samples = [{"input_ids": tokens(1)[0, :n].tolist()} for n in LENGTHS]
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch = {
+        name: torch.as_tensor(x) if name.startswith("cu_") else x
+        for name, x in collate(samples).items()
+    }
+    ours.train().gradient_checkpointing_enable()
+    ours(**batch, use_cache=False).loss.backward()
+    count = sum(len(x["input_ids"]) - 1 for x in samples)
+    for sample in samples:
+        inputs = torch.tensor([sample["input_ids"]])
+        share = (inputs.shape[1] - 1) / count
+        (eager(inputs, labels=inputs).loss * share).backward()
+    for x, y in zip(eager.parameters(), ours.parameters(), strict=True):
+        assert_close(y.grad, x.grad, 2e-5)
+
+
 # ---- generate ------------------------------------------------------------------------------------
 
 STATIC = {"cache_implementation": "static", "disable_compile": True}
@@ -317,8 +340,8 @@ def test_caches_are_continued():
             assert_close(results[1], results[0])
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
-def test_continuous_batching(model_type):
+def assert_same_batch(model_type):
+    """generate_batch() against prompts that "eager" continues one by one."""
     eager, ours = make_pair(model_type, FLASH)
     prompts = [tokens(1)[0, :n].tolist() for n in (5, 17, 11)]
     greedy = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
@@ -329,6 +352,34 @@ def test_continuous_batching(model_type):
     for prompt, result in zip(prompts, results.values(), strict=True):
         expected = eager.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)
         assert prompt + result.generated_tokens == expected[0].tolist()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "mistral"])
+def test_continuous_batching(model_type):
+    assert_same_batch(model_type)
+
+
+def test_continuous_batching_decodes_from_pages(monkeypatch):
+    """By one call a layer, which appends: where there is CUDA, Transformers asks for it itself."""
+    config, calls = configuration("llama"), []
+    config._attn_implementation = FLASH
+    pages = ContinuousBatchingConfig(max_blocks_per_request=4)
+    with monkeypatch.context() as with_cuda:
+        with_cuda.setattr(torch.cuda, "is_available", lambda: True)
+        continuous_batching.ensure_decode_fast_path_is_available(config, pages, True)
+    assert pages.max_blocks_per_request == 4
+
+    def ask(_, pages, __):
+        pages.max_blocks_per_request = 4
+
+    def counted(*args, _function=fa2.flash_attn_with_kvcache, **kwargs):
+        calls.append(args[0].shape[0])
+        return _function(*args, **kwargs)
+
+    monkeypatch.setattr(continuous_batching, "ensure_decode_fast_path_is_available", ask)
+    monkeypatch.setattr(fa2, "flash_attn_with_kvcache", counted)
+    assert_same_batch("llama")
+    assert calls.count(3) >= 2 * 6  # layers and steps
 
 
 def test_continuous_batching_wants_the_other_name():
@@ -462,11 +513,16 @@ def call(attention_mask=None, queries=4, keys=4, **options):
     return door.attention(torch.nn.Module(), q, k, k, attention_mask, **options)
 
 
-@pytest.mark.parametrize("name", ["position_bias", "block_table", "block_indices", "sinks"])
+@pytest.mark.parametrize("name", ["position_bias", "block_indices", "sinks"])
 def test_arguments_that_would_be_dropped_are_refused(name):
     with pytest.raises(NotImplementedError, match=name):
         call(**{name: torch.zeros(1)})
     call(**{name: None})
+
+
+def test_a_table_of_a_window_is_refused():
+    with pytest.raises(NotImplementedError, match=r"block_table .* no window"):
+        call(block_table=torch.zeros(4, 1, dtype=torch.int32), sliding_window=2)
 
 
 def test_attention_weights_are_refused():
@@ -680,6 +736,39 @@ def test_models_with_kernels_of_their_own_keep_our_name():
     assert make_model(configuration("gpt_oss"), ATTENTION).config._attn_implementation == ATTENTION
     with pytest.raises(ImportError, match="kernels"):
         make_model(configuration("gpt_oss"), FLASH)
+
+
+# ---- what the doctor says of models --------------------------------------------------------------
+
+SAYS = {
+    "llama": r"head dims 128\n.*attention: taken\n  flash_sm120: taken$",
+    "bert": r"taken\n  training: refused until attention_probs_dropout_prob, now 0\.1, is 0",
+    "gpt_oss": r"window 128, sinks.*\n  sm120_attention: taken\n  flash_sm120: replaced by",
+    "gemma2": r"13 sliding_attention, 13 full_attention, window 4096, softcap 50",
+    "deepseek_v3": r"head dims 192 and 128",
+    "llama4": r"refused, chunks of 8192 tokens",
+    "t5": r"refused, position biases",
+    "bloom": r"none of the names has an effect",
+}
+
+
+@pytest.mark.parametrize("model_type", SAYS)
+def test_doctor_of_a_model(model_type, capsys):
+    assert command_line.main(["doctor", model_type]) == 0
+    said = capsys.readouterr().out
+    assert "Transformers: possible" in said
+    assert re.search(SAYS[model_type], said, re.M), said
+
+
+def test_doctor_of_a_folder(tmp_path, capsys):
+    configuration("mistral", head_dim=20, attention_dropout=0.1).save_pretrained(tmp_path)
+    assert command_line.main(["doctor", str(tmp_path)]) == 0
+    assert "refused, head dim 20" in capsys.readouterr().out
+    configuration("mistral", attention_dropout=0.1).save_pretrained(tmp_path)
+    assert command_line.main(["doctor", str(tmp_path)]) == 0
+    assert "refused until attention_dropout, now 0.1, is 0" in capsys.readouterr().out
+    assert command_line.main(["doctor", "no_such_model"]) == 1
+    assert capsys.readouterr().err.startswith("doctor: no_such_model: ")
 
 
 # ---- Transformers' own flash path ----------------------------------------------------------------
