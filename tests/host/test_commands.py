@@ -4,13 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata, util
 
 import pytest
 import torch
 
 from flash_attn_sm120 import flash_attn_func
 from flash_attn_sm120.__main__ import COMMANDS, main
-from flash_attn_sm120.commands import check, demo
+from flash_attn_sm120.commands import check, demo, doctor
 from helpers.children import run_command
 
 
@@ -65,6 +66,28 @@ def test_explain_says_what_is_wrong_with_a_call(capsys):
     said = capsys.readouterr()
     assert said.out == "" and said.err.count("\n") == 1
     assert said.err.startswith("explain: ") and "multiple of 8" in said.err
+
+
+def test_doctor_says_which_doors_there_are(capsys):
+    assert main(["doctor"]) == 0
+    said = capsys.readouterr().out
+    for door in doctor.DOORS:
+        if util.find_spec(door.module):
+            assert re.search(rf"^{re.escape(door.program)}: (not )?possible", said, re.M)
+
+
+def test_doctor_says_whether_a_door_is_open():
+    def refuse():
+        raise NotImplementedError("no such door")
+
+    door = doctor.Door("Torch", "torch", "flash_attn_sm120", "open()", lambda: True)
+    version = f"possible with torch {metadata.version('torch')}"
+    assert doctor.state(door) == f"{version}, open"
+    closed = door._replace(is_open=lambda: False)
+    assert doctor.state(closed) == f"{version}, closed; flash_attn_sm120.open() opens it"
+    assert doctor.state(door._replace(is_open=refuse)) == f"not {version}: no such door"
+    missing = door._replace(package="no-such-package")
+    assert doctor.state(missing) == "not possible, no-such-package is not installed"
 
 
 def test_help_says_what_each_command_is_for():
