@@ -21,7 +21,7 @@ import re
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -221,7 +221,8 @@ def admit(
     """Calls each contestant once. Those found right, and for each that cannot run, the reason.
 
     A contestant is right where `check(name, result)` raises nothing; WrongResult ends the run, as
-    its time would mean nothing. `outputs` are tensors like those of a result.
+    its time would mean nothing, unless it is among what the contestant cannot. `outputs` are
+    tensors like those of a result.
     """
     entrants, absent = [], {}
     for contestant in contestants:
@@ -233,8 +234,13 @@ def admit(
         if reason:
             absent[contestant.name] = reason
         else:
-            check(contestant.name, result)
-            entrants.append(contestant)
+            try:
+                check(contestant.name, result)
+                entrants.append(contestant)
+            except WrongResult as error:
+                if WrongResult not in contestant.cannot:
+                    raise
+                absent[contestant.name] = f"wrong: {error}"
         del result  # the next one may need its memory
     return entrants, absent
 
@@ -340,21 +346,26 @@ def flush_buffer(device: str) -> torch.Tensor:
 
 
 def time_interleaved(
-    contestants: Sequence[Timed], device: str, rounds: int | None = None, graph: bool = False
+    contestants: Sequence[Timed],
+    device: str,
+    rounds: int | None = None,
+    graph: bool = False,
+    graph_calls: int = 0,
 ) -> tuple[dict[str, Timing], dict[str, str]]:
     """Times the contestants round-robin; and why some are absent: beside the others they ran out
     of memory. `rounds` None: as many as fit about TIMED_S.
 
     With `graph`, a timed call is the replay of a CUDA graph of several calls, so host time does
-    not count at all; L2 is then cold for the first of them only.
+    not count at all; L2 is then cold for the first of them only. `graph_calls` says how many; 0: as
+    many as are worth GRAPH_MS.
     """
     flush = flush_buffer(device)
     contestants, absent = prepared(contestants, once_more)
-    graph_calls = 0
     if contestants:
         round_ms = _measure.soak(contestants, device, SOAK_S)
     if contestants and graph:
-        graph_calls = clamp(GRAPH_MS * len(contestants) / round_ms, 1, GRAPH_CALLS)
+        worth = clamp(GRAPH_MS * len(contestants) / round_ms, 1, GRAPH_CALLS)
+        graph_calls = graph_calls or worth
         capture = functools.partial(_measure.captured, calls=graph_calls)
         contestants, exhausted = prepared(contestants, capture)
         absent |= exhausted
@@ -364,7 +375,7 @@ def time_interleaved(
     if rounds is None:
         rounds = clamp(TIMED_S * 1e3 / round_ms, *ROUNDS)
     samples = _measure.round_robin(contestants, device, rounds, flush)
-    timings = (Timing.of(own, graph_calls) for own in samples)
+    timings = (Timing.of(own, graph_calls if graph else 0) for own in samples)
     return {c.name: t for c, t in zip(contestants, timings, strict=True)}, absent
 
 
@@ -441,21 +452,26 @@ def measure_cells(
         The records of each cell by contestant.
     """
     measured = []
-    # disable=None: no bar where the output is a log
+    for cell in progress(cells):
+        needed = copies * cell.bytes() + FLUSH_BYTES[device]
+        found = within_memory(
+            lambda cell=cell: measure(cell.problem(device)), names, needed, device
+        )
+        measured.append(
+            {
+                name: records.add(**cell.fields, contestant=name, **fields)
+                for name, fields in found.items()
+            }
+        )
+    return measured
+
+
+def progress(cells: Iterable[T]) -> Iterator[T]:
+    """The cells, with a bar that names them, unless the output is a log."""
     with tqdm(list(cells), unit="cell", disable=None) as bar:
         for cell in bar:
             bar.set_postfix_str(str(cell))
-            needed = copies * cell.bytes() + FLUSH_BYTES[device]
-            found = within_memory(
-                lambda cell=cell: measure(cell.problem(device)), names, needed, device
-            )
-            measured.append(
-                {
-                    name: records.add(**cell.fields, contestant=name, **fields)
-                    for name, fields in found.items()
-                }
-            )
-    return measured
+            yield cell
 
 
 def within_memory(

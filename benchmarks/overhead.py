@@ -25,6 +25,7 @@ from pathlib import Path
 import harness
 import torch
 import torch.nn.functional as F
+import varlen
 from backward import by_autograd, by_operator
 from harness import FLASH, OURS, Contestant, Problem, by_backend
 
@@ -69,16 +70,27 @@ def forwards(device: str) -> list[Contestant]:
     """Calls on one tiny problem. torch.empty_like is the yardstick: the least that an op costs."""
     q = torch.randn(SHAPE[device], dtype=torch.bfloat16, device=device)
     qt = q.transpose(1, 2)
-    ours = flash_attn_sm120.flash_attn_func
+    ours, packed = flash_attn_sm120.flash_attn_func, flash_attn_sm120.flash_attn_varlen_func
+    rows = q.flatten(0, 1)
+    ends = torch.arange(0, len(rows) + 1, q.shape[1], dtype=torch.int32, device=device)
+    bounds = {"max_seqlen_q": q.shape[1], "max_seqlen_k": q.shape[1]}
     calls = [
         Contestant("torch.empty_like", lambda: torch.empty_like(q)),
         Contestant(OURS, lambda: ours(q, q, q)),
         Contestant("ours, return_lse", lambda: ours(q, q, q, return_lse=True)),
+        Contestant(
+            "ours, packed",
+            lambda: packed(rows, rows, rows, cu_seqlens_q=ends, cu_seqlens_k=ends, **bounds),
+        ),
         Contestant(FLASH, lambda: F.scaled_dot_product_attention(qt, qt, qt), **by_backend(FLASH)),
     ]
     if device == "cuda":
         op = torch.ops.aten._scaled_dot_product_flash_attention
         calls.append(Contestant("aten flash op", lambda: op(qt, qt, qt)))
+        problem = varlen.Packed(rows, rows, rows, False, [q.shape[1]] * len(q), ends)
+        calls.append(
+            Contestant("varlen_attn", lambda: varlen.varlen_attn(problem, rows, rows, rows))
+        )
     return calls
 
 

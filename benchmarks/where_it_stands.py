@@ -147,6 +147,7 @@ def grid_columns(measured: list[Cell], peers: tuple[str, ...], name: str) -> tup
 
 
 def decoding_row(file: str, measured: list[Cell]) -> tuple[str, ...]:
+    measured = [cell for cell in measured if ratio(cell, (FLASH, CUDNN))]
     ratios = [ratio(cell, (FLASH, CUDNN)) for cell in measured]
     places = [
         f"{r['preset']}, {r['seqlen_k']} keys, batch {r['batch']}"
@@ -154,10 +155,11 @@ def decoding_row(file: str, measured: list[Cell]) -> tuple[str, ...]:
     ]
     ranked = sorted(zip(ratios, places, strict=True))
     least, most = (f"{value:.2f} ({where})" for value, where in (ranked[0], ranked[-1]))
-    gain = max(cell["unsplit"]["ms"] / cell[OURS]["ms"] for cell in measured)
+    gains = [cell["unsplit"]["ms"] / cell[OURS]["ms"] for cell in measured if "unsplit" in cell]
+    gain = f"up to {max(gains):.1f}" if gains else ""
     rate = max(cell[OURS]["gb_per_s"] for cell in measured)
     numbers = (str(len(measured)), mean(ratios), least, most)
-    return (f"`{file}`", *numbers, f"up to {gain:.1f}", f"up to {rate:.0f}")
+    return (f"`{file}`", *numbers, gain, f"up to {rate:.0f}")
 
 
 def host_rows(records: list[Record]) -> list[tuple[str, ...]]:

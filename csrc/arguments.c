@@ -39,35 +39,71 @@ static struct fa_divisor divisor_of(int number)
     return (struct fa_divisor){number, (unsigned)multiplier, shift};
 }
 
-/* A tensor [batch, seqlen, heads, head_dim], or packed [total, heads, head_dim], in boxes of `rows`
- * of the sequence and as many dims as tile_layout in kernels/layout.cuh puts in a row of a segment.
- * 0 or -1. */
-static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,
-                             struct fa_tensor_map *map)
+/* A tensor as the TMA sees it: sizes and, in bytes, strides, from the innermost on. */
+struct map_shape {
+    char *data;
+    uint64_t sizes[4], strides[4];
+};
+
+/* In boxes of `rows` of its second dimension and as many dims of a head as tile_layout in
+ * kernels/layout.cuh puts in a row of a segment. 0 or -1. */
+static int encode_boxes(struct fa_driver *driver, const struct map_shape *shape,
+                        enum fa_dtype dtype, int rows, struct fa_tensor_map *map)
 {
-    const int chunk = fa_chunk_elements(tensor->dtype); /* in elements */
-    const int last = tensor->ndim - 1;
-    const int padded = fa_padded_dim((int)tensor->shape[last], fa_mma_k(tensor->dtype));
+    const int chunk = fa_chunk_elements(dtype); /* in elements */
+    const int padded = fa_padded_dim((int)shape->sizes[0], fa_mma_k(dtype));
     const int cols = fa_segment_chunks(padded / chunk);
     const int swizzle = cols == 8   ? CU_TENSOR_MAP_SWIZZLE_128B
                         : cols == 4 ? CU_TENSOR_MAP_SWIZZLE_64B
                                     : CU_TENSOR_MAP_SWIZZLE_32B;
-    const int order[] = {last, last - 2, last - 1, last - 3}; /* head_dim, seqlen, heads, batch */
-    uint64_t sizes[4], strides[4];
-    for (int i = 0; i < 4; i++) {
-        sizes[i] = order[i] < 0 ? 1 : (uint64_t)tensor->shape[order[i]];
-        strides[i] = (uint64_t)fa_element_bytes(tensor->dtype) *
-                     (sizes[i] > 1 ? (uint64_t)tensor->stride[order[i]] : sizes[0]);
-    }
     const uint32_t box[] = {(uint32_t)(cols * chunk), (uint32_t)rows, 1, 1};
     static const uint32_t ones[] = {1, 1, 1, 1};
-    return FA_DRIVER_CALL(driver, cuTensorMapEncodeTiled,
-                          (map,
-                           tensor->dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
-                                                        : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-                           4, tensor->data, sizes, strides + 1, box, ones,
-                           CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_128B,
-                           CU_TENSOR_MAP_OOB_FILL_ZEROS));
+    return FA_DRIVER_CALL(
+        driver, cuTensorMapEncodeTiled,
+        (map,
+         dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+         4, shape->data, shape->sizes, shape->strides + 1, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
+         swizzle, CU_TENSOR_MAP_L2_PROMOTION_128B, CU_TENSOR_MAP_OOB_FILL_ZEROS));
+}
+
+/* The dimensions of a tensor [batch, seqlen, heads, head_dim], or packed [total, heads, head_dim],
+ * where `batch` has the size 1. */
+static struct map_shape map_shape_of(const struct fa_tensor *tensor)
+{
+    const int last = tensor->ndim - 1;
+    const int order[] = {last, last - 2, last - 1, last - 3}; /* head_dim, seqlen, heads, batch */
+    struct map_shape shape = {.data = tensor->data};
+    for (int i = 0; i < 4; i++) {
+        shape.sizes[i] = order[i] < 0 ? 1 : (uint64_t)tensor->shape[order[i]];
+        shape.strides[i] =
+            (uint64_t)fa_element_bytes(tensor->dtype) *
+            (shape.sizes[i] > 1 ? (uint64_t)tensor->stride[order[i]] : shape.sizes[0]);
+    }
+    return shape;
+}
+
+/* A tensor in boxes of `rows` of the sequence. 0 or -1. */
+static int encode_tensor_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,
+                             struct fa_tensor_map *map)
+{
+    const struct map_shape shape = map_shape_of(tensor);
+    return encode_boxes(driver, &shape, tensor->dtype, rows, map);
+}
+
+/* The same of Q or dO. A packed one, whose sequences begin and end at any row, becomes [ends,
+ * heads, rows, head_dim]: entry e has the `rows` rows before row e. So a box that begins at row
+ * `rows` - n of it has n rows of a sequence and then, outside of the tensor, zeros. */
+static int encode_queries_map(struct fa_driver *driver, const struct fa_tensor *tensor, int rows,
+                              struct fa_tensor_map *map)
+{
+    struct map_shape shape = map_shape_of(tensor);
+    if (tensor->ndim == 3) {
+        shape.sizes[3] = shape.sizes[1] + 1;
+        shape.strides[3] = shape.strides[1];
+        shape.sizes[1] = (uint64_t)rows;
+        shape.data -= shape.sizes[1] * shape.strides[1];
+    }
+    return encode_boxes(driver, &shape, tensor->dtype, rows, map);
 }
 
 /* A tensor's memory; NULL where there is none. */
@@ -83,6 +119,7 @@ static struct fa_lengths lengths_of(const struct fa_problem *problem)
         .cu_seqlens_k = data_of(&problem->cu_seqlens_k),
         .seqused_q = data_of(&problem->seqused_q),
         .seqused_k = data_of(&problem->seqused_k),
+        .leftpad_k = data_of(&problem->leftpad_k),
         .total_q = problem->shape.total_q,
         .total_k = problem->shape.total_k,
     };
@@ -172,9 +209,82 @@ static struct fa_fill_params fill_params(const struct fa_problem *problem)
         .seqlen_q = shape->seqlen_q,
         .heads_q = shape->heads_q,
         .head_dim_v = shape->head_dim_v,
-        .rows = fa_shape_rows_q(shape),
         .lengths = lengths_of(problem),
     };
+}
+
+/* Of a row of q. */
+static struct fa_strides contiguous_strides(const struct fa_shape *shape)
+{
+    const fa_int64 row = (fa_int64)shape->heads_q * shape->head_dim;
+    return (struct fa_strides){shape->is_packed_q ? 0 : shape->seqlen_q * row, row,
+                               shape->head_dim};
+}
+
+static struct fa_append_params append_params(const struct fa_problem *problem,
+                                             const struct fa_plan *plan, float *workspace)
+{
+    const struct fa_shape *shape = &problem->shape;
+    const struct fa_append *append = &problem->append;
+    const int chunk = fa_chunk_elements(shape->dtype);
+    const bool is_rotated = append->cos.object != NULL;
+    return (struct fa_append_params){
+        .k = append->k.data,
+        .v = append->v.data,
+        .k_cache = problem->k.data,
+        .v_cache = problem->v.data,
+        .q = problem->q.data,
+        .rotated_q = is_rotated ? workspace + plan->workspace.rotated_q : NULL,
+        .cos = data_of(&append->cos),
+        .sin = data_of(&append->sin),
+        .cache_seqlens = data_of(&problem->seqused_k),
+        .seqused_k = (int *)(workspace + plan->workspace.seqused_k),
+        .k_stride = fa_tensor_strides(&append->k),
+        .v_stride = fa_tensor_strides(&append->v),
+        .k_cache_stride = fa_tensor_strides(&problem->k),
+        .v_cache_stride = fa_tensor_strides(&problem->v),
+        .q_stride = fa_tensor_strides(&problem->q),
+        .rotated_q_stride = contiguous_strides(shape),
+        .cos_stride = is_rotated ? append->cos.stride[0] : 0,
+        .sin_stride = is_rotated ? append->sin.stride[0] : 0,
+        .batch = shape->batch,
+        .seqlen_q = shape->seqlen_q,
+        .seqlen_k = shape->seqlen_k,
+        .heads_q = shape->heads_q,
+        .heads_kv = shape->heads_kv,
+        .cache_seqlen = append->cache_seqlen,
+        .new_rows = (int)append->k.shape[1],
+        .positions = is_rotated ? (int)append->cos.shape[0] : 0,
+        .rotary_dim = fa_rotary_dim(append),
+        .interleaved = problem->options.rotary_interleaved,
+        .q_advances = fa_queries_advance(shape),
+        .new_blocks = divisor_of(fa_append_blocks(append)),
+        .q_blocks = divisor_of(shape->seqlen_q),
+        .chunks = divisor_of(shape->head_dim / chunk),
+        .chunks_v = divisor_of(shape->head_dim_v / chunk),
+        .lengths = lengths_of(problem),
+        .pages = pages_of(problem),
+    };
+}
+
+/* The forward reads what the append makes. */
+static void read_appended(const struct fa_append_params *append, struct fa_forward_params *forward)
+{
+    forward->lengths.seqused_k = append->seqused_k;
+    if (!append->rotated_q)
+        return;
+    forward->q = append->rotated_q;
+    forward->q_stride = append->rotated_q_stride;
+}
+
+/* K or V without the rows of a cache that no sequence has: boxes have zeros in their place. */
+static struct fa_tensor used_rows(const struct fa_problem *problem, const struct fa_tensor *tensor)
+{
+    const struct fa_shape *shape = &problem->shape;
+    struct fa_tensor used = *tensor;
+    if (!shape->is_packed_k && !shape->page_size)
+        used.shape[1] = shape->seqlen_k;
+    return used;
 }
 
 static int make_forward(struct fa_driver *driver, const struct fa_problem *problem,
@@ -188,11 +298,17 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
         arguments->combine = combine_params(problem, plan, workspace);
     if (problem->shape.is_varlen)
         arguments->fill = fill_params(problem);
+    if (problem->append.k.object) {
+        arguments->append = append_params(problem, plan, workspace);
+        read_appended(&arguments->append, &arguments->main.forward);
+    }
     if (plan->steps[plan->main].variant.kernel != FA_KERNEL_FORWARD_TMA)
         return 0;
-    if (encode_tensor_map(driver, &problem->k, box_rows, &arguments->main.k_map) < 0)
+    const struct fa_tensor k = used_rows(problem, &problem->k);
+    const struct fa_tensor v = used_rows(problem, &problem->v);
+    if (encode_tensor_map(driver, &k, box_rows, &arguments->main.k_map) < 0)
         return -1;
-    return encode_tensor_map(driver, &problem->v, box_rows, &arguments->main.v_map);
+    return encode_tensor_map(driver, &v, box_rows, &arguments->main.v_map);
 }
 
 /* ---- backward -------------------------------------------------------------------------------- */
@@ -253,6 +369,11 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .dq_stride = fa_tensor_strides(&gradients->dq),
         .zero_share = CEIL_DIV(zero_chunks, MAX(plan->steps[0].blocks, 1)),
         .lengths = lengths_of(problem),
+        .list = at->list ? (struct fa_listed_tile *)(workspace + at->list) : NULL,
+        .group_heads = plan->group_heads,
+        .query_tiles = plan->query_tiles,
+        .head_dim = shape->head_dim,
+        .tile_n = plan->tile_n,
     };
 }
 
@@ -295,9 +416,9 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     arguments->dv = postprocess_params(workspace + at->dv_accum, 1, keys, 1, &gradients->dv);
     if (!variant->tma)
         return 0;
-    if (encode_tensor_map(driver, &problem->q, plan->tile_m, &arguments->main.q_map) < 0)
+    if (encode_queries_map(driver, &problem->q, plan->tile_m, &arguments->main.q_map) < 0)
         return -1;
-    return encode_tensor_map(driver, &gradients->dout, plan->tile_m, &arguments->main.dout_map);
+    return encode_queries_map(driver, &gradients->dout, plan->tile_m, &arguments->main.dout_map);
 }
 
 /* ---- the interface --------------------------------------------------------------------------- */
@@ -314,6 +435,7 @@ int fa_arguments_make(struct fa_driver *driver, const struct fa_problem *problem
 void *fa_arguments_of(union fa_arguments *arguments, enum fa_job job)
 {
     switch (job) {
+    case FA_JOB_APPEND: return &arguments->forward.append;
     case FA_JOB_FORWARD: return &arguments->forward.main;
     case FA_JOB_COMBINE: return &arguments->forward.combine;
     case FA_JOB_FILL: return &arguments->forward.fill;

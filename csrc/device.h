@@ -6,7 +6,7 @@
 
 struct fa_device {
     int arch;           /* compute capability, major * 10 + minor; FA_SM120_PLAN_AS changes it */
-    bool has_tma;       /* which it cannot change */
+    bool has_tma;       /* which it cannot change; programmatic dependent launch came with it */
     int sms;            /* multiprocessors */
     int smem_per_block; /* bytes of shared memory that one block may ask for */
     int smem_per_sm;    /* bytes that the blocks of one multiprocessor share */

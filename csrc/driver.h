@@ -34,6 +34,8 @@ enum {
 
     CU_STREAM_CAPTURE_STATUS_NONE = 0,
 
+    CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION = 6,
+
     CU_TENSOR_MAP_DATA_TYPE_FLOAT16 = 6,
     CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 = 9,
     CU_TENSOR_MAP_INTERLEAVE_NONE = 0,
@@ -44,12 +46,23 @@ enum {
     CU_TENSOR_MAP_OOB_FILL_ZEROS = 0, /* ..._FLOAT_OOB_FILL_NONE in cuda.h */
 };
 
+/* Of a launch; the value is a union of 64 bytes. */
+typedef struct {
+    FA_ALIGNED(8) int id;
+    FA_ALIGNED(8) union {
+        char bytes[64];
+        int programmatic_stream_serialization;
+    } value;
+} CUlaunchAttribute;
+
+FA_STATIC_ASSERT(sizeof(CUlaunchAttribute) == 72, "cuda.h: an id, padded to 8 bytes, and 64");
+
 typedef struct {
     unsigned grid_x, grid_y, grid_z;
     unsigned block_x, block_y, block_z;
     unsigned shared_bytes;
     CUstream stream;
-    void *attributes;
+    CUlaunchAttribute *attributes;
     unsigned attribute_count;
 } CUlaunchConfig;
 

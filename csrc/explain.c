@@ -58,7 +58,7 @@ static int set_numbers(PyObject *dict, enum fa_direction direction, const struct
         {"tile_n", plan->tile_n, true},
         {"warps", variant->warps, true},
         {"stages", variant->stages, true},
-        {"group_heads", plan->group_heads, is_forward},
+        {"group_heads", plan->group_heads, true},
         {"num_splits", plan->splits, is_forward},
         {"q_splits", plan->splits, !is_forward},
         {"smem_bytes", plan->smem_bytes, true},
@@ -111,9 +111,10 @@ PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem,
         return explain_cpu();
     if (direction == FA_BACKWARD && fa_shape_is_empty(&problem->shape))
         return explain_nothing();
-    const struct fa_plan_input input = fa_planning_input(problem, direction, NULL);
+    struct fa_plan_input input = fa_planning_input(problem, direction, NULL);
     struct fa_plan plan;
-    if (fa_planning_make(state, &input, problem->q.device_id, arch, &plan) < 0 ||
+    if (fa_planning_set_may_split(state, problem, problem->q.device_id, arch, &input) < 0 ||
+        fa_planning_make(state, &input, problem->q.device_id, arch, &plan) < 0 ||
         fa_planning_fit(problem, &input, &plan) < 0)
         return NULL;
     return explain_plan(direction, &plan);

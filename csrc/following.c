@@ -11,20 +11,14 @@ int fa_following_set(struct fa_following *following, PyObject *plain_types, PyOb
     }
     PyObject *level = PyUnicode_InternFromString("_current_level");
     PyObject *is_neg = PyUnicode_InternFromString("is_neg");
-    PyObject *is_meta = PyUnicode_InternFromString("is_meta");
-    if (!level || !is_neg || !is_meta) {
+    if (!level || !is_neg) {
         Py_XDECREF(level);
         Py_XDECREF(is_neg);
-        Py_XDECREF(is_meta);
         return -1;
     }
     fa_following_clear(following);
-    *following = (struct fa_following){Py_NewRef(plain_types),
-                                       Py_NewRef(questions),
-                                       Py_NewRef(forward_ad),
-                                       level,
-                                       is_neg,
-                                       is_meta};
+    *following = (struct fa_following){Py_NewRef(plain_types), Py_NewRef(questions),
+                                       Py_NewRef(forward_ad), level, is_neg};
     return 0;
 }
 
@@ -82,8 +76,7 @@ int fa_following_is_plain_call(const struct fa_following *following, PyObject *c
         if (negative)
             return negative < 0 ? -1 : 0;
     }
-    const int meta = truth_of(PyObject_GetAttr(tensors[0], following->is_meta));
-    return meta < 0 ? -1 : !meta;
+    return 1;
 }
 
 int fa_following_traverse(struct fa_following *following, visitproc visit, void *arg)
@@ -101,5 +94,4 @@ void fa_following_clear(struct fa_following *following)
     Py_CLEAR(following->forward_ad);
     Py_CLEAR(following->level);
     Py_CLEAR(following->is_neg);
-    Py_CLEAR(following->is_meta);
 }

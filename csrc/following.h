@@ -14,16 +14,14 @@ struct fa_following {
     PyObject *forward_ad;  /* the namespace of torch.autograd.forward_ad, which has the level */
     PyObject *level;       /* "_current_level" */
     PyObject *is_neg;      /* "is_neg" */
-    PyObject *is_meta;     /* "is_meta" */
 };
 
 /* Takes what follow() was given. 0, or -1 with TypeError set. */
 int fa_following_set(struct fa_following *following, PyObject *plain_types, PyObject *questions,
                      PyObject *forward_ad);
 
-/* 1 where every tensor is plain (NULL counts as that), the first has memory, and torch has nothing
- * switched on by which it follows calls; 0 where Python has to look closer; -1 with the exception
- * set. */
+/* 1 where every tensor is plain (NULL counts as that) and torch has nothing switched on by which it
+ * follows calls; 0 where Python has to look closer; -1 with the exception set. */
 int fa_following_is_plain_call(const struct fa_following *following, PyObject *const *tensors,
                                int count);
 

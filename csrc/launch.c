@@ -27,6 +27,8 @@ static int find_plan(struct call *call)
         .tiles_version = state->tiles.version,
     };
     struct fa_plan *plan = &call->planned.plan;
+    if (fa_planning_set_may_split(state, call->problem, call->ordinal, 0, &call->key.input) < 0)
+        return -1;
     call->is_kept = fa_plan_cache_find(&state->plans, &call->key, &call->planned);
     if (call->is_kept)
         return fa_planning_fit(call->problem, &call->key.input, plan);
@@ -69,10 +71,15 @@ static int load_kernels(struct call *call)
     return 0;
 }
 
+/* Captured graphs have programmatic dependencies since CUDA 12.3. */
+#define OVERLAP_VERSION 12030
+
 /* Launches a kernel whose single argument is *params, without waiting for it. 0 or -1. */
 static int enqueue(struct fa_driver *driver, CUkernel kernel, const struct fa_step *step,
                    CUstream stream, void *params)
 {
+    CUlaunchAttribute overlap = {CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+                                 .value.programmatic_stream_serialization = 1};
     const CUlaunchConfig config = {
         .grid_x = (unsigned)step->blocks,
         .grid_y = 1,
@@ -82,6 +89,8 @@ static int enqueue(struct fa_driver *driver, CUkernel kernel, const struct fa_st
         .block_z = 1,
         .shared_bytes = (unsigned)step->smem_request,
         .stream = stream,
+        .attributes = &overlap,
+        .attribute_count = step->overlaps_previous && driver->version >= OVERLAP_VERSION,
     };
     void *arguments[] = {params};
     CUresult result;

@@ -32,10 +32,13 @@ struct fa_plan_input {
     int softcap;               /* whether scores are capped */
     int sink;                  /* whether there is one */
     int num_splits;            /* 0: as the plan chooses; else at most as many parts of the keys */
+    int may_split;             /* varlen and num_splits 0: fa_plan_may_split; else 0 */
     int pack_gqa;              /* enum fa_pack_gqa */
     int deterministic;
     int varlen;      /* lengths are on the device, and differ from sequence to sequence */
     int paged;       /* K and V lie in pages */
+    int leftpad;     /* the first key of a sequence is not row 0 of its pages */
+    int append;      /* new rows of K and V are appended to them first */
     int small_pages; /* of rows that are no multiple of FA_MIN_BOX_ROWS */
     int tma_strides; /* tensor maps can describe K and V; in the backward Q and dO */
 };
@@ -45,12 +48,16 @@ struct fa_plan_input {
 struct fa_extent {
     int batch;
     int seqlen_q, seqlen_k; /* where varlen: bounds */
-    bool is_packed_q;
+    bool is_packed_q, is_packed_k;
     int64_t rows_q; /* of q for each head */
+    int64_t rows_k; /* of k where it is packed */
+    /* Where rows are appended: blocks that append a row, and that rotate one of q. */
+    int64_t new_blocks, q_blocks;
 };
 
 /* What a launch computes. It tells which struct of kernels/params.h the kernel takes. */
 enum fa_job {
+    FA_JOB_APPEND,
     FA_JOB_FORWARD,
     FA_JOB_COMBINE,
     FA_JOB_FILL,
@@ -69,6 +76,9 @@ struct fa_step {
     int blocks; /* the grid; 0: nothing to launch */
     int threads;
     int smem_request; /* more than smem_bytes where FA_SM120_LIMITS pads it */
+    /* It may start before the step before it has ended, for whose end it waits itself: programmatic
+     * dependent launch. That step waits for all before it. */
+    bool overlaps_previous;
 };
 
 #define FA_MAX_REASONS 12
@@ -80,8 +90,10 @@ struct fa_reason {
 /* Where things start in the workspace, in units of four bytes. */
 struct fa_workspace {
     int64_t out_parts, lse_parts; /* of a split forward */
+    int64_t rotated_q, seqused_k; /* of one that appends: what attention reads */
     int64_t dq_accum, dk_accum, dv_accum;
     int64_t dq_semaphores, dkv_semaphores, block_counter;
+    int64_t list;  /* of tiles, see kernels/tile_list.cuh; 0 where there is none */
     int64_t zeros; /* from here on it has to be zero before the backward's main kernel runs */
     int64_t size;
 };
@@ -94,12 +106,15 @@ struct fa_plan {
     int tile_m, tile_n;     /* queries and keys of a tile of the main kernel */
     int m_blocks, n_blocks; /* tiles of query rows per head (a KV head where packed), and of keys */
     int query_tiles;        /* backward: of a head, over the whole batch */
-    int group_heads;        /* forward: (batch, head) pairs that run together, sharing the L2 */
+    int group_heads;        /* (batch, head) pairs that run together, sharing the L2; backward: */
+                            /* (batch, KV head) */
+    int group_limit;        /* backward: no more of them, whatever the batch */
     int splits;         /* forward: parts of the keys of a block of queries, a thread block each; */
                         /* backward: thread blocks that share a tile of keys */
     int combine_slices; /* of the parts of a row, each summed up by threads of its own */
     int smem_bytes;     /* that a block of the main kernel uses */
     int blocks_per_sm;  /* of the main kernel; in the forward registers may allow fewer */
+    int sms;            /* forward: multiprocessors of the device */
     struct fa_workspace workspace;
     struct fa_reason reasons[FA_MAX_REASONS];
     int reason_count;
@@ -122,6 +137,12 @@ struct fa_plan_target {
  * filled. */
 int fa_plan_make(const struct fa_plan_input *input, const struct fa_plan_target *target,
                  struct fa_plan *plan, struct fa_plan_error *error);
+
+/* Whether a forward of sequences of any lengths, in a batch of this extent, gains from parts of the
+ * keys. A plan has kernels for parts or for whole sequences, whatever the extent: this bit of it
+ * the plan knows. How many parts, fa_plan_fit says. */
+bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent *extent,
+                       const struct fa_device *device);
 
 /* Sizes grids and workspace of a plan that fa_plan_make made for `input`, which is of such an
  * extent when rounded. 0, or -1 with `error` filled. */
@@ -155,6 +176,12 @@ struct fa_step *fa_plan_add(struct fa_plan *plan, struct fa_step step);
 /* The main kernel's constants that follow from what is computed, the same in both directions; those
  * of the tile are left 0. */
 struct fa_variant fa_plan_variant(const struct fa_plan_input *input);
+
+/* The places of a list of the tiles of packed sequences, see kernels/tile_list.cuh, each of `tile`
+ * of the `rows` in all: one for each sequence more than the rows fill. 0: none is made, as grids
+ * from the bound, `blocks` for each sequence, are as small, or as finding the order takes the
+ * square of the sequences. */
+int fa_plan_list_places(int sequences, int64_t rows, int tile, int64_t blocks);
 
 /* Fills `error`; -1. */
 int fa_plan_refuse(struct fa_plan_error *error, bool unsupported, const char *message);

@@ -11,8 +11,9 @@
 static const struct fa_backward_tile *choose_tile(const struct fa_plan_input *input)
 {
     const int head_dim = MAX(input->head_dim, input->head_dim_v);
+    const int varlen_k = input->varlen ? input->seqlen_k : INT32_MAX;
     const struct fa_backward_tile *tile = FA_BACKWARD_TILES;
-    while (tile->head_dim < head_dim)
+    while (tile->head_dim < head_dim || (tile->varlen_k != FA_ANY && tile->varlen_k < varlen_k))
         tile++; /* the last one serves all */
     return tile;
 }
@@ -69,7 +70,7 @@ static struct fa_variant variant_of(const struct fa_plan_input *input,
     variant.stages = tile->stages;
     variant.tma = device->has_tma && input->tma_strides;
     variant.deterministic = input->deterministic;
-    variant.dq_direct = n_blocks_of(input, tile) == 1 && input->all_see_keys;
+    variant.dq_direct = n_blocks_of(input, tile) == 1 && (input->all_see_keys || input->varlen);
     variant.dq_buffers = variant.dq_direct ? 1 : dq_buffers_of(input);
     return variant;
 }
@@ -83,21 +84,25 @@ static int backward_smem(const struct fa_plan_input *input, const struct fa_vari
 }
 
 static void explain_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
-                         const struct fa_variant *variant, struct fa_plan *plan)
+                         const struct fa_backward_tile *tile, const struct fa_variant *variant,
+                         struct fa_plan *plan)
 {
     fa_plan_because(plan, "kernel",
                     variant->tma ? "backward: mma.sync, Q and dO brought by the TMA"
                                  : "backward: mma.sync, Q and dO brought by cp.async");
     if (!target->device.has_tma)
         fa_plan_because(plan, "not the TMA", "the TMA came with compute capability 9.0");
-    else if (input->varlen)
-        fa_plan_because(plan, "not the TMA",
-                        "the TMA's boxes end at the tensor, not at the sequence");
     else if (!variant->tma)
         fa_plan_because(plan, "not the TMA",
-                        "it needs Q and dO at strides that are multiples of 16 bytes, from a row "
-                        "up to 2^40: neither expanded nor flipped");
-    fa_plan_because(plan, "tile", "row of csrc/tiles.c for the larger head dim");
+                        input->varlen
+                            ? "of sequences of any lengths it needs packed Q and dO, at strides "
+                              "that are multiples of 16 bytes, from a row up to 2^20"
+                            : "it needs Q and dO at strides that are multiples of 16 bytes, from a "
+                              "row up to 2^40: neither expanded nor flipped");
+    fa_plan_because(plan, "tile",
+                    tile->varlen_k == FA_ANY
+                        ? "row of csrc/tiles.c for the larger head dim"
+                        : "row of csrc/tiles.c for the larger head dim, and for few keys");
     if (input->softcap)
         fa_plan_because(plan, "sub_m", "16 queries at a time: the tanh of a cap takes registers");
     if (variant->dq_direct)
@@ -122,7 +127,7 @@ static void set_main(const struct fa_plan_input *input, const struct fa_plan_tar
     plan->tile_m = tile->tile_m;
     plan->tile_n = tile_n_of(tile);
     plan->smem_bytes = backward_smem(input, &variant, plan->tile_n);
-    explain_main(input, target, &variant, plan);
+    explain_main(input, target, tile, &variant, plan);
     int by_smem;
     const int smem_request = fa_device_smem_request(&target->device, target->limits_arch,
                                                     plan->smem_bytes, threads, &by_smem);
@@ -227,6 +232,43 @@ static void set_splits(const struct fa_plan_input *input, const struct fa_device
                         : "1: a tile of keys is one block's, by the rule of csrc/plan_backward.c");
 }
 
+/* ---- the order of the blocks ----------------------------------------------------------------- */
+
+/* Of a group of (batch, KV head) pairs, whose blocks run together, either the L2 holds all that
+ * they add to and read again (dQ, Q and dO: half of it is theirs), or it is so small that blocks
+ * of at least so many keys of a pair run at a time: these go through its queries side by side, so
+ * that one of them misses the L2 and the others do not. Idea 28 of the backward in
+ * benchmarks/NOTES.md. Smaller groups would share more, but leave multiprocessors idle at the end,
+ * and ordered accumulation would wait longer. */
+#define SHARING_KEYS 512
+
+static int group_limit(const struct fa_plan_input *input, const struct fa_device *device,
+                       const struct fa_plan *plan)
+{
+    const struct fa_variant *main = &plan->steps[plan->main].variant;
+    const int64_t query_bytes =
+        4 * (int64_t)main->dq_buffers * input->head_dim + 2 * (input->head_dim + input->head_dim_v);
+    const int64_t pair_bytes = query_bytes * input->seqlen_q * fa_plan_heads_per_kv(input);
+    const int64_t fit = device->l2_bytes / 2 / MAX(1, pair_bytes);
+    const int64_t slots = (int64_t)MAX(1, device->sms) * plan->blocks_per_sm;
+    return (int)MIN(INT32_MAX, MAX(1, MAX(fit, slots * plan->tile_n / SHARING_KEYS)));
+}
+
+static void set_group_limit(const struct fa_plan_input *input, const struct fa_device *device,
+                            struct fa_plan *plan)
+{
+    plan->group_limit = group_limit(input, device, plan);
+    fa_plan_because(plan, "group_heads",
+                    "as many (batch, KV head) pairs at a time as the L2 holds, or as leave blocks "
+                    "of 512 keys of each running side by side, in equal groups");
+}
+
+/* Equal groups, as far as that goes. */
+static int group_heads(int64_t pairs, int limit)
+{
+    return (int)CEIL_DIV(pairs, MAX(1, CEIL_DIV(pairs, limit)));
+}
+
 /* ---- before and after the main kernel -------------------------------------------------------- */
 
 static struct fa_step preprocess(const struct fa_plan_input *input, const struct fa_plan *plan)
@@ -267,7 +309,7 @@ struct tiles {
     int64_t queries, keys;
 };
 
-static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles,
+static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles, bool is_listed,
                           struct fa_plan *plan)
 {
     const struct fa_variant *main = &plan->steps[plan->main].variant;
@@ -278,6 +320,7 @@ static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles,
     const bool is_ordered = input->deterministic;
     struct fa_workspace *workspace = &plan->workspace;
     workspace->size = 2 * queries; /* the lse and delta of each */
+    workspace->list = is_listed ? take(workspace, 2 * (int64_t)plan->n_blocks) : 0;
     workspace->zeros = workspace->size;
     workspace->dq_accum = take(workspace, buffers * queries * input->head_dim);
     workspace->dk_accum = take(workspace, keys * input->head_dim);
@@ -307,11 +350,13 @@ static void add_steps_after(const struct fa_plan_input *input, struct fa_plan *p
 
 /* ---- sizes ----------------------------------------------------------------------------------- */
 
-/* Of packed queries every sequence begins with a tile, see fa_backward_params. */
+/* As many as the bound asks for, or, of packed queries, as their rows fill and one more for each
+ * sequence, see fa_backward_params. */
 static int64_t query_tiles_of_head(const struct fa_extent *extent, const struct fa_plan *plan)
 {
-    return extent->is_packed_q ? CEIL_DIV(extent->rows_q, plan->tile_m) + extent->batch
-                               : (int64_t)extent->batch * plan->m_blocks;
+    const int64_t by_bound = (int64_t)extent->batch * plan->m_blocks;
+    const int64_t by_rows = CEIL_DIV(extent->rows_q, plan->tile_m) + extent->batch;
+    return extent->is_packed_q ? MIN(by_bound, by_rows) : by_bound;
 }
 
 static int blocks_of(const struct fa_plan *plan, const struct fa_step *step, struct tiles tiles)
@@ -331,10 +376,18 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
 {
     plan->m_blocks = CEIL_DIV(extent->seqlen_q, plan->tile_m);
     plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
+    const int places =
+        extent->is_packed_k && extent->seqlen_k > 0
+            ? fa_plan_list_places(extent->batch, extent->rows_k, plan->tile_n, plan->n_blocks)
+            : 0;
+    const bool is_listed = places > 0;
+    if (is_listed)
+        plan->n_blocks = places;
     const int64_t query_tiles = query_tiles_of_head(extent, plan);
+    const int64_t pairs = is_listed ? input->heads_kv : (int64_t)extent->batch * input->heads_kv;
     const struct tiles tiles = {
         .queries = fa_saturating_multiply(query_tiles, input->heads_q),
-        .keys = fa_saturating_multiply((int64_t)extent->batch * input->heads_kv, plan->n_blocks),
+        .keys = fa_saturating_multiply(pairs, plan->n_blocks),
     };
     if (tiles.queries > INT32_MAX || tiles.keys > INT32_MAX / plan->splits)
         return fa_plan_refuse(error, false,
@@ -342,7 +395,8 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
     plan->query_tiles = (int)query_tiles;
     for (int i = 0; i < plan->step_count; i++)
         plan->steps[i].blocks = blocks_of(plan, &plan->steps[i], tiles);
-    fit_workspace(input, tiles, plan);
+    plan->group_heads = group_heads(pairs, plan->group_limit);
+    fit_workspace(input, tiles, is_listed, plan);
     return 0;
 }
 
@@ -353,6 +407,7 @@ int fa_plan_backward(const struct fa_plan_input *input, const struct fa_plan_tar
 {
     struct fa_step *first = fa_plan_add(plan, (struct fa_step){0});
     set_main(input, target, plan);
+    set_group_limit(input, &target->device, plan);
     const struct fa_extent extent = fa_plan_extent(input);
     plan->splits = 1;
     if (fa_plan_fit_backward(input, &extent, plan, error) < 0)

@@ -49,6 +49,8 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
     else if (input->small_pages)
         *why = "a box of the TMA lies within a page and has 8 rows at least: page sizes must be "
                "multiples of 8";
+    else if (input->leftpad)
+        *why = "a box of the TMA begins where a page does, and keys behind a left pad may not";
     else if (input->seqlen_k == 0)
         *why = "no tensor map describes K and V without keys";
     else if (!input->tma_strides)
@@ -200,9 +202,20 @@ static struct fa_variant variant_of(const struct fa_plan_input *input, const str
     return variant;
 }
 
+/* The first kernel: it makes lengths, and q if that is rotated, for all that follow. */
+static void add_append(const struct fa_plan_input *input, struct fa_plan *plan)
+{
+    if (input->append)
+        fa_plan_add(plan, (struct fa_step){
+                              .job = FA_JOB_APPEND,
+                              .variant = {.kernel = FA_KERNEL_KV_APPEND, .dtype = input->dtype},
+                              .threads = FA_APPEND_THREADS});
+}
+
 static void set_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
                      const struct fa_tile *tile, struct fa_plan *plan)
 {
+    plan->main = plan->step_count;
     plan->tile_m = tile->warps * tile->warp_m;
     plan->tile_n = tile->tile_n;
     plan->smem_bytes = forward_smem(input, tile);
@@ -248,21 +261,42 @@ static void set_group_heads(const struct fa_plan_input *input, const struct fa_d
 /* ---- splits of the keys ---------------------------------------------------------------------- */
 
 /* The tiles of keys that the longest block of queries goes through, or one more. */
-static int longest_walk(const struct fa_plan_input *input, const struct fa_plan *plan)
+static int longest_walk(const struct fa_plan_input *input, int seqlen_k, int tile_m, int tile_n)
 {
     /* The windows of all rows of a block together, which may start and end within a tile. */
     const int64_t keys =
-        (int64_t)input->window_left + input->window_right + MIN(plan->tile_m, input->seqlen_q);
+        (int64_t)input->window_left + input->window_right + MIN(tile_m, input->seqlen_q);
     if (keys <= 0)
         return 0;
-    return (int)MIN(plan->n_blocks, (keys - 1 + plan->tile_n - 1) / plan->tile_n + 1);
+    return (int)MIN(CEIL_DIV(seqlen_k, tile_n), (keys - 1 + tile_n - 1) / tile_n + 1);
+}
+
+/* The call in one part, by plan->tile_m, tile_n and what else does not depend on the extent. */
+static struct fa_grid grid_of(const struct fa_plan_input *input, const struct fa_extent *extent,
+                              const struct fa_plan *plan, bool packed)
+{
+    const int64_t heads = (int64_t)extent->batch * (packed ? input->heads_kv : input->heads_q);
+    const int64_t blocks = heads * CEIL_DIV(rows(input, extent->seqlen_q, packed), plan->tile_m);
+    return (struct fa_grid){
+        .blocks = (int)MIN(blocks, INT32_MAX),
+        .tiles = longest_walk(input, extent->seqlen_k, plan->tile_m, plan->tile_n),
+        .tile_m = plan->tile_m,
+        .tile_n = plan->tile_n,
+        .key_bytes = (input->head_dim + input->head_dim_v) * fa_element_bytes(input->dtype),
+        .kv_heads = (int64_t)extent->batch * input->heads_kv,
+        .row_bytes = extent->rows_q * input->heads_q * (input->head_dim_v + 1) * 4,
+        .in_flight = plan->smem_bytes,
+        .sms = plan->sms,
+        .blocks_per_sm = plan->blocks_per_sm,
+    };
 }
 
 /* So many parts as take the least time. */
-static int choose_splits(const struct fa_device *device, int tiles, struct fa_plan *plan)
+static int choose_splits(const struct fa_plan_input *input, struct fa_plan *plan)
 {
-    const struct fa_grid grid = {plan->steps[plan->main].blocks, tiles, plan->tile_n, device->sms,
-                                 plan->blocks_per_sm};
+    const struct fa_extent extent = fa_plan_extent(input);
+    const struct fa_grid grid =
+        grid_of(input, &extent, plan, plan->steps[plan->main].variant.pack_gqa);
     const int splits = fa_split_parts(&grid);
     fa_plan_because(plan, "num_splits",
                     splits > 1 ? "blocks of queries leave multiprocessors idle: parts of their "
@@ -270,6 +304,18 @@ static int choose_splits(const struct fa_device *device, int tiles, struct fa_pl
                                : "1: parts would not pay for the second kernel, by the rule of "
                                  "csrc/split.c");
     return splits;
+}
+
+/* The number is fa_plan_fit's. */
+static int may_split(const struct fa_plan_input *input, struct fa_plan *plan)
+{
+    fa_plan_because(plan, "num_splits",
+                    input->may_split
+                        ? "as many parts as pay where the lengths are their bounds, by the rule of "
+                          "csrc/split.c"
+                        : "1: were the lengths their bounds, parts would not pay for the second "
+                          "kernel, by the rule of csrc/split.c");
+    return input->may_split ? 2 : 1;
 }
 
 /* As many as asked, as far as there are tiles and blocks for them. */
@@ -283,23 +329,39 @@ static int bounded_splits(int asked, int tiles, struct fa_plan *plan)
     return splits;
 }
 
-static int splits_of(const struct fa_plan_input *input, const struct fa_device *device,
-                     struct fa_plan *plan)
+static int splits_of(const struct fa_plan_input *input, struct fa_plan *plan)
 {
     const int64_t rows = (int64_t)input->batch * input->heads_q * input->seqlen_q;
-    const int tiles = longest_walk(input, plan), asked = input->num_splits;
-    const bool is_varlen = input->varlen;
-    const char *why_one =
-        asked == 1   ? "1: the keys are not split, as asked"
-        : tiles <= 1 ? "1: no block of queries goes through more than a tile of keys"
-        : rows == 0 || rows > INT32_MAX ? "1: from 1 to 2^31 - 1 rows of queries can be split"
-        : asked == 0 && is_varlen ? "1: the rule of csrc/split.c does not know the lengths of "
-                                    "sequences, which are on the device"
-                                  : NULL;
-    if (!why_one)
-        return asked == 0 ? choose_splits(device, tiles, plan) : bounded_splits(asked, tiles, plan);
-    fa_plan_because(plan, "num_splits", why_one);
-    return 1;
+    const int tiles = longest_walk(input, input->seqlen_k, plan->tile_m, plan->tile_n);
+    const int asked = input->num_splits;
+    const char *why_one = asked == 1   ? "1: the keys are not split, as asked"
+                          : tiles <= 1 ? "1: no block of queries goes through more than a tile of "
+                                         "keys"
+                          : rows == 0 || rows > INT32_MAX
+                              ? "1: from 1 to 2^31 - 1 rows of queries can be split"
+                              : NULL;
+    if (why_one) {
+        fa_plan_because(plan, "num_splits", why_one);
+        return 1;
+    }
+    if (asked > 0)
+        return bounded_splits(asked, tiles, plan);
+    return input->varlen ? may_split(input, plan) : choose_splits(input, plan);
+}
+
+/* A tile that calls of few queries have on every device: what tile a plan has does not depend on
+ * the extent, nor is it known before there is a plan. */
+bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent *extent,
+                       const struct fa_device *device)
+{
+    const struct fa_plan nominal = {
+        .tile_m = 64, .tile_n = 64, .smem_bytes = 64 << 10, .blocks_per_sm = 1, .sms = device->sms};
+    const int64_t out_rows = extent->rows_q * input->heads_q;
+    if (!input->varlen || input->num_splits != 0 || extent->batch == 0 || out_rows == 0 ||
+        out_rows > INT32_MAX)
+        return false;
+    const struct fa_grid grid = grid_of(input, extent, &nominal, input->pack_gqa != FA_PACK_NEVER);
+    return fa_split_parts(&grid) > 1;
 }
 
 /* A row of out takes a thread for every four dims, so a block has room for some rows. Of many parts
@@ -311,27 +373,27 @@ static int combine_slots(const struct fa_plan_input *input)
     return fa_combine_slots(COMBINE_WARPS * 32, input->head_dim_v);
 }
 
-static void add_combine(const struct fa_plan_input *input, struct fa_plan *plan)
+static void add_combine(const struct fa_plan_input *input, const struct fa_device *device,
+                        struct fa_plan *plan)
 {
-    enum { PARTS_PER_SLICE = 4 };
-    plan->combine_slices = MIN(CEIL_DIV(plan->splits, PARTS_PER_SLICE), combine_slots(input));
     fa_plan_add(plan, (struct fa_step){.job = FA_JOB_COMBINE,
                                        .variant = {.kernel = FA_KERNEL_COMBINE,
                                                    .dtype = input->dtype,
                                                    .head_dim_v = input->head_dim_v,
                                                    .warps = COMBINE_WARPS},
-                                       .threads = COMBINE_WARPS * 32});
+                                       .threads = COMBINE_WARPS * 32,
+                                       .overlaps_previous = device->has_tma});
 }
 
 static void set_splits(const struct fa_plan_input *input, const struct fa_device *device,
                        struct fa_plan *plan)
 {
     struct fa_step *main = &plan->steps[plan->main];
-    plan->splits = splits_of(input, device, plan);
+    plan->splits = splits_of(input, plan);
     if (plan->splits == 1)
         return;
     main->variant.split = 1;
-    add_combine(input, plan);
+    add_combine(input, device, plan);
 }
 
 /* Rows that no sequence has are the last kernel's: it overwrites what others may leave there. */
@@ -349,10 +411,30 @@ static void add_fill(const struct fa_plan_input *input, struct fa_plan *plan)
 static void fit_combine(const struct fa_plan_input *input, int64_t rows, struct fa_plan *plan,
                         struct fa_step *step)
 {
+    enum { PARTS_PER_SLICE = 4 };
     struct fa_workspace *workspace = &plan->workspace;
+    plan->combine_slices = MIN(CEIL_DIV(plan->splits, PARTS_PER_SLICE), combine_slots(input));
     workspace->lse_parts = plan->splits * rows * input->head_dim_v;
     workspace->size = workspace->lse_parts + plan->splits * rows;
     step->blocks = (int)CEIL_DIV(rows, combine_slots(input) / plan->combine_slices);
+}
+
+/* What attention reads lies behind the parts, q at a multiple of 16 bytes. */
+static int fit_append(const struct fa_plan_input *input, const struct fa_extent *extent,
+                      struct fa_plan *plan, struct fa_step *step, struct fa_plan_error *error)
+{
+    struct fa_workspace *workspace = &plan->workspace;
+    const int64_t blocks = extent->new_blocks + extent->q_blocks;
+    const int64_t elements =
+        extent->q_blocks ? extent->rows_q * input->heads_q * input->head_dim : 0;
+    if (blocks > INT32_MAX)
+        return fa_plan_refuse(error, false,
+                              "batch * seqlen needs more than 2^31 - 1 thread blocks");
+    step->blocks = (int)blocks;
+    workspace->rotated_q = CEIL_DIV(workspace->size, 4) * 4;
+    workspace->seqused_k = workspace->rotated_q + elements / 2;
+    workspace->size = workspace->seqused_k + extent->batch;
+    return 0;
 }
 
 int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_extent *extent,
@@ -364,11 +446,16 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
     const int64_t rows_of_all = extent->rows_q * input->heads_q;
     plan->m_blocks = (int)CEIL_DIV(rows(input, extent->seqlen_q, packed), plan->tile_m);
     plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
+    if (main->variant.split && input->may_split) {
+        const struct fa_grid grid = grid_of(input, extent, plan, packed);
+        plan->splits = MAX(2, fa_split_parts(&grid));
+    }
     if (heads > INT32_MAX || heads * plan->m_blocks > INT32_MAX / plan->splits ||
         (plan->splits > 1 && rows_of_all > INT32_MAX))
         return fa_plan_refuse(error, false,
                               "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
     main->blocks = (int)(heads * plan->m_blocks * plan->splits);
+    plan->workspace = (struct fa_workspace){0};
     for (int i = 0; i < plan->step_count; i++) {
         struct fa_step *step = &plan->steps[i];
         if (step->job == FA_JOB_COMBINE)
@@ -376,7 +463,7 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
         else if (step->job == FA_JOB_FILL)
             step->blocks = (int)CEIL_DIV(extent->rows_q, FA_FILL_ROWS);
     }
-    return 0;
+    return input->append ? fit_append(input, extent, plan, &plan->steps[0], error) : 0;
 }
 
 /* ---- the interface --------------------------------------------------------------------------- */
@@ -388,6 +475,8 @@ int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_targ
     if (!choose_tile(input, target, plan, &tile))
         return fa_plan_refuse(error, true,
                               "no tile fits the shared memory of this device at these head dims");
+    plan->sms = target->device.sms;
+    add_append(input, plan);
     set_main(input, target, &tile, plan);
     const struct fa_extent extent = fa_plan_extent(input);
     plan->splits = 1;

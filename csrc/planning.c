@@ -20,7 +20,8 @@ static int planned_length(const struct fa_shape *shape, int seqlen, bool is_boun
     return rounded_up(is_bounded && max_seqlen != FA_NO_BOUND ? max_seqlen : seqlen);
 }
 
-/* The same for keys: 0 where there is no row of any. */
+/* The same for keys: 0 where there is no row of any. No tensor map describes those of the forward,
+ * and no block of the backward has any, to store dQ. */
 static int planned_keys(const struct fa_problem *problem)
 {
     const struct fa_shape *shape = &problem->shape;
@@ -28,6 +29,18 @@ static int planned_keys(const struct fa_problem *problem)
     if (fa_tensor_is_empty(&problem->k))
         return 0;
     return planned_length(shape, shape->seqlen_k, is_bounded, problem->options.max_seqlen_k);
+}
+
+/* Whether a tensor map can describe K or V, or in the backward Q or dO. Those of packed queries
+ * begin some rows before the tensor, see arguments.c, which must not be far. */
+static bool has_map(const struct fa_shape *shape, bool is_forward, const struct fa_tensor *tensor)
+{
+    enum { MOST_BYTES_OF_A_ROW = 1 << 20 };
+    if (!shape->is_varlen || is_forward)
+        return fa_tensor_has_tma_strides(tensor);
+    const int64_t row_bytes = tensor->stride[0] * fa_element_bytes(tensor->dtype);
+    return shape->is_packed_q && fa_tensor_has_tma_strides(tensor) &&
+           (tensor->shape[0] < 2 || row_bytes <= MOST_BYTES_OF_A_ROW);
 }
 
 struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
@@ -62,9 +75,11 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .deterministic = !is_forward && options->deterministic,
         .varlen = shape->is_varlen,
         .paged = shape->page_size != 0,
+        .leftpad = shape->page_size && problem->leftpad_k.object,
+        .append = problem->append.k.object != NULL,
         .small_pages = shape->page_size % FA_MIN_BOX_ROWS != 0,
-        .tma_strides = (is_forward || !shape->is_varlen) && fa_tensor_has_tma_strides(first) &&
-                       (!second || fa_tensor_has_tma_strides(second)),
+        .tma_strides =
+            has_map(shape, is_forward, first) && (!second || has_map(shape, is_forward, second)),
     };
 }
 
@@ -75,17 +90,27 @@ static int raise_plan_error(const struct fa_plan_error *error)
     return -1;
 }
 
-int fa_planning_fit(const struct fa_problem *problem, const struct fa_plan_input *input,
-                    struct fa_plan *plan)
+static struct fa_extent extent_of(const struct fa_problem *problem)
 {
     const struct fa_shape *shape = &problem->shape;
-    const struct fa_extent extent = {
+    const struct fa_append *append = &problem->append;
+    return (struct fa_extent){
         .batch = shape->batch,
         .seqlen_q = shape->seqlen_q,
         .seqlen_k = shape->seqlen_k,
         .is_packed_q = shape->is_packed_q,
+        .is_packed_k = shape->is_packed_k,
         .rows_q = fa_shape_rows_q(shape),
+        .rows_k = shape->total_k,
+        .new_blocks = append->k.object ? (int64_t)shape->batch * fa_append_blocks(append) : 0,
+        .q_blocks = append->cos.object ? (int64_t)shape->batch * shape->seqlen_q : 0,
     };
+}
+
+int fa_planning_fit(const struct fa_problem *problem, const struct fa_plan_input *input,
+                    struct fa_plan *plan)
+{
+    const struct fa_extent extent = extent_of(problem);
     struct fa_plan_error error;
     if (!input->varlen || fa_plan_fit(input, &extent, plan, &error) == 0)
         return 0;
@@ -110,6 +135,19 @@ static int set_target(struct fa_state *state, int ordinal, int arch, struct fa_p
     target->device = cuda->device;
     if (state->settings.plan_as)
         target->device.arch = state->settings.plan_as;
+    return 0;
+}
+
+int fa_planning_set_may_split(struct fa_state *state, const struct fa_problem *problem, int ordinal,
+                              int arch, struct fa_plan_input *input)
+{
+    struct fa_plan_target target;
+    const struct fa_extent extent = extent_of(problem);
+    if (!input->varlen || input->direction != FA_FORWARD)
+        return 0;
+    if (set_target(state, ordinal, arch, &target) < 0)
+        return -1;
+    input->may_split = fa_plan_may_split(input, &extent, &target.device);
     return 0;
 }
 

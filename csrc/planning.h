@@ -12,6 +12,10 @@
 struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
                                        enum fa_direction direction, const struct fa_tensor *dout);
 
+/* Sets input->may_split, which depends on the size of the device: see fa_planning_make. 0 or -1. */
+int fa_planning_set_may_split(struct fa_state *state, const struct fa_problem *problem, int ordinal,
+                              int arch, struct fa_plan_input *input);
+
 /* The plan on CUDA device `ordinal`, or without a device for the architecture `arch` where that is
  * not 0. 0, or -1 with the exception set. */
 int fa_planning_make(struct fa_state *state, const struct fa_plan_input *input, int ordinal,

@@ -1,22 +1,25 @@
 #include "split.h"
 
-#include <stdint.h>
-
 #include "arithmetic.h"
 
-/* What the choice rests on. The unit of time is that of one key, in a block that has a
- * multiprocessor for itself. */
+/* The choice rests on a count of bytes: K and V are read from memory once, cold, and what else
+ * takes time counts as the bytes that a multiprocessor could have read meanwhile, its share of the
+ * bandwidth being 24 KB per microsecond. Measured on an H100, see S07 in benchmarks/NOTES.md. */
 
-/* The start and the end of a block: its queries, the first tile on its way, its part of out. */
-#define BLOCK_KEYS 64.0
+/* From a request to its bytes. A block has in_flight bytes on their way and gets no more than those
+ * in this time: with 64 KB, a block on every other multiprocessor is enough. */
+#define LATENCY_BYTES (36 * 1024.0)
 
-/* The second kernel: its launch, and what it reads of each part. */
-#define COMBINE_KEYS      256.0
-#define COMBINE_PART_KEYS 4.0
+/* A block: its launch, its queries, the first tile on its way, the last one through the softmax,
+ * its part of out. Blocks that share a multiprocessor hide little of that from each other where
+ * memory is what they all wait for. */
+#define BLOCK_BYTES (95 * 1024.0)
 
-/* Blocks hide each other's waits: n of them on a multiprocessor take n times this, but no less than
- * one alone. */
-#define CROWDED 0.85
+/* The second kernel, without what it reads. */
+#define COMBINE_BYTES (69 * 1024.0)
+
+/* What a tile of so many queries takes on the tensor cores, of the bytes of its keys. */
+#define COMPUTE(tile_m) ((tile_m) * 0.0075)
 
 /* Shorter parts never pay, and more parts than these are more than any machine has use for. */
 #define MIN_PART_KEYS 128
@@ -25,30 +28,32 @@
 /* So many times a multiprocessor may be filled with parts, one after the other. */
 #define MAX_ROUNDS 3
 
-/* What n blocks on a multiprocessor take, of the time of one alone. */
-static double crowd(int64_t n) { return n == 0 ? 0 : MAX(1, n * CROWDED); }
-
-/* The multiprocessor that has the most blocks, each of them with the most tiles, ends last. */
+/* Memory is read no faster than its bandwidth, and no faster than the multiprocessor that has the
+ * most blocks, each of them with the most tiles, asks for it and computes. Parts are written and
+ * read again. */
 static double time_of(const struct fa_grid *grid, int parts)
 {
-    const int64_t busiest = CEIL_DIV((int64_t)grid->blocks * parts, grid->sms);
-    const int64_t rounds = busiest / grid->blocks_per_sm, rest = busiest % grid->blocks_per_sm;
-    const double keys = (double)CEIL_DIV(grid->tiles, parts) * grid->tile_n;
-    const double combine = parts > 1 ? COMBINE_KEYS + parts * COMBINE_PART_KEYS : 0;
-    return (keys + BLOCK_KEYS) * (rounds * crowd(grid->blocks_per_sm) + crowd(rest)) + combine;
+    const double busiest = (double)CEIL_DIV((int64_t)grid->blocks * parts, grid->sms);
+    const double key_bytes = (double)grid->tile_n * grid->key_bytes; /* of a tile */
+    const double cold = (double)grid->kv_heads * grid->tiles * key_bytes / grid->sms;
+    const double asked = LATENCY_BYTES / (MIN(busiest, grid->blocks_per_sm) * grid->in_flight);
+    const double block = CEIL_DIV(grid->tiles, parts) * key_bytes;
+    const double read = MAX(cold, busiest * block * MAX(asked, COMPUTE(grid->tile_m)));
+    const double parted = 2.0 * parts * (double)grid->row_bytes / grid->sms;
+    return read + busiest * BLOCK_BYTES + (parts > 1 ? COMBINE_BYTES + parted : 0);
 }
 
 /* Where the multiprocessors hold all the blocks that they can, nothing is idle that parts could
- * use. Else only such numbers are worth a look as give every multiprocessor one block, or two, and
- * so on; of those with equally long parts the least. */
+ * use. Else only such numbers are worth a look as give every other multiprocessor one block, or
+ * every one, and so on; of those with equally long parts the least. */
 int fa_split_parts(const struct fa_grid *grid)
 {
     const int64_t most = MIN((int64_t)grid->tiles * grid->tile_n / MIN_PART_KEYS, MAX_PARTS);
     int best = 1;
     if (grid->blocks >= (int64_t)grid->sms * grid->blocks_per_sm)
         return best;
-    for (int each = 1; each <= grid->blocks_per_sm * MAX_ROUNDS; each++) {
-        const int64_t full = MIN((int64_t)grid->sms * each / MAX(1, grid->blocks), most);
+    for (int halves = 1; halves <= 2 * grid->blocks_per_sm * MAX_ROUNDS; halves++) {
+        const int64_t full = MIN((int64_t)grid->sms * halves / 2 / MAX(1, grid->blocks), most);
         if (full <= 1)
             continue;
         const int parts = CEIL_DIV(grid->tiles, CEIL_DIV(grid->tiles, (int)full));

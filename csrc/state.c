@@ -14,8 +14,10 @@ int fa_state_traverse(struct fa_state *state, visitproc visit, void *arg)
 {
     Py_VISIT(state->dlpack.frameworks);
     Py_VISIT(state->kernels.jit);
-    for (int i = 0; i < state->dlpack.type_count; i++)
+    for (int i = 0; i < state->dlpack.type_count; i++) {
         Py_VISIT(state->dlpack.types[i].type);
+        Py_VISIT(state->dlpack.types[i].empty_like);
+    }
     return fa_following_traverse(&state->following, visit, arg);
 }
 
@@ -25,8 +27,9 @@ void fa_state_clear(struct fa_state *state)
     Py_CLEAR(state->kernels.jit);
     fa_following_clear(&state->following);
     while (state->dlpack.type_count > 0) {
-        state->dlpack.type_count--; /* Py_CLEAR may evaluate its argument twice */
-        Py_CLEAR(state->dlpack.types[state->dlpack.type_count].type);
+        struct fa_tensor_type *last = &state->dlpack.types[--state->dlpack.type_count];
+        Py_CLEAR(last->type);
+        Py_CLEAR(last->empty_like);
     }
 }
 

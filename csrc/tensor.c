@@ -175,8 +175,7 @@ static const DLPackExchangeAPI *open_exchange_capsule(PyObject *capsule)
 
 /* Finds the exchange API of a type; NULL where it has none, or one whose reads run Python code:
  * what is borrowed would not outlive the next read. 0 or -1. */
-static int find_exchange_api(struct fa_dlpack *dlpack, PyObject *type,
-                             const DLPackExchangeAPI **api)
+static int find_exchange_api(PyObject *frameworks, PyObject *type, const DLPackExchangeAPI **api)
 {
     static const char NAME[] = "__dlpack_c_exchange_api__";
     *api = NULL;
@@ -188,30 +187,43 @@ static int find_exchange_api(struct fa_dlpack *dlpack, PyObject *type,
     Py_DECREF(capsule);
     if (!*api)
         return 0;
-    PyObject *frameworks = import_frameworks(dlpack);
-    PyObject *runs =
-        frameworks ? PyObject_CallMethod(frameworks, "reads_run_python", "(O)", type) : NULL;
+    PyObject *runs = PyObject_CallMethod(frameworks, "reads_run_python", "(O)", type);
     if (runs == Py_True)
         *api = NULL;
     Py_XDECREF(runs);
     return runs ? 0 : -1;
 }
 
-/* The same, from the table of types where it has that one. 0 or -1. */
-static int exchange_api(struct fa_dlpack *dlpack, PyObject *object, const DLPackExchangeAPI **api)
+/* Adds a type to the table, as long as there is room. 0 or -1. */
+static int keep_type(struct fa_dlpack *dlpack, PyObject *frameworks, PyObject *type,
+                     const DLPackExchangeAPI *api)
+{
+    if (dlpack->type_count == FA_MAX_TENSOR_TYPES)
+        return 0;
+    PyObject *empty_like = PyObject_CallMethod(frameworks, "empty_like", "(O)", type);
+    if (!empty_like)
+        return -1;
+    dlpack->types[dlpack->type_count++] = (struct fa_tensor_type){Py_NewRef(type), api, empty_like};
+    return 0;
+}
+
+/* Sets what is known of the type of the tensor's object, from the table where that has it. 0 or -1.
+ */
+static int set_type(struct fa_dlpack *dlpack, PyObject *object, struct fa_tensor *tensor)
 {
     PyObject *type = (PyObject *)Py_TYPE(object);
     for (int i = 0; i < dlpack->type_count; i++)
         if (dlpack->types[i].type == type) {
-            *api = dlpack->types[i].api;
+            tensor->api = dlpack->types[i].api;
+            tensor->empty_like = dlpack->types[i].empty_like;
             return 0;
         }
-    if (find_exchange_api(dlpack, type, api) < 0)
+    PyObject *frameworks = import_frameworks(dlpack);
+    const DLPackExchangeAPI *api;
+    if (!frameworks || find_exchange_api(frameworks, type, &api) < 0 ||
+        keep_type(dlpack, frameworks, type, api) < 0)
         return -1;
-    if (dlpack->type_count < FA_MAX_DLPACK_TYPES) {
-        dlpack->types[dlpack->type_count].type = Py_NewRef(type);
-        dlpack->types[dlpack->type_count++].api = *api;
-    }
+    tensor->api = api;
     return 0;
 }
 
@@ -229,10 +241,10 @@ static void release_legacy(void *managed)
         tensor->deleter(tensor);
 }
 
-static int read_by_exchange(struct fa_dlpack *dlpack, const DLPackExchangeAPI *api,
-                            const char *name, int ndim, struct fa_tensor *tensor)
+static int read_by_exchange(struct fa_dlpack *dlpack, const char *name, int ndim,
+                            struct fa_tensor *tensor)
 {
-    tensor->api = api;
+    const DLPackExchangeAPI *api = tensor->api;
     if (api->dltensor_from_py_object_no_sync) {
         DLTensor borrowed;
         if (api->dltensor_from_py_object_no_sync(tensor->object, &borrowed) == 0)
@@ -324,14 +336,13 @@ static int read_by_capsule(struct fa_dlpack *dlpack, const char *name, int ndim,
 static int read_tensor(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                        enum fa_dtype dtype, struct fa_tensor *tensor)
 {
-    const DLPackExchangeAPI *api;
     memset(tensor, 0, sizeof *tensor);
     tensor->dtype = dtype;
-    if (exchange_api(dlpack, object, &api) < 0)
+    if (set_type(dlpack, object, tensor) < 0)
         return fa_raise(PyExc_TypeError, "%s cannot be read through DLPack", name);
     tensor->object = Py_NewRef(object);
-    int status = api ? read_by_exchange(dlpack, api, name, ndim, tensor)
-                     : read_by_capsule(dlpack, name, ndim, tensor);
+    int status = tensor->api ? read_by_exchange(dlpack, name, ndim, tensor)
+                             : read_by_capsule(dlpack, name, ndim, tensor);
     if (status < 0)
         fa_tensor_release(tensor);
     return status;
@@ -383,15 +394,19 @@ static int refuse_changed(const char *name)
                     name);
 }
 
-int fa_tensor_recheck(const struct fa_tensor *tensor, const char *name)
+/* The same of a tensor; one that is ours always is. */
+static bool is_unchanged(const struct fa_tensor *tensor, const char *name)
 {
     const DLPackExchangeAPI *api = tensor->api;
     DLTensor borrowed;
-    if (!api || tensor->managed ||
-        (api->dltensor_from_py_object_no_sync(tensor->object, &borrowed) == 0 &&
-         is_still(&borrowed, tensor, name)))
-        return 0;
-    return refuse_changed(name);
+    return !api || tensor->managed ||
+           (api->dltensor_from_py_object_no_sync(tensor->object, &borrowed) == 0 &&
+            is_still(&borrowed, tensor, name));
+}
+
+int fa_tensor_recheck(const struct fa_tensor *tensor, const char *name)
+{
+    return is_unchanged(tensor, name) ? 0 : refuse_changed(name);
 }
 
 bool fa_tensor_has_tma_strides(const struct fa_tensor *tensor)
@@ -656,33 +671,57 @@ static struct fa_tensor result_like(const struct fa_tensor *like, enum fa_dtype 
     return result;
 }
 
-/* Allocates by the function of that name in frameworks.py. 0 or -1. */
-static int allocate(struct fa_dlpack *dlpack, const char *function, const struct fa_tensor *like,
-                    const char *name, enum fa_dtype dtype, int ndim, const int64_t *shape,
+/* Uninitialised memory for what is expected, by the framework of `like`: like it, where it still is
+ * what was read. NULL with the exception set. */
+static PyObject *make_empty(PyObject *frameworks, const struct fa_tensor *like,
+                            const struct fa_tensor *expected)
+{
+    if (like->api && like->empty_like && like->empty_like != Py_None && is_alike(like, expected) &&
+        fa_tensor_is_contiguous(like) && is_unchanged(like, "it"))
+        return PyObject_CallFunctionObjArgs(like->empty_like, like->object, NULL);
+    PyErr_Clear(); /* of what is no longer what it was: fa_tensor_recheck() tells */
+    PyObject *sizes = tuple_of(expected->ndim, expected->shape);
+    PyObject *made =
+        sizes ? PyObject_CallMethod(frameworks, "empty", "OOiii", like->object, sizes,
+                                    expected->dtype, expected->device_type, expected->device_id)
+              : NULL;
+    Py_XDECREF(sizes);
+    return made;
+}
+
+/* array[...] = 0. 0 or -1. */
+static int fill_with_zeros(PyObject *array)
+{
+    PyObject *zero = PyLong_FromLong(0);
+    const int status = zero ? PyObject_SetItem(array, Py_Ellipsis, zero) : -1;
+    Py_XDECREF(zero);
+    return status;
+}
+
+static int allocate(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,
+                    enum fa_dtype dtype, int ndim, const int64_t *shape, bool is_zeroed,
                     struct fa_tensor *tensor)
 {
     const struct fa_tensor expected = result_like(like, dtype, ndim, shape);
     PyObject *frameworks = import_frameworks(dlpack);
-    PyObject *sizes = frameworks ? tuple_of(ndim, shape) : NULL;
-    PyObject *object = sizes ? PyObject_CallMethod(frameworks, function, "OOiii", like->object,
-                                                   sizes, dtype, like->device_type, like->device_id)
-                             : NULL;
-    int status = object ? read_made(dlpack, object, name, &expected, true, tensor) : -1;
+    PyObject *object = frameworks ? make_empty(frameworks, like, &expected) : NULL;
+    int status = -1;
+    if (object && (!is_zeroed || fill_with_zeros(object) == 0))
+        status = read_made(dlpack, object, name, &expected, true, tensor);
     Py_XDECREF(object);
-    Py_XDECREF(sizes);
     return status;
 }
 
 int fa_tensor_empty(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,
                     enum fa_dtype dtype, int ndim, const int64_t *shape, struct fa_tensor *tensor)
 {
-    return allocate(dlpack, "empty", like, name, dtype, ndim, shape, tensor);
+    return allocate(dlpack, like, name, dtype, ndim, shape, false, tensor);
 }
 
 int fa_tensor_zeros(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,
                     enum fa_dtype dtype, int ndim, const int64_t *shape, struct fa_tensor *tensor)
 {
-    return allocate(dlpack, "zeros", like, name, dtype, ndim, shape, tensor);
+    return allocate(dlpack, like, name, dtype, ndim, shape, true, tensor);
 }
 
 int fa_tensor_sum_heads(struct fa_dlpack *dlpack, const struct fa_tensor *summed, const char *name,

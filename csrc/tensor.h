@@ -24,17 +24,20 @@ struct fa_tensor {
     bool is_read_only;              /* its producer says so */
     PyObject *object;               /* what it was read from, a strong reference; NULL: no tensor */
     const void *api;                /* DLPackExchangeAPI of its type; NULL: it came in a capsule */
+    PyObject *empty_like;           /* that of its type, borrowed; NULL: none is known */
     void *managed;                  /* the producer's DLPack struct that we own; NULL: borrowed */
     void (*release)(void *managed); /* and how to give it back */
 };
 
-/* What tensor.c keeps between calls: the exchange API of each tensor type that it has met. */
-#define FA_MAX_DLPACK_TYPES 16
+/* What tensor.c keeps between calls: the tensor types that it has met. */
+#define FA_MAX_TENSOR_TYPES 16
+struct fa_tensor_type {
+    PyObject *type;       /* a reference, so that its address is not used again by another type */
+    const void *api;      /* DLPackExchangeAPI; NULL: the type has none */
+    PyObject *empty_like; /* makes a tensor like one, faster than one of a shape; or None */
+};
 struct fa_dlpack {
-    struct {
-        PyObject *type;  /* a reference, so that its address is not used again by another type */
-        const void *api; /* DLPackExchangeAPI; NULL: the type has none */
-    } types[FA_MAX_DLPACK_TYPES];
+    struct fa_tensor_type types[FA_MAX_TENSOR_TYPES];
     int type_count;
     PyObject *frameworks; /* flash_attn_sm120.frameworks, imported when first needed */
 };

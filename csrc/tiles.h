@@ -58,15 +58,16 @@ struct fa_tile_list {
 extern const struct fa_tile_row FA_TILES[];
 extern const size_t FA_TILE_COUNT;
 
-/* A tile of kernels/backward.cu, for calls whose head dims are both up to head_dim.
+/* A tile of kernels/backward.cu, for calls whose head dims are both up to head_dim; where varlen_k
+ * is not FA_ANY only for sequences of any lengths, of up to so many keys.
  *   warps, warp_n   keys per warp of a group, of which there are two
  *   tile_m, sub_m   queries in shared memory, and in registers
  *   stages          of Q in shared memory */
 struct fa_backward_tile {
-    int head_dim, warps, warp_n, tile_m, sub_m, stages;
+    int head_dim, varlen_k, warps, warp_n, tile_m, sub_m, stages;
 };
 
-#define FA_BACKWARD_TILE_COUNT 4
+#define FA_BACKWARD_TILE_COUNT 6
 extern const struct fa_backward_tile FA_BACKWARD_TILES[FA_BACKWARD_TILE_COUNT];
 
 #endif

@@ -229,7 +229,7 @@ int cuTensorMapEncodeTiled(void *map, int data_type, uint32_t rank, void *addres
 
 struct config {
     uint32_t grid[3], block[3], shared_bytes;
-    void *stream, *attributes;
+    void *stream, *attributes; /* which change when a launch starts: here the one before is over */
     uint32_t attribute_count;
 };
 

@@ -34,7 +34,9 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """``(out, lse)`` of a call that autograd is to record; lse is None without ``return_lse``."""
     ops.check_tensors("a gradient is wanted", q, k, v, learnable_sink, **lengths)
-    results = _record(ops.run_forward, return_lse, options, lengths, q, k, v, learnable_sink)
+    tensors = (q, k, v, learnable_sink, *ops.in_order(lengths))
+    _refuse_pages(tensors)
+    results = _record(ops.run_forward, return_lse, options, *tensors)
     return results if return_lse else (results, None)
 
 
@@ -57,17 +59,16 @@ class _Attention(Function):
         forward: Forward,
         return_lse: bool,
         options: ScalarOptions,
-        lengths: dict[str, torch.Tensor | None],
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
         sink: torch.Tensor | None,
+        *lengths: torch.Tensor | None,
     ) -> Any:
-        out, lse = forward(q, k, v, sink, {**options, **lengths} if lengths else options)
-        ctx.save_for_backward(q, k, v, sink, out, lse, *lengths.values())
+        out, lse = forward(options, q, k, v, sink, *lengths)
+        ctx.save_for_backward(q, k, v, sink, out, lse, *lengths)
         ctx.set_materialize_grads(False)
         ctx.options = options
-        ctx.lengths = tuple(lengths)
         return (out, lse) if return_lse else out
 
     @staticmethod
@@ -83,17 +84,10 @@ class _Attention(Function):
             or is_followed(q, k, v, sink, dout, dlse)
             or profiler._is_profiler_enabled
         )
-        tensors = (dout, dlse, q, k, v, sink, out, lse)
-        if lengths:
-            options = {**ctx.options, **dict(zip(ctx.lengths, lengths, strict=True))}
-            dq, dk, dv, dsink = _varlen_backward(options, *tensors)
-        elif by_operator:
-            dq, dk, dv, dsink = ops.backward(*tensors, ctx.options)
-        else:
-            dq, dk, dv, dsink = ops.run_backward(*tensors, ctx.options)
-        _, _, _, _, wants_q, wants_k, wants_v, wants_sink = ctx.needs_input_grad
+        run = ops.backward if by_operator else ops.run_backward
+        dq, dk, dv, dsink = run(ctx.options, dout, dlse, q, k, v, sink, out, lse, *lengths)
+        _, _, _, wants_q, wants_k, wants_v, wants_sink, *_ = ctx.needs_input_grad
         return (
-            None,
             None,
             None,
             None,
@@ -101,12 +95,13 @@ class _Attention(Function):
             dk if wants_k else None,
             dv if wants_v else None,
             dsink.to(sink.dtype) if wants_sink and dsink is not None else None,
+            *(None for _ in lengths),
         )
 
     @staticmethod
     def jvp(ctx, *_: Any) -> NoReturn:  # type: ignore[no-untyped-def]
         raise NotImplementedError(
-            "flash_attn_func has no forward derivative (dual numbers, torch.func.jvp, jacfwd): "
+            "flash_attn_sm120 has no forward derivative (dual numbers, torch.func.jvp, jacfwd): "
             "use torch.func.vjp or jacrev"
         )
 
@@ -121,31 +116,26 @@ class _Gradients(Function):
     @staticmethod
     def backward(ctx, *_: Any) -> NoReturn:  # type: ignore[no-untyped-def]
         raise RuntimeError(
-            "flash_attn_func has no second derivative: a gradient that came through it cannot be "
+            "flash_attn_sm120 has no second derivative: a gradient that came through it cannot be "
             "differentiated again (create_graph=True)"
         )
 
     @staticmethod
     def jvp(ctx, *_: Any) -> NoReturn:  # type: ignore[no-untyped-def]
         raise RuntimeError(
-            "flash_attn_func has no second derivative: a gradient that came through it cannot be "
+            "flash_attn_sm120 has no second derivative: a gradient that came through it cannot be "
             "differentiated again (torch.func.hessian, dual numbers)"
         )
 
 
-def _varlen_backward(options: Any, *tensors: Any) -> Any:
-    """The gradients of a call with lengths, which has no operator yet.
-
-    Raises:
-        NotImplementedError: torch follows the backward.
-    """
-    if is_followed(*tensors[2:5], *tensors):
+def _refuse_pages(tensors: tuple[Any, ...]) -> None:
+    """Raises NotImplementedError where a gradient is wanted of a call with pages."""
+    *_, page_table = tensors[4:] or (None,)
+    if page_table is not None and any(x is not None and x.requires_grad for x in tensors[:4]):
         raise NotImplementedError(
-            "the gradient of flash_attn_varlen_func is not supported yet where torch follows it: "
-            "torch.compile, torch.func, modes, tensor subclasses"
+            "flash_attn_varlen_func has no gradient with page_table, as K and V are a cache: use "
+            "no_grad()"
         )
-    run = partial(ops.run_backward, options=options)
-    return _record_gradients(run, *tensors) if torch.is_grad_enabled() else run(*tensors)
 
 
 # torch.autograd.Function's own apply() asks first, in Python, for what is_followed() has answered.
@@ -156,17 +146,19 @@ _record_gradients: Any = super(Function, _Gradients).apply
 # ---- the operators' derivatives ------------------------------------------------------------------
 
 
-def _forward(keyset: Any, *tensors: Any, **options: Any) -> Any:
-    def below(*arguments: Any) -> Any:
-        return _redispatch(ops.FORWARD, keyset, *arguments[:-1], **options)
+def _forward(op: Any, keyset: Any, *tensors: Any, **options: Any) -> Any:
+    def below(_: ScalarOptions, *tensors: Any) -> Any:
+        return _redispatch(op, keyset, *tensors, **options)
 
+    if torch.is_grad_enabled():
+        _refuse_pages(tensors)
     with _one_level():
-        return _record(below, True, ops.from_schema(**options), {}, *tensors)
+        return _record(below, True, ops.from_schema(**options), *tensors)
 
 
-def _backward(keyset: Any, *tensors: Any, **options: Any) -> Any:
+def _backward(op: Any, keyset: Any, *tensors: Any, **options: Any) -> Any:
     def below(*tensors: Any) -> Any:
-        return _redispatch(ops.BACKWARD, keyset, *tensors, **options)
+        return _redispatch(op, keyset, *tensors, **options)
 
     with _one_level():
         return _record_gradients(below, *tensors)
@@ -188,8 +180,9 @@ def _redispatch(op: Any, keyset: Any, *arguments: Any, **options: Any) -> Any:
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments, **options)
 
 
-ops.LIBRARY.impl("forward", _forward, "Autograd", with_keyset=True)
-ops.LIBRARY.impl("backward", _backward, "Autograd", with_keyset=True)
+for _formula, _ops in ((_forward, ops.FORWARDS), (_backward, ops.BACKWARDS)):
+    for _op in _ops:
+        ops.LIBRARY.impl(_op, partial(_formula, _op), "Autograd", with_keyset=True)
 
 
 # ---- autocast ------------------------------------------------------------------------------------
@@ -211,16 +204,20 @@ def _autocast(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.get_autocast_dtype(device_type))
 
 
-def _under_autocast(key: str) -> Callable[..., Any]:
+def _under_autocast(op: Any, key: str) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
-    def forward(q: Any, k: Any, v: Any, sink: Any, **options: Any) -> Any:
-        q, k, v = autocast(q, k, v)
+    def forward(q: Any, k: Any, v: Any, sink: Any, *lengths: Any, **options: Any) -> Any:
+        if ops.by_name(lengths).get("page_table") is None:
+            q, k, v = autocast(q, k, v)
+        else:  # a cache is read in place
+            (q,) = autocast(q)
         with torch._C._ExcludeDispatchKeyGuard(keys):
-            return ops.FORWARD(q, k, v, sink, **options)
+            return op(q, k, v, sink, *lengths, **options)
 
     return forward
 
 
 for _key in ("AutocastCPU", "AutocastCUDA"):
-    ops.LIBRARY.impl("forward", _under_autocast(_key), _key)
+    for _op in ops.FORWARDS:
+        ops.LIBRARY.impl(_op, _under_autocast(_op, _key), _key)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +45,18 @@ def decoding_plans(arch: int) -> Iterator[Plan]:
         yield explain(*_qkv(dtype, dims, 1, 8192), arch=arch)
 
 
+def packed_plans(arch: int) -> Iterator[Plan]:
+    """The plans of common forward calls with lengths on the device; needs no GPU.
+
+    Of long sequences, of short ones, and of one query each, whose causal mask ends where its
+    sequence does. A plan holds no length: these kernels are those of any number of sequences.
+    """
+    for dtype, dims, longest in itertools.product(DTYPES, COMMON_HEAD_DIMS, (2048, 64, 1)):
+        for causal in (False, True):
+            qkv, lengths = _packed(dtype, dims, longest)
+            yield explain(*qkv, **lengths, causal=causal, num_splits=1, arch=arch)
+
+
 def backward_plans(arch: int, head_dims: Iterable[tuple[int, int]] | None = None) -> Iterator[Plan]:
     """The plans of the gradients of common calls; needs no GPU.
 
@@ -58,13 +71,30 @@ def backward_plans(arch: int, head_dims: Iterable[tuple[int, int]] | None = None
         yield explain_backward(*qkv, causal=causal, learnable_sink=sink, arch=arch)
 
 
+def packed_backward_plans(arch: int) -> Iterator[Plan]:
+    """The same of packed sequences."""
+    sink = torch.empty(HEADS)
+    for dtype, dims, causal in itertools.product(DTYPES, COMMON_HEAD_DIMS, (False, True)):
+        qkv, lengths = _packed(dtype, dims, 2048)
+        yield explain_backward(*qkv, **lengths, causal=causal, learnable_sink=sink, arch=arch)
+
+
 def _qkv(
     dtype: torch.dtype, dims: tuple[int, int], seqlen_q: int, seqlen_k: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    # Nobody touches this memory: plans look at shapes and strides alone.
+    # This memory is never touched: plans look at shapes and strides alone.
     q = torch.empty(1, seqlen_q, HEADS, dims[0], dtype=dtype)
     k, v = (torch.empty(1, seqlen_k, HEADS, dim, dtype=dtype) for dim in dims)
     return q, k, v
+
+
+def _packed(
+    dtype: torch.dtype, dims: tuple[int, int], longest: int
+) -> tuple[tuple[torch.Tensor, ...], dict[str, Any]]:
+    """q, k and v of packed sequences of at most ``longest`` queries, and their lengths."""
+    ends = torch.empty(9, dtype=torch.int32)
+    lengths = {"cu_seqlens_q": ends, "cu_seqlens_k": ends, "max_seqlen_q": longest}
+    return tuple(x[0] for x in _qkv(dtype, dims, 8192, 8192)), lengths
 
 
 def common_kernels(arch: int) -> list[Kernel]:
@@ -73,7 +103,11 @@ def common_kernels(arch: int) -> list[Kernel]:
     Those of the forward come first, so that a warm-up that is interrupted serves inference.
     """
     plans: Iterable[Plan] = itertools.chain(
-        common_plans(arch), decoding_plans(arch), backward_plans(arch)
+        common_plans(arch),
+        decoding_plans(arch),
+        packed_plans(arch),
+        backward_plans(arch),
+        packed_backward_plans(arch),
     )
     return list(dict.fromkeys(kernel for plan in plans for kernel in plan.kernels))
 

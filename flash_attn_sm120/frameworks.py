@@ -46,6 +46,11 @@ def reads_run_python(kind: type) -> bool:
     return own is not _NO_DISPATCH
 
 
+def empty_like(kind: type) -> Any:
+    """The function that makes an uninitialised tensor like one of this type; None if unknown."""
+    return torch.empty_like if issubclass(kind, torch.Tensor) else None
+
+
 def own_copy(x: Any) -> Any:
     """A contiguous, aligned copy by torch or numpy; None of what is neither."""
     if isinstance(x, torch.Tensor):
@@ -78,13 +83,6 @@ def empty(like: Any, shape: tuple[int, ...], dtype: int, device_type: int, devic
         return sys.modules["numpy"].empty(shape, dtype=_DTYPES[dtype])
     kind = "cuda" if device_type in _CUDA_DEVICE_TYPES else "cpu"
     return torch.empty(shape, dtype=_TORCH_DTYPES[dtype], device=torch.device(kind, device_id))
-
-
-def zeros(like: Any, shape: tuple[int, ...], dtype: int, device_type: int, device_id: int) -> Any:
-    """An array of zeros; the arguments are those of :func:`empty`."""
-    array = empty(like, shape, dtype, device_type, device_id)
-    array[...] = 0
-    return array
 
 
 def sums_of_heads(x: Any) -> Any:

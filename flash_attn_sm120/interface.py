@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import is_grad_enabled
 from torch._C import _is_any_autocast_enabled
 from torch.autograd import profiler
@@ -257,14 +258,15 @@ def flash_attn_varlen_func(
             With ``page_table`` ``seqused_k`` is the sequences' lengths; None: ``max_seqlen_k``.
         page_table: ``(batch, max_pages)`` int32, rows contiguous: key ``j`` of sequence ``b`` is
             row ``j % page_size`` of page ``page_table[b, j // page_size]`` of ``k`` and ``v``.
-            Pages have 1 to 1024 rows, come in any order and may be shared; entries beyond the
-            length of a sequence may hold anything. The cache may be a view, as of ``(num_pages, 2,
+            Pages have 1 to 1024 rows, come in any order and may be shared; entries whose keys no
+            query sees may hold anything. The cache may be a view, as of ``(num_pages, 2,
             page_size, heads_kv, head_dim)``; it is read in place or refused, never copied, nor cast
             by autocast. Not with ``cu_seqlens_k``. There is no backward.
         softmax_scale, learnable_sink, softcap, pack_gqa, deterministic, return_lse: as in
             :func:`flash_attn_func`.
         causal, window_size: as there, bottom right of each sequence by its own lengths.
-        num_splits: as there; 0 never splits yet, as that would take lengths.
+        num_splits: as there; 0 splits as if all sequences were as long as ``max_seqlen_q`` and
+            ``max_seqlen_k``, the lengths being on the device.
         out: like ``q`` with ``head_dim_v``, to write the result to.
         lse: ``(heads_q, total_q)``, or ``(batch, heads_q, seqlen_q)`` where q is not packed,
             float32, contiguous, to write the log-sum-exp to.
@@ -285,10 +287,12 @@ def flash_attn_varlen_func(
     tensors. Of CPU tensors it is a ValueError, and so it is of CUDA tensors where the environment
     variable FA_SM120_CHECK is 1.
 
+    Calls that torch follows are those of the operator
+    ``torch.ops.flash_attn_sm120.varlen_forward``, as there.
+
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`flash_attn_func`.
-        NotImplementedError: also where torch follows the call (torch.compile, torch.func, modes,
-            tensor subclasses, lazy negation), and where a gradient with ``page_table`` is wanted.
+        NotImplementedError: as there, and where a gradient with ``page_table`` is wanted.
     """
     if isinstance(cu_seqlens_k, int):
         raise TypeError(
@@ -327,6 +331,7 @@ def flash_attn_varlen_func(
     if not (
         is_dynamo_compiling()
         or _is_any_autocast_enabled()
+        or profiler._is_profiler_enabled
         or (is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink))
     ):
         results = _C.forward_if_plain(
@@ -396,7 +401,7 @@ def _attend(
     by_operator = is_followed(q, k, v, learnable_sink, *lengths.values()) or (
         is_followed(q, k, v, out, lse)
         if in_place
-        else profiler._is_profiler_enabled and not lengths
+        else profiler._is_profiler_enabled and isinstance(q, torch.Tensor)
     )
     if not by_operator and _is_any_autocast_enabled():
         if is_paged:  # a cache is read in place
@@ -432,12 +437,7 @@ def _attend(
         )
     if not by_operator:
         return autograd.attend(q, k, v, learnable_sink, lengths, options, return_lse)
-    if lengths:
-        raise NotImplementedError(
-            f"{function} is not supported yet where torch follows a call: torch.compile, "
-            "torch.func, modes, tensor subclasses, lazy negation"
-        )
-    return ops.attend(q, k, v, learnable_sink, options, return_lse)
+    return ops.attend(q, k, v, learnable_sink, lengths, options, return_lse)
 
 
 def _any_requires_grad(q: Any, k: Any, v: Any, learnable_sink: Any) -> bool:

@@ -1,11 +1,13 @@
-"""The operators flash_attn_sm120::forward and ::backward, which torch can follow.
+"""The operators flash_attn_sm120::forward and ::backward, which torch can follow; and of calls with
+lengths on the device, ::varlen_forward and ::varlen_backward, the same with more arguments.
 
-Both compute what _C computes, by the same call, and add what torch asks of an operator: a schema,
+They compute what _C computes, by the same call, and add what torch asks of an operator: a schema,
 shapes without data, rules for vmap and for DTensor, and FLOPs. autograd.py adds the derivatives.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,24 +21,34 @@ if TYPE_CHECKING:
 
 # ---- schemas -------------------------------------------------------------------------------------
 
+# The tensors of lengths, in the operators' order; any of them may be None.
+LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
+
 # The options of csrc/options.h in types that operators have; a window is two of them.
 _OPTIONS = (
     "float? softmax_scale=None, bool causal=False, SymInt? window_left=None, "
     "SymInt? window_right=None, float softcap=0.0, SymInt num_splits=0, bool? pack_gqa=None, "
     "bool deterministic=False"
 )
+_BOUNDS = "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None"
+_INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink"
 
 LIBRARY: Any = torch.library.Library("flash_attn_sm120", "DEF")  # type: ignore[no-untyped-call]
-LIBRARY.define(
-    f"forward(Tensor q, Tensor k, Tensor v, Tensor? learnable_sink, *, {_OPTIONS})"
-    " -> (Tensor out, Tensor lse)"
-)
-LIBRARY.define(  # dsink has no elements where there is no sink
-    "backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor? learnable_sink,"
-    f" Tensor out, Tensor lse, *, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
-)
-FORWARD: Any = torch.ops.flash_attn_sm120.forward.default
-BACKWARD: Any = torch.ops.flash_attn_sm120.backward.default
+for _prefix, _lengths, _options in (
+    ("", "", _OPTIONS),
+    ("varlen_", "".join(f", Tensor? {name}" for name in LENGTHS), f"{_BOUNDS}, {_OPTIONS}"),
+):
+    LIBRARY.define(
+        f"{_prefix}forward({_INPUTS}{_lengths}, *, {_options}) -> (Tensor out, Tensor lse)"
+    )
+    LIBRARY.define(  # dsink has no elements where there is no sink
+        f"{_prefix}backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse{_lengths},"
+        f" *, {_options}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
+    )
+
+_OPS: Any = torch.ops.flash_attn_sm120
+FORWARD, VARLEN_FORWARD = FORWARDS = (_OPS.forward.default, _OPS.varlen_forward.default)
+BACKWARD, VARLEN_BACKWARD = BACKWARDS = (_OPS.backward.default, _OPS.varlen_backward.default)
 
 
 def to_schema(window_size: Any = None, **options: Any) -> dict[str, Any]:
@@ -73,16 +85,19 @@ def attend(
     k: Tensor,
     v: Tensor,
     learnable_sink: Tensor | None,
+    lengths: dict[str, Any],
     options: ScalarOptions,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """``(out, lse)`` by the operator; lse is None without ``return_lse``."""
-    check_tensors("torch follows the call", q, k, v, learnable_sink)
-    out, lse = FORWARD(q, k, v, learnable_sink, **to_schema(**options))
+    check_tensors("torch follows the call", q, k, v, learnable_sink, **lengths)
+    forward = VARLEN_FORWARD if lengths else FORWARD
+    out, lse = forward(q, k, v, learnable_sink, *in_order(lengths), **to_schema(**options))
     return out, lse if return_lse else None
 
 
 def backward(
+    options: ScalarOptions,
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -91,13 +106,24 @@ def backward(
     learnable_sink: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    options: ScalarOptions,
+    *lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv, dsink)`` by the operator; dsink has no elements without a sink."""
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = BACKWARD(
-        dout, dlse, q, k, v, learnable_sink, out, lse, **to_schema(**options)
+    op = VARLEN_BACKWARD if lengths else BACKWARD
+    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = op(
+        dout, dlse, q, k, v, learnable_sink, out, lse, *lengths, **to_schema(**options)
     )
     return gradients
+
+
+def in_order(lengths: dict[str, Any]) -> tuple[Any, ...]:
+    """Lengths as the operators take them; none where a call has none."""
+    return tuple(lengths.get(name) for name in LENGTHS) if lengths else ()
+
+
+def by_name(lengths: tuple[Any, ...]) -> dict[str, Any]:
+    """Lengths as _C takes them: the inverse of :func:`in_order`."""
+    return dict(zip(LENGTHS, lengths, strict=True)) if lengths else {}
 
 
 def check_tensors(where: str, q: Any, k: Any, v: Any, learnable_sink: Any, **lengths: Any) -> None:
@@ -117,13 +143,20 @@ def check_tensors(where: str, q: Any, k: Any, v: Any, learnable_sink: Any, **len
 
 
 def run_forward(
-    q: Tensor, k: Tensor, v: Tensor, learnable_sink: Tensor | None, options: ScalarOptions
+    options: ScalarOptions,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    learnable_sink: Tensor | None,
+    *lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """``(out, lse)``, straight from C."""
-    return _C.forward(q, k, v, learnable_sink=learnable_sink, return_lse=True, **options)  # type: ignore[return-value]
+    named = by_name(lengths)
+    return _C.forward(q, k, v, learnable_sink=learnable_sink, return_lse=True, **named, **options)  # type: ignore[return-value]
 
 
 def run_backward(
+    options: ScalarOptions,
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -132,7 +165,7 @@ def run_backward(
     learnable_sink: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    options: ScalarOptions,
+    *lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """``(dq, dk, dv, dsink)``, straight from C; dsink is None without a sink.
 
@@ -140,29 +173,22 @@ def run_backward(
     """
     if torch.are_deterministic_algorithms_enabled():
         options = {**options, "deterministic": True}
-    return _C.backward(dout, q, k, v, out, lse, dlse, learnable_sink=learnable_sink, **options)
+    named = by_name(lengths)
+    return _C.backward(
+        dout, q, k, v, out, lse, dlse, learnable_sink=learnable_sink, **named, **options
+    )
 
 
 # ---- what computes them --------------------------------------------------------------------------
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, **options: Any) -> Any:
-    return run_forward(q, k, v, sink, from_schema(**options))
+def _forward(*tensors: Any, **options: Any) -> Any:
+    return run_forward(from_schema(**options), *tensors)
 
 
-def _backward(
-    dout: Tensor,
-    dlse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sink: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    **options: Any,
-) -> Any:
-    dq, dk, dv, dsink = run_backward(dout, dlse, q, k, v, sink, out, lse, from_schema(**options))
-    return dq, dk, dv, _no_sink(q) if dsink is None else dsink
+def _backward(dout: Tensor, *tensors: Any, **options: Any) -> Any:
+    dq, dk, dv, dsink = run_backward(from_schema(**options), dout, *tensors)
+    return dq, dk, dv, _no_sink(dout) if dsink is None else dsink
 
 
 def _no_sink(like: Tensor) -> Tensor:
@@ -170,18 +196,22 @@ def _no_sink(like: Tensor) -> Tensor:
 
 
 for _device in ("CPU", "CUDA"):
-    LIBRARY.impl("forward", _forward, _device)
-    LIBRARY.impl("backward", _backward, _device)
+    for _op in FORWARDS:
+        LIBRARY.impl(_op, _forward, _device)
+    for _op in BACKWARDS:
+        LIBRARY.impl(_op, _backward, _device)
 
 
 # ---- shapes without data -------------------------------------------------------------------------
 
 
-def _fake_forward(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, **_: Any) -> Any:
-    _check(q, k, v, sink)
-    batch, seqlen_q, heads, _head_dim = q.shape
-    out = q.new_empty((batch, seqlen_q, heads, v.shape[3]))
-    return out, q.new_empty((batch, heads, seqlen_q), dtype=torch.float32)
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *lengths: Any, **_: Any
+) -> Any:
+    _check(q, k, v, sink, by_name(lengths))
+    *batch, rows, heads, _head_dim = q.shape
+    out = q.new_empty((*batch, rows, heads, v.shape[-1]))
+    return out, q.new_empty((*batch, heads, rows), dtype=torch.float32)
 
 
 def _fake_backward(
@@ -198,39 +228,85 @@ def _fake_backward(
     return *(x.new_empty(x.shape) for x in (q, k, v)), dsink
 
 
-torch.library.register_fake("flash_attn_sm120::forward", _fake_forward, lib=LIBRARY)
-torch.library.register_fake("flash_attn_sm120::backward", _fake_backward, lib=LIBRARY)
+for _op in FORWARDS:
+    torch.library.register_fake(_op, _fake_forward, lib=LIBRARY)
+for _op in BACKWARDS:
+    torch.library.register_fake(_op, _fake_backward, lib=LIBRARY)
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None) -> None:
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, lengths: dict[str, Tensor | None]
+) -> None:
     """What csrc/problem.c asks of shapes, types and devices, before there is data."""
-    for name, x, ndim in (("q", q, 4), ("k", k, 4), ("v", v, 4), ("learnable_sink", sink, 1)):
+    cu_seqlens_q, cu_seqlens_k = lengths.get("cu_seqlens_q"), lengths.get("cu_seqlens_k")
+    is_paged = lengths.get("page_table") is not None
+    _require(
+        not is_paged or cu_seqlens_k is None,
+        "page_table takes no cu_seqlens_k: the keys of pages are not packed, their lengths are "
+        "seqused_k",
+    )
+    ndim_q, ndim_k = (4 if x is None else 3 for x in (cu_seqlens_q, cu_seqlens_k))
+    for name, x, ndim in (
+        *(("q", q, ndim_q), ("k", k, ndim_k), ("v", v, ndim_k), ("learnable_sink", sink, 1)),
+        *((name, x, 2 if name == "page_table" else 1) for name, x in lengths.items()),
+    ):
         if x is None:
             continue
         _require(x.dim() == ndim, f"{name} must have {ndim} dimensions, got {x.dim()}")
         _require(x.device == q.device, f"{name} must be on q's device, {q.device}, got {x.device}")
-        if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        if name in lengths:
+            if x.dtype != torch.int32:
+                raise TypeError(f"{name} must be int32, got {x.dtype}")
+        elif x.dtype not in _FLOATS:
             raise TypeError(f"{name} must be float16, bfloat16 or float32, got {x.dtype}")
-        if x is not sink and x.dtype != q.dtype:
+        elif x is not sink and x.dtype != q.dtype:
             raise TypeError(f"{name} must be {q.dtype} like q, got {x.dtype}")
     for what, x in (("head_dim (of q and k)", q), ("head_dim_v (of v)", v)):
-        good = (x.shape[3] % 8 == 0, x.shape[3] >= 8, x.shape[3] <= 256)
-        _require(all(good), f"{what} must be a multiple of 8 from 8 to 256, got {x.shape[3]}")
-    for name, x, meaning, dim, like in (
-        ("k", k, "q's head_dim", 3, q.shape[3]),
-        ("k", k, "q's batch", 0, q.shape[0]),
-        ("v", v, "q's batch", 0, q.shape[0]),
-        ("v", v, "k's seqlen", 1, k.shape[1]),
-        ("v", v, "k's heads", 2, k.shape[2]),
-        *([] if sink is None else [("learnable_sink", sink, "q's heads", 0, q.shape[2])]),
-    ):
-        got = x.shape[dim]
-        _require(got == like, f"{name} must have {meaning} {like} in dimension {dim}, got {got}")
-    heads_q, heads_kv = q.shape[2], k.shape[2]
+        good = (x.shape[-1] % 8 == 0, x.shape[-1] >= 8, x.shape[-1] <= 256)
+        _require(all(good), f"{what} must be a multiple of 8 from 8 to 256, got {x.shape[-1]}")
+    _check_sizes(q, k, v, sink, lengths)
+    heads_q, heads_kv = q.shape[-2], k.shape[-2]
     _require(
         heads_q > 0 and heads_kv > 0 and heads_q % heads_kv == 0,
         f"the heads of q must be a multiple of the heads of k and v, got {heads_q} and {heads_kv}",
     )
+
+
+def _check_sizes(
+    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, lengths: dict[str, Tensor | None]
+) -> None:
+    """Whether the sizes that belong together are equal."""
+    cu_seqlens_q, batch = lengths.get("cu_seqlens_q"), q.shape[0]
+    if cu_seqlens_q is not None:
+        batch = cu_seqlens_q.shape[0] - 1
+        _require(batch >= 0, "cu_seqlens_q must have batch + 1 elements, got 0")
+    is_paged, is_packed = (lengths.get(name) is not None for name in ("page_table", "cu_seqlens_k"))
+    rows = "k's page size" if is_paged else "k's total" if is_packed else "k's seqlen"
+    sizes: list[tuple[str, Tensor | None, str, int, int]] = [
+        ("k", k, "q's head_dim", k.dim() - 1, q.shape[-1])
+    ]
+    if is_paged:
+        size = k.shape[1]
+        _require(
+            size >= 1 and size <= 1024,
+            f"pages must have from 1 to 1024 rows (dimension 1 of k), got {size}",
+        )
+        sizes.append(("v", v, "k's pages", 0, k.shape[0]))
+    elif not is_packed:
+        sizes += [(name, x, "q's batch", 0, batch) for name, x in (("k", k), ("v", v))]
+    sizes += [
+        ("v", v, rows, v.dim() - 3, k.shape[-3]),
+        ("v", v, "k's heads", v.dim() - 2, k.shape[-2]),
+        ("learnable_sink", sink, "q's heads", 0, q.shape[-2]),
+        ("cu_seqlens_k", lengths.get("cu_seqlens_k"), "batch + 1 =", 0, batch + 1),
+    ]
+    for name in ("seqused_q", "seqused_k", "page_table"):
+        sizes.append((name, lengths.get(name), "q's batch", 0, batch))
+    for name, x, meaning, dim, like in sizes:
+        got = like if x is None else x.shape[dim]
+        _require(got == like, f"{name} must have {meaning} {like} in dimension {dim}, got {got}")
 
 
 def _require(condition: Any, message: str) -> None:
@@ -240,51 +316,59 @@ def _require(condition: Any, message: str) -> None:
 
 # ---- vmap: one more dimension is folded into the batch, or into the heads ------------------------
 
-# The dimensions of batch and heads. A sink is one number per head: with one, heads are folded.
-_QKV, _LSE, _SINK = (0, 2), (0, 1), (None, 0)
+# The dimensions of batch and heads. Heads are folded where there is a sink, one number per head,
+# and where a call has lengths, which all heads share.
+_QKV, _LSE, _SINK, _DSINK = (0, -2), (0, -2), (None, -1), (0, -1)
 
 
-def _fold(info: Any, in_dims: Any, tensors: Any, kinds: Any, by_heads: bool) -> list[Any]:
-    """The tensors with the mapped dimension in front of the folded one, as one."""
-    folded: list[Any] = []
-    for x, in_dim, kind in zip(tensors, in_dims, kinds, strict=True):
-        dim = kind[by_heads]
-        if x is not None:
-            x = x.unsqueeze(0).expand(info.batch_size, *x.shape) if in_dim is None else x
-            x = x.movedim(in_dim or 0, dim).flatten(dim, dim + 1)
-        folded.append(x)
-    return folded
+def _fold(x: Any, in_dim: int | None, dim: int, size: int) -> Any:
+    """The tensor with the mapped dimension in front of dimension ``dim``, as one."""
+    if x is None:
+        return None
+    x = x.unsqueeze(0).expand(size, *x.shape) if in_dim is None else x.movedim(in_dim, 0)
+    dim %= x.dim() - 1
+    return x.movedim(0, dim).flatten(dim, dim + 1)
 
 
-def _unfold(info: Any, results: Any, kinds: Any, by_heads: bool) -> tuple[Any, Any]:
+def _unfold(x: Any, dim: int, size: int) -> tuple[Any, int]:
     """The inverse, and where the mapped dimension is then."""
-    dims = tuple(kind[by_heads] for kind in kinds)
-    pairs = zip(results, dims, strict=True)
-    return tuple(_split(x, dim, info.batch_size) for x, dim in pairs), dims
+    dim %= x.dim()
+    return x.unflatten(dim, (size, x.shape[dim] // size)), dim
 
 
-def _split(x: Any, dim: int, size: int) -> Any:
-    return x.unflatten(dim, (size, x.shape[dim] // size))
+def _vmap(
+    op: Any, kinds: Any, result_kinds: Any, info: Any, in_dims: Any, *tensors: Any, **options: Any
+) -> Any:
+    """One call for all that is mapped; ``kinds`` are those of the tensors before the lengths."""
+    count, size = len(kinds), info.batch_size
+    lengths = tensors[count:]
+    if any(in_dim is not None for in_dim in in_dims[count:]):
+        raise NotImplementedError(
+            "vmap over lengths or pages is not supported yet: map q, k and v of sequences that "
+            "have the same lengths, or pack all sequences into one call"
+        )
+    by_heads = bool(lengths) or tensors[kinds.index(_SINK)] is not None
+    folded = [
+        _fold(x, in_dim, kind[by_heads], size)
+        for x, in_dim, kind in zip(tensors[:count], in_dims[:count], kinds, strict=True)
+    ]
+    results = zip(op(*folded, *lengths, **options), result_kinds, strict=True)
+    unfolded, dims = zip(*(_unfold(x, kind[by_heads], size) for x, kind in results), strict=True)
+    return unfolded, dims
 
 
-def _vmap_forward(info: Any, in_dims: Any, *tensors: Any, **options: Any) -> Any:
-    by_heads = tensors[3] is not None
-    kinds = (_QKV, _QKV, _QKV, _SINK)
-    results = FORWARD(*_fold(info, in_dims, tensors, kinds, by_heads), **options)
-    return _unfold(info, results, (_QKV, _LSE), by_heads)
-
-
-def _vmap_backward(info: Any, in_dims: Any, *tensors: Any, **options: Any) -> Any:
-    by_heads = tensors[5] is not None
-    kinds = (_QKV, _LSE, _QKV, _QKV, _QKV, _SINK, _QKV, _LSE)
-    *gradients, dsink = BACKWARD(*_fold(info, in_dims, tensors, kinds, by_heads), **options)
-    unfolded, dims = _unfold(info, gradients, (_QKV, _QKV, _QKV), by_heads)
-    return (*unfolded, _split(dsink, 0, info.batch_size)), (*dims, 0)
+def _register_vmap() -> None:
+    inputs = (_QKV, _QKV, _QKV, _SINK)
+    for ops, kinds, results in (
+        (FORWARDS, inputs, (_QKV, _LSE)),
+        (BACKWARDS, (_QKV, _LSE, *inputs, _QKV, _LSE), (_QKV, _QKV, _QKV, _DSINK)),
+    ):
+        for op in ops:
+            torch.library.register_vmap(op, partial(_vmap, op, kinds, results), lib=LIBRARY)
 
 
 if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, vmap calls once per element
-    torch.library.register_vmap("flash_attn_sm120::forward", _vmap_forward, lib=LIBRARY)
-    torch.library.register_vmap("flash_attn_sm120::backward", _vmap_backward, lib=LIBRARY)
+    _register_vmap()
 
 
 # ---- FLOPs: those of SDPA, which count masked scores, too ----------------------------------------
@@ -297,18 +381,55 @@ def _register_flops() -> None:
         sdpa_flop_count,
     )
 
-    def heads_first(x: Any, heads: int) -> tuple[int, ...]:
-        return (x[0], heads, x[1], x[3])
+    def forward(q: Any, k: Any, v: Any, sink: Any, *lengths: Any, **options: Any) -> Any:
+        rows, keys = _rows_and_keys(q, k, by_name(lengths), **options)
+        shapes = ((1, q[-2], n, x[-1]) for n, x in ((rows, q), (keys, k), (keys, v)))
+        return sdpa_flop_count(*shapes)  # type: ignore[no-untyped-call]
 
-    def forward(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
-        return sdpa_flop_count(*(heads_first(x, q[2]) for x in (q, k, v)))  # type: ignore[no-untyped-call]
-
-    def backward(dout: Any, dlse: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> Any:
-        shapes = (heads_first(x, q[2]) for x in (dout, q, k, v))
+    def backward(
+        dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, out: Any, lse: Any, *lengths: Any,
+        **options: Any,
+    ) -> Any:  # fmt: skip
+        rows, keys = _rows_and_keys(q, k, by_name(lengths), **options)
+        sides = ((rows, dout), (rows, q), (keys, k), (keys, v))
+        shapes = ((1, q[-2], n, x[-1]) for n, x in sides)
         return sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
 
-    register_flop_formula(torch.ops.flash_attn_sm120.forward)(forward)
-    register_flop_formula(torch.ops.flash_attn_sm120.backward)(backward)
+    for op in FORWARDS:
+        register_flop_formula(op.overloadpacket)(forward)
+    for op in BACKWARDS:
+        register_flop_formula(op.overloadpacket)(backward)
+
+
+def _rows_and_keys(
+    q: Any,
+    k: Any,
+    lengths: dict[str, Any],
+    *,
+    max_seqlen_q: Any = None,
+    max_seqlen_k: Any = None,
+    **_: Any,
+) -> tuple[Any, Any]:
+    """Query rows and keys of one sequence with the work of all, from shapes.
+
+    Of packed sides it is a bound, as lengths stay on the device: all rows of one side, each with as
+    many rows of the other as the longest sequence may have. Equal lengths with their max_seqlen
+    are exact.
+    """
+    cu_seqlens_q, cu_seqlens_k = lengths.get("cu_seqlens_q"), lengths.get("cu_seqlens_k")
+    batch = q[0] if cu_seqlens_q is None else cu_seqlens_q[0] - 1
+    pages = lengths.get("page_table")
+    all_of, longest = [], []
+    rows_k = k[-3] if pages is None else pages[1] * k[-3]
+    for rows, is_packed, is_paged, bound in (
+        (q[-3], cu_seqlens_q is not None, False, max_seqlen_q),
+        (rows_k, cu_seqlens_k is not None, pages is not None, max_seqlen_k),
+    ):
+        is_bounded = (is_packed or is_paged) and bound is not None
+        longest.append(min(rows, bound) if is_bounded else rows)
+        all_of.append(rows if is_packed else batch * longest[-1])
+    by_rows, by_keys = (all_of[0], longest[1]), (longest[0], all_of[1])
+    return by_rows if by_rows[0] * by_rows[1] <= by_keys[0] * by_keys[1] else by_keys
 
 
 when_imported("torch.utils.flop_counter", _register_flops)

@@ -79,7 +79,7 @@ class Plan:
     warps: int | None = None
     stages: int | None = None  # of K and V; in the backward of Q
     tma: bool | None = None  # the TMA brings tiles; else cp.async
-    group_heads: int | None = None  # forward: (batch, head) pairs that run together
+    group_heads: int | None = None  # (batch, head) pairs that run together
     num_splits: int | None = None  # forward: parts of the keys, a block for each
     q_splits: int | None = None  # backward: blocks that share a tile of keys
     pack_gqa: bool | None = None  # forward: the query heads of one KV head share blocks

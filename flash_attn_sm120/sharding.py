@@ -2,62 +2,84 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from flash_attn_sm120.ops import BACKWARD, FORWARD
+from flash_attn_sm120.ops import BACKWARDS, FORWARDS
 
-# What each device has: sequences of the batch, or heads, or all. By kind of tensor.
-_BATCH: dict[str, Any] = {"qkv": Shard(0), "lse": Shard(0), "sink": Replicate(), "dsink": Partial()}
-_HEADS: dict[str, Any] = {"qkv": Shard(2), "lse": Shard(1), "sink": Shard(0), "dsink": Shard(0)}
-_ALL: dict[str, Any] = dict.fromkeys(_BATCH, Replicate())
-for _kinds in (_BATCH, _HEADS, _ALL):
-    _kinds["none"] = Replicate()
+Placements = dict[str, Any]  # of a device, by kind of tensor
+
+_ALL: Placements = dict.fromkeys(
+    ("q", "kv", "lse", "sink", "dsink", "none", "lengths"), Replicate()
+)
+_BATCH: Placements = {**_ALL, **dict.fromkeys(("q", "kv", "lse"), Shard(0)), "dsink": Partial()}
+
+
+def _heads(q: Any, k: Any) -> Placements:
+    """Heads are the last dimension but one of q, k, v and of the log-sum-exp."""
+    by_q, by_k = len(q.shape) - 2, len(k.shape) - 2
+    of_heads = {"q": Shard(by_q), "kv": Shard(by_k), "lse": Shard(by_q - 1)}
+    return {**_ALL, **of_heads, "sink": Shard(0), "dsink": Shard(0)}
 
 
 def register() -> None:
     """Tells DTensor which placements the operators take."""
-    register_sharding(FORWARD)(_forward)
-    register_sharding(BACKWARD)(_backward)
+    for op in FORWARDS:
+        register_sharding(op)(_forward)
+    for op in BACKWARDS:
+        register_sharding(op)(_backward)
 
 
-def _forward(q: Any, k: Any, v: Any, sink: Any, **_: Any) -> Any:
-    _check(q=q, k=k, v=v)
-    return _placements(["qkv", "lse"], ["qkv", "qkv", "qkv"] + ["sink"] * (sink is not None))
+def _forward(q: Any, k: Any, v: Any, sink: Any, *lengths: Any, **_: Any) -> Any:
+    kinds = ("q", "kv", "kv", "sink")
+    return _strategies(["q", "lse"], kinds, (q, k, v, sink), lengths, (q, k, v))
 
 
-def _backward(dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, *_: Any, **__: Any) -> Any:
-    _check(q=q, k=k, v=v)
-    outputs = ["qkv", "qkv", "qkv", "dsink" if sink is not None else "none"]
-    kinds = ("qkv", "lse", "qkv", "qkv", "qkv", "sink", "qkv", "lse")
-    tensors = (dout, dlse, q, k, v, sink, *_)
-    return _placements(
-        outputs, [kind for kind, x in zip(kinds, tensors, strict=True) if x is not None]
-    )
+def _backward(dout: Any, dlse: Any, q: Any, k: Any, v: Any, *others: Any, **_: Any) -> Any:
+    sink, out, lse, *lengths = others
+    kinds = ("q", "lse", "q", "kv", "kv", "sink", "q", "lse")
+    tensors = (dout, dlse, q, k, v, sink, out, lse)
+    results = ["q", "kv", "kv", "none" if sink is None else "dsink"]
+    return _strategies(results, kinds, tensors, lengths, (q, k, v))
 
 
-def _placements(outputs: list[str], inputs: list[str]) -> Any:
-    """Pairs of the outputs' and the inputs' placements."""
-    return [([by[x] for x in outputs], [by[x] for x in inputs]) for by in (_ALL, _BATCH, _HEADS)]
+def _strategies(
+    results: list[str],
+    kinds: tuple[str, ...],
+    tensors: tuple[Any, ...],
+    lengths: Sequence[Any],
+    qkv: tuple[Any, Any, Any],
+) -> Any:
+    """Pairs of the results' and the inputs' placements: all, batch, heads.
+
+    A call with lengths has no batch to share: each device would need lengths of its own.
+    """
+    _check(*qkv, has_batch=not lengths)
+    inputs = [kind for kind, x in zip(kinds, tensors, strict=True) if x is not None]
+    inputs += ["lengths" for x in lengths if x is not None]
+    ways = (_ALL, *(() if lengths else (_BATCH,)), _heads(*qkv[:2]))
+    return [([by[x] for x in results], [by[x] for x in inputs]) for by in ways]
 
 
-def _check(**tensors: Any) -> None:
+def _check(q: Any, k: Any, v: Any, has_batch: bool) -> None:
     """Refuses what would need communication, which is for the caller to ask for."""
-    heads_q, heads_kv = tensors["q"].shape[2], tensors["k"].shape[2]
-    for name, x in tensors.items():
-        by_heads = 1  # devices that share the heads
+    heads_q, heads_kv = q.shape[-2], k.shape[-2]
+    without_heads = "Shard(0) (batch) or Replicate()" if has_batch else "Replicate()"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        of_heads, by_heads = len(x.shape) - 2, 1  # devices that share the heads
         for size, placement in zip(x.mesh.shape, x.placements, strict=True):
-            if placement == Shard(2):
+            if placement == Shard(of_heads):
                 by_heads *= size
-            elif placement not in (Replicate(), Shard(0)):
+            elif placement != Replicate() and not (has_batch and placement == Shard(0)):
                 raise ValueError(
                     f"{name} is {placement}, but attention needs whole sequences and head dims: "
-                    f"redistribute() {name} to Shard(0) (batch), Shard(2) (heads) or Replicate()"
+                    f"redistribute() {name} to Shard({of_heads}) (heads), {without_heads}"
                 )
         if heads_q != heads_kv and heads_kv % by_heads != 0:
             raise ValueError(
-                f"{name} is Shard(2) over {by_heads} devices, which part query heads from their "
-                f"{heads_kv} KV heads: redistribute() {name} to Shard(0) (batch) or Replicate()"
+                f"{name} is Shard({of_heads}) over {by_heads} devices, which part query heads from "
+                f"their {heads_kv} KV heads: redistribute() {name} to {without_heads}"
             )

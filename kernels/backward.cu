@@ -44,8 +44,6 @@
  * between it and the mask: then nothing delays the exponentials. */
 constexpr bool MASKS_FIRST = !SOFTCAP;
 
-static_assert(!VARLEN || (!TMA && !DQ_DIRECT), "boxes and tiles end where the tensor does");
-
 /* The mask of S^T [WARP_N, SUB_M], whose rows are keys. `key` and `query` are those of
  * S_rmem[0][0][0]. */
 __device__ __forceinline__ void mask_sub_tile(float (&S_rmem)[N_FRAGS][M_FRAGS][4],
@@ -236,6 +234,26 @@ __device__ __forceinline__ void store_dQ(const float (&dQ_rmem)[DQ_DIM_FRAGS][4]
     }
 }
 
+/* Zeros in dq, where the block has all keys of a sequence: in the rows that see none of them, those
+ * outside the tiles [m_begin, m_end), which it does not go through. */
+__device__ __forceinline__ void clear_dQ(const backward_block &block, int m_begin, int m_end)
+{
+    const sequence<fa_backward_params> &seq = block.seq;
+    const fa_backward_params &params = seq.params;
+    const int begin = min(m_begin * TILE_M, seq.seqlen_q());
+    const int end = clamp(m_end * TILE_M, begin, seq.seqlen_q());
+    for (int head = 0; head < params.heads_per_kv; head++) {
+        element *gmem = static_cast<element *>(params.dq) +
+                        seq.q_offset(params.dq_stride, block.head_kv * params.heads_per_kv + head);
+        for (int i = threadIdx.x / 32; i < begin + seq.seqlen_q() - end; i += WARPS) {
+            const int row = i < begin ? i : i - begin + end;
+            if (lane_id() < HEAD_DIM / CHUNK_ELEMENTS)
+                *reinterpret_cast<uint4 *>(gmem + row * params.dq_stride.seqlen +
+                                           lane_id() * CHUNK_ELEMENTS) = make_uint4(0, 0, 0, 0);
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     backward(const __grid_constant__ struct fa_backward_params params)
 {
@@ -257,14 +275,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         __syncthreads();
     }
     const backward_block block(params, number);
+    if (VARLEN && block.is_none)
+        return;
     const sequence<fa_backward_params> &seq = block.seq;
     const attention_mask mask(seq);
     const int key0 = block.n_block * TILE_N, key1 = key0 + TILE_N;
-    if (VARLEN && key0 >= seq.seqlen_k())
+    if (VARLEN && key0 >= seq.seqlen_k()) {
+        if (DQ_DIRECT)
+            clear_dQ(block, 0, 0);
         return; /* the grid has blocks for the longest sequence that may come */
+    }
     const int m_begin = mask.queries_of(key0).begin / TILE_M;
     const int m_end = max(ceil_div(mask.queries_of(key1 - 1).end, TILE_M), m_begin);
     query_walk<DETERMINISTIC> walk(params, block, m_begin, m_end);
+    if (VARLEN && DQ_DIRECT)
+        clear_dQ(block, m_begin, m_end);
 
     /* ---- 2. Prologue: K to shared memory, for product 5; the first queries to shared memory; K or
      * V to registers, for products 1 and 2. */
@@ -417,7 +442,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const fa_int64 pair = static_cast<fa_int64>(seq.batch) * params.heads_kv + block.head_kv;
         semaphore = params.dkv_semaphores + pair * params.n_blocks + block.n_block;
         while (semaphore_load(semaphore) != block.q_split)
-            ;
+            clear_dQ(block, 0, 0);
     }
     if (is_group_0)
         store_gradient<HEAD_DIM_V>(dKV_rmem, params.dv, params.dv_stride, params.dv_accum, block,

@@ -44,8 +44,9 @@ template <> struct fragment_place<true> {
         const int tile_frags = params.tile_m / 16;
         const int m_blocks = ceil_div(params.seqlen, params.tile_m);
         const auto [sequence, m_block] =
-            sequence_tiles{params.lengths, params.batch, m_blocks, params.tile_m}.place_of(
-                row_frag / tile_frags);
+            sequence_tiles{params.lengths, params.batch, m_blocks, params.tile_m,
+                           params.row_frags.number / tile_frags}
+                .place_of(row_frag / tile_frags);
         number = sequence;
         seq = read_queries(params.lengths, params.seqlen, number);
         first = m_block * params.tile_m + row_frag % tile_frags * 16;

@@ -1,12 +1,16 @@
-/* Before backward.cu: lse_log2 and delta = dO.O - dlse of every query, and zeros in the
- * accumulators and semaphores. A block takes a tile of queries [TILE_M], and a share of what is
- * zeroed.
+/* Before backward.cu: lse_log2 and delta = dO.O - dlse of every query, and zeros in accumulators
+ * and semaphores. A block takes a tile of queries [TILE_M], and a share of what is zeroed.
+ *
+ * Where VARLEN, also zeros in rows of gradients that no sequence has, and the list of
+ * tiles of keys: a block takes some rows, and one sequence.
  *
  * Constants as in backward.cu: DTYPE, HEAD_DIM_V, TILE_M, VARLEN. */
 #include "params.h"
 
 #include "backward.cuh"
 #include "query_tiles.cuh"
+#include "tile_list.cuh"
+#include "unused_rows.cuh"
 
 constexpr int THREADS = FA_PREPROCESS_THREADS;
 
@@ -31,6 +35,34 @@ __device__ __forceinline__ float dot_2(unsigned a, unsigned b)
 __device__ __forceinline__ float dot_8(const uint4 &a, const uint4 &b)
 {
     return dot_2(a.x, b.x) + dot_2(a.y, b.y) + (dot_2(a.z, b.z) + dot_2(a.w, b.w));
+}
+
+/* Rows of dq, dk and dv that no sequence has become 0. */
+__device__ __forceinline__ void clear_unused_rows(const fa_backward_params &params)
+{
+    const row_side queries = query_side(params.lengths, params.batch, params.seqlen_q);
+    const row_side keys = key_side(params.lengths, params.batch, params.seqlen_k);
+    const fa_int64 step = fa_int64{gridDim.x} * THREADS;
+    for (fa_int64 row0 = fa_int64{blockIdx.x} * THREADS; row0 < queries.rows(); row0 += step)
+        each_unused_row(queries, row0, [&](int entry, int row) {
+            clear_row(params.dq, params.dq_stride, params.heads_q, params.head_dim, entry, row);
+        });
+    for (fa_int64 row0 = fa_int64{blockIdx.x} * THREADS; row0 < keys.rows(); row0 += step)
+        each_unused_row(keys, row0, [&](int entry, int row) {
+            clear_row(params.dk, params.dk_stride, params.heads_kv, params.head_dim, entry, row);
+            clear_row(params.dv, params.dv_stride, params.heads_kv, HEAD_DIM_V, entry, row);
+        });
+}
+
+/* The tiles of keys of a sequence in the list of all. Blocks with many queries take longest. */
+__device__ __forceinline__ void list_keys(const fa_backward_params &params, int number)
+{
+    list_tiles<THREADS>(
+        params.list, params.n_blocks, params.batch, number, [&](int other) -> sequence_work {
+            const int keys = read_keys(params.lengths, params.seqlen_k, other).count;
+            return {read_queries(params.lengths, params.seqlen_q, other).count,
+                    ceil_div(keys, params.tile_n)};
+        });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -81,4 +113,9 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     uint4 *zeros = static_cast<uint4 *>(params.zeros);
     for (fa_int64 i = begin + threadIdx.x; i < end; i += THREADS)
         zeros[i] = make_uint4(0, 0, 0, 0);
+
+    if (VARLEN)
+        clear_unused_rows(params);
+    if (VARLEN && params.list && tile < params.batch) /* there are as many tiles, or more */
+        list_keys(params, tile);
 }

@@ -8,21 +8,44 @@
 #include "score.cuh"
 
 /* The coordinates of this thread's block: sequence, KV head, keys, and which of the q_splits blocks
- * that share them. */
+ * that share them.
+ *
+ * Blocks that run at the same time should share Q, dO and the accumulators of dQ in the L2: so
+ * group_heads (batch, KV head) pairs go through all their tiles of keys together, heads fastest.
+ * group_heads (batch, KV head) pairs go through all their tiles of keys together, heads fastest.
+ * With a right diagonal the first keys are seen by the most queries: these blocks start first, and
+ * the short ones fill the gaps at the end. With a list of tiles, sequence by sequence, a group is
+ * of heads alone, and goes through the list. Of two blocks of a pair the one with the lower keys
+ * always has the lower number: ordered accumulation relies on it. */
 struct backward_block {
     sequence<fa_backward_params> seq;
     int n_block, head_kv, q_split;
+    bool is_none; /* a list has more places than tiles */
 
     __device__ __forceinline__ backward_block(const fa_backward_params &params, int number)
         : seq{params, 0}
     {
+        const bool is_listed = VARLEN && params.list;
         q_split = number % params.q_splits;
         number /= params.q_splits;
+        const int group_blocks = params.group_heads * params.n_blocks;
+        const int first_pair = number / group_blocks * params.group_heads;
+        const int all_pairs = is_listed ? params.heads_kv : params.batch * params.heads_kv;
+        const int pairs = min(params.group_heads, all_pairs - first_pair);
+        number %= group_blocks;
+        n_block = number / pairs;
+        number = first_pair + number % pairs;
         head_kv = number % params.heads_kv;
         number /= params.heads_kv;
-        seq.select(number % params.batch);
+        if (is_listed) {
+            number = same_in_warp(ld_global(&params.list[n_block].sequence));
+            n_block = same_in_warp(ld_global(&params.list[n_block].tile));
+        }
+        is_none = VARLEN && number < 0;
+        if (is_none)
+            return;
+        seq.select(number);
         seq.make_uniform();
-        n_block = number / params.batch;
     }
 };
 
@@ -146,8 +169,7 @@ struct query_loader {
                 const unsigned mbarrier =
                     smem + SMEM.q_mbarriers + stage * FA_BACKWARD_MBARRIER_STRIDE;
                 mbarrier_expect(mbarrier, Q_layout::BYTES + LSE_DELTA_BYTES);
-                load_boxes<Q_layout>(Q_smem, seq.params.q_map, mbarrier, m_block * TILE_M, head,
-                                     seq.batch);
+                load_boxes<Q_layout>(Q_smem, seq.params.q_map, mbarrier, head, m_block);
                 bulk_load(lse_smem, lse_gmem, LSE_DELTA_BYTES, mbarrier);
             }
             return;
@@ -167,8 +189,8 @@ struct query_loader {
             if (asks_tma()) {
                 const unsigned mbarrier = smem + SMEM.dout_mbarrier;
                 mbarrier_expect(mbarrier, dO_layout::BYTES);
-                load_boxes<dO_layout>(smem + SMEM.dout, seq.params.dout_map, mbarrier,
-                                      m_block * TILE_M, head, seq.batch);
+                load_boxes<dO_layout>(smem + SMEM.dout, seq.params.dout_map, mbarrier, head,
+                                      m_block);
             }
             return;
         }
@@ -180,16 +202,20 @@ struct query_loader {
     }
 
   private:
-    /* A tile in boxes of the TMA, each a segment of the layout. */
+    /* A tile in boxes of the TMA, each a segment of the layout. Of packed queries a box has the
+     * rows up to the end of the tile or of the sequence, and then zeros: see fa_backward_params. */
     template <class layout>
-    static __device__ __forceinline__ void load_boxes(unsigned tile_smem, const fa_tensor_map &map,
-                                                      unsigned mbarrier, int row, int head,
-                                                      int batch)
+    __device__ __forceinline__ void load_boxes(unsigned tile_smem, const fa_tensor_map &map,
+                                               unsigned mbarrier, int head, int m_block) const
     {
+        const int query0 = m_block * TILE_M;
+        const int rows = min(TILE_M, seq.seqlen_q() - query0);
+        const int row = VARLEN ? TILE_M - rows : query0;
+        const int entry = VARLEN ? seq.q_begin + query0 + rows : seq.batch;
 #pragma unroll
         for (int c = 0; c < layout::PADDED; c += layout::COLS)
             tma_load_4d(tile_smem + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier, c * 8,
-                        row, head, batch);
+                        row, head, entry);
     }
 };
 

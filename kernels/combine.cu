@@ -46,12 +46,17 @@ struct weighted {
 extern "C" __global__ void __launch_bounds__(THREADS)
     combine(const __grid_constant__ struct fa_combine_params params)
 {
-    /* ---- 1. Which dims of which row, and which slice of its parts. */
+    /* ---- 1. Which dims of which row, which slice of its parts: while the forward still runs. */
     const int lane = threadIdx.x % LANES, slot = threadIdx.x / LANES;
     const int block_rows = divide(SLOTS, params.slices).quotient;
     const auto [block_row, slice] = divide(slot, params.slices);
     const unsigned row = blockIdx.x * block_rows + block_row;
     const bool exists = block_row < block_rows && row < params.rows;
+    const auto [pair, query] = divide(row, params.seqlen_q);
+    const auto [batch, head] = divide(pair, params.heads_q);
+    const float sink =
+        exists && slice == 0 ? load_sink(params.sink, params.sink_dtype, head) : -INF;
+    wait_for_previous_kernel();
 
     /* ---- 2. The sum of a slice. The loads of AHEAD parts are on their way together; one that is
      * not there has no weight, as a part without keys has none. */
@@ -87,9 +92,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     }
 
     /* ---- 4. The sink, and out. */
-    const auto [pair, query] = divide(row, params.seqlen_q);
-    const auto [batch, head] = divide(pair, params.heads_q);
-    const float sink = load_sink(params.sink, params.sink_dtype, head);
     if (params.sink && sum.l != 0.0f)
         sum.add(sink * LOG2_E, 1.0f, {}, MAX_OFFSET);
     unsigned short *out_row = static_cast<unsigned short *>(params.out) +

@@ -146,7 +146,8 @@ template <class layout> struct paged_tensor {
     }
 };
 
-/* Pages of any size. The table is read a tile ahead. */
+/* Pages of any size. The table is read a tile ahead. Keys are counted from row 0 of the pages,
+ * where key 0 of the sequence need not be. */
 template <> struct copied_source<true> {
     enum { SAME_ROWS = K_layout::COLS == V_layout::COLS };
     const fa_forward_params &params;
@@ -159,10 +160,10 @@ template <> struct copied_source<true> {
                                           const sequence<fa_forward_params> &seq)
     {
         list.select(walk.entry);
-        key = walk.key(0);
+        key = walk.first_row + walk.key(0);
         K.start(params.k, params.k_stride, walk.head_kv);
         V.start(params.v, params.v_stride, walk.head_kv);
-        read_entries(min(seq.seqlen_k() - key, TILE_N));
+        read_entries(min(seq.seqlen_k() - walk.key(0), TILE_N));
     }
     __device__ __forceinline__ void copy_K(unsigned smem, int keys)
     {
@@ -184,7 +185,7 @@ template <> struct copied_source<true> {
     }
     __device__ __forceinline__ void read_entries(int keys)
     {
-        keys = key < 0 ? 0 : keys; /* no tile is before that of key 0 */
+        keys = key < 0 ? 0 : keys; /* no tile is before that of key 0 of the sequence */
         K.rows.read_entries(list, key, keys);
         if (!SAME_ROWS)
             V.rows.read_entries(list, key, keys);

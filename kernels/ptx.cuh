@@ -40,7 +40,7 @@ __device__ __forceinline__ float ld_global(const float *gmem)
     asm volatile("ld.global.f32 %0, [%1];" : "=f"(x) : "l"(gmem));
     return x;
 }
-/* Of what no kernel writes: read when it is needed, and not if it is not. */
+/* Of what no kernel writes meanwhile: read when it is needed, and not if it is not. */
 __device__ __forceinline__ int ld_global(const int *gmem)
 {
     int x;
@@ -228,6 +228,23 @@ __device__ __forceinline__ int semaphore_load(const int *semaphore)
 __device__ __forceinline__ void semaphore_release(int *semaphore)
 {
     asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(semaphore) : "memory");
+}
+
+/* ---- between kernels ------------------------------------------------------------------------ */
+
+/* Once all blocks have come here or ended, the next kernel may start that was launched to overlap
+ * this one: see overlaps_previous in csrc/plan.h. Before 9.0 there are none. */
+__device__ __forceinline__ void let_next_kernel_start()
+{
+    if constexpr (__CUDA_ARCH__ >= 900)
+        asm volatile("griddepcontrol.launch_dependents;");
+}
+
+/* Waits until the kernel before this one has ended and what it wrote can be read. */
+__device__ __forceinline__ void wait_for_previous_kernel()
+{
+    if constexpr (__CUDA_ARCH__ >= 900)
+        asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 /* ---- between groups of warps ---------------------------------------------------------------- */

@@ -42,9 +42,9 @@ template <class params_t> struct query_tiles<params_t, true> {
 
     __device__ __forceinline__ sequence_tiles of_head() const
     {
-        return {params.lengths, params.batch, params.m_blocks, TILE_M};
+        return {params.lengths, params.batch, params.m_blocks, TILE_M, params.query_tiles};
     }
-    __device__ __forceinline__ int in_a_row() const { return of_head().count(); }
+    __device__ __forceinline__ int in_a_row() const { return params.query_tiles; }
     __device__ __forceinline__ int queries_in_a_row() const { return in_a_row() * TILE_M; }
     __device__ __forceinline__ int rows() const { return 1; }
     __device__ __forceinline__ fa_int64 index(const sequence<params_t, true> &seq, int head,

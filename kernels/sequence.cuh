@@ -45,7 +45,14 @@ __device__ __forceinline__ sequence_rows read_queries(const fa_lengths &lengths,
 }
 __device__ __forceinline__ sequence_rows read_keys(const fa_lengths &lengths, int bound, int number)
 {
-    return read_rows(lengths.cu_seqlens_k, lengths.seqused_k, lengths.total_k, bound, number);
+    sequence_rows rows =
+        read_rows(lengths.cu_seqlens_k, lengths.seqused_k, lengths.total_k, bound, number);
+    if (lengths.leftpad_k) {
+        const int pad = clamp(ld_global(lengths.leftpad_k + number), 0, rows.count);
+        rows.begin += pad;
+        rows.count -= pad;
+    }
+    return rows;
 }
 
 /* The last of some sequences for which `has_begun` holds, as it does for all before it; the first
@@ -63,42 +70,35 @@ template <class F> __device__ __forceinline__ int last_sequence(int sequences, F
     return first;
 }
 
-/* The sequence that has a row of a packed side of queries, if any has. */
-__device__ __forceinline__ int sequence_of_query(const fa_lengths &lengths, int sequences, int row)
-{
-    return last_sequence(sequences, [&](int number) {
-        return first_row(lengths.cu_seqlens_q, lengths.total_q, number) <= row;
-    });
-}
-
-/* Tiles of `tile_m` queries of all sequences, in a workspace that has as many as they may need. Of
- * a packed side that is a tile for each sequence more than the rows fill: a sequence starts with
- * the tile that has its first row, and one further on for each sequence before it. */
+/* Tiles of `tile_m` queries of all sequences, in a workspace that has as many as they may need:
+ * either m_blocks for each, or, of a packed side and where these are fewer, one for each sequence
+ * more than the rows fill. Then a sequence starts with the tile that has its first row, and one
+ * further on for each sequence before it. The host takes what is less. */
 struct sequence_tiles {
     const fa_lengths &lengths;
     int sequences;
     int m_blocks; /* tiles of the longest sequence */
     int tile_m;
+    int count;
 
     struct place {
         int sequence, m_block;
     };
 
-    __device__ __forceinline__ int count() const
+    __device__ __forceinline__ bool is_by_bound() const
     {
-        return lengths.cu_seqlens_q ? (lengths.total_q + tile_m - 1) / tile_m + sequences
-                                    : sequences * m_blocks;
+        return count == fa_int64{sequences} * m_blocks;
     }
     /* The first tile of a sequence, whose first row is `row`. */
     __device__ __forceinline__ int first(int row, int sequence) const
     {
-        return lengths.cu_seqlens_q ? row / tile_m + sequence : sequence * m_blocks;
+        return is_by_bound() ? sequence * m_blocks : row / tile_m + sequence;
     }
     /* The sequence that has a tile, and which of its tiles that is: if none has it, one behind the
      * last. */
     __device__ __forceinline__ place place_of(int tile) const
     {
-        if (!lengths.cu_seqlens_q)
+        if (is_by_bound())
             return {tile / m_blocks, tile % m_blocks};
         const auto first_of = [&](int number) {
             return first(first_row(lengths.cu_seqlens_q, lengths.total_q, number), number);

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from flash_attn_sm120 import _measure, flash_attn_func
+from flash_attn_sm120 import _measure, flash_attn_func, flash_attn_varlen_func
 from flash_attn_sm120.commands import info, inputs
 
 HEAD_DIMS = (64, 96, 128, 256)
+LENGTHS = [1, 127, 0, 200, 64]  # of the packed sequences
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         for seqlen in (1, 127, 512):
             failures += not check_forward(device, dtype, head_dim, seqlen, causal)
         failures += not check_gradients(device, dtype, head_dim, 129, causal)
+        failures += not check_packed(device, dtype, head_dim, causal)
     print(f"\n{failures} failed" if failures else "\nall passed")
     return 1 if failures else 0
 
@@ -50,30 +52,58 @@ def check_gradients(
 ) -> bool:
     """Whether dq, dk and dv do, by autograd."""
     *qkv, dout = inputs.normal(device, dtype, seqlen, (8, 2, 2, 8), head_dim)
-
-    def gradients(attend: Callable[..., Any], tensors: list[torch.Tensor]) -> Any:
-        leaves = [x.requires_grad_() for x in tensors]
-        out = attend(*leaves)
-        return torch.autograd.grad(out, leaves, dout.to(out.dtype))
-
-    plainly = partial(inputs.plain, causal=causal)
-    ours = gradients(lambda q, k, v: flash_attn_func(q, k, v, causal=causal)[0], qkv)
-    reference, plain = gradients(plainly, _doubles(*qkv)), gradients(plainly, qkv)
-    passed = [
-        _is_close(_case(name, qkv[0], causal), *each)
-        for name, *each in zip(("dq", "dk", "dv"), ours, reference, plain, strict=True)
-    ]
+    call, plainly = partial(flash_attn_func, causal=causal), partial(inputs.plain, causal=causal)
+    results = _with_gradients(lambda *qkv: call(*qkv)[0], plainly, qkv, dout)
+    passed = [_is_close(_case(name, qkv[0], causal), *each) for name, *each in results[1:]]
     return all(passed)
+
+
+def check_packed(device: str, dtype: torch.dtype, head_dim: int, causal: bool) -> bool:
+    """Whether both do of packed sequences, each of which plain PyTorch computes alone."""
+    *qkv, dout = inputs.normal(device, dtype, sum(LENGTHS), (8, 2, 2, 8), head_dim)
+    ends = torch.tensor(LENGTHS).cumsum(0)
+    cu_seqlens = torch.nn.functional.pad(ends, (1, 0)).to(device, torch.int32)
+
+    def call(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = flash_attn_varlen_func(
+            q[0], k[0], v[0], cu_seqlens_q=cu_seqlens, cu_seqlens_k=cu_seqlens, causal=causal
+        )[0]
+        return out[None]
+
+    def plainly(*qkv: torch.Tensor) -> torch.Tensor:
+        sequences = zip(*(torch.split(x, LENGTHS, dim=1) for x in qkv), strict=True)
+        alone = [inputs.plain(*own, causal=causal) for own in sequences if own[0].numel()]
+        return torch.cat(alone, dim=1)
+
+    results = _with_gradients(call, plainly, qkv, dout)
+    passed = [_is_close(_case(name, qkv[0], causal, "packed"), *each) for name, *each in results]
+    return all(passed)
+
+
+def _with_gradients(
+    call: Callable[..., torch.Tensor],
+    plainly: Callable[..., torch.Tensor],
+    qkv: list[torch.Tensor],
+    dout: torch.Tensor,
+) -> list[tuple[Any, ...]]:
+    """(name, ours, in fp64, plain) of out, dq, dk and dv."""
+    columns = []
+    for attend, tensors in ((call, qkv), (plainly, _doubles(*qkv)), (plainly, qkv)):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        out = attend(*leaves)
+        columns.append([out.detach(), *torch.autograd.grad(out, leaves, dout.to(out.dtype))])
+    return list(zip(("out", "dq", "dk", "dv"), *columns, strict=True))
 
 
 def _doubles(*tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x.detach().double() for x in tensors]
 
 
-def _case(name: str, q: torch.Tensor, causal: bool) -> str:
+def _case(name: str, q: torch.Tensor, causal: bool, kind: str = "") -> str:
     _, seqlen, _, head_dim = q.shape
     causal_or_not = " causal" if causal else ""
-    return f"{name} {str(q.dtype)[6:]} head_dim {head_dim} seqlen {seqlen}{causal_or_not}"
+    lengths = kind or f"seqlen {seqlen}"
+    return f"{name} {str(q.dtype)[6:]} head_dim {head_dim} {lengths}{causal_or_not}"
 
 
 def _is_close(

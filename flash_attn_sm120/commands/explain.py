@@ -3,12 +3,15 @@
 For example, decoding with Llama 3 8B on an RTX 5090:
 
     python -m flash_attn_sm120 explain --seqlen 1 --seqlen-k 8192 --heads 32 --heads-kv 8 --arch 120
+
+With --packed, --seqlen and --seqlen-k are what the lengths of the sequences are at most.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+from typing import Any
 
 import torch
 
@@ -39,6 +42,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--softcap", type=float, default=0.0, help="bound of the scores; 0: none")
     parser.add_argument("--sink", action="store_true", help="with a learnable sink")
     parser.add_argument("--num-splits", type=int, default=0, help="of the keys; 0: as many as pay")
+    parser.add_argument(
+        "--packed", action="store_true", help="sequences of any lengths, one after the other"
+    )
     parser.add_argument("--backward", action="store_true", help="the gradients, not the forward")
     parser.add_argument("--deterministic", action="store_true", help="of the gradients")
     parser.add_argument(
@@ -57,12 +63,18 @@ def run(arguments: argparse.Namespace) -> int:
     on_gpu = a.arch is None and torch.cuda.is_available()
     arch = None if on_gpu else a.arch or 120
     heads_kv, seqlen_k = a.heads_kv or a.heads, a.seqlen_k or a.seqlen
+    of_batch = (lambda rows: (a.batch * rows,)) if a.packed else (lambda rows: (a.batch, rows))
     shapes = {
-        "q": (a.batch, a.seqlen, a.heads, a.head_dim),
-        "k": (a.batch, seqlen_k, heads_kv, a.head_dim),
-        "v": (a.batch, seqlen_k, heads_kv, a.head_dim_v or a.head_dim),
+        "q": (*of_batch(a.seqlen), a.heads, a.head_dim),
+        "k": (*of_batch(seqlen_k), heads_kv, a.head_dim),
+        "v": (*of_batch(seqlen_k), heads_kv, a.head_dim_v or a.head_dim),
     }
     make = functools.partial(torch.empty, dtype=DTYPES[a.dtype], device="cuda" if on_gpu else "cpu")
+    lengths: dict[str, Any] = {}
+    if a.packed:
+        ends = make(a.batch + 1, dtype=torch.int32)
+        lengths = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        lengths |= {"max_seqlen_q": a.seqlen, "max_seqlen_k": seqlen_k}
     of_direction = explain_backward if a.backward else explain
     try:
         plan = of_direction(
@@ -74,6 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
             learnable_sink=make(a.heads) if a.sink else None,
             num_splits=a.num_splits,
             deterministic=a.deterministic,
+            **lengths,
         )
     except ValueError as error:  # of what the command line asks for
         raise RuntimeError(str(error)) from error

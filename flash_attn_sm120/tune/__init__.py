@@ -1,7 +1,8 @@
 """``python -m flash_attn_sm120 tune``: the tile table of this GPU, measured.
 
 A cell (``grid.py``) is what one row of the table can tell apart: head dims, causal or full, and a
-bucket of query rows per multiprocessor. In each cell every tile that may be fast
+bucket of query rows per multiprocessor. Packed sequences are served by the same rows, by the
+rows of the longest, and are measured in each cell, too. In each cell every tile that may be fast
 (``candidates.py``) is compiled, run once and compared with the fallback, the tile that csrc/tiles.c
 chooses. Those that are right are timed beside it (``contest.py``, on the GPU of ``machine.py``):
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from flash_attn_sm120 import _C, tuned_tiles
-from flash_attn_sm120.interface import flash_attn_func
+from flash_attn_sm120.interface import flash_attn_varlen_func
 from flash_attn_sm120.plan import Plan, explain
 from flash_attn_sm120.tune.grid import BUCKETS, Cell
 from flash_attn_sm120.tuned_tiles import ANY, Row
@@ -78,11 +78,12 @@ class Call(NamedTuple):
     k: Any
     v: Any
     causal: bool
+    lengths: dict[str, Any]  # of packed sequences; empty where q, k and v have a batch
 
     def plan(self, rows: Sequence[tuple[int, ...]]) -> Plan:
         """How the call is carried out where ``rows`` come before csrc/tiles.c."""
         _C.use_tiles(rows)
-        return explain(self.q, self.k, self.v, causal=self.causal, num_splits=1)
+        return explain(self.q, self.k, self.v, **self.lengths, causal=self.causal, num_splits=1)
 
     def plan_with(self, row: tuple[int, ...]) -> Plan | None:
         """The plan with ``row``; None where the row does not serve the call, or does not fit."""
@@ -124,4 +125,6 @@ class Candidate(NamedTuple):
         """The output of the call ``i``."""
         _C.use_tiles(self.rows)
         call = self.calls[i]
-        return flash_attn_func(call.q, call.k, call.v, causal=call.causal, num_splits=1)[0]
+        return flash_attn_varlen_func(
+            call.q, call.k, call.v, **call.lengths, causal=call.causal, num_splits=1
+        )[0]

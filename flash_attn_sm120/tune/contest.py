@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import statistics
@@ -56,6 +57,8 @@ class Contest:
     def __init__(self, machine: Machine, cell: Cell, choices: Choices) -> None:
         self.machine, self.cell = machine, cell
         self.calls = tuple(self._call(seqlen) for seqlen in cell.bucket.seqlens)
+        if cell.bucket.longest:
+            self.calls += (self._packed_call(),)
         self.fallback = Candidate.fallback(self.calls)
         rows = candidate_rows(cell, self.fallback.row, machine.arch, choices)
         self.candidates = self._of_rows(rows)
@@ -177,9 +180,22 @@ class Contest:
 
     def _call(self, seqlen: int) -> Call:
         seqlen, heads = self.cell.bucket.heads(seqlen, self.machine.device["sms"])
-        dims = (self.cell.head_dim, self.cell.head_dim, self.cell.head_dim_v)
-        q, k, v = (self.machine.tensor(1, seqlen, heads, dim) for dim in dims)
-        return Call(q, k, v, self.cell.causal)
+        q, k, v = (self.machine.tensor(1, seqlen, heads, dim) for dim in self._head_dims())
+        return Call(q, k, v, self.cell.causal, {})
+
+    def _packed_call(self) -> Call:
+        """Sequences of several lengths: a row of the table serves them, too."""
+        bucket = self.cell.bucket
+        lengths, heads = bucket.packed(self.machine.device["sms"])
+        q, k, v = (self.machine.tensor(sum(lengths), heads, dim) for dim in self._head_dims())
+        ends = self.machine.integers([0, *itertools.accumulate(lengths)])
+        both = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
+        bounds = {"max_seqlen_q": bucket.longest, "max_seqlen_k": bucket.longest}
+        return Call(q, k, v, self.cell.causal, {**both, **bounds})
+
+    def _head_dims(self) -> tuple[int, int, int]:
+        """Of q, k and v."""
+        return self.cell.head_dim, self.cell.head_dim, self.cell.head_dim_v
 
     def _of_rows(self, rows: Iterable[Row]) -> list[Candidate]:
         """Without those that do not serve all calls, or are the fallback by another name."""
@@ -197,4 +213,8 @@ class Contest:
             tqdm.write(f"{name} {why}: it is not used; please report it", file=sys.stderr)
 
     def _drop_stopped(self) -> None:
-        self.candidates = [c for c in self.candidates if c.name not in self.stopped]
+        self.candidates = [
+            candidate
+            for candidate in self.candidates
+            if all(str(plan.variant) not in self.stopped for plan in candidate.plans)
+        ]

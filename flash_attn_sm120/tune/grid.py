@@ -10,11 +10,15 @@ from flash_attn_sm120.tuned_tiles import ANY, Row
 
 
 class Bucket(NamedTuple):
-    """Calls with `above` < query rows per multiprocessor <= `upto`."""
+    """Calls with `above` < query rows per multiprocessor <= `upto`.
+
+    Of packed sequences, whose number no plan knows: with as many rows in the longest.
+    """
 
     above: int
     upto: int
     seqlens: tuple[int, ...]  # of the calls that are measured
+    longest: int = 0  # of the packed sequences that are measured, too; 0: none
 
     def heads(self, seqlen: int, sms: int) -> tuple[int, int]:
         """(seqlen, heads) of a call in the bucket: as many heads as there is room for."""
@@ -22,12 +26,23 @@ class Bucket(NamedTuple):
         seqlen = min(seqlen, rows)
         return seqlen, rows // seqlen
 
+    def packed(self, sms: int) -> tuple[list[int], int]:
+        """(lengths, heads) of packed sequences: of the longest to a quarter of it, as many as
+        there is room for."""
+        heads = 8
+        rows = UNBOUNDED_ROWS_PER_SM * sms // heads
+        quarters = itertools.cycle((4, 2, 3, 1))
+        lengths: list[int] = []
+        while sum(lengths) < rows:
+            lengths.append(max(1, self.longest * next(quarters) // 4))
+        return lengths, heads
+
 
 BUCKETS = (
-    Bucket(0, 64, (512, 2048)),
-    Bucket(64, 128, (512, 2048)),
-    Bucket(128, 256, (1024, 4096)),
-    Bucket(256, ANY, (4096, 8192)),
+    Bucket(0, 64, (512, 2048), 64),
+    Bucket(64, 128, (512, 2048), 128),
+    Bucket(128, 256, (1024, 4096), 256),
+    Bucket(256, ANY, (4096, 8192), 2048),
 )
 UNBOUNDED_ROWS_PER_SM = 1024
 

@@ -76,6 +76,10 @@ class Machine:
             raise RuntimeError("tune needs a torch that can use the GPU: torch.cuda says it cannot")
         return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
 
+    def integers(self, numbers: Sequence[int]) -> Any:
+        """int32, beside those tensors."""
+        return torch.tensor(numbers, dtype=torch.int32, device="cuda")
+
     def compile(self, plan: Plan) -> None:
         """Has the kernels of a plan compiled into the cache.
 

@@ -166,11 +166,23 @@ int cuTensorMapEncodeTiled(struct fa_tensor_map *map, int data_type, unsigned ra
     return result("cuTensorMapEncodeTiled");
 }
 
+struct attribute {
+    int id, padding, value[16];
+};
+
 struct config {
     unsigned grid[3], block[3], shared_bytes;
-    void *stream, *attributes;
+    void *stream;
+    const struct attribute *attributes;
     unsigned attribute_count;
 };
+
+/* Whether the kernel may start before the one before it has ended. */
+static int overlaps(const struct config *config)
+{
+    return config->attribute_count == 1 && config->attributes->id == 6 &&
+           config->attributes->value[0] == 1;
+}
 
 static void print_combine(FILE *file, const struct fa_combine_params *p)
 {
@@ -218,6 +230,7 @@ int cuLaunchKernelEx(const struct config *config, void *kernel, void **parameter
             depth ? (long)(stack[depth - 1] - contexts) : -1, depth, (long long)config->stream);
     fprintf(file, "\"grid\": %u, \"block\": %u, \"shared\": %u, ", config->grid[0],
             config->block[0], config->shared_bytes);
+    fprintf(file, "\"overlaps\": %s, ", overlaps(config) ? "true" : "false");
     if (*(const int *)kernel)
         print_combine(file, parameters[0]);
     else

@@ -120,7 +120,12 @@ static void print_splits(int count)
         const struct fa_grid grid = {
             .blocks = size(&state, 10),
             .tiles = size(&state, 12),
+            .tile_m = 16 << pick(&state, 4),
             .tile_n = 16 << pick(&state, 4),
+            .key_bytes = 32 << pick(&state, 5),
+            .kv_heads = size(&state, 10),
+            .row_bytes = size(&state, 20),
+            .in_flight = size(&state, 17),
             .sms = size(&state, 7),
             .blocks_per_sm = 1 + pick(&state, 4),
         };

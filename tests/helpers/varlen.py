@@ -170,11 +170,12 @@ def check_forward(batch, *, num_splits=0, pack_gqa=None, **options):
     return out, lse
 
 
-def check(batch, *, deterministic=False, with_dlse=True, **options):
-    """(out, lse) and gradients, held against the reference."""
+def check(batch, *, deterministic=False, with_dlse=True, bounds=None, **options):
+    """(out, lse) and gradients, held against the reference. `bounds`: the backward's alone."""
     out, lse = check_forward(batch, **options)
+    bounds = bounds or {}
     *gradients, dsink = gradients_of(
-        batch, out, lse, with_dlse, deterministic=deterministic, **options
+        batch, out, lse, with_dlse, deterministic=deterministic, **bounds, **options
     )
     sink = options.get("learnable_sink")
     dsink_ref = None if sink is None else torch.zeros(sink.shape, dtype=torch.float64)

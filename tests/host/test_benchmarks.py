@@ -1,5 +1,6 @@
 """The benchmarks' own logic, in dry runs on the CPU: what they say where something cannot run."""
 
+import itertools
 import json
 import re
 import sys
@@ -20,6 +21,9 @@ import decode  # noqa: E402
 import forward  # noqa: E402
 import grid  # noqa: E402
 import harness  # noqa: E402
+import overhead  # noqa: E402
+import paged  # noqa: E402
+import varlen  # noqa: E402
 import versus  # noqa: E402
 from harness import OURS, Contestant  # noqa: E402
 
@@ -173,19 +177,145 @@ def test_where_nothing_fits_all_are_absent(monkeypatch, capsys, module):
         assert re.search(rf"absent in \d cells: {name}: does not fit", said)
 
 
-def test_a_dry_run_of_decoding(monkeypatch, capsys):
-    arguments = ("--presets", "hd64", "--seqlens", "32", "--batches", "2")
-    run(monkeypatch, decode, *arguments)
-    assert re.search(r"^\| hd64 +\| 2 +\| 32 ", capsys.readouterr().out, re.M)
-    monkeypatch.setattr(forward, "flash_attn_func", exhausted)
-    run(monkeypatch, decode, *arguments)
+DECODING = ("--presets", "hd64", "--seqlens", "32", "--batches", "2")
+
+
+def test_a_dry_run_of_decoding(monkeypatch, capsys, tmp_path):
+    file = tmp_path / "records.jsonl"
+    run(monkeypatch, decode, *DECODING, "--output", str(file))
+    said = capsys.readouterr().out
+    assert re.search(r"^\| hd64 +\| 2 +\| 32 ", said, re.M) and "a plain read" in said
+    header, *records = map(json.loads, file.read_text().splitlines())
+    assert header["benchmark"] == "decode"
+    assert {"gb_per_s", "num_splits"} <= set(records[0]) and records[0]["seqlen_q"] == 1
+    monkeypatch.setattr(decode, "flash_attn_func", exhausted)
+    run(monkeypatch, decode, *DECODING)
     assert re.search(r"^\| hd64 +\| 2 +\| 32 .*\| absent", capsys.readouterr().out, re.M)
+
+
+TINY = {"mixed": [5, 16, 3], "equal": [8, 8]}
+
+
+@pytest.mark.parametrize("direction", [(), ("--backward",)], ids=["forward", "backward"])
+def test_a_dry_run_of_packed_sequences(monkeypatch, capsys, tmp_path, direction):
+    monkeypatch.setattr(varlen, "MIXES", TINY)
+    file = tmp_path / "records.jsonl"
+    run(monkeypatch, varlen, "--presets", "hd64-gqa", *direction, "--output", str(file))
+    _, *records = map(json.loads, file.read_text().splitlines())
+    assert len(records) == 2 * ((3 + 4) + 2 * bool(direction))
+    for record in records:
+        assert "ms" in record or record["contestant"] == varlen.VARLEN_ATTN
+    dense = [r for r in records if r["contestant"] == varlen.DENSE]
+    assert {r["mix"] for r in dense} == {"equal"} and len(dense) == 2
+    said = capsys.readouterr().out
+    assert re.search(r"^\| hd64-gqa \| mixed +\| 1 ", said, re.M)
+    monkeypatch.setattr(varlen, "flash_attn_varlen_func", exhausted)
+    run(monkeypatch, varlen, "--presets", "hd64-gqa", *direction)
+    assert f"absent in 4 cells: ours: {SHORT}" in capsys.readouterr().out
+
+
+def test_mixes_are_what_they_are_called():
+    totals = {name: sum(lengths) for name, lengths in varlen.MIXES.items()}
+    assert totals["lognormal, 16k"] == 16 << 10 and totals["lognormal, 128k"] == 128 << 10
+    assert all(16 <= min(lengths) <= max(lengths) <= 8192 for lengths in varlen.MIXES.values())
+    assert totals["256 of 64"] == totals["8 of 2048"] == 16 << 10
+    mixed = varlen.MIXES["16 of 256-4096"]
+    assert len(mixed) == 16 and min(mixed) >= 256 and max(mixed) <= 4096
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_a_wrong_packed_result_is_found(monkeypatch, which):
+    """In the shortest, the longest and the last sequence, forward and backward."""
+    monkeypatch.setattr(varlen, "MIXES", {"mixed": [9, 5, 70, 30]})
+    problem = varlen.PackedCell(harness.PRESETS["hd64-gqa"], "mixed", True).problem("cpu")
+    dout = torch.randn_like(problem.q)
+    row = problem.rows(problem.checked()[which]).stop - 1
+    out = varlen.forwards(problem)[0].call()
+    varlen.check_out(problem, OURS, out)
+    out[row, 8, 3] += 0.5
+    with pytest.raises(harness.WrongResult):
+        varlen.check_out(problem, OURS, out)
+    gradients = list(varlen.backwards(problem, dout)[0].call())
+    check = varlen.CheckGradients(problem, dout)
+    check(OURS, gradients)
+    gradients[which][row, 0, 3] += 0.5
+    with pytest.raises(harness.WrongResult):
+        check(OURS, gradients)
+
+
+def test_a_peer_that_may_be_wrong_is_absent_where_it_is():
+    def check(name, result):
+        raise harness.WrongResult("dk is half of what it should be")
+
+    peer = Contestant("peer", lambda: 0, cannot=(harness.WrongResult,))
+    assert harness.admit([peer], check, []) == (
+        [],
+        {"peer": "wrong: dk is half of what it should be"},
+    )
+
+
+def test_a_dry_run_of_pages(monkeypatch, capsys):
+    preset = harness.Preset(4, 2, 64)
+    tiny = {"prefill": [(preset, 2, 40, None)], "decoding": [(preset, 3, 40, 1)]}
+    monkeypatch.setattr(paged, "CELLS", tiny)
+    run(monkeypatch, paged)
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^\| prefill  \| 4/2 ", said, re.M)) == 2
+    assert len(re.findall(r"^\| decoding \| 4/2 ", said, re.M)) == 1
+    assert "absent in 3 cells: contiguous" not in said and "absent in 3 cells: seqused" not in said
+
+
+@pytest.mark.parametrize("size", paged.PAGE_SIZES)
+def test_pages_hold_the_rows_of_each_sequence(size):
+    problem = harness.Cell(harness.Preset(2, 2, 8), 70, False, 3, torch.bfloat16).problem("cpu")
+    k, v, table = paged.in_pages(problem, size)
+    for x, cache in ((problem.k, k), (problem.v, v)):
+        for b in range(3):
+            assert torch.equal(cache[table[b].long()].flatten(0, 1)[:70], x[b])
+
+
+def test_host_times_have_a_line_for_packed_calls():
+    contestants = {c.name: c for c in overhead.forwards("cpu")}
+    rows = contestants["ours, packed"].call()[0]
+    assert torch.equal(rows, contestants[OURS].call()[0].flatten(0, 1))
+
+
+def test_a_dry_run_of_the_sweep_of_splits(monkeypatch, capsys):
+    run(monkeypatch, decode, *DECODING, "--sweep")
+    assert "plan/best" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        decode.Call("tiny", harness.Preset(4, 2, 64), 1, 40, 3),
+        decode.Call("tiny", harness.Preset(4, 2, 64), 2, 40, sink=True),
+        decode.Call("tiny", harness.Preset(6, 1, 64), 2, 40, 2, window=7, sink=True),
+        decode.Call("tiny", harness.Preset(4, 4, 64), 1, 40, window=7),
+    ],
+    ids=str,
+)
+def test_layers_are_right_and_distinct(monkeypatch, call):
+    monkeypatch.setitem(decode.COLD_BYTES, "cpu", 3 * call.bytes_read)
+    inputs = decode.Inputs.of(call, "cpu")
+    check = decode.Check(inputs)
+    out = inputs.ours()()
+    check(OURS, out)
+    out[-1, -1, -1, 5] += 0.5
+    with pytest.raises(harness.WrongResult):
+        check(OURS, out)
+    seen = [x[:, -call.keys_read :] for x in inputs.keys]
+    assert len(seen) == 3
+    for x, y in itertools.pairwise(seen):
+        assert y.storage_offset() - x.storage_offset() == call.layer_rows * call.row_elements
+    if not call.sink and not call.window:
+        check(harness.CUDNN, inputs.peer(harness.CUDNN).call())
 
 
 def test_without_a_gpu_they_say_so(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    for module in (forward, backward, decode):
+    for module in (forward, backward, decode, varlen, paged):
         monkeypatch.setattr(sys, "argv", [module.__name__])
         with pytest.raises(SystemExit, match="no CUDA device here"):
             module.main()

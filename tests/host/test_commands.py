@@ -47,6 +47,10 @@ def test_explain(capsys):
     assert main([*call, "--backward", "--deterministic", "--sink"]) == 0
     said = capsys.readouterr().out
     assert "backward_bf16_d128_dv128" in said and "backward_sink" in said
+    assert main([*call, "--packed", "--seqlen-k", "300", "--causal"]) == 0
+    said = capsys.readouterr().out
+    assert "q (200, 4, 128), k (600, 4, 128), v (600, 4, 128), bf16" in said
+    assert re.search(r"^  forward\w+_right_varlen: ", said, re.M) and "varlen_fill" in said
 
 
 def test_explain_says_what_is_wrong_with_a_call(capsys):
@@ -93,6 +97,8 @@ def test_check_passes(monkeypatch, capsys):
     status = main(["check"])
     said = capsys.readouterr().out
     assert status == 0 and said.rstrip().endswith("all passed"), said
+    for name in ("out", "dq", "dk", "dv"):
+        assert len(re.findall(rf"^{name} bfloat16 head_dim 128 packed ", said, re.M)) == 2
     for name, rows in (("out", 3), ("dq", 1), ("dk", 1), ("dv", 1)):
         assert (
             len(re.findall(rf"^{name} bfloat16 head_dim 128 seqlen \d+ causal", said, re.M)) == rows
@@ -125,6 +131,20 @@ def test_check_fails_where_gradients_alone_are_wrong(monkeypatch, capsys):
     assert capsys.readouterr().out.count("FAILED") == 3
 
 
+def test_check_fails_where_packed_sequences_are_wrong(monkeypatch, capsys):
+    """As where the second sequence sees the first."""
+
+    def without_lengths(q, k, v, cu_seqlens_q, cu_seqlens_k, **options):
+        out, lse = flash_attn_func(q[None], k[None], v[None], **options)
+        return out[0], lse
+
+    call = ("cpu", torch.float32, 64, True)
+    assert check.check_packed(*call)
+    monkeypatch.setattr(check, "flash_attn_varlen_func", without_lengths)
+    assert not check.check_packed(*call)
+    assert capsys.readouterr().out.count("FAILED") == 4
+
+
 def test_warmup_fills_the_cache(tmp_path, monkeypatch):
     pytest.importorskip("cuda.bindings.nvrtc")
     from flash_attn_sm120 import common_kernels
@@ -137,6 +157,8 @@ def test_warmup_fills_the_cache(tmp_path, monkeypatch):
     assert count == len(set(seen)) == len(common_kernels.common_kernels(120)) >= 10
     steps = {"backward_preprocess", "backward", "backward_postprocess", "backward_sink"}
     assert {"forward_tma", "combine", *steps} <= {kernel.kernel for kernel in seen}
+    packed = {kernel.kernel for kernel in seen if kernel.variant.endswith("_varlen")}
+    assert {"forward", *steps} <= packed
     cubins = sorted(
         path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.suffix == ".cubin"
     )

@@ -300,6 +300,24 @@ def test_a_split_call_is_two_launches(run):
     assert [x["parts"] for x in others] == [3, 3, 1]
 
 
+def test_combine_may_start_before_the_forward_has_ended(run):
+    """From 9.0 on, where the driver captures that, too; the first kernel of a call never does."""
+    code = """
+from flash_attn_sm120 import jit
+jit.compile = lambda kernel, *_: f".entry {kernel}(".encode()  # for drivers of any version
+call(num_splits=3)
+"""
+    for environment, overlaps in (
+        ({}, True),
+        ({"FAKE_ARCH": "90"}, True),
+        ({"FAKE_ARCH": "89"}, False),
+        ({"FAKE_ARCH": "89", "FA_SM120_PLAN_AS": "120"}, False),
+        ({"FAKE_VERSION": "12020"}, False),
+    ):
+        _, launches = run(code, **environment)
+        assert [x["overlaps"] for x in launches] == [False, overlaps], environment
+
+
 def test_capture_needs_both_kernels_of_a_split_call(run):
     code = """
 import os

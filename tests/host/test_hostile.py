@@ -264,12 +264,12 @@ def test_mode_changes_an_argument(kind):
 
     class Mode(kind):
         def __torch_function__(self, function, types, args=(), kwargs=None):
-            if function is torch.Tensor.new_empty:
+            if function in (torch.empty_like, torch.Tensor.new_empty):
                 free(v)
             return function(*args, **(kwargs or {}))
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            if function is torch.ops.aten.new_empty.default:
+            if function in (torch.ops.aten.empty_like.default, torch.ops.aten.new_empty.default):
                 free(v)
             return function(*args, **(kwargs or {}))
 

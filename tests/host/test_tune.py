@@ -18,6 +18,7 @@ from flash_attn_sm120.tune.machine import Machine
 from helpers.children import run_python
 from helpers.devices import CUDA, EMULATOR
 
+DEVICE = CUDA if EMULATOR.missing else EMULATOR
 CELLS = [grid.Cell(64, 64, causal, grid.Bucket(0, 64, (40,))) for causal in (False, True)]
 CHOICES = {"tile_n": (32, 64), "sub_n": (32,), "stages": (2, 3)}
 
@@ -35,8 +36,10 @@ class FakeMachine(Machine):
         self.cells = set()  # that were measured: causal or not
 
     def tensor(self, *shape):
-        place = CUDA if EMULATOR.missing else EMULATOR
-        return place.place(torch.randn(shape, dtype=torch.bfloat16))
+        return DEVICE.place(torch.randn(shape, dtype=torch.bfloat16))
+
+    def integers(self, numbers):
+        return DEVICE.place(torch.tensor(numbers, dtype=torch.int32))
 
     def compile(self, plan):
         if EMULATOR.missing:
@@ -193,6 +196,34 @@ def test_a_tile_that_differs_by_its_feed_alone_is_told_by_it(fake, tmp_path, cap
     assert capsys.readouterr().out.count("1.300x with feed TMA_THREAD\n") == 2
 
 
+def test_packed_sequences_are_measured_beside_the_others(fake, tmp_path, monkeypatch):
+    """A tile that makes them slower is not accepted, nor one that is wrong for them alone."""
+    cells = [grid.Cell(64, 64, True, grid.Bucket(0, 64, (40,), 64))]
+    only = {"tile_n": (32,), "sub_n": (32,), "stages": (2, 3)}
+    machine = fake({"n32x32_w4x16_s2": 1.3, "n32x32_w4x16_s3": 1.2})
+    right, samples = candidates.Candidate.run, machine.samples
+
+    def slow(tiles, i, rounds):
+        times = samples(tiles, i, rounds)
+        if tiles[0].calls[i].lengths:
+            for tile, own in zip(tiles, times, strict=True):
+                if "n32x32_w4x16_s2" in tile.name:
+                    own[:] = [2 * ms for ms in own]
+        return times
+
+    monkeypatch.setattr(machine, "samples", slow)
+    assert run(machine, tmp_path, cells, only) == 0
+    (record,) = records(tmp_path)
+    assert record["winner"]["stages"] == 3 and [len(x) for x in record["calls"]] == [4, 3]
+
+    def wrong(self, i):
+        return right(self, i) + bool(self.calls[i].lengths and "n32x32" in self.name)
+
+    monkeypatch.setattr(candidates.Candidate, "run", wrong)
+    assert run(machine, tmp_path / "again", cells, only) == 1
+    assert records(tmp_path / "again")[0]["winner"] is None
+
+
 # ---- resuming ------------------------------------------------------------------------------------
 
 
@@ -290,6 +321,20 @@ def test_calls_are_in_their_bucket(sms):
             seqlen, heads = bucket.heads(seqlen, sms)
             rows = -(-seqlen * heads // sms)
             assert bucket.above < rows and (rows <= bucket.upto or bucket.upto == tuned_tiles.ANY)
+        lengths, heads = bucket.packed(sms)
+        assert max(lengths) == bucket.longest and sum(lengths) * heads >= 1024 * sms
+        assert bucket.above < bucket.longest
+        assert bucket.longest <= bucket.upto or bucket.upto == tuned_tiles.ANY
+
+
+def test_packed_calls_are_in_their_bucket():
+    """A plan knows the longest sequence alone, which it rounds up."""
+    for cell in grid.cells([(128, 128)]):
+        q, ends = torch.empty(5000, 8, 128).half(), torch.empty(9).int()
+        rows = tuned_tiles.in_order([entry(128, cell.causal, cell.bucket.above, cell.bucket.upto)])
+        with tuned_tiles.using(rows):
+            plan = explain(q, q, q, cu_seqlens_q=ends, cu_seqlens_k=ends, max_seqlen_q=cell.bucket.longest, causal=cell.causal, arch=120)  # fmt: skip
+        assert plan.stages == 7, cell
 
 
 @pytest.mark.parametrize("arch", [90, 120])

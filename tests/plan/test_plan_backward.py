@@ -36,6 +36,19 @@ def test_steps():
     assert names(plan(learnable_sink=torch.zeros(32)))[-1] == "backward_sink"
 
 
+def test_pairs_run_in_equal_groups():
+    """As many as share dQ, Q and dO in the L2."""
+    heads = (32, 32)
+    assert plan(4096, heads).group_heads == 32
+    many = plan(4096, heads, batch=4)
+    assert many.group_heads == 32, "four groups of up to 42"
+    assert "side by side" in many.reasons["group_heads"]
+    assert plan(4096, (55, 55)).group_heads == 28, "and a last one of 27"
+    assert plan(4096, (32, 8), batch=4).group_heads == 32, "counted in KV heads"
+    assert plan(4096, heads, (256, 256)).group_heads == 16, "tiles of 64 keys"
+    assert plan(128, heads, batch=8).group_heads == 256, "all are in the L2"
+
+
 def test_common_plans_have_every_step():
     """What is compiled ahead is all that later calls of these head dims launch, but for those whose
     keys are one tile: they are short."""

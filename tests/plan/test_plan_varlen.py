@@ -55,7 +55,7 @@ def test_steps(arch):
         "backward_sink",
     ]
     assert all(s.variant.endswith("_varlen") for s in backward.steps)
-    assert not backward.tma and plan(arch=arch).tma == (arch >= 120)
+    assert backward.tma == (arch >= 90) and plan(arch=arch).tma == (arch >= 120)
 
 
 @pytest.mark.parametrize("dims", [(128, 128), (192, 128), (64, 128)], ids=str)
@@ -86,17 +86,30 @@ def test_no_keys_are_no_tensor_map():
 
 def test_reasons():
     forward, backward = plan(arch=90), plan(explain_backward, arch=90)
-    assert "not at the sequence" in backward.reasons["not the TMA"]
-    assert "lengths of sequences, which are on the device" in forward.reasons["num_splits"]
+    assert "were the lengths their bounds" in forward.reasons["num_splits"]
     assert "any lengths" in backward.reasons["splits"]
     dense = torch.empty(1, 1000, 8, 128, dtype=torch.bfloat16)
     assert "varlen" not in explain(dense, dense, dense, arch=120).variant
 
 
+def test_the_backward_uses_the_tma_for_packed_queries():
+    """Whose rows are not so far apart that its maps would begin long before the tensor."""
+    assert plan(explain_backward, packed=(True, False)).tma
+    not_packed = plan(explain_backward, packed=(False, True))
+    assert not not_packed.tma and "packed Q and dO" in not_packed.reasons["not the TMA"]
+    (q, k, v), lengths = call(10)
+    assert not explain_backward(q[:1].expand(10, -1, -1), k, v, **lengths, arch=120).tma
+    for row, tma in ((1 << 19, True), ((1 << 19) + 8, False)):
+        q = torch.empty(2 * row, dtype=torch.bfloat16).as_strided((2, 8, 128), (row, 128, 1))
+        assert explain_backward(q, k, v, **lengths, arch=120).tma == tma
+
+
 @pytest.mark.parametrize("direction", [explain, explain_backward])
 def test_variants_hold_no_length(direction):
-    """Nor a batch size or a total, under one bound: it alone chooses the tile."""
+    """Nor a batch size or a total, under one bound: it alone chooses the tile. Whether keys are
+    split is one bit of a variant, see test_splits_follow_the_bounds."""
     options = {"max_seqlen_q": 300, "max_seqlen_k": 500, "causal": True, "deterministic": True}
+    options["num_splits"] = 1
     first = plan(direction, options=options)
     for shape in ({"total_q": 3}, {"total_q": 200_000, "total_k": 10}, {"batch": 100}):
         other = plan(direction, options=options, **shape)
@@ -115,10 +128,67 @@ def test_grids_are_exact():
     assert few.blocks == 7 * 8 * -(-20 // few.tile_m)
     backward = plan(explain_backward, options=options, batch=7)
     assert backward.blocks == 7 * 2 * -(-130 // backward.tile_n)
-    tiles = -(-1000 // backward.tile_m) + 7  # every sequence begins with a tile
-    assert backward.steps[0].blocks == 8 * tiles
+    assert backward.steps[0].blocks == 8 * 7 * -(-130 // backward.tile_m)
+    long = plan(explain_backward, options={**options, "max_seqlen_q": 1000}, batch=7)
+    tiles = -(-1000 // long.tile_m) + 7  # every sequence begins with a tile
+    assert long.steps[0].blocks == 8 * tiles < 8 * 7 * -(-1000 // long.tile_m)
     dense = plan(explain_backward, total_q=130, batch=7, packed=(False, True))
     assert dense.steps[0].blocks == 8 * 7 * -(-130 // dense.tile_m)
+
+
+def test_splits_follow_the_bounds():
+    """The number of parts is the call's, the kernels are the plan's: with parts or without."""
+    heads, bounds = (32, 8), {"max_seqlen_q": 1, "max_seqlen_k": 8192}
+    calls = {
+        batch: plan(options=bounds, batch=batch, total_q=batch, total_k=10**6, heads=heads, arch=90)
+        for batch in (1, 2, 4, 64)
+    }
+    parts = [calls[batch].num_splits for batch in (1, 2, 4)]
+    assert parts == sorted(parts, reverse=True) and parts[0] > parts[-1] > 1
+    assert calls[1].kernels == calls[2].kernels == calls[4].kernels
+    assert names(calls[1]) == ["forward_tma", "combine", "varlen_fill"]
+    for batch in (1, 2, 4):
+        assert 66 <= calls[batch].blocks <= 132 * calls[batch].blocks_per_sm
+        size = parts[(1, 2, 4).index(batch)] * batch * 32 * 129 * 4
+        assert calls[batch].workspace_bytes == size
+    assert calls[64].num_splits == 1 and names(calls[64]) == ["forward_tma", "varlen_fill"]
+    few = plan(options={"max_seqlen_q": 1, "max_seqlen_k": 200}, batch=1, total_q=1, heads=heads)
+    assert few.num_splits == 1 and "their bounds" in few.reasons["num_splits"]
+    once = plan(options={**bounds, "num_splits": 1}, batch=1, total_q=1, heads=heads)
+    assert once.num_splits == 1 and once.reasons["num_splits"].endswith("as asked")
+
+
+def test_a_list_of_tiles():
+    """Where it has fewer places than a grid from the bound has blocks, of no more sequences than can
+    be sorted."""
+    options = {"max_seqlen_q": 1000, "max_seqlen_k": 1000}
+
+    def blocks_and_bytes(batch, **shape):
+        planned = plan(explain_backward, options=options, batch=batch, **shape)
+        of_tiles = planned.steps[0].blocks * planned.tile_m * (2 + 128) * 4
+        return planned.blocks, planned.workspace_bytes - of_tiles
+
+    assert blocks_and_bytes(6) == (2 * (8 + 6), 4 * 2 * (8 + 6))
+    assert blocks_and_bytes(6, packed=(True, False)) == (2 * 6 * 8, 0), "not packed"
+    assert blocks_and_bytes(1) == (2 * 8, 0), "no fewer"
+    assert blocks_and_bytes(5000) == (2 * 8 * 5000, 0), "too many"
+    many_heads = plan(explain_backward, options=options, batch=6, heads=(90, 90))
+    assert many_heads.group_heads == 45, "half of them, of all sequences"
+
+
+def test_short_sequences_have_one_tile_of_keys():
+    """Which stores dq: there is nothing to accumulate, and nothing comes after."""
+    for bound, tile_n in ((1, 64), (64, 64), (65, 128), (128, 128)):
+        for dims in ((64, 64), (128, 128)):
+            options = {"max_seqlen_q": 500, "max_seqlen_k": bound, "causal": True}
+            short = plan(explain_backward, options=options, dims=dims)
+            assert short.tile_n == tile_n and "-DDQ_DIRECT=1" in short.options
+            assert names(short) == ["backward_preprocess", "backward"]
+            assert short.blocks == 4 * 2
+            no_keys = plan(explain_backward, options=options, dims=dims, total_k=0)
+            assert no_keys.blocks == 0 and "-DDQ_DIRECT=0" in no_keys.options
+    assert plan(explain_backward, options={**options, "max_seqlen_k": 64}).blocks_per_sm == 2
+    assert "-DDQ_DIRECT=0" in plan(explain_backward, options={"max_seqlen_k": 129}).options
 
 
 def test_empty_calls():

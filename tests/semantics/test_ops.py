@@ -3,6 +3,7 @@
 Every way is held against the same call of scaled_dot_product_attention, or against the direct call.
 """
 
+import contextlib
 import functools
 import inspect
 import io
@@ -25,7 +26,7 @@ from torch.utils.checkpoint import (
 )
 from torch.utils.flop_counter import FlopCounterMode
 
-from flash_attn_sm120 import _C, explain_backward, flash_attn_func, ops
+from flash_attn_sm120 import _C, explain_backward, flash_attn_func, flash_attn_varlen_func, ops
 from flash_attn_sm120.following import is_followed
 from flash_attn_sm120.plan import ScalarOptions
 from helpers.checks import assert_all_equal
@@ -513,7 +514,7 @@ SECOND_DERIVATIVES = {
 @pytest.mark.parametrize("derive", SECOND_DERIVATIVES.values(), ids=SECOND_DERIVATIVES)
 def test_second_derivatives_are_refused(qkv, derive):
     q, k, v = qkv
-    with pytest.raises(RuntimeError, match="flash_attn_func has no second derivative"):
+    with pytest.raises(RuntimeError, match="flash_attn_sm120 has no second derivative"):
         derive(lambda x: attend(x, k, v).square().sum(), q)
 
 
@@ -552,9 +553,15 @@ def test_a_function_mode_sees_the_operator(qkv):
 
 
 def test_modes_leave_numpy_alone():
-    q = np.zeros((1, 4, 2, 16), np.float32)
-    with FunctionNames(), Names():
-        assert type(attend(q, q, q)) is np.ndarray
+    q, cu_seqlens = np.zeros((1, 4, 2, 16), np.float32), np.array([0, 1, 4], np.int32)
+    lengths = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+    cpu = torch.profiler.ProfilerActivity.CPU
+    for modes in ((FunctionNames(), Names()), (torch.profiler.profile(activities=[cpu]),)):
+        with contextlib.ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
+            assert type(attend(q, q, q)) is np.ndarray
+            assert type(flash_attn_varlen_func(q[0], q[0], q[0], **lengths)[0]) is np.ndarray
 
 
 def test_a_default_device_is_no_reason(qkv):
@@ -864,7 +871,7 @@ def refused(words, *arguments):
         raise AssertionError(words)
 
 for placement in (Shard(1), Shard(3)):
-    refused("redistribute() q to Shard(0)", *shards(placement, Replicate())[:3])
+    refused("redistribute() q to Shard(2) (heads), Shard(0)", *shards(placement, Replicate())[:3])
 mqa = [distribute_tensor(x[:, :, :1].detach(), mesh, [Replicate()]) for x in (k, v)]
 refused("part query heads from their 1 KV heads", a, *mqa)
 dist.destroy_process_group()

@@ -5,7 +5,13 @@ import random
 import pytest
 import torch
 
-from flash_attn_sm120 import _C, explain, flash_attn_func, flash_attn_varlen_func
+from flash_attn_sm120 import (
+    _C,
+    explain,
+    explain_backward,
+    flash_attn_func,
+    flash_attn_varlen_func,
+)
 from helpers.checks import assert_all_equal
 from helpers.devices import CPU, CUDA, EMULATOR, writable
 from helpers.tiles import tile_row, use_tiles
@@ -159,6 +165,30 @@ def test_splits(device):
         check_forward(batch, num_splits=3, **with_sink(device, options, 4))
 
 
+def test_splits_of_bounds(device):
+    """As many parts as the bounds ask for, of sequences of any lengths up to them."""
+    batch = make_batch(
+        device, [1, 0, 2], [1500, 64, 3], heads=(4, 1), dims=(64, 64), dtype=dtype_of(device)
+    )
+    batch.lengths |= {"max_seqlen_q": 2, "max_seqlen_k": 4096}
+    plan = explain(*batch.inputs, **batch.lengths)
+    assert not plan.steps or plan.num_splits > 2
+    check_forward(batch, causal=True)
+
+
+def test_decoding_of_any_batch_makes_few_plans(device):
+    """Batches of any size and lengths: two plans for each power of two of a bound at most."""
+    if device == CPU:
+        pytest.skip("the CPU has no plans")
+    draw = random.Random(16)
+    before = _C.counts()["plans"]
+    for _ in range(1000 if device == CUDA else 100):
+        lengths = [draw.randint(0, 40) for _ in range(draw.randint(1, 8))]
+        batch = make_batch(device, [1] * len(lengths), lengths, heads=(1, 1), dims=(8, 8))
+        attend(batch, max_seqlen_q=1, max_seqlen_k=draw.choice([512, 2048]))
+    assert _C.counts()["plans"] - before <= 4
+
+
 def test_pack_gqa(device):
     batch = make_batch(device, [5, 0, 70], [64, 9, 100], heads=(6, 2), dtype=dtype_of(device))
     packed = check_forward(batch, pack_gqa=True, causal=True)
@@ -170,6 +200,46 @@ def test_bounds_change_nothing_but_grids(device):
     first = check_forward(batch, causal=True, pack_gqa=False)
     bounds = {"max_seqlen_q": 64, "max_seqlen_k": 64}
     assert_all_equal(first, attend(batch, causal=True, pack_gqa=False, **bounds))
+
+
+@pytest.mark.parametrize("heads, packed", [(45, (True, True)), (22, (True, False))], ids=str)
+def test_pairs_in_groups(device, heads, packed):
+    """A bound far above the lengths makes groups small: the last is smaller than the others. With a
+    list of tiles they are of heads, and the longest sequence comes first; else one has a part of
+    the heads of a sequence."""
+    lengths = ([3, 20, 0, 70], [9, 40, 150, 140])
+    batch = make_batch(device, *lengths, 2 * (heads,), (16, 16), dtype_of(device), packed=packed)
+    options = {"causal": True, "max_seqlen_q": 1 << 20}
+    planned = explain_backward(*batch.inputs, **batch.lengths, **options)
+    assert planned.group_heads is None or planned.group_heads == {45: 23, 22: 30}[heads]
+    for deterministic in (False, True):
+        out, lse, gradients, _ = check(batch, deterministic=deterministic, causal=True)
+        grouped = gradients_of(batch, out, lse, deterministic=deterministic, **options)[:3]
+        if deterministic:
+            assert_all_equal(gradients, grouped)
+        for x, y in zip(gradients, grouped, strict=True):
+            torch.testing.assert_close(x.cpu(), y.cpu())
+
+
+@options
+@pytest.mark.parametrize("dims", [(64, 64), (128, 72)], ids=str)
+def test_one_tile_of_keys(device, dims, options):
+    """Which stores dq: also of queries that see no key, because there are none or by a mask."""
+    if not device.takes(dims[0] == 64):
+        pytest.skip("the other size of tiles has this case")
+    lengths = ([170, 3, 33, 0, 64], [40, 64, 0, 7, 64])
+    batch = make_batch(device, *lengths, heads=(4, 2), dims=dims, dtype=dtype_of(device))
+    options = with_sink(device, options, 4)
+    for bound in (64, 128):
+        bounds = {"max_seqlen_q": 170, "max_seqlen_k": bound}
+        planned = explain_backward(*batch.inputs, **batch.lengths, **bounds, **options)
+        assert planned.variant is None or "_dqd" in planned.variant
+        check(batch, bounds=bounds, **options)
+
+
+def test_bounds_without_keys(device):
+    batch = make_batch(device, [17, 3], [0, 0], dtype=dtype_of(device))
+    check(batch, bounds={"max_seqlen_k": 64})
 
 
 def test_other_lengths_need_no_other_plan(device):
@@ -225,25 +295,6 @@ def test_autograd(device):
     batch.lengths["cu_seqlens_k"].add_(0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
-
-
-@pytest.mark.quick
-def test_torch_that_follows_is_refused():
-    batch = make_batch(CPU, [7, 3], [9, 4], dtype=torch.float32)
-
-    def call(q):
-        return flash_attn_varlen_func(q, batch.k, batch.v, **batch.lengths)[0].sum()
-
-    message = "flash_attn_varlen_func is not supported yet where torch follows a call"
-    with pytest.raises(NotImplementedError, match=message):
-        torch.func.grad(call)(batch.q)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=message):
-        torch.compile(call, backend="eager", fullgraph=True)(batch.q)
-    q = batch.q.requires_grad_()
-    out, _ = flash_attn_varlen_func(q, batch.k, batch.v, **batch.lengths)
-    (first,) = torch.autograd.grad(out.nan_to_num().sum(), q, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        first.sum().backward()
 
 
 def test_captured_graphs_replay_with_other_lengths(cuda):
