@@ -182,6 +182,8 @@ static struct fa_combine_params combine_params(const struct fa_problem *problem,
                                                const struct fa_plan *plan, const float *workspace)
 {
     const struct fa_shape *shape = &problem->shape;
+    const int64_t rows = shape->heads_q * fa_shape_rows_q(shape), dims = shape->head_dim_v;
+    const int64_t seqlen = shape->is_packed_q ? shape->total_q : shape->seqlen_q;
     return (struct fa_combine_params){
         .out_parts = workspace + plan->workspace.out_parts,
         .lse_parts = workspace + plan->workspace.lse_parts,
@@ -189,12 +191,43 @@ static struct fa_combine_params combine_params(const struct fa_problem *problem,
         .lse = data_of(&problem->lse),
         .sink = data_of(&problem->sink),
         .out_stride = fa_tensor_strides(&problem->out),
-        .rows = (unsigned)(shape->heads_q * fa_shape_rows_q(shape)),
+        .out_parts_stride = {shape->heads_q * seqlen * dims, dims, seqlen * dims},
+        .lse_parts_stride = {shape->heads_q * seqlen, 1, seqlen},
+        .out_parts_step = rows * dims,
+        .lse_parts_step = rows,
+        .rows = (unsigned)rows,
         .parts = plan->splits,
         .sink_dtype = (int)problem->sink.dtype,
+        .lse_parts_log2 = 1,
         .heads_q = divisor_of(shape->heads_q),
-        .seqlen_q = divisor_of(shape->is_packed_q ? shape->total_q : shape->seqlen_q),
+        .seqlen_q = divisor_of((int)seqlen),
         .slices = divisor_of(plan->combine_slices),
+    };
+}
+
+struct fa_combine_params fa_arguments_of_parts(const struct fa_parts *parts, int slices)
+{
+    const int64_t *step = parts->out_parts.stride, *lse_step = parts->lse_parts.stride;
+    return (struct fa_combine_params){
+        .out_parts = parts->out_parts.data,
+        .lse_parts = parts->lse_parts.data,
+        .out = parts->out.data,
+        .lse = data_of(&parts->lse),
+        .out_stride = fa_tensor_strides(&parts->out),
+        .out_parts_stride = {step[1], step[2], step[3]},
+        .lse_parts_stride = {lse_step[1], lse_step[2], lse_step[3]},
+        .out_parts_step = step[0],
+        .lse_parts_step = lse_step[0],
+        .rows = (unsigned)fa_parts_rows(parts),
+        .parts = (int)parts->out_parts.shape[0],
+        .lse_parts_log2 = 1.44269504f,
+        .heads_q = divisor_of((int)parts->out.shape[2]),
+        .seqlen_q = divisor_of((int)parts->out.shape[1]),
+        .slices = divisor_of(slices),
+        .lengths = {.cu_seqlens_q = data_of(&parts->cu_seqlens),
+                    .seqused_q = data_of(&parts->seqused),
+                    .total_q = (int)parts->out.shape[1]},
+        .sequences = parts->sequences,
     };
 }
 

@@ -51,7 +51,7 @@ struct fa_extent {
     bool is_packed_q, is_packed_k;
     int64_t rows_q; /* of q for each head */
     int64_t rows_k; /* of k where it is packed */
-    /* Where rows are appended: blocks that append a row, and that rotate one of q. */
+    /* Where rows are appended: blocks that append one of K or V, and that rotate one of q. */
     int64_t new_blocks, q_blocks;
 };
 
@@ -148,6 +148,11 @@ bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent
  * extent when rounded. 0, or -1 with `error` filled. */
 int fa_plan_fit(const struct fa_plan_input *input, const struct fa_extent *extent,
                 struct fa_plan *plan, struct fa_plan_error *error);
+
+/* The kernel that puts parts together, of these types; and its grid for so many rows and parts,
+ * which returns how many slices the parts of a row have. */
+struct fa_step fa_plan_combine(int dtype, int parts_dtype, int head_dim_v);
+int fa_plan_fit_combine(int64_t rows, int parts, struct fa_step *step);
 
 /* ---- shared by plan_forward.c and plan_backward.c -------------------------------------------- */
 

@@ -364,25 +364,37 @@ bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent
     return fa_split_parts(&grid) > 1;
 }
 
+/* ---- the second kernel ----------------------------------------------------------------------- */
+
 /* A row of out takes a thread for every four dims, so a block has room for some rows. Of many parts
  * these are slices instead: few rows are enough for the whole machine then. */
-enum { COMBINE_WARPS = 8 };
+enum { COMBINE_WARPS = 8, PARTS_PER_SLICE = 4 };
 
-static int combine_slots(const struct fa_plan_input *input)
+struct fa_step fa_plan_combine(int dtype, int parts_dtype, int head_dim_v)
 {
-    return fa_combine_slots(COMBINE_WARPS * 32, input->head_dim_v);
+    return (struct fa_step){.job = FA_JOB_COMBINE,
+                            .variant = {.kernel = FA_KERNEL_COMBINE,
+                                        .dtype = dtype,
+                                        .parts_dtype = parts_dtype,
+                                        .head_dim_v = head_dim_v,
+                                        .warps = COMBINE_WARPS},
+                            .threads = COMBINE_WARPS * 32};
+}
+
+int fa_plan_fit_combine(int64_t rows, int parts, struct fa_step *step)
+{
+    const int slots = fa_combine_slots(step->threads, step->variant.head_dim_v);
+    const int slices = MAX(1, MIN(CEIL_DIV(parts, PARTS_PER_SLICE), slots));
+    step->blocks = (int)CEIL_DIV(rows, slots / slices);
+    return slices;
 }
 
 static void add_combine(const struct fa_plan_input *input, const struct fa_device *device,
                         struct fa_plan *plan)
 {
-    fa_plan_add(plan, (struct fa_step){.job = FA_JOB_COMBINE,
-                                       .variant = {.kernel = FA_KERNEL_COMBINE,
-                                                   .dtype = input->dtype,
-                                                   .head_dim_v = input->head_dim_v,
-                                                   .warps = COMBINE_WARPS},
-                                       .threads = COMBINE_WARPS * 32,
-                                       .overlaps_previous = device->has_tma});
+    struct fa_step step = fa_plan_combine(input->dtype, FA_FLOAT32, input->head_dim_v);
+    step.overlaps_previous = device->has_tma;
+    fa_plan_add(plan, step);
 }
 
 static void set_splits(const struct fa_plan_input *input, const struct fa_device *device,
@@ -411,12 +423,10 @@ static void add_fill(const struct fa_plan_input *input, struct fa_plan *plan)
 static void fit_combine(const struct fa_plan_input *input, int64_t rows, struct fa_plan *plan,
                         struct fa_step *step)
 {
-    enum { PARTS_PER_SLICE = 4 };
     struct fa_workspace *workspace = &plan->workspace;
-    plan->combine_slices = MIN(CEIL_DIV(plan->splits, PARTS_PER_SLICE), combine_slots(input));
     workspace->lse_parts = plan->splits * rows * input->head_dim_v;
     workspace->size = workspace->lse_parts + plan->splits * rows;
-    step->blocks = (int)CEIL_DIV(rows, combine_slots(input) / plan->combine_slices);
+    plan->combine_slices = fa_plan_fit_combine(rows, plan->splits, step);
 }
 
 /* What attention reads lies behind the parts, q at a multiple of 16 bytes. */

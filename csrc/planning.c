@@ -102,7 +102,7 @@ static struct fa_extent extent_of(const struct fa_problem *problem)
         .is_packed_k = shape->is_packed_k,
         .rows_q = fa_shape_rows_q(shape),
         .rows_k = shape->total_k,
-        .new_blocks = append->k.object ? (int64_t)shape->batch * fa_append_blocks(append) : 0,
+        .new_blocks = append->k.object ? (int64_t)2 * shape->batch * fa_append_blocks(append) : 0,
         .q_blocks = append->cos.object ? (int64_t)shape->batch * shape->seqlen_q : 0,
     };
 }

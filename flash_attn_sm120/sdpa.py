@@ -11,6 +11,7 @@ before torch has sorted out those that its own FlashAttention cannot compute.
 
 from __future__ import annotations
 
+import inspect
 import threading
 import warnings
 from collections import Counter
@@ -23,14 +24,19 @@ from torch import Tensor
 from torch.nn import attention as registry
 from torch.nn import functional as F
 
-from flash_attn_sm120 import _C
-from flash_attn_sm120.autograd import written_in_place
+from flash_attn_sm120.aten import OPERATORS, NotTaken, dtypes_on
 from flash_attn_sm120.interface import flash_attn_func
-from flash_attn_sm120.plan import Window
 
 NAME = "SM120"  # in torch.nn.attention.list_flash_attention_impls()
 
 _OLDEST_TRIED, _NEWEST_TRIED = (2, 11), (2, 13)
+
+# One override on top of another must be asked for, in versions that do not take it for granted.
+_OVERRIDING = {
+    name: True
+    for name in inspect.signature(torch.library.Library.impl).parameters
+    if name == "allow_override"
+}
 
 # ---- what went where -----------------------------------------------------------------------------
 
@@ -56,10 +62,6 @@ _left: Counter[str] = Counter()
 def _count(counter: Counter[str], name: str) -> None:
     with _counting:
         counter[name] += 1
-
-
-class NotTaken(NotImplementedError):
-    """A call that is torch's to compute; the text says why."""
 
 
 # ---- the door ------------------------------------------------------------------------------------
@@ -111,7 +113,7 @@ def activate() -> Handle:
 
 
 def override(key: str) -> Handle:
-    """Puts :data:`OPERATORS` in the place of torch's for one dispatch key: all of them, or none."""
+    """Puts all operators of aten.py in the place of torch's for one dispatch key, or none."""
     originals = {name: _original(name, key) for name in OPERATORS if hasattr(torch.ops.aten, name)}
     library: Any = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     try:
@@ -119,7 +121,7 @@ def override(key: str) -> Handle:
             warnings.filterwarnings("ignore", message="Warning only once for all operators")
             for name, original in originals.items():
                 function = _or_else(original, name, OPERATORS[name])
-                library.impl(name, function, key, with_keyset=True)
+                library.impl(name, function, key, with_keyset=True, **_OVERRIDING)
     except BaseException:
         library._destroy()
         raise
@@ -138,9 +140,12 @@ def _or_else(
     original: Callable[..., Any] | None, name: str, ours: Callable[..., Any]
 ) -> Callable[..., Any]:
     """Our operator, and the original one for calls that it does not take."""
+    known = inspect.signature(ours).parameters.keys()
 
     def operator(keyset: Any, *args: Any, **kwargs: Any) -> Any:
         try:
+            if not kwargs.keys() <= known:  # of a newer PyTorch; the default is never passed
+                raise NotTaken(", ".join(kwargs.keys() - known))
             results = ours(*args, **kwargs)
         except NotTaken as why:
             if original is None:
@@ -245,7 +250,9 @@ def scaled_dot_product_attention(
         # causal is aligned bottom right, and this top left
         window_size=(None, seqlen_q - seqlen_k if is_causal else None),
     )[0]
-    out = out.transpose(1, 2)[..., :head_dim_v]
+    out = out.transpose(1, 2)
+    if head_dim_v % 8:
+        out = out[..., :head_dim_v]
     return out if len(shape) == 2 else out.reshape(*shape, seqlen_q, head_dim_v)
 
 
@@ -262,15 +269,13 @@ def _why_left(
     device = query.device.type
     if device not in ("cpu", "cuda"):
         return "device"
-    if min(query.dim(), key.dim(), value.dim()) < 2 or 0 in (
-        *query.shape,
-        *key.shape,
-        *value.shape,
-    ):
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        return "fewer than 2 dimensions"
+    if 0 in query.shape or 0 in key.shape or 0 in value.shape:
         return "no elements"
     if max(query.shape[-1], value.shape[-1]) > 256:
         return "head_dim"
-    dtypes = _dtypes_on(query.get_device())
+    dtypes = dtypes_on(query.get_device())
     if not dtypes:
         return "compute capability"
     is_cast = query.dtype is torch.float32 and torch.is_autocast_enabled(device)
@@ -281,6 +286,12 @@ def _to_heads(
     query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, tuple[int, ...]]:
     """The tensors as (batch, heads, seqlen, head_dim), and the dimensions of out before seqlen."""
+    if (
+        query.dim() == key.dim() == value.dim() == 4
+        and query.shape[: 1 if enable_gqa else 2] == key.shape[: 1 if enable_gqa else 2]
+        and key.shape[:2] == value.shape[:2]
+    ):
+        return query, key, value, query.shape[:2]  # as nearly all calls come
     ndim = max(query.dim(), key.dim(), value.dim()) - 2
     tensors = [x if x.dim() > 2 else x.unsqueeze(0) for x in (query, key, value)]
     if enable_gqa:
@@ -307,286 +318,3 @@ def _padded(x: Tensor) -> Tensor:
     """With zeros up to a head dim that kernels have, which change no score."""
     missing = -x.shape[-1] % 8
     return F.pad(x, (0, missing)) if missing else x
-
-
-# ---- the operators, as torch calls them ----------------------------------------------------------
-
-
-def _sdpa_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    return_debug_mask: bool = False,
-    *,
-    scale: float | None = None,
-) -> tuple[Any, ...]:
-    """Tensors are (batch, heads, seqlen, head_dim), and out has the layout of the query."""
-    _check(query, value, dropout_p, return_debug_mask)
-    out = torch.empty_like(query)
-    _, lse = _C.forward(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        out=out.transpose(1, 2),
-        return_lse=True,
-        softmax_scale=scale,
-        causal=is_causal,
-    )
-    return out, lse, None, None, query.shape[2], key.shape[2], *_nothing_drawn(query)
-
-
-def _sdpa_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    cum_seq_q: Tensor | None,
-    cum_seq_k: Tensor | None,
-    max_q: int,
-    max_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    philox_seed: Tensor,
-    philox_offset: Tensor,
-    *,
-    scale: float | None = None,
-) -> list[Tensor]:
-    _check(query, value, dropout_p)
-    dout, q, k, v, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
-    gradients = _gradients(dout, q, k, v, out, logsumexp, softmax_scale=scale, causal=is_causal)
-    return _in_layout_of((query, key, value), (x.transpose(1, 2) for x in gradients))
-
-
-def _flash_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cum_seq_q: Tensor | None,
-    cum_seq_k: Tensor | None,
-    max_q: int,
-    max_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    return_debug_mask: bool,
-    *,
-    scale: float | None = None,
-    window_size_left: int | None = None,
-    window_size_right: int | None = None,
-    seqused_k: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    block_table: Tensor | None = None,
-    num_splits: int | None = None,
-) -> tuple[Any, ...]:
-    """Tensors are (batch, seqlen, heads, head_dim), or (total, heads, head_dim) and packed."""
-    out = torch.empty_like(query)
-    lse = _flash_forward_inplace(
-        out,
-        query,
-        key,
-        value,
-        cum_seq_q,
-        cum_seq_k,
-        max_q,
-        max_k,
-        dropout_p,
-        is_causal,
-        return_debug_mask,
-        scale=scale,
-        window_size_left=window_size_left,
-        window_size_right=window_size_right,
-        seqused_k=seqused_k,
-        alibi_slopes=alibi_slopes,
-        block_table=block_table,
-        num_splits=num_splits,
-    )
-    return out, lse, *_nothing_drawn(query)
-
-
-def _flash_forward_inplace(
-    out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cum_seq_q: Tensor | None,
-    cum_seq_k: Tensor | None,
-    max_q: int,
-    max_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    return_debug_mask: bool,
-    *,
-    scale: float | None = None,
-    window_size_left: int | None = None,
-    window_size_right: int | None = None,
-    seqused_k: Tensor | None = None,
-    alibi_slopes: Tensor | None = None,
-    block_table: Tensor | None = None,
-    num_splits: int | None = None,
-) -> Tensor:
-    """The same into ``out``; returns the log-sum-exp."""
-    if alibi_slopes is not None:
-        raise NotTaken("alibi_slopes")
-    if block_table is not None and seqused_k is None:
-        raise NotTaken("block_table without seqused_k")
-    _check(query, value, dropout_p, return_debug_mask)
-    _, lse = _C.forward(
-        query,
-        key,
-        value,
-        **_lengths(cum_seq_q, cum_seq_k, max_q, max_k, seqused_k, block_table),
-        out=out,
-        return_lse=True,
-        softmax_scale=scale,
-        causal=is_causal,
-        window_size=_window(window_size_left, window_size_right),
-        num_splits=num_splits or 0,
-    )
-    written_in_place(out)  # as autograd knows of no function of this name
-    return lse  # type: ignore[return-value]
-
-
-def _flash_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    cum_seq_q: Tensor | None,
-    cum_seq_k: Tensor | None,
-    max_q: int,
-    max_k: int,
-    dropout_p: float,
-    is_causal: bool,
-    rng_state: Tensor,
-    unused: Tensor,
-    *,
-    scale: float | None = None,
-    window_size_left: int | None = None,
-    window_size_right: int | None = None,
-) -> list[Tensor]:
-    _check(query, value, dropout_p)
-    gradients = _gradients(
-        grad_out,
-        query,
-        key,
-        value,
-        out,
-        logsumexp,
-        **_lengths(cum_seq_q, cum_seq_k, max_q, max_k),
-        softmax_scale=scale,
-        causal=is_causal,
-        window_size=_window(window_size_left, window_size_right),
-    )
-    return _in_layout_of((query, key, value), gradients)
-
-
-def _gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any
-) -> tuple[Tensor, ...]:
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return _C.backward(dout, q, k, v, out, lse, None, deterministic=deterministic, **options)[:3]
-
-
-OPERATORS: dict[str, Callable[..., Any]] = {
-    "_scaled_dot_product_flash_attention": _sdpa_forward,
-    "_scaled_dot_product_flash_attention_backward": _sdpa_backward,
-    "_flash_attention_forward": _flash_forward,
-    "_flash_attention_forward_no_dropout_inplace": _flash_forward_inplace,
-    "_flash_attention_backward": _flash_backward,
-}
-
-
-# ---- their arguments -----------------------------------------------------------------------------
-
-
-def _check(
-    query: Tensor,
-    value: Tensor,
-    dropout_p: float,
-    return_debug_mask: bool = False,
-) -> None:
-    """Raises NotTaken for what is torch's to compute, or to refuse."""
-    if dropout_p:
-        raise NotTaken("dropout_p")
-    if return_debug_mask:
-        raise NotTaken("return_debug_mask")
-    head_dim = query.shape[-1]
-    if head_dim > 256 or head_dim % 8 or value.shape[-1] != head_dim:
-        raise NotTaken("head_dim")
-    if query.stride(-1) != 1:
-        raise NotTaken("stride of the last dimension")
-    dtypes = _dtypes_on(query.get_device())
-    if query.dtype not in dtypes:
-        raise NotTaken("dtype" if dtypes else "compute capability")
-
-
-def _dtypes_on(device: int) -> tuple[torch.dtype, ...]:
-    """Those that are computed on a CUDA device, or, of -1, on the CPU."""
-    dtypes = _DTYPES.get(device)
-    if dtypes is None:
-        is_new_enough = torch.cuda.get_device_capability(device) >= (8, 0)
-        dtypes = _DTYPES[device] = (torch.bfloat16, torch.float16) if is_new_enough else ()
-    return dtypes
-
-
-# torch.compile warns of functools.cache.
-_DTYPES: dict[int, tuple[torch.dtype, ...]] = {-1: (torch.bfloat16, torch.float16, torch.float32)}
-
-
-def _lengths(
-    cum_seq_q: Tensor | None,
-    cum_seq_k: Tensor | None,
-    max_q: int,
-    max_k: int,
-    seqused_k: Tensor | None = None,
-    block_table: Tensor | None = None,
-) -> dict[str, Any]:
-    """The options of sequences with lengths of their own; none of a dense call."""
-    if cum_seq_q is None and cum_seq_k is None and seqused_k is None:
-        return {}
-    return {
-        "cu_seqlens_q": cum_seq_q,
-        "cu_seqlens_k": cum_seq_k if block_table is None else None,
-        "max_seqlen_q": max_q,
-        "max_seqlen_k": max_k,
-        "seqused_k": seqused_k,
-        "page_table": block_table,
-    }
-
-
-def _window(left: int | None, right: int | None) -> Window:
-    """torch has -1 for a side without a bound, too."""
-    return (
-        None if left is None or left < 0 else left,
-        None if right is None or right < 0 else right,
-    )
-
-
-def _in_layout_of(inputs: Iterable[Tensor], gradients: Iterable[Any]) -> list[Tensor]:
-    """The gradients with the strides of torch.empty_like(input), which compiled code relies on."""
-    results = []
-    for x, gradient in zip(inputs, gradients, strict=True):
-        if gradient.stride() != x.stride():
-            strides = torch.empty_like(x, device="meta").stride()
-            if gradient.stride() != strides:
-                gradient = torch.empty_like(x).copy_(gradient)
-        results.append(gradient)
-    return results
-
-
-def _nothing_drawn(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What torch returns of its random numbers and of its debug mask where there are none."""
-    state, unused = _random_numbers(query.device)
-    return torch.empty_like(state), torch.empty_like(unused), query.new_empty(0)
-
-
-@cache
-def _random_numbers(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tensors to make others like, which takes torch half the time of saying type and device."""
-    state = torch.empty(2, dtype=torch.uint64, device=device)
-    return state, torch.empty((), dtype=torch.uint64, device=device)

@@ -108,20 +108,27 @@ FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "328, padding, the
  * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
  * total_q below. */
 struct fa_combine_params {
-    const float *out_parts; /* [parts, rows, head_dim_v], contiguous: each of its own keys alone */
-    const float *lse_parts; /* [parts, rows], contiguous, binary log; -inf: no keys */
+    const void *out_parts;  /* [parts, batch, seqlen_q, heads_q, head_dim_v], contiguous in the last
+                             * dimension: each of its own keys alone */
+    const float *lse_parts; /* [parts, batch, seqlen_q, heads_q]; -inf: no keys */
     void *out;              /* [batch, seqlen_q, heads_q, head_dim_v] */
     float *lse;             /* [rows], natural log; NULL: not wanted */
     const void *sink;       /* [heads_q], contiguous, natural log; NULL: none */
-    struct fa_strides out_stride;
+    struct fa_strides out_stride, out_parts_stride, lse_parts_stride;
+    fa_int64 out_parts_step, lse_parts_step; /* from part to part */
     unsigned rows;
     int parts;
-    int sink_dtype; /* enum fa_dtype */
+    int sink_dtype;       /* enum fa_dtype */
+    float lse_parts_log2; /* what takes lse_parts to a binary logarithm: 1, or log2(e) */
     struct fa_divisor heads_q, seqlen_q;
     struct fa_divisor slices; /* of the parts of a row: each is summed up by threads of its own */
+    /* All NULL, or of cu_seqlens_q and seqused_q: rows that no sequence has, or uses, have no
+     * parts. */
+    struct fa_lengths lengths;
+    int sequences; /* of cu_seqlens_q */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 112, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 232, "host and device disagree on the layout");
 
 /* The single argument of kernels/varlen_fill.cu. */
 struct fa_fill_params {
@@ -153,7 +160,7 @@ struct fa_append_params {
     int positions, rotary_dim; /* rotary_dim: 0 where nothing is rotated */
     int interleaved;           /* dims 2i and 2i + 1 are rotated, else i and i + rotary_dim / 2 */
     int q_advances; /* query i has the position i behind that of query 0, else the same */
-    struct fa_divisor new_blocks, q_blocks; /* of a sequence, each has a row */
+    struct fa_divisor new_blocks, q_blocks; /* of a sequence, each has a row of K, of V, or of q */
     struct fa_divisor chunks, chunks_v;     /* of 16 bytes, of a row of one head */
     struct fa_lengths lengths;              /* of q alone */
     struct fa_pages pages;                  /* table NULL: the caches are not in pages */
