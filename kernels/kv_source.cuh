@@ -121,6 +121,17 @@ template <int COLS> struct paged_rows {
             }
         }
     }
+    /* The same, where those of the other tensor have been found: they may be the same rows. */
+    __device__ __forceinline__ void find(const page_list &, int, const paged_rows &found)
+    {
+        *this = found;
+    }
+    template <int OTHER_COLS>
+    __device__ __forceinline__ void find(const page_list &list, int key,
+                                         const paged_rows<OTHER_COLS> &)
+    {
+        find(list, key);
+    }
 };
 
 /* K or V in pages, as a thread copies it. */
@@ -172,10 +183,7 @@ template <> struct copied_source<true> {
     }
     __device__ __forceinline__ void copy_V(unsigned smem, int keys)
     {
-        if constexpr (SAME_ROWS)
-            V.rows = K.rows;
-        else
-            V.rows.find(list, key);
+        V.rows.find(list, key, K.rows);
         V.copy(smem, params.v_stride, keys);
     }
     __device__ __forceinline__ void advance()
