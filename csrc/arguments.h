@@ -12,6 +12,7 @@ struct fa_forward_arguments {
     struct fa_forward_tma_params main; /* forward takes what forward_tma's begins with */
     struct fa_combine_params combine;
     struct fa_fill_params fill;
+    struct fa_append_params append;
 };
 struct fa_backward_arguments {
     struct fa_backward_params main; /* of the preprocess and of dsink, too */

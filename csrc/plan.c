@@ -1,5 +1,7 @@
 #include "plan.h"
 
+#include "arithmetic.h"
+
 #include "../kernels/params.h"
 
 void fa_plan_because(struct fa_plan *plan, const char *choice, const char *why)
@@ -32,6 +34,15 @@ struct fa_variant fa_plan_variant(const struct fa_plan_input *input)
         .varlen = input->varlen,
         .paged = input->paged,
     };
+}
+
+int fa_plan_list_places(int sequences, int64_t rows, int tile, int64_t blocks)
+{
+    enum { MOST_SEQUENCES = 4096, MOST_PLACES = 1 << 20 };
+    const int64_t places = CEIL_DIV(rows, tile) + sequences;
+    return sequences <= MOST_SEQUENCES && places <= MOST_PLACES && places < sequences * blocks
+               ? (int)places
+               : 0;
 }
 
 int fa_plan_refuse(struct fa_plan_error *error, bool unsupported, const char *message)

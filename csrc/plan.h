@@ -37,6 +37,8 @@ struct fa_plan_input {
     int deterministic;
     int varlen;      /* lengths are on the device, and differ from sequence to sequence */
     int paged;       /* K and V lie in pages */
+    int leftpad;     /* the first key of a sequence is not row 0 of its pages */
+    int append;      /* new rows of K and V are appended to them first */
     int small_pages; /* of rows that are no multiple of FA_MIN_BOX_ROWS */
     int tma_strides; /* tensor maps can describe K and V; in the backward Q and dO */
 };
@@ -46,12 +48,16 @@ struct fa_plan_input {
 struct fa_extent {
     int batch;
     int seqlen_q, seqlen_k; /* where varlen: bounds */
-    bool is_packed_q;
+    bool is_packed_q, is_packed_k;
     int64_t rows_q; /* of q for each head */
+    int64_t rows_k; /* of k where it is packed */
+    /* Where rows are appended: blocks that append one of K or V, and that rotate one of q. */
+    int64_t new_blocks, q_blocks;
 };
 
 /* What a launch computes. It tells which struct of kernels/params.h the kernel takes. */
 enum fa_job {
+    FA_JOB_APPEND,
     FA_JOB_FORWARD,
     FA_JOB_COMBINE,
     FA_JOB_FILL,
@@ -84,9 +90,10 @@ struct fa_reason {
 /* Where things start in the workspace, in units of four bytes. */
 struct fa_workspace {
     int64_t out_parts, lse_parts; /* of a split forward */
+    int64_t rotated_q, seqused_k; /* of one that appends: what attention reads */
     int64_t dq_accum, dk_accum, dv_accum;
     int64_t dq_semaphores, dkv_semaphores, block_counter;
-    int64_t order; /* of sequences, the longest first; 0 where there is none */
+    int64_t list;  /* of tiles, see kernels/tile_list.cuh; 0 where there is none */
     int64_t zeros; /* from here on it has to be zero before the backward's main kernel runs */
     int64_t size;
 };
@@ -174,6 +181,12 @@ struct fa_step *fa_plan_add(struct fa_plan *plan, struct fa_step step);
 /* The main kernel's constants that follow from what is computed, the same in both directions; those
  * of the tile are left 0. */
 struct fa_variant fa_plan_variant(const struct fa_plan_input *input);
+
+/* The places of a list of the tiles of packed sequences, see kernels/tile_list.cuh, each of `tile`
+ * of the `rows` in all: one for each sequence more than the rows fill. 0: none is made, as grids
+ * from the bound, `blocks` for each sequence, are as small, or as finding the order takes the
+ * square of the sequences. */
+int fa_plan_list_places(int sequences, int64_t rows, int tile, int64_t blocks);
 
 /* Fills `error`; -1. */
 int fa_plan_refuse(struct fa_plan_error *error, bool unsupported, const char *message);

@@ -269,15 +269,6 @@ static int group_heads(int64_t pairs, int limit)
     return (int)CEIL_DIV(pairs, MAX(1, CEIL_DIV(pairs, limit)));
 }
 
-/* Whether long sequences start first. With one tile of keys there is nothing to group, and finding
- * the order takes the square of their number. */
-static bool is_sorted(const struct fa_plan_input *input, const struct fa_extent *extent,
-                      const struct fa_plan *plan)
-{
-    enum { MOST_SORTED = 4096 };
-    return input->varlen && plan->n_blocks > 1 && extent->batch > 1 && extent->batch <= MOST_SORTED;
-}
-
 /* ---- before and after the main kernel -------------------------------------------------------- */
 
 static struct fa_step preprocess(const struct fa_plan_input *input, const struct fa_plan *plan)
@@ -318,8 +309,8 @@ struct tiles {
     int64_t queries, keys;
 };
 
-static void fit_workspace(const struct fa_plan_input *input, const struct fa_extent *extent,
-                          struct tiles tiles, struct fa_plan *plan)
+static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles, bool is_listed,
+                          struct fa_plan *plan)
 {
     const struct fa_variant *main = &plan->steps[plan->main].variant;
     const int buffers = main->dq_direct ? 0 : main->dq_buffers;
@@ -329,7 +320,7 @@ static void fit_workspace(const struct fa_plan_input *input, const struct fa_ext
     const bool is_ordered = input->deterministic;
     struct fa_workspace *workspace = &plan->workspace;
     workspace->size = 2 * queries; /* the lse and delta of each */
-    workspace->order = is_sorted(input, extent, plan) ? take(workspace, extent->batch) : 0;
+    workspace->list = is_listed ? take(workspace, 2 * (int64_t)plan->n_blocks) : 0;
     workspace->zeros = workspace->size;
     workspace->dq_accum = take(workspace, buffers * queries * input->head_dim);
     workspace->dk_accum = take(workspace, keys * input->head_dim);
@@ -384,13 +375,19 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
                          struct fa_plan *plan, struct fa_plan_error *error)
 {
     plan->m_blocks = CEIL_DIV(extent->seqlen_q, plan->tile_m);
-    /* Where a block stores dQ, it also does where there is no key. */
-    const bool is_direct = plan->steps[plan->main].variant.dq_direct;
-    plan->n_blocks = is_direct ? 1 : CEIL_DIV(extent->seqlen_k, plan->tile_n);
+    plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
+    const int places =
+        extent->is_packed_k && extent->seqlen_k > 0
+            ? fa_plan_list_places(extent->batch, extent->rows_k, plan->tile_n, plan->n_blocks)
+            : 0;
+    const bool is_listed = places > 0;
+    if (is_listed)
+        plan->n_blocks = places;
     const int64_t query_tiles = query_tiles_of_head(extent, plan);
+    const int64_t pairs = is_listed ? input->heads_kv : (int64_t)extent->batch * input->heads_kv;
     const struct tiles tiles = {
         .queries = fa_saturating_multiply(query_tiles, input->heads_q),
-        .keys = fa_saturating_multiply((int64_t)extent->batch * input->heads_kv, plan->n_blocks),
+        .keys = fa_saturating_multiply(pairs, plan->n_blocks),
     };
     if (tiles.queries > INT32_MAX || tiles.keys > INT32_MAX / plan->splits)
         return fa_plan_refuse(error, false,
@@ -398,8 +395,8 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
     plan->query_tiles = (int)query_tiles;
     for (int i = 0; i < plan->step_count; i++)
         plan->steps[i].blocks = blocks_of(plan, &plan->steps[i], tiles);
-    plan->group_heads = group_heads((int64_t)extent->batch * input->heads_kv, plan->group_limit);
-    fit_workspace(input, extent, tiles, plan);
+    plan->group_heads = group_heads(pairs, plan->group_limit);
+    fit_workspace(input, tiles, is_listed, plan);
     return 0;
 }
 

@@ -50,6 +50,8 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
     else if (input->small_pages)
         *why = "a box of the TMA lies within a page and has 8 rows at least: page sizes must be "
                "multiples of 8";
+    else if (input->leftpad)
+        *why = "a box of the TMA begins where a page does, and keys behind a left pad may not";
     else if (input->seqlen_k == 0)
         *why = "no tensor map describes K and V without keys";
     else if (!input->tma_strides)
@@ -64,15 +66,20 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
     return false;
 }
 
+/* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds on
+ * 12.x. */
+static int smem_limit(const struct fa_device *device)
+{
+    return MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
+}
+
 /* The tile of the first of some rows that serves the call within the shared memory, stages
  * included. Where the TMA cannot bring K and V, which *why_not_tma tells, cp.async does. */
 static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
                               const struct fa_plan_input *input, const struct fa_device *device,
                               struct fa_tile *tile, const char **why_not_tma)
 {
-    /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds
-     * on 12.x. */
-    const int smem_per_block = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
+    const int smem_per_block = smem_limit(device);
     for (size_t i = 0; i < count; i++) {
         if (!serves(&rows[i], input, device))
             continue;
@@ -88,6 +95,19 @@ static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
     return false;
 }
 
+/* Pages by the TMA, where a row of tiles.c asks for cp.async: that would need an address for every
+ * row of a tile, from every thread; a box needs one for several rows, from a single thread. */
+static void prefer_tma(const struct fa_plan_input *input, const struct fa_device *device,
+                       struct fa_tile *tile, const char **why_not_tma)
+{
+    struct fa_tile by_tma = *tile;
+    by_tma.kernel = FA_KERNEL_FORWARD_TMA;
+    by_tma.producer = FA_PRODUCER_THREAD;
+    if (tile->kernel == FA_KERNEL_FORWARD &&
+        tma_can_implement(input, device, &by_tma, smem_limit(device), why_not_tma))
+        *tile = by_tma;
+}
+
 static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_target *target,
                         struct fa_plan *plan, struct fa_tile *tile)
 {
@@ -97,10 +117,14 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const bool is_own = first_that_serves(own->rows, own->count, input, device, tile, &why_not_tma);
     if (!is_own && !first_that_serves(FA_TILES, FA_TILE_COUNT, input, device, tile, &why_not_tma))
         return false;
+    const bool is_asked = tile->kernel == FA_KERNEL_FORWARD_TMA;
+    if (!is_own && input->paged)
+        prefer_tma(input, device, tile, &why_not_tma);
     const bool is_tma = tile->kernel == FA_KERNEL_FORWARD_TMA;
     fa_plan_because(plan, "kernel",
-                    is_tma
-                        ? "forward_tma: mma.sync fed by the TMA, as the tile's row asks"
+                    is_asked ? "forward_tma: mma.sync fed by the TMA, as the tile's row asks"
+                    : is_tma
+                        ? "forward_tma: mma.sync fed by the TMA, which takes whole boxes of pages"
                         : "forward: mma.sync fed by cp.async, the path of every device from 8.0");
     if (why_not_tma && !is_tma)
         fa_plan_because(plan, "not forward_tma", why_not_tma);
@@ -179,9 +203,20 @@ static struct fa_variant variant_of(const struct fa_plan_input *input, const str
     return variant;
 }
 
+/* The first kernel: it makes lengths, and q if that is rotated, for all that follow. */
+static void add_append(const struct fa_plan_input *input, struct fa_plan *plan)
+{
+    if (input->append)
+        fa_plan_add(plan, (struct fa_step){
+                              .job = FA_JOB_APPEND,
+                              .variant = {.kernel = FA_KERNEL_KV_APPEND, .dtype = input->dtype},
+                              .threads = FA_APPEND_THREADS});
+}
+
 static void set_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
                      const struct fa_tile *tile, struct fa_plan *plan)
 {
+    plan->main = plan->step_count;
     plan->tile_m = tile->warps * tile->warp_m;
     plan->tile_n = tile->tile_n;
     plan->smem_bytes = forward_smem(input, tile);
@@ -395,6 +430,24 @@ static void fit_combine(const struct fa_plan_input *input, int64_t rows, struct 
     plan->combine_slices = fa_plan_fit_combine(rows, plan->splits, step);
 }
 
+/* What attention reads lies behind the parts, q at a multiple of 16 bytes. */
+static int fit_append(const struct fa_plan_input *input, const struct fa_extent *extent,
+                      struct fa_plan *plan, struct fa_step *step, struct fa_plan_error *error)
+{
+    struct fa_workspace *workspace = &plan->workspace;
+    const int64_t blocks = extent->new_blocks + extent->q_blocks;
+    const int64_t elements =
+        extent->q_blocks ? extent->rows_q * input->heads_q * input->head_dim : 0;
+    if (blocks > INT32_MAX)
+        return fa_plan_refuse(error, false,
+                              "batch * seqlen needs more than 2^31 - 1 thread blocks");
+    step->blocks = (int)blocks;
+    workspace->rotated_q = CEIL_DIV(workspace->size, 4) * 4;
+    workspace->seqused_k = workspace->rotated_q + elements / 2;
+    workspace->size = workspace->seqused_k + extent->batch;
+    return 0;
+}
+
 int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_extent *extent,
                         struct fa_plan *plan, struct fa_plan_error *error)
 {
@@ -413,6 +466,7 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
         return fa_plan_refuse(error, false,
                               "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
     main->blocks = (int)(heads * plan->m_blocks * plan->splits);
+    plan->workspace = (struct fa_workspace){0};
     for (int i = 0; i < plan->step_count; i++) {
         struct fa_step *step = &plan->steps[i];
         if (step->job == FA_JOB_COMBINE)
@@ -420,7 +474,7 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
         else if (step->job == FA_JOB_FILL)
             step->blocks = (int)CEIL_DIV(extent->rows_q, FA_FILL_ROWS);
     }
-    return 0;
+    return input->append ? fit_append(input, extent, plan, &plan->steps[0], error) : 0;
 }
 
 /* ---- the interface --------------------------------------------------------------------------- */
@@ -433,6 +487,7 @@ int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_targ
         return fa_plan_refuse(error, true,
                               "no tile fits the shared memory of this device at these head dims");
     plan->sms = target->device.sms;
+    add_append(input, plan);
     set_main(input, target, &tile, plan);
     const struct fa_extent extent = fa_plan_extent(input);
     plan->splits = 1;

@@ -275,6 +275,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         __syncthreads();
     }
     const backward_block block(params, number);
+    if (VARLEN && block.is_none)
+        return;
     const sequence<fa_backward_params> &seq = block.seq;
     const attention_mask mask(seq);
     const int key0 = block.n_block * TILE_N, key1 = key0 + TILE_N;

@@ -1,14 +1,15 @@
 /* Before backward.cu: lse_log2 and delta = dO.O - dlse of every query, and zeros in accumulators
  * and semaphores. A block takes a tile of queries [TILE_M], and a share of what is zeroed.
  *
- * Where VARLEN, also zeros in rows of gradients that no sequence has, and the order of the
- * sequences: a block takes some rows, and the place of one sequence.
+ * Where VARLEN, also zeros in rows of gradients that no sequence has, and the list of
+ * tiles of keys: a block takes some rows, and one sequence.
  *
  * Constants as in backward.cu: DTYPE, HEAD_DIM_V, TILE_M, VARLEN. */
 #include "params.h"
 
 #include "backward.cuh"
 #include "query_tiles.cuh"
+#include "tile_list.cuh"
 #include "unused_rows.cuh"
 
 constexpr int THREADS = FA_PREPROCESS_THREADS;
@@ -53,14 +54,15 @@ __device__ __forceinline__ void clear_unused_rows(const fa_backward_params &para
         });
 }
 
-/* The place of a sequence when all are sorted, the longest first. */
-__device__ __forceinline__ void order_sequence(const fa_backward_params &params, int number)
+/* The tiles of keys of a sequence in the list of all. Blocks with many queries take longest. */
+__device__ __forceinline__ void list_keys(const fa_backward_params &params, int number)
 {
-    const int rank = rank_by_length<THREADS>(params.batch, number, [&](int other) {
-        return read_queries(params.lengths, params.seqlen_q, other).count;
-    });
-    if (threadIdx.x == 0)
-        params.order[rank] = number;
+    list_tiles<THREADS>(
+        params.list, params.n_blocks, params.batch, number, [&](int other) -> sequence_work {
+            const int keys = read_keys(params.lengths, params.seqlen_k, other).count;
+            return {read_queries(params.lengths, params.seqlen_q, other).count,
+                    ceil_div(keys, params.tile_n)};
+        });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
@@ -114,6 +116,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 
     if (VARLEN)
         clear_unused_rows(params);
-    if (VARLEN && params.order && tile < params.batch) /* there are as many tiles, or more */
-        order_sequence(params, tile);
+    if (VARLEN && params.list && tile < params.batch) /* there are as many tiles, or more */
+        list_keys(params, tile);
 }

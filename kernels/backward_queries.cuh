@@ -12,27 +12,39 @@
  *
  * Blocks that run at the same time should share Q, dO and the accumulators of dQ in the L2: so
  * group_heads (batch, KV head) pairs go through all their tiles of keys together, heads fastest.
- * With a right diagonal the first keys are seen by the most queries: these blocks start first, as
- * do those of long sequences, and the short ones fill the gaps at the end. Of two blocks of a pair
- * the one with the lower keys always has the lower number: ordered accumulation relies on it. */
+ * group_heads (batch, KV head) pairs go through all their tiles of keys together, heads fastest.
+ * With a right diagonal the first keys are seen by the most queries: these blocks start first, and
+ * the short ones fill the gaps at the end. With a list of tiles, sequence by sequence, a group is
+ * of heads alone, and goes through the list. Of two blocks of a pair the one with the lower keys
+ * always has the lower number: ordered accumulation relies on it. */
 struct backward_block {
     sequence<fa_backward_params> seq;
     int n_block, head_kv, q_split;
+    bool is_none; /* a list has more places than tiles */
 
     __device__ __forceinline__ backward_block(const fa_backward_params &params, int number)
         : seq{params, 0}
     {
+        const bool is_listed = VARLEN && params.list;
         q_split = number % params.q_splits;
         number /= params.q_splits;
         const int group_blocks = params.group_heads * params.n_blocks;
         const int first_pair = number / group_blocks * params.group_heads;
-        const int pairs = min(params.group_heads, params.batch * params.heads_kv - first_pair);
+        const int all_pairs = is_listed ? params.heads_kv : params.batch * params.heads_kv;
+        const int pairs = min(params.group_heads, all_pairs - first_pair);
         number %= group_blocks;
         n_block = number / pairs;
         number = first_pair + number % pairs;
         head_kv = number % params.heads_kv;
         number /= params.heads_kv;
-        seq.select(VARLEN && params.order ? ld_global(params.order + number) : number);
+        if (is_listed) {
+            number = same_in_warp(ld_global(&params.list[n_block].sequence));
+            n_block = same_in_warp(ld_global(&params.list[n_block].tile));
+        }
+        is_none = VARLEN && number < 0;
+        if (is_none)
+            return;
+        seq.select(number);
         seq.make_uniform();
     }
 };

@@ -42,7 +42,13 @@ struct fa_divisor {
 struct fa_lengths {
     const int *cu_seqlens_q, *cu_seqlens_k; /* [batch + 1]; NULL: that side is not packed */
     const int *seqused_q, *seqused_k;       /* [batch]; NULL: all of it */
-    int total_q, total_k;                   /* rows of the packed tensors */
+    const int *leftpad_k; /* [batch]: so many of the used rows of k come before key 0; NULL: none */
+    int total_q, total_k; /* rows of the packed tensors */
+};
+
+/* One tile of a list, see kernels/tile_list.cuh: of which sequence, -1 if of none, and which. */
+struct fa_listed_tile {
+    int sequence, tile;
 };
 
 /* Pages of K and V; read only where PAGED. k and v are [count, page_size, heads_kv, head_dim or
@@ -83,7 +89,7 @@ struct fa_forward_params {
     struct fa_pages pages;     /* read only where PAGED */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 320, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 328, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -96,7 +102,7 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 576, "320, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "328, padding, then maps");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
  * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
@@ -133,7 +139,34 @@ struct fa_fill_params {
     struct fa_lengths lengths;
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 96, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 104, "host and device disagree on the layout");
+
+/* The single argument of kernels/kv_append.cu: new rows of K and V go to the caches behind those
+ * that they hold, K rotated, and q goes to rotated_q. */
+struct fa_append_params {
+    const void *k, *v;        /* [batch, new_rows, heads_kv, head_dim or head_dim_v] */
+    void *k_cache, *v_cache;  /* [batch, seqlen_k, heads_kv, head_dim or head_dim_v], or pages */
+    const void *q;            /* [batch, seqlen_q, heads_q, head_dim], or packed */
+    void *rotated_q;          /* like q, contiguous; NULL: q is not rotated */
+    const void *cos, *sin;    /* [positions, rotary_dim / 2], rows contiguous */
+    const int *cache_seqlens; /* [batch]: rows that the caches hold; NULL: cache_seqlen each */
+    int *seqused_k;           /* [batch]: rows that they hold afterwards */
+    struct fa_strides k_stride, v_stride, k_cache_stride, v_cache_stride, q_stride;
+    struct fa_strides rotated_q_stride;
+    fa_int64 cos_stride, sin_stride;
+    int batch, seqlen_q, seqlen_k; /* seqlen_k: rows for which the caches have room */
+    int heads_q, heads_kv;
+    int cache_seqlen, new_rows;
+    int positions, rotary_dim; /* rotary_dim: 0 where nothing is rotated */
+    int interleaved;           /* dims 2i and 2i + 1 are rotated, else i and i + rotary_dim / 2 */
+    int q_advances; /* query i has the position i behind that of query 0, else the same */
+    struct fa_divisor new_blocks, q_blocks; /* of a sequence, each has a row of K, of V, or of q */
+    struct fa_divisor chunks, chunks_v;     /* of 16 bytes, of a row of one head */
+    struct fa_lengths lengths;              /* of q alone */
+    struct fa_pages pages;                  /* table NULL: the caches are not in pages */
+};
+
+FA_STATIC_ASSERT(sizeof(struct fa_append_params) == 424, "host and device disagree on the layout");
 
 /* The single argument of kernels/backward.cu, backward_preprocess.cu and backward_sink.cu.
  *
@@ -167,7 +200,7 @@ struct fa_backward_params {
     struct fa_strides q_stride, k_stride, v_stride, out_stride, dout_stride, dk_stride, dv_stride;
     int batch, heads_q, heads_kv, heads_per_kv;
     int seqlen_q, seqlen_k;
-    int m_blocks, n_blocks; /* tiles of queries, and of keys */
+    int m_blocks, n_blocks; /* tiles of queries, and of keys; n_blocks: places of a list */
     int q_splits;           /* blocks that share a tile of keys and split its queries */
     int window_left;        /* as in fa_forward_params */
     int window_right;
@@ -180,15 +213,16 @@ struct fa_backward_params {
     /* [batch, heads_q, seqlen_q, head_dim or head_dim_v]; where VARLEN [total_q + 1, heads_q,
      * TILE_M, the same]: entry e has the TILE_M rows before row e. */
     struct fa_tensor_map q_map, dout_map;
-    struct fa_lengths lengths; /* read only where VARLEN */
-    int *order;      /* [batch]: the sequences, the longest first, as backward_preprocess.cu writes
-                      * it; NULL: as they come; where VARLEN alone */
-    int group_heads; /* (batch, KV head) pairs that run together; the last group may have fewer */
+    struct fa_lengths lengths;   /* read only where VARLEN */
+    struct fa_listed_tile *list; /* [n_blocks]: the tiles of keys of all sequences, as
+                                  * backward_preprocess.cu writes them; NULL: n_blocks of each */
+    int group_heads; /* (batch, KV head) pairs that run together, with a list KV heads; the last
+                      * group may have fewer */
     int query_tiles; /* where VARLEN: of a head, of all sequences */
-    int head_dim;    /* of q and k, for backward_preprocess.cu */
+    int head_dim, tile_n; /* of q and k, and keys of a tile: for backward_preprocess.cu */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 768, "432, padding, maps, then the rest");
+FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 832, "432, padding, maps, then the rest");
 
 /* The single argument of kernels/backward_postprocess.cu. */
 struct fa_postprocess_params {
@@ -203,7 +237,7 @@ struct fa_postprocess_params {
     struct fa_lengths lengths;   /* read only where VARLEN */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_postprocess_params) == 128,
+FA_STATIC_ASSERT(sizeof(struct fa_postprocess_params) == 136,
                  "host and device disagree on the layout");
 
 #endif

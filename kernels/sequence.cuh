@@ -45,7 +45,14 @@ __device__ __forceinline__ sequence_rows read_queries(const fa_lengths &lengths,
 }
 __device__ __forceinline__ sequence_rows read_keys(const fa_lengths &lengths, int bound, int number)
 {
-    return read_rows(lengths.cu_seqlens_k, lengths.seqused_k, lengths.total_k, bound, number);
+    sequence_rows rows =
+        read_rows(lengths.cu_seqlens_k, lengths.seqused_k, lengths.total_k, bound, number);
+    if (lengths.leftpad_k) {
+        const int pad = clamp(ld_global(lengths.leftpad_k + number), 0, rows.count);
+        rows.begin += pad;
+        rows.count -= pad;
+    }
+    return rows;
 }
 
 /* The last of some sequences for which `has_begun` holds, as it does for all before it; the first
@@ -109,20 +116,6 @@ __device__ __forceinline__ int same_in_warp(int x)
     return static_cast<int>(__reduce_or_sync(0xffffffff, x));
 }
 
-/* The place of a sequence when all are sorted, the longest first; `length_of` gives the length of
- * any, the one that counts. Found by all threads of the block, THREADS sequences at a time. */
-template <int THREADS, class F>
-__device__ __forceinline__ int rank_by_length(int sequences, int number, F length_of)
-{
-    const int length = length_of(number);
-    int rank = 0;
-    for (int i = threadIdx.x; i - threadIdx.x < sequences; i += THREADS) {
-        const int other = i < sequences ? length_of(i) : -1;
-        rank += __syncthreads_count(other > length || (other == length && i < number));
-    }
-    return rank;
-}
-
 /* ---- the sequence of a block ----------------------------------------------------------------- */
 
 template <class params_t, bool HAS_LENGTHS = VARLEN> struct sequence;
@@ -179,10 +172,9 @@ template <class params_t> struct sequence<params_t, true> {
         k_begin = k.begin;
         k_count = k.count;
     }
-    /* Moves its number and lengths to uniform registers, for a kernel that has few others. */
+    /* Moves the lengths to uniform registers, for a kernel that has no others to spare. */
     __device__ __forceinline__ void make_uniform()
     {
-        batch = same_in_warp(batch);
         q_begin = same_in_warp(q_begin);
         q_count = same_in_warp(q_count);
         k_begin = same_in_warp(k_begin);

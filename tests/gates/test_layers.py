@@ -23,7 +23,8 @@ LAYERS = (
     "driver plan plan_backward plan_forward",
     "following kernel_table options overlap plan_cache tensor tile_rows",
     "parts problem state",
-    "cpu/backward cpu/combine cpu/forward cpu/rows cpu/scores cpu/sequence cpu_threads arguments device_check launch planning",
+    "append cpu/append cpu/backward cpu/combine cpu/forward cpu/rows cpu/scores cpu/sequence "
+    "cpu_threads arguments device_check launch planning",
     "attention explain",
     "module",
 )

@@ -1,12 +1,18 @@
 """How calls of packed sequences are carried out, for any architecture: planned without a GPU."""
 
+import itertools
+
 import pytest
 import torch
 
 from flash_attn_sm120 import explain, explain_backward
-from helpers.tiles import constants
+from helpers.tiles import constants, tile_row, use_tiles
 
 pytestmark = pytest.mark.quick
+
+BY_TMA = tile_row(
+    kernel="forward_tma", producer="warp", tile_n=64, sub_n=32, warps=4, warp_m=16, stages=2
+)
 
 
 def call(total_q=1000, total_k=1000, batch=4, heads=(8, 2), dims=(128, 128), packed=(True, True)):
@@ -37,12 +43,9 @@ def names(planned):
 
 @pytest.mark.parametrize("arch", [80, 90, 120, 121])
 def test_steps(arch):
-    assert names(plan(arch=arch)) == ["forward_tma", "varlen_fill"]
-    assert names(plan(arch=arch, options={"num_splits": 3})) == [
-        "forward",
-        "combine",
-        "varlen_fill",
-    ]
+    main = "forward_tma" if arch >= 120 else "forward"
+    assert names(plan(arch=arch)) == [main, "varlen_fill"]
+    assert names(plan(arch=arch, options={"num_splits": 3})) == [main, "combine", "varlen_fill"]
     sink = {"learnable_sink": torch.zeros(8)}
     backward = plan(explain_backward, arch=arch, options=sink)
     assert names(backward) == [
@@ -52,7 +55,33 @@ def test_steps(arch):
         "backward_sink",
     ]
     assert all(s.variant.endswith("_varlen") for s in backward.steps)
-    assert backward.tma == (arch >= 90) and not plan(arch=arch).tma
+    assert backward.tma == (arch >= 90) and plan(arch=arch).tma == (arch >= 120)
+
+
+@pytest.mark.parametrize("dims", [(128, 128), (192, 128), (64, 128)], ids=str)
+@pytest.mark.parametrize("packed", list(itertools.product((True, False), repeat=2)), ids=str)
+def test_the_tma_brings_keys_of_any_lengths(packed, dims):
+    """Packed ones, and those of a batch, of which seqused says how many there are."""
+    (q, k, v), lengths = call(packed=packed, dims=dims)
+    lengths["seqused_k"] = torch.full((4,), -7, dtype=torch.int32)
+    with use_tiles(BY_TMA):
+        planned = explain(q, k, v, **lengths, arch=120)
+        assert planned.kernel == "forward_tma" and "not forward_tma" not in planned.reasons
+        assert constants(planned)["VARLEN"] == 1
+        before = explain(q, k, v, **lengths, arch=89)
+        assert before.kernel == "forward" and "9.0" in before.reasons["not forward_tma"]
+        k = k[..., :1, :].expand_as(k)
+        expanded = explain(q, k, v, **lengths, arch=120)
+        assert expanded.kernel == "forward"
+        assert "neither expanded nor flipped" in expanded.reasons["not forward_tma"]
+
+
+def test_no_keys_are_no_tensor_map():
+    with use_tiles(BY_TMA):
+        for batch, total_k in ((4, 0), (0, 0)):
+            planned = plan(batch=batch, total_k=total_k, options={"max_seqlen_k": 64})
+            assert planned.kernel == "forward"
+            assert "without keys" in planned.reasons["not forward_tma"]
 
 
 def test_reasons():
@@ -129,19 +158,22 @@ def test_splits_follow_the_bounds():
     assert once.num_splits == 1 and once.reasons["num_splits"].endswith("as asked")
 
 
-def test_long_sequences_start_first():
-    """The backward's workspace has room for their order, where there is one."""
+def test_a_list_of_tiles():
+    """Where it has fewer places than a grid from the bound has blocks, of no more sequences than can
+    be sorted."""
     options = {"max_seqlen_q": 1000, "max_seqlen_k": 1000}
 
-    def bytes_for_order(batch):
-        planned = plan(explain_backward, options=options, batch=batch)
+    def blocks_and_bytes(batch, **shape):
+        planned = plan(explain_backward, options=options, batch=batch, **shape)
         of_tiles = planned.steps[0].blocks * planned.tile_m * (2 + 128) * 4
-        return planned.workspace_bytes - of_tiles
+        return planned.blocks, planned.workspace_bytes - of_tiles
 
-    assert bytes_for_order(6) == 4 * 8
-    assert bytes_for_order(1) == 0
-    assert bytes_for_order(5000) == 0, "its search takes the square of their number"
-    assert plan(explain_backward, options=options, batch=100).group_heads < 200
+    assert blocks_and_bytes(6) == (2 * (8 + 6), 4 * 2 * (8 + 6))
+    assert blocks_and_bytes(6, packed=(True, False)) == (2 * 6 * 8, 0), "not packed"
+    assert blocks_and_bytes(1) == (2 * 8, 0), "no fewer"
+    assert blocks_and_bytes(5000) == (2 * 8 * 5000, 0), "too many"
+    many_heads = plan(explain_backward, options=options, batch=6, heads=(90, 90))
+    assert many_heads.group_heads == 45, "half of them, of all sequences"
 
 
 def test_short_sequences_have_one_tile_of_keys():
@@ -154,7 +186,7 @@ def test_short_sequences_have_one_tile_of_keys():
             assert names(short) == ["backward_preprocess", "backward"]
             assert short.blocks == 4 * 2
             no_keys = plan(explain_backward, options=options, dims=dims, total_k=0)
-            assert no_keys.blocks == 4 * 2, "they clear dq"
+            assert no_keys.blocks == 0 and "-DDQ_DIRECT=0" in no_keys.options
     assert plan(explain_backward, options={**options, "max_seqlen_k": 64}).blocks_per_sm == 2
     assert "-DDQ_DIRECT=0" in plan(explain_backward, options={"max_seqlen_k": 129}).options
 

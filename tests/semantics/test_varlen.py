@@ -202,14 +202,16 @@ def test_bounds_change_nothing_but_grids(device):
     assert_all_equal(first, attend(batch, causal=True, pack_gqa=False, **bounds))
 
 
-def test_pairs_in_groups(device):
-    """A bound far above the lengths makes groups small: the last is smaller than the others, and
-    one has a part of the heads of a sequence. The longest sequence comes first."""
-    heads = (22, 22)
-    batch = make_batch(device, [3, 20, 0, 70], [9, 40, 150, 140], heads, (16, 16), dtype_of(device))
+@pytest.mark.parametrize("heads, packed", [(45, (True, True)), (22, (True, False))], ids=str)
+def test_pairs_in_groups(device, heads, packed):
+    """A bound far above the lengths makes groups small: the last is smaller than the others. With a
+    list of tiles they are of heads, and the longest sequence comes first; else one has a part of
+    the heads of a sequence."""
+    lengths = ([3, 20, 0, 70], [9, 40, 150, 140])
+    batch = make_batch(device, *lengths, 2 * (heads,), (16, 16), dtype_of(device), packed=packed)
     options = {"causal": True, "max_seqlen_q": 1 << 20}
     planned = explain_backward(*batch.inputs, **batch.lengths, **options)
-    assert planned.group_heads is None or planned.group_heads % 22
+    assert planned.group_heads is None or planned.group_heads == {45: 23, 22: 30}[heads]
     for deterministic in (False, True):
         out, lse, gradients, _ = check(batch, deterministic=deterministic, causal=True)
         grouped = gradients_of(batch, out, lse, deterministic=deterministic, **options)[:3]
