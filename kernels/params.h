@@ -128,7 +128,7 @@ struct fa_combine_params {
     int sequences; /* of cu_seqlens_q */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 232, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 240, "host and device disagree on the layout");
 
 /* The single argument of kernels/varlen_fill.cu. */
 struct fa_fill_params {
