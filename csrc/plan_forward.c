@@ -15,10 +15,11 @@ static int forward_smem(const struct fa_plan_input *input, const struct fa_tile 
 
 /* Query rows of all heads for each multiprocessor; expanded tensors can have more than 2^63. How
  * many sequences there are a plan for any lengths does not know: it takes tiles as large as what
- * can share a block. */
+ * can share a block. So do calls of few queries, in which all the time is that of reading keys:
+ * rows of a larger tile would be empty, and several small ones would read the keys again. */
 static double rows_per_sm(const struct fa_plan_input *input, const struct fa_device *device)
 {
-    if (input->varlen)
+    if (input->varlen || input->seqlen_q <= FA_FEW_QUERIES)
         return (double)input->seqlen_q * fa_plan_heads_per_kv(input);
     return (double)input->batch * input->heads_q * input->seqlen_q / MAX(1, device->sms);
 }

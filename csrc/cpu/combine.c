@@ -54,10 +54,14 @@ static void combine_row(const struct fa_parts *parts, struct place at, int64_t c
     const int64_t *lse_stride = parts->lse_parts.stride;
     float sum[FA_MAX_PARTS_HEAD_DIM] = {0}, part[FA_MAX_PARTS_HEAD_DIM];
     double max = -INFINITY, total = 0;
-    for (int64_t i = 0; i < count; i++)
-        max = fmax(max, lse_parts[offset_of(lse_stride, i, at)]);
-    for (int64_t i = 0; i < count; i++)
-        total += max > -INFINITY ? exp(lse_parts[offset_of(lse_stride, i, at)] - max) : 0;
+    for (int64_t i = 0; i < count; i++) {
+        const double lse_part = lse_parts[offset_of(lse_stride, i, at)];
+        if (lse_part > max) {
+            total *= exp(max - lse_part);
+            max = lse_part;
+        }
+        total += lse_part == -INFINITY ? 0 : exp(lse_part - max);
+    }
     const float lse = total == 0 ? -INFINITY : (float)(max + log(total));
     for (int64_t i = 0; i < count; i++) {
         const float lse_part = lse_parts[offset_of(lse_stride, i, at)];
