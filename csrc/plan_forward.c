@@ -361,14 +361,21 @@ static void set_splits(const struct fa_plan_input *input, const struct fa_device
     add_combine(input, device, plan);
 }
 
-/* Rows that no sequence has are the last kernel's: it overwrites what others may leave there. */
+/* Rows that no sequence has are the first kernel's, which also lists the tiles of the main one; of
+ * a split call they are the last one's, as combine writes all rows. */
 static void add_fill(const struct fa_plan_input *input, struct fa_plan *plan)
 {
-    if (input->varlen)
-        fa_plan_add(plan, (struct fa_step){
-                              .job = FA_JOB_FILL,
-                              .variant = {.kernel = FA_KERNEL_VARLEN_FILL, .dtype = input->dtype},
-                              .threads = FA_FILL_THREADS});
+    const struct fa_step fill = {
+        .job = FA_JOB_FILL,
+        .variant = {.kernel = FA_KERNEL_VARLEN_FILL, .dtype = input->dtype},
+        .threads = FA_FILL_THREADS};
+    if (!input->varlen)
+        return;
+    struct fa_step *last = fa_plan_add(plan, fill);
+    if (plan->splits > 1)
+        return;
+    *last = plan->steps[plan->main];
+    plan->steps[plan->main++] = fill;
 }
 
 /* ---- sizes ----------------------------------------------------------------------------------- */
@@ -384,14 +391,32 @@ static void fit_combine(const struct fa_plan_input *input, int64_t rows, struct 
     step->blocks = (int)CEIL_DIV(rows, combine_slots(input) / plan->combine_slices);
 }
 
+/* The first launch can list the tiles of a packed side. */
+static int list_places(const struct fa_plan_input *input, const struct fa_extent *extent,
+                       const struct fa_plan *plan)
+{
+    const struct fa_variant *main = &plan->steps[plan->main].variant;
+    const int64_t rows_of_head =
+        extent->rows_q * (main->pack_gqa ? fa_plan_heads_per_kv(input) : 1);
+    return extent->is_packed_q && !main->split
+               ? fa_plan_list_places(extent->batch, rows_of_head, plan->tile_m, plan->m_blocks)
+               : 0;
+}
+
 int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_extent *extent,
                         struct fa_plan *plan, struct fa_plan_error *error)
 {
     struct fa_step *main = &plan->steps[plan->main];
     const bool packed = main->variant.pack_gqa;
-    const int64_t heads = (int64_t)extent->batch * (packed ? input->heads_kv : input->heads_q);
+    const int heads_of_one = packed ? input->heads_kv : input->heads_q;
     const int64_t rows_of_all = extent->rows_q * input->heads_q;
     plan->m_blocks = (int)CEIL_DIV(rows(input, extent->seqlen_q, packed), plan->tile_m);
+    plan->list_places = list_places(input, extent, plan);
+    const bool is_listed = plan->list_places > 0;
+    if (is_listed)
+        plan->m_blocks = plan->list_places;
+    plan->workspace.size = 2 * (int64_t)plan->list_places; /* but of splits, which have no list */
+    const int64_t heads = (int64_t)heads_of_one * (is_listed ? 1 : extent->batch);
     plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
     if (main->variant.split && input->may_split) {
         const struct fa_grid grid = grid_of(input, extent, plan, packed);
@@ -407,7 +432,8 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
         if (step->job == FA_JOB_COMBINE)
             fit_combine(input, rows_of_all, plan, step);
         else if (step->job == FA_JOB_FILL)
-            step->blocks = (int)CEIL_DIV(extent->rows_q, FA_FILL_ROWS);
+            step->blocks = (int)MAX(CEIL_DIV(extent->rows_q, FA_FILL_ROWS),
+                                    plan->list_places ? extent->batch : 0);
     }
     return 0;
 }
