@@ -63,6 +63,18 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
     return false;
 }
 
+/* A ring that holds more than the keys of the longest sequence takes shared memory from another
+ * block, and short sequences live by how many blocks load at a time. */
+static void shrink_ring(const struct fa_plan_input *input, struct fa_tile *tile)
+{
+    enum { LEAST_STAGES = 2, LEAST_TILE_N = 32 };
+    while (tile->stages > LEAST_STAGES && (tile->stages - 1) * tile->tile_n >= input->seqlen_k)
+        tile->stages--;
+    while (tile->tile_n > LEAST_TILE_N && tile->stages * tile->tile_n / 2 >= input->seqlen_k)
+        tile->tile_n /= 2;
+    tile->sub_n = MIN(tile->sub_n, tile->tile_n);
+}
+
 /* The tile of the first of some rows that serves the call within the shared memory, stages
  * included. Where the TMA cannot bring K and V, which *why_not_tma tells, cp.async does. */
 static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
@@ -96,6 +108,8 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const bool is_own = first_that_serves(own->rows, own->count, input, device, tile, &why_not_tma);
     if (!is_own && !first_that_serves(FA_TILES, FA_TILE_COUNT, input, device, tile, &why_not_tma))
         return false;
+    if (input->varlen && !is_own)
+        shrink_ring(input, tile);
     const bool is_tma = tile->kernel == FA_KERNEL_FORWARD_TMA;
     fa_plan_because(plan, "kernel",
                     is_tma

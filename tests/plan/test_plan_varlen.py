@@ -155,6 +155,22 @@ def test_a_list_of_tiles():
     assert many_heads.group_heads == 45, "half of them, of all sequences"
 
 
+def test_rings_hold_no_more_than_the_longest_sequence():
+    """So that more blocks share a multiprocessor."""
+
+    def ring(bound, dims=(128, 128)):
+        options = {"max_seqlen_q": 64, "max_seqlen_k": bound, "pack_gqa": False}
+        short = plan(options=options, dims=dims, heads=(8, 8))
+        return short.tile_n, short.stages, short.blocks_per_sm
+
+    assert ring(4096) == (64, 2, 1)
+    assert ring(64) == ring(10) == (32, 2, 3)
+    assert ring(4096, (64, 64)) == ring(150, (64, 64)) == (64, 3, 2)
+    assert ring(128, (64, 64)) == (64, 2, 3)
+    dense = torch.empty(1, 64, 8, 128, dtype=torch.bfloat16)
+    assert explain(dense, dense, dense, arch=120).tile_n == 64
+
+
 def test_short_sequences_have_one_tile_of_keys():
     """Which stores dq: there is nothing to accumulate, and nothing comes after."""
     for bound, tile_n in ((1, 64), (64, 64), (65, 128), (128, 128)):
