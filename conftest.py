@@ -1,6 +1,7 @@
 """What all tests share: command line, time limits, and the fixtures of devices and inputs."""
 
 import fnmatch
+import importlib.util
 import os
 import zlib
 from collections import Counter
@@ -56,6 +57,18 @@ def pytest_itemcollected(item):
         item.config.stash[UNMATCHED].setdefault(name, set(mark.args)).difference_update(matching)
         if not matching:
             item.own_markers.remove(mark)
+
+
+# Files of tests that need a package besides those of every test, and the package.
+NEEDED = {"test_transformers.py": "transformers"}
+
+
+def pytest_ignore_collect(collection_path, config):
+    package = NEEDED.get(collection_path.name)
+    if package is None or importlib.util.find_spec(package):
+        return None
+    config.stash[LEFT_OUT][f"{collection_path.name}: {package} is not installed"] += 1
+    return True
 
 
 # Files of tests that take longest.

@@ -119,6 +119,7 @@ static struct fa_lengths lengths_of(const struct fa_problem *problem)
         .cu_seqlens_k = data_of(&problem->cu_seqlens_k),
         .seqused_q = data_of(&problem->seqused_q),
         .seqused_k = data_of(&problem->seqused_k),
+        .leftpad_k = data_of(&problem->leftpad_k),
         .total_q = problem->shape.total_q,
         .total_k = problem->shape.total_k,
     };
@@ -188,6 +189,8 @@ static struct fa_combine_params combine_params(const struct fa_problem *problem,
                                                const struct fa_plan *plan, const float *workspace)
 {
     const struct fa_shape *shape = &problem->shape;
+    const int64_t rows = shape->heads_q * fa_shape_rows_q(shape), dims = shape->head_dim_v;
+    const int64_t seqlen = shape->is_packed_q ? shape->total_q : shape->seqlen_q;
     return (struct fa_combine_params){
         .out_parts = workspace + plan->workspace.out_parts,
         .lse_parts = workspace + plan->workspace.lse_parts,
@@ -195,12 +198,43 @@ static struct fa_combine_params combine_params(const struct fa_problem *problem,
         .lse = data_of(&problem->lse),
         .sink = data_of(&problem->sink),
         .out_stride = fa_tensor_strides(&problem->out),
-        .rows = (unsigned)(shape->heads_q * fa_shape_rows_q(shape)),
+        .out_parts_stride = {shape->heads_q * seqlen * dims, dims, seqlen * dims},
+        .lse_parts_stride = {shape->heads_q * seqlen, 1, seqlen},
+        .out_parts_step = rows * dims,
+        .lse_parts_step = rows,
+        .rows = (unsigned)rows,
         .parts = plan->splits,
         .sink_dtype = (int)problem->sink.dtype,
+        .lse_parts_log2 = 1,
         .heads_q = divisor_of(shape->heads_q),
-        .seqlen_q = divisor_of(shape->is_packed_q ? shape->total_q : shape->seqlen_q),
+        .seqlen_q = divisor_of((int)seqlen),
         .slices = divisor_of(plan->combine_slices),
+    };
+}
+
+struct fa_combine_params fa_arguments_of_parts(const struct fa_parts *parts, int slices)
+{
+    const int64_t *step = parts->out_parts.stride, *lse_step = parts->lse_parts.stride;
+    return (struct fa_combine_params){
+        .out_parts = parts->out_parts.data,
+        .lse_parts = parts->lse_parts.data,
+        .out = parts->out.data,
+        .lse = data_of(&parts->lse),
+        .out_stride = fa_tensor_strides(&parts->out),
+        .out_parts_stride = {step[1], step[2], step[3]},
+        .lse_parts_stride = {lse_step[1], lse_step[2], lse_step[3]},
+        .out_parts_step = step[0],
+        .lse_parts_step = lse_step[0],
+        .rows = (unsigned)fa_parts_rows(parts),
+        .parts = (int)parts->out_parts.shape[0],
+        .lse_parts_log2 = 1.44269504f,
+        .heads_q = divisor_of((int)parts->out.shape[2]),
+        .seqlen_q = divisor_of((int)parts->out.shape[1]),
+        .slices = divisor_of(slices),
+        .lengths = {.cu_seqlens_q = data_of(&parts->cu_seqlens),
+                    .seqused_q = data_of(&parts->seqused),
+                    .total_q = (int)parts->out.shape[1]},
+        .sequences = parts->sequences,
     };
 }
 
@@ -227,6 +261,80 @@ static struct fa_fill_params fill_params(const struct fa_problem *problem,
     };
 }
 
+/* Of a row of q. */
+static struct fa_strides contiguous_strides(const struct fa_shape *shape)
+{
+    const fa_int64 row = (fa_int64)shape->heads_q * shape->head_dim;
+    return (struct fa_strides){shape->is_packed_q ? 0 : shape->seqlen_q * row, row,
+                               shape->head_dim};
+}
+
+static struct fa_append_params append_params(const struct fa_problem *problem,
+                                             const struct fa_plan *plan, float *workspace)
+{
+    const struct fa_shape *shape = &problem->shape;
+    const struct fa_append *append = &problem->append;
+    const int chunk = fa_chunk_elements(shape->dtype);
+    const bool is_rotated = append->cos.object != NULL;
+    return (struct fa_append_params){
+        .k = append->k.data,
+        .v = append->v.data,
+        .k_cache = problem->k.data,
+        .v_cache = problem->v.data,
+        .q = problem->q.data,
+        .rotated_q = is_rotated ? workspace + plan->workspace.rotated_q : NULL,
+        .cos = data_of(&append->cos),
+        .sin = data_of(&append->sin),
+        .cache_seqlens = data_of(&problem->seqused_k),
+        .seqused_k = (int *)(workspace + plan->workspace.seqused_k),
+        .k_stride = fa_tensor_strides(&append->k),
+        .v_stride = fa_tensor_strides(&append->v),
+        .k_cache_stride = fa_tensor_strides(&problem->k),
+        .v_cache_stride = fa_tensor_strides(&problem->v),
+        .q_stride = fa_tensor_strides(&problem->q),
+        .rotated_q_stride = contiguous_strides(shape),
+        .cos_stride = is_rotated ? append->cos.stride[0] : 0,
+        .sin_stride = is_rotated ? append->sin.stride[0] : 0,
+        .batch = shape->batch,
+        .seqlen_q = shape->seqlen_q,
+        .seqlen_k = shape->seqlen_k,
+        .heads_q = shape->heads_q,
+        .heads_kv = shape->heads_kv,
+        .cache_seqlen = append->cache_seqlen,
+        .new_rows = (int)append->k.shape[1],
+        .positions = is_rotated ? (int)append->cos.shape[0] : 0,
+        .rotary_dim = fa_rotary_dim(append),
+        .interleaved = problem->options.rotary_interleaved,
+        .q_advances = fa_queries_advance(shape),
+        .new_blocks = divisor_of(fa_append_blocks(append)),
+        .q_blocks = divisor_of(shape->seqlen_q),
+        .chunks = divisor_of(shape->head_dim / chunk),
+        .chunks_v = divisor_of(shape->head_dim_v / chunk),
+        .lengths = lengths_of(problem),
+        .pages = pages_of(problem),
+    };
+}
+
+/* The forward reads what the append makes. */
+static void read_appended(const struct fa_append_params *append, struct fa_forward_params *forward)
+{
+    forward->lengths.seqused_k = append->seqused_k;
+    if (!append->rotated_q)
+        return;
+    forward->q = append->rotated_q;
+    forward->q_stride = append->rotated_q_stride;
+}
+
+/* K or V without the rows of a cache that no sequence has: boxes have zeros in their place. */
+static struct fa_tensor used_rows(const struct fa_problem *problem, const struct fa_tensor *tensor)
+{
+    const struct fa_shape *shape = &problem->shape;
+    struct fa_tensor used = *tensor;
+    if (!shape->is_packed_k && !shape->page_size)
+        used.shape[1] = shape->seqlen_k;
+    return used;
+}
+
 static int make_forward(struct fa_driver *driver, const struct fa_problem *problem,
                         const struct fa_plan *plan, float *workspace,
                         struct fa_forward_arguments *arguments)
@@ -238,11 +346,17 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
         arguments->combine = combine_params(problem, plan, workspace);
     if (problem->shape.is_varlen)
         arguments->fill = fill_params(problem, plan, workspace);
+    if (problem->append.k.object) {
+        arguments->append = append_params(problem, plan, workspace);
+        read_appended(&arguments->append, &arguments->main.forward);
+    }
     if (plan->steps[plan->main].variant.kernel != FA_KERNEL_FORWARD_TMA)
         return 0;
-    if (encode_tensor_map(driver, &problem->k, box_rows, &arguments->main.k_map) < 0)
+    const struct fa_tensor k = used_rows(problem, &problem->k);
+    const struct fa_tensor v = used_rows(problem, &problem->v);
+    if (encode_tensor_map(driver, &k, box_rows, &arguments->main.k_map) < 0)
         return -1;
-    return encode_tensor_map(driver, &problem->v, box_rows, &arguments->main.v_map);
+    return encode_tensor_map(driver, &v, box_rows, &arguments->main.v_map);
 }
 
 /* ---- backward -------------------------------------------------------------------------------- */
@@ -369,6 +483,7 @@ int fa_arguments_make(struct fa_driver *driver, const struct fa_problem *problem
 void *fa_arguments_of(union fa_arguments *arguments, enum fa_job job)
 {
     switch (job) {
+    case FA_JOB_APPEND: return &arguments->forward.append;
     case FA_JOB_FORWARD: return &arguments->forward.main;
     case FA_JOB_COMBINE: return &arguments->forward.combine;
     case FA_JOB_FILL: return &arguments->forward.fill;

@@ -4,6 +4,7 @@
 
 #include "driver.h"
 #include "plan.h"
+#include "parts.h"
 #include "problem.h"
 
 /* The arguments of all kernels of a call. */
@@ -11,6 +12,7 @@ struct fa_forward_arguments {
     struct fa_forward_tma_params main; /* forward takes what forward_tma's begins with */
     struct fa_combine_params combine;
     struct fa_fill_params fill;
+    struct fa_append_params append;
 };
 struct fa_backward_arguments {
     struct fa_backward_params main; /* of the preprocess and of dsink, too */
@@ -29,5 +31,8 @@ int fa_arguments_make(struct fa_driver *driver, const struct fa_problem *problem
 
 /* The one that a job's kernel takes. */
 void *fa_arguments_of(union fa_arguments *arguments, enum fa_job job);
+
+/* Of kernels/combine.cu for a call of its own; the parts of a row have so many slices. */
+struct fa_combine_params fa_arguments_of_parts(const struct fa_parts *parts, int slices);
 
 #endif

@@ -18,7 +18,7 @@ int fa_device_check(struct fa_driver *driver, const struct fa_problem *problem, 
 {
     struct fa_problem copy = *problem; /* of it lengths and pages alone are read */
     struct fa_tensor *const all[] = {&copy.cu_seqlens_q, &copy.cu_seqlens_k, &copy.seqused_q,
-                                     &copy.seqused_k, &copy.page_table};
+                                     &copy.seqused_k,    &copy.page_table,   &copy.leftpad_k};
     enum { COUNT = sizeof all / sizeof *all };
     void *hosts[COUNT] = {0};
     CUresult result = CUDA_SUCCESS;

@@ -2,6 +2,7 @@
 #include <Python.h>
 #include <string.h>
 
+#include "append.h"
 #include "attention.h"
 #include "explain.h"
 #include "state.h"
@@ -27,11 +28,20 @@ static int read_options(struct fa_state *state, const struct method *method,
                      method->tensors, (int)count);
         return -1;
     }
+    problem->is_cache = method->kind == FA_METHOD_CACHE;
     return fa_options_read(&state->option_names, method->name, method->kind, arguments + count,
                            kwnames, &problem->options);
 }
 
 /* ---- methods --------------------------------------------------------------------------------- */
+
+/* Reads and checks the tensors of a forward whose options have been read. 0 or -1. */
+static int read_forward(struct fa_state *state, PyObject *const qkv[3], struct fa_problem *problem)
+{
+    if (fa_problem_read(&state->dlpack, qkv, FA_READ_DATA, problem) < 0)
+        return -1;
+    return problem->is_cache ? fa_append_read(&state->dlpack, problem) : 0;
+}
 
 /* (out, lse) of a problem that has been read. */
 static PyObject *run_forward(struct fa_state *state, struct fa_problem *problem)
@@ -43,40 +53,38 @@ static PyObject *run_forward(struct fa_state *state, struct fa_problem *problem)
                         problem->lse.object ? problem->lse.object : Py_None);
 }
 
-static PyObject *forward(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
-                         PyObject *kwnames)
+static PyObject *run(PyObject *module, const struct method *method, PyObject *const *arguments,
+                     Py_ssize_t count, PyObject *kwnames)
 {
-    static const struct method METHOD = {"forward", FA_METHOD_FORWARD, 3};
     struct fa_state *state = PyModule_GetState(module);
     struct fa_problem problem;
     PyObject *result = NULL;
-    if (read_options(state, &METHOD, arguments, count, kwnames, &problem) == 0 &&
-        fa_problem_read(&state->dlpack, arguments, FA_READ_DATA, &problem) == 0)
+    if (read_options(state, method, arguments, count, kwnames, &problem) == 0 &&
+        read_forward(state, arguments, &problem) == 0)
         result = run_forward(state, &problem);
     fa_problem_release(&problem);
     return result;
 }
 
-static PyObject *forward_if_plain(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
-                                  PyObject *kwnames)
+static PyObject *run_if_plain(PyObject *module, const struct method *method,
+                              PyObject *const *arguments, Py_ssize_t count, PyObject *kwnames)
 {
-    static const struct method METHOD = {"forward_if_plain", FA_METHOD_FORWARD, 3};
     struct fa_state *state = PyModule_GetState(module);
     struct fa_problem problem;
-    if (read_options(state, &METHOD, arguments, count, kwnames, &problem) < 0)
+    if (read_options(state, method, arguments, count, kwnames, &problem) < 0)
         return NULL;
     const struct fa_options *options = &problem.options;
     PyObject *const tensors[] = {
         arguments[0],       arguments[1],       arguments[2],          options->learnable_sink,
         options->out,       options->lse,       options->cu_seqlens_q, options->cu_seqlens_k,
-        options->seqused_q, options->seqused_k, options->page_table};
+        options->seqused_q, options->seqused_k, options->page_table,   options->k,
+        options->v};
     const int is_plain =
         fa_following_is_plain_call(&state->following, tensors, sizeof tensors / sizeof *tensors);
     PyObject *result = NULL;
     if (is_plain == 0)
         result = Py_NewRef(Py_NotImplemented);
-    else if (is_plain > 0 &&
-             fa_problem_read(&state->dlpack, arguments, FA_READ_DATA, &problem) == 0)
+    else if (is_plain > 0 && read_forward(state, arguments, &problem) == 0)
         result = run_forward(state, &problem);
     else if (is_plain > 0 && PyErr_ExceptionMatches(PyExc_Exception)) {
         PyErr_Clear(); /* it may have no memory, on the meta device */
@@ -84,6 +92,34 @@ static PyObject *forward_if_plain(PyObject *module, PyObject *const *arguments, 
     }
     fa_problem_release(&problem);
     return result;
+}
+
+static PyObject *forward(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
+                         PyObject *kwnames)
+{
+    static const struct method METHOD = {"forward", FA_METHOD_FORWARD, 3};
+    return run(module, &METHOD, arguments, count, kwnames);
+}
+
+static PyObject *forward_if_plain(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
+                                  PyObject *kwnames)
+{
+    static const struct method METHOD = {"forward_if_plain", FA_METHOD_FORWARD, 3};
+    return run_if_plain(module, &METHOD, arguments, count, kwnames);
+}
+
+static PyObject *cache_forward(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
+                               PyObject *kwnames)
+{
+    static const struct method METHOD = {"cache_forward", FA_METHOD_CACHE, 3};
+    return run(module, &METHOD, arguments, count, kwnames);
+}
+
+static PyObject *cache_forward_if_plain(PyObject *module, PyObject *const *arguments,
+                                        Py_ssize_t count, PyObject *kwnames)
+{
+    static const struct method METHOD = {"cache_forward_if_plain", FA_METHOD_CACHE, 3};
+    return run_if_plain(module, &METHOD, arguments, count, kwnames);
 }
 
 static PyObject *backward(PyObject *module, PyObject *const *arguments, Py_ssize_t count,
@@ -105,6 +141,20 @@ static PyObject *backward(PyObject *module, PyObject *const *arguments, Py_ssize
     fa_gradients_release(&gradients);
     fa_problem_release(&problem);
     return result;
+}
+
+static PyObject *combine(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    struct fa_state *state = PyModule_GetState(module);
+    struct fa_parts parts = {0};
+    if (count != 6) {
+        PyErr_Format(PyExc_TypeError, "combine() takes 6 positional arguments, got %d", (int)count);
+        return NULL;
+    }
+    const bool is_done = fa_parts_read(&state->dlpack, arguments, &parts) == 0 &&
+                         fa_attention_combine(state, &parts) == 0;
+    fa_parts_release(&parts);
+    return is_done ? Py_NewRef(Py_None) : NULL;
 }
 
 static PyObject *explain_direction(PyObject *module, const struct method *method,
@@ -180,6 +230,7 @@ static PyObject *tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(un
 #define CALL_OPTIONS   FA_CALL_OPTIONS(FA_OPTION_SIGNATURE)
 #define RESULT_OPTIONS FA_RESULT_OPTIONS(FA_OPTION_SIGNATURE)
 #define PLAN_OPTIONS   FA_PLAN_OPTIONS(FA_OPTION_SIGNATURE)
+#define CACHE_OPTIONS  FA_CACHE_OPTIONS(FA_OPTION_SIGNATURE)
 #define FAST_METHOD(name, doc)                                                                     \
     {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS, doc}
 
@@ -189,8 +240,20 @@ static PyMethodDef METHODS[] = {
     FAST_METHOD(forward_if_plain,
                 "forward_if_plain($module, q, k, v, /, *" CALL_OPTIONS RESULT_OPTIONS ")\n--\n\n"
                 "The same, or NotImplemented where torch may follow the call: see follow()."),
+    FAST_METHOD(
+        cache_forward,
+        "cache_forward($module, q, k_cache, v_cache, /, *" CALL_OPTIONS RESULT_OPTIONS CACHE_OPTIONS
+        ")\n--\n\n(out, lse) of a call of caches, to which k and v are "
+        "appended first."),
+    FAST_METHOD(cache_forward_if_plain,
+                "cache_forward_if_plain($module, q, k_cache, v_cache, /, *" CALL_OPTIONS
+                    RESULT_OPTIONS CACHE_OPTIONS
+                ")\n--\n\nThe same, or NotImplemented, as forward_if_plain()."),
     FAST_METHOD(backward, "backward($module, dout, q, k, v, out, lse, dlse, /, *" CALL_OPTIONS
                           ")\n--\n\n(dq, dk, dv, dsink) of a call; dlse and dsink may be None."),
+    {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL,
+     "combine($module, out_parts, lse_parts, out, lse, cu_seqlens, seqused, /)\n--\n\n"
+     "Puts parts together, into out and lse; the last three may be None."},
     FAST_METHOD(explain, "explain($module, q, k, v, /, *" CALL_OPTIONS PLAN_OPTIONS ")\n--\n\n"
                          "The plan of the forward of a call: a dict."),
     FAST_METHOD(explain_backward,

@@ -189,7 +189,9 @@ static bool takes(enum fa_method_kind kind, int option)
 {
     if (option < FA_OPTION_return_lse)
         return true;
-    return kind == (option < FA_OPTION_arch ? FA_METHOD_FORWARD : FA_METHOD_EXPLAIN);
+    if (option < FA_OPTION_arch)
+        return kind == FA_METHOD_FORWARD || kind == FA_METHOD_CACHE;
+    return kind == (option < FA_OPTION_k ? FA_METHOD_EXPLAIN : FA_METHOD_CACHE);
 }
 
 /* The option of that name, looked for from `next` on, where it is if names come in order. -1 where

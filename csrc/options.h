@@ -45,7 +45,19 @@ struct fa_window {
 /* And those of the two that explain. */
 #define FA_PLAN_OPTIONS(X) X(arch, int, arch, 0, "None")
 
-#define FA_OPTIONS(X) FA_CALL_OPTIONS(X) FA_RESULT_OPTIONS(X) FA_PLAN_OPTIONS(X)
+/* Those of the forward whose k and v are caches, see append.h: the docstring of
+ * fa2.flash_attn_with_kvcache tells what they mean. */
+#define FA_CACHE_OPTIONS(X)                                                                        \
+    X(k, PyObject *, object, NULL, "None")                                                         \
+    X(v, PyObject *, object, NULL, "None")                                                         \
+    X(rotary_cos, PyObject *, object, NULL, "None")                                                \
+    X(rotary_sin, PyObject *, object, NULL, "None")                                                \
+    X(cache_seqlens, PyObject *, object, NULL, "None")                                             \
+    X(cache_batch_idx, PyObject *, object, NULL, "None")                                           \
+    X(cache_leftpad, PyObject *, object, NULL, "None")                                             \
+    X(rotary_interleaved, bool, flag, true, "True")
+
+#define FA_OPTIONS(X) FA_CALL_OPTIONS(X) FA_RESULT_OPTIONS(X) FA_PLAN_OPTIONS(X) FA_CACHE_OPTIONS(X)
 
 struct fa_options {
 #define FA_FIELD(name, type, reader, value, text) type name;
@@ -60,8 +72,13 @@ enum fa_option_id { FA_OPTIONS(FA_ID) FA_OPTION_COUNT };
 /* The part of a method's signature that the table makes: ", softmax_scale=None, causal=False". */
 #define FA_OPTION_SIGNATURE(name, type, reader, value, text) ", " #name "=" text
 
-/* Which options a method takes: rows from the first on. */
-enum fa_method_kind { FA_METHOD_FORWARD, FA_METHOD_BACKWARD, FA_METHOD_EXPLAIN };
+/* Which options a method takes: those of calls, and its own. */
+enum fa_method_kind {
+    FA_METHOD_FORWARD,
+    FA_METHOD_BACKWARD,
+    FA_METHOD_EXPLAIN,
+    FA_METHOD_CACHE, /* the forward, of caches */
+};
 
 /* The names as Python's interned strings, which calls pass by the same address. */
 struct fa_option_names {

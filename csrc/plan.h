@@ -37,6 +37,8 @@ struct fa_plan_input {
     int deterministic;
     int varlen;      /* lengths are on the device, and differ from sequence to sequence */
     int paged;       /* K and V lie in pages */
+    int leftpad;     /* the first key of a sequence is not row 0 of its pages */
+    int append;      /* new rows of K and V are appended to them first */
     int small_pages; /* of rows that are no multiple of FA_MIN_BOX_ROWS */
     int tma_strides; /* tensor maps can describe K and V; in the backward Q and dO */
 };
@@ -49,10 +51,13 @@ struct fa_extent {
     bool is_packed_q, is_packed_k;
     int64_t rows_q; /* of q for each head */
     int64_t rows_k; /* of k where it is packed */
+    /* Where rows are appended: blocks that append one of K or V, and that rotate one of q. */
+    int64_t new_blocks, q_blocks;
 };
 
 /* What a launch computes. It tells which struct of kernels/params.h the kernel takes. */
 enum fa_job {
+    FA_JOB_APPEND,
     FA_JOB_FORWARD,
     FA_JOB_COMBINE,
     FA_JOB_FILL,
@@ -85,6 +90,7 @@ struct fa_reason {
 /* Where things start in the workspace, in units of four bytes. */
 struct fa_workspace {
     int64_t out_parts, lse_parts; /* of a split forward */
+    int64_t rotated_q, seqused_k; /* of one that appends: what attention reads */
     int64_t dq_accum, dk_accum, dv_accum;
     int64_t dq_semaphores, dkv_semaphores, block_counter;
     int64_t list;  /* of tiles, see kernels/tile_list.cuh */
@@ -144,6 +150,11 @@ bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent
  * extent when rounded. 0, or -1 with `error` filled. */
 int fa_plan_fit(const struct fa_plan_input *input, const struct fa_extent *extent,
                 struct fa_plan *plan, struct fa_plan_error *error);
+
+/* The kernel that puts parts together, of these types; and its grid for so many rows and parts,
+ * which returns how many slices the parts of a row have. */
+struct fa_step fa_plan_combine(int dtype, int parts_dtype, int head_dim_v);
+int fa_plan_fit_combine(int64_t rows, int parts, struct fa_step *step);
 
 /* ---- shared by plan_forward.c and plan_backward.c -------------------------------------------- */
 

@@ -49,6 +49,8 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
     else if (input->small_pages)
         *why = "a box of the TMA lies within a page and has 8 rows at least: page sizes must be "
                "multiples of 8";
+    else if (input->leftpad)
+        *why = "a box of the TMA begins where a page does, and keys behind a left pad may not";
     else if (input->seqlen_k == 0)
         *why = "no tensor map describes K and V without keys";
     else if (!input->tma_strides)
@@ -75,15 +77,20 @@ static void shrink_ring(const struct fa_plan_input *input, struct fa_tile *tile)
     tile->sub_n = MIN(tile->sub_n, tile->tile_n);
 }
 
+/* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds on
+ * 12.x. */
+static int smem_limit(const struct fa_device *device)
+{
+    return MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
+}
+
 /* The tile of the first of some rows that serves the call within the shared memory, stages
  * included. Where the TMA cannot bring K and V, which *why_not_tma tells, cp.async does. */
 static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
                               const struct fa_plan_input *input, const struct fa_device *device,
                               struct fa_tile *tile, const char **why_not_tma)
 {
-    /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds
-     * on 12.x. */
-    const int smem_per_block = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
+    const int smem_per_block = smem_limit(device);
     for (size_t i = 0; i < count; i++) {
         if (!serves(&rows[i], input, device))
             continue;
@@ -99,6 +106,19 @@ static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
     return false;
 }
 
+/* Pages by the TMA, where a row of tiles.c asks for cp.async: that would need an address for every
+ * row of a tile, from every thread; a box needs one for several rows, from a single thread. */
+static void prefer_tma(const struct fa_plan_input *input, const struct fa_device *device,
+                       struct fa_tile *tile, const char **why_not_tma)
+{
+    struct fa_tile by_tma = *tile;
+    by_tma.kernel = FA_KERNEL_FORWARD_TMA;
+    by_tma.producer = FA_PRODUCER_THREAD;
+    if (tile->kernel == FA_KERNEL_FORWARD &&
+        tma_can_implement(input, device, &by_tma, smem_limit(device), why_not_tma))
+        *tile = by_tma;
+}
+
 static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_target *target,
                         struct fa_plan *plan, struct fa_tile *tile)
 {
@@ -108,12 +128,16 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const bool is_own = first_that_serves(own->rows, own->count, input, device, tile, &why_not_tma);
     if (!is_own && !first_that_serves(FA_TILES, FA_TILE_COUNT, input, device, tile, &why_not_tma))
         return false;
+    const bool is_asked = tile->kernel == FA_KERNEL_FORWARD_TMA;
+    if (!is_own && input->paged)
+        prefer_tma(input, device, tile, &why_not_tma);
     if (input->varlen && !is_own)
         shrink_ring(input, tile);
     const bool is_tma = tile->kernel == FA_KERNEL_FORWARD_TMA;
     fa_plan_because(plan, "kernel",
-                    is_tma
-                        ? "forward_tma: mma.sync fed by the TMA, as the tile's row asks"
+                    is_asked ? "forward_tma: mma.sync fed by the TMA, as the tile's row asks"
+                    : is_tma
+                        ? "forward_tma: mma.sync fed by the TMA, which takes whole boxes of pages"
                         : "forward: mma.sync fed by cp.async, the path of every device from 8.0");
     if (why_not_tma && !is_tma)
         fa_plan_because(plan, "not forward_tma", why_not_tma);
@@ -192,9 +216,20 @@ static struct fa_variant variant_of(const struct fa_plan_input *input, const str
     return variant;
 }
 
+/* The first kernel: it makes lengths, and q if that is rotated, for all that follow. */
+static void add_append(const struct fa_plan_input *input, struct fa_plan *plan)
+{
+    if (input->append)
+        fa_plan_add(plan, (struct fa_step){
+                              .job = FA_JOB_APPEND,
+                              .variant = {.kernel = FA_KERNEL_KV_APPEND, .dtype = input->dtype},
+                              .threads = FA_APPEND_THREADS});
+}
+
 static void set_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
                      const struct fa_tile *tile, struct fa_plan *plan)
 {
+    plan->main = plan->step_count;
     plan->tile_m = tile->warps * tile->warp_m;
     plan->tile_n = tile->tile_n;
     plan->smem_bytes = forward_smem(input, tile);
@@ -343,25 +378,37 @@ bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent
     return fa_split_parts(&grid) > 1;
 }
 
+/* ---- the second kernel ----------------------------------------------------------------------- */
+
 /* A row of out takes a thread for every four dims, so a block has room for some rows. Of many parts
  * these are slices instead: few rows are enough for the whole machine then. */
-enum { COMBINE_WARPS = 8 };
+enum { COMBINE_WARPS = 8, PARTS_PER_SLICE = 4 };
 
-static int combine_slots(const struct fa_plan_input *input)
+struct fa_step fa_plan_combine(int dtype, int parts_dtype, int head_dim_v)
 {
-    return fa_combine_slots(COMBINE_WARPS * 32, input->head_dim_v);
+    return (struct fa_step){.job = FA_JOB_COMBINE,
+                            .variant = {.kernel = FA_KERNEL_COMBINE,
+                                        .dtype = dtype,
+                                        .parts_dtype = parts_dtype,
+                                        .head_dim_v = head_dim_v,
+                                        .warps = COMBINE_WARPS},
+                            .threads = COMBINE_WARPS * 32};
+}
+
+int fa_plan_fit_combine(int64_t rows, int parts, struct fa_step *step)
+{
+    const int slots = fa_combine_slots(step->threads, step->variant.head_dim_v);
+    const int slices = MAX(1, MIN(CEIL_DIV(parts, PARTS_PER_SLICE), slots));
+    step->blocks = (int)CEIL_DIV(rows, slots / slices);
+    return slices;
 }
 
 static void add_combine(const struct fa_plan_input *input, const struct fa_device *device,
                         struct fa_plan *plan)
 {
-    fa_plan_add(plan, (struct fa_step){.job = FA_JOB_COMBINE,
-                                       .variant = {.kernel = FA_KERNEL_COMBINE,
-                                                   .dtype = input->dtype,
-                                                   .head_dim_v = input->head_dim_v,
-                                                   .warps = COMBINE_WARPS},
-                                       .threads = COMBINE_WARPS * 32,
-                                       .overlaps_previous = device->has_tma});
+    struct fa_step step = fa_plan_combine(input->dtype, FA_FLOAT32, input->head_dim_v);
+    step.overlaps_previous = device->has_tma;
+    fa_plan_add(plan, step);
 }
 
 static void set_splits(const struct fa_plan_input *input, const struct fa_device *device,
@@ -397,12 +444,28 @@ static void add_fill(const struct fa_plan_input *input, struct fa_plan *plan)
 static void fit_combine(const struct fa_plan_input *input, int64_t rows, struct fa_plan *plan,
                         struct fa_step *step)
 {
-    enum { PARTS_PER_SLICE = 4 };
     struct fa_workspace *workspace = &plan->workspace;
-    plan->combine_slices = MIN(CEIL_DIV(plan->splits, PARTS_PER_SLICE), combine_slots(input));
     workspace->lse_parts = plan->splits * rows * input->head_dim_v;
     workspace->size = workspace->lse_parts + plan->splits * rows;
-    step->blocks = (int)CEIL_DIV(rows, combine_slots(input) / plan->combine_slices);
+    plan->combine_slices = fa_plan_fit_combine(rows, plan->splits, step);
+}
+
+/* What attention reads lies behind the parts, q at a multiple of 16 bytes. */
+static int fit_append(const struct fa_plan_input *input, const struct fa_extent *extent,
+                      struct fa_plan *plan, struct fa_step *step, struct fa_plan_error *error)
+{
+    struct fa_workspace *workspace = &plan->workspace;
+    const int64_t blocks = extent->new_blocks + extent->q_blocks;
+    const int64_t elements =
+        extent->q_blocks ? extent->rows_q * input->heads_q * input->head_dim : 0;
+    if (blocks > INT32_MAX)
+        return fa_plan_refuse(error, false,
+                              "batch * seqlen needs more than 2^31 - 1 thread blocks");
+    step->blocks = (int)blocks;
+    workspace->rotated_q = CEIL_DIV(workspace->size, 4) * 4;
+    workspace->seqused_k = workspace->rotated_q + elements / 2;
+    workspace->size = workspace->seqused_k + extent->batch;
+    return 0;
 }
 
 /* The first launch can list the tiles of a packed side. */
@@ -429,7 +492,6 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
     const bool is_listed = plan->list_places > 0;
     if (is_listed)
         plan->m_blocks = plan->list_places;
-    plan->workspace.size = 2 * (int64_t)plan->list_places; /* but of splits, which have no list */
     const int64_t heads = (int64_t)heads_of_one * (is_listed ? 1 : extent->batch);
     plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
     if (main->variant.split && input->may_split) {
@@ -441,6 +503,7 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
         return fa_plan_refuse(error, false,
                               "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
     main->blocks = (int)(heads * plan->m_blocks * plan->splits);
+    plan->workspace = (struct fa_workspace){.size = 2 * (int64_t)plan->list_places};
     for (int i = 0; i < plan->step_count; i++) {
         struct fa_step *step = &plan->steps[i];
         if (step->job == FA_JOB_COMBINE)
@@ -449,7 +512,7 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
             step->blocks = (int)MAX(CEIL_DIV(extent->rows_q, FA_FILL_ROWS),
                                     plan->list_places ? extent->batch : 0);
     }
-    return 0;
+    return input->append ? fit_append(input, extent, plan, &plan->steps[0], error) : 0;
 }
 
 /* ---- the interface --------------------------------------------------------------------------- */
@@ -462,6 +525,7 @@ int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_targ
         return fa_plan_refuse(error, true,
                               "no tile fits the shared memory of this device at these head dims");
     plan->sms = target->device.sms;
+    add_append(input, plan);
     set_main(input, target, &tile, plan);
     const struct fa_extent extent = fa_plan_extent(input);
     plan->splits = 1;

@@ -20,7 +20,8 @@ static int planned_length(const struct fa_shape *shape, int seqlen, bool is_boun
     return rounded_up(is_bounded && max_seqlen != FA_NO_BOUND ? max_seqlen : seqlen);
 }
 
-/* The same for keys: 0 where there is no row of any. */
+/* The same for keys: 0 where there is no row of any. No tensor map describes those of the forward,
+ * and no block of the backward has any, to store dQ. */
 static int planned_keys(const struct fa_problem *problem)
 {
     const struct fa_shape *shape = &problem->shape;
@@ -74,6 +75,8 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .deterministic = !is_forward && options->deterministic,
         .varlen = shape->is_varlen,
         .paged = shape->page_size != 0,
+        .leftpad = shape->page_size && problem->leftpad_k.object,
+        .append = problem->append.k.object != NULL,
         .small_pages = shape->page_size % FA_MIN_BOX_ROWS != 0,
         .tma_strides =
             has_map(shape, is_forward, first) && (!second || has_map(shape, is_forward, second)),
@@ -90,6 +93,7 @@ static int raise_plan_error(const struct fa_plan_error *error)
 static struct fa_extent extent_of(const struct fa_problem *problem)
 {
     const struct fa_shape *shape = &problem->shape;
+    const struct fa_append *append = &problem->append;
     return (struct fa_extent){
         .batch = shape->batch,
         .seqlen_q = shape->seqlen_q,
@@ -98,6 +102,8 @@ static struct fa_extent extent_of(const struct fa_problem *problem)
         .is_packed_k = shape->is_packed_k,
         .rows_q = fa_shape_rows_q(shape),
         .rows_k = shape->total_k,
+        .new_blocks = append->k.object ? (int64_t)2 * shape->batch * fa_append_blocks(append) : 0,
+        .q_blocks = append->cos.object ? (int64_t)shape->batch * shape->seqlen_q : 0,
     };
 }
 

@@ -67,6 +67,24 @@ static int check_counts(const struct fa_tensor *tensor, const char *name)
     return 0;
 }
 
+/* What messages call k and v, and the lengths of k. */
+static const char *name_of_k(const struct fa_problem *problem)
+{
+    return problem->is_cache ? "k_cache" : "k";
+}
+static const char *name_of_v(const struct fa_problem *problem)
+{
+    return problem->is_cache ? "v_cache" : "v";
+}
+static const char *name_of_seqused_k(const struct fa_problem *problem)
+{
+    return problem->is_cache ? "cache_seqlens" : "seqused_k";
+}
+static const char *name_of_table(const struct fa_problem *problem)
+{
+    return problem->options.cache_batch_idx ? "cache_batch_idx" : "page_table";
+}
+
 /* ---- lengths on the device ------------------------------------------------------------------- */
 
 /* Reads int32 numbers, with `ndim` dimensions, where there are any. 0 or -1. */
@@ -85,6 +103,14 @@ static int read_numbers(struct fa_dlpack *dlpack, PyObject *object, const char *
     return 0;
 }
 
+/* The lengths of caches, where they are on the device. */
+static PyObject *cache_lengths(const struct fa_options *options)
+{
+    PyObject *lengths = options->cache_seqlens;
+    return lengths && PyLong_Check(lengths) ? NULL : lengths;
+}
+
+/* An entry of a batch of caches is a page that holds all of a sequence: its number is a table. */
 static int read_lengths_and_pages(struct fa_dlpack *dlpack, struct fa_problem *problem)
 {
     const struct fa_options *options = &problem->options;
@@ -98,12 +124,17 @@ static int read_lengths_and_pages(struct fa_dlpack *dlpack, struct fa_problem *p
         {options->cu_seqlens_k, "cu_seqlens_k", 1, &problem->cu_seqlens_k},
         {options->seqused_q, "seqused_q", 1, &problem->seqused_q},
         {options->seqused_k, "seqused_k", 1, &problem->seqused_k},
+        {cache_lengths(options), "cache_seqlens", 1, &problem->seqused_k},
         {options->page_table, "page_table", 2, &problem->page_table},
+        {options->cache_batch_idx, "cache_batch_idx", 1, &problem->page_table},
+        {options->cache_leftpad, "cache_leftpad", 1, &problem->leftpad_k},
     };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if (read_numbers(dlpack, all[i].object, all[i].name, all[i].ndim, &problem->q,
                          all[i].numbers) < 0)
             return -1;
+    if (options->cache_batch_idx)
+        problem->page_table.shape[1] = 1;
     return 0;
 }
 
@@ -121,11 +152,14 @@ static int64_t read_batch(const struct fa_problem *problem)
         return -1;
     }
     if ((cu_k->object && check_size(cu_k, "cu_seqlens_k", 0, "batch + 1 =", batch + 1) < 0) ||
-        (has_batch_k && check_size(&problem->k, "k", 0, "q's batch", batch) < 0) ||
-        (has_batch_k && check_size(&problem->v, "v", 0, "q's batch", batch) < 0) ||
-        (table->object && check_size(table, "page_table", 0, "q's batch", batch) < 0) ||
+        (has_batch_k && check_size(&problem->k, name_of_k(problem), 0, "q's batch", batch) < 0) ||
+        (has_batch_k && check_size(&problem->v, name_of_v(problem), 0, "q's batch", batch) < 0) ||
+        (table->object && check_size(table, name_of_table(problem), 0, "q's batch", batch) < 0) ||
         (used_q->object && check_size(used_q, "seqused_q", 0, "q's batch", batch) < 0) ||
-        (used_k->object && check_size(used_k, "seqused_k", 0, "q's batch", batch) < 0))
+        (problem->leftpad_k.object &&
+         check_size(&problem->leftpad_k, "cache_leftpad", 0, "q's batch", batch) < 0) ||
+        (used_k->object &&
+         check_size(used_k, name_of_seqused_k(problem), 0, "q's batch", batch) < 0))
         return -1;
     return batch;
 }
@@ -133,17 +167,16 @@ static int64_t read_batch(const struct fa_problem *problem)
 /* ---- pages ----------------------------------------------------------------------------------- */
 
 /* A cache is larger than a call: it is never copied. */
-static int check_in_place(const struct fa_tensor *pages, const char *name)
+static int check_in_place(const struct fa_tensor *pages, const char *name, const char *of_what)
 {
     if (fa_tensor_is_readable(pages))
         return 0;
     const int64_t *stride = pages->stride;
-    return fa_raise(
-        PyExc_ValueError,
-        "%s of a page_table is read in place, never copied: rows must be contiguous and "
-        "16-byte-aligned, got strides (%lld, %lld, %lld, %lld)",
-        name, (long long)stride[0], (long long)stride[1], (long long)stride[2],
-        (long long)stride[3]);
+    return fa_raise(PyExc_ValueError,
+                    "%s%s is read in place, never copied: rows must be contiguous and "
+                    "16-byte-aligned, got strides (%lld, %lld, %lld, %lld)",
+                    name, of_what, (long long)stride[0], (long long)stride[1], (long long)stride[2],
+                    (long long)stride[3]);
 }
 
 /* The keys for which a sequence has pages; 0 where there are no pages at all. */
@@ -156,14 +189,19 @@ static int64_t keys_of_pages(const struct fa_problem *problem)
 static int check_pages(const struct fa_problem *problem)
 {
     const struct fa_tensor *k = &problem->k, *v = &problem->v;
+    const char *k_name = name_of_k(problem), *v_name = name_of_v(problem);
+    const char *of_what = problem->is_cache ? "" : " of a page_table";
+    if (!problem->page_table.object && !problem->is_cache)
+        return 0;
+    if (check_in_place(k, k_name, of_what) < 0 || check_in_place(v, v_name, of_what) < 0)
+        return -1;
     if (!problem->page_table.object)
         return 0;
-    if (k->shape[1] < 1 || k->shape[1] > FA_MAX_PAGE_SIZE)
+    if (k->shape[1] < 1 || (k->shape[1] > FA_MAX_PAGE_SIZE && !problem->options.cache_batch_idx))
         return fa_raise(PyExc_ValueError,
-                        "pages must have from 1 to %d rows (dimension 1 of k), got %lld",
-                        FA_MAX_PAGE_SIZE, (long long)k->shape[1]);
-    if (check_size(v, "v", 0, "k's pages", k->shape[0]) < 0 || check_in_place(k, "k") < 0 ||
-        check_in_place(v, "v") < 0)
+                        "pages must have from 1 to %d rows (dimension 1 of %s), got %lld",
+                        FA_MAX_PAGE_SIZE, k_name, (long long)k->shape[1]);
+    if (check_size(v, v_name, 0, "k's pages", k->shape[0]) < 0)
         return -1;
     const int64_t keys = MIN(keys_of_pages(problem), problem->options.max_seqlen_k);
     if (keys > FA_MAX_SIZE)
@@ -195,20 +233,21 @@ static int head_dim_of(const struct fa_tensor *tensor)
 static int check_shapes(const struct fa_problem *problem)
 {
     const struct fa_tensor *q = &problem->q, *k = &problem->k, *v = &problem->v;
-    if (check_dtype(q, k, "k") < 0 || check_device(q, k, "k") < 0 || check_dtype(q, v, "v") < 0 ||
-        check_device(q, v, "v") < 0)
+    const char *k_name = name_of_k(problem), *v_name = name_of_v(problem);
+    if (check_dtype(q, k, k_name) < 0 || check_device(q, k, k_name) < 0 ||
+        check_dtype(q, v, v_name) < 0 || check_device(q, v, v_name) < 0)
         return -1;
-    if (check_counts(q, "q") < 0 || check_counts(k, "k") < 0 || check_counts(v, "v") < 0)
+    if (check_counts(q, "q") < 0 || check_counts(k, k_name) < 0 || check_counts(v, v_name) < 0)
         return -1;
     if (check_head_dim("head_dim (of q and k)", head_dim_of(q)) < 0 ||
-        check_size(k, "k", head_dim_dimension(k), "q's head_dim", head_dim_of(q)) < 0 ||
+        check_size(k, k_name, head_dim_dimension(k), "q's head_dim", head_dim_of(q)) < 0 ||
         check_head_dim("head_dim_v (of v)", head_dim_of(v)) < 0)
         return -1;
     const char *rows = problem->page_table.object ? "k's page size"
                        : k->ndim == 4             ? "k's seqlen"
                                                   : "k's total";
-    if (check_size(v, "v", row_dimension(v), rows, rows_of(k)) < 0 ||
-        check_size(v, "v", heads_dimension(v), "k's heads", heads_of(k)) < 0)
+    if (check_size(v, v_name, row_dimension(v), rows, rows_of(k)) < 0 ||
+        check_size(v, v_name, heads_dimension(v), "k's heads", heads_of(k)) < 0)
         return -1;
     return check_heads(heads_of(q), heads_of(k));
 }
@@ -240,7 +279,8 @@ static void set_shape(struct fa_problem *problem, int batch)
     shape->is_packed_k = problem->cu_seqlens_k.object != NULL;
     shape->page_size = problem->page_table.object ? rows_of(k) : 0;
     shape->is_varlen = shape->is_packed_q || shape->is_packed_k || shape->page_size ||
-                       problem->seqused_q.object || problem->seqused_k.object;
+                       problem->seqused_q.object || problem->seqused_k.object ||
+                       problem->leftpad_k.object || options->k;
     shape->total_q = shape->is_packed_q ? rows_of(q) : 0;
     shape->total_k = shape->is_packed_k ? rows_of(k) : 0;
     shape->heads_q = heads_of(q);
@@ -294,9 +334,19 @@ static int check_sizes(const struct fa_tensor *tensor, const char *name, const i
                        const char *const *meanings)
 {
     for (int i = 0; i < tensor->ndim; i++)
-        if (check_size(tensor, name, i, meanings[i], sizes[i]) < 0)
+        if (sizes[i] != FA_ANY_SIZE && check_size(tensor, name, i, meanings[i], sizes[i]) < 0)
             return -1;
     return 0;
+}
+
+int fa_problem_read_like_q(struct fa_dlpack *dlpack, const struct fa_problem *problem,
+                           PyObject *object, const char *name, int ndim, const int64_t *sizes,
+                           const char *const *meanings, struct fa_tensor *tensor)
+{
+    if (fa_tensor_read(dlpack, object, name, ndim, tensor) < 0 ||
+        check_dtype(&problem->q, tensor, name) < 0 || check_device(&problem->q, tensor, name) < 0)
+        return -1;
+    return check_sizes(tensor, name, sizes, meanings);
 }
 
 /* A tensor of the forward's output or its gradient. */
@@ -307,10 +357,8 @@ static int read_like_out(struct fa_dlpack *dlpack, PyObject *object, const char 
     static const char *const packed[] = {"q's total", "q's heads", "v's head_dim"};
     int64_t sizes[FA_MAX_NDIM];
     const int ndim = sizes_of_out(&problem->shape, sizes);
-    if (fa_tensor_read(dlpack, object, name, ndim, tensor) < 0 ||
-        check_dtype(&problem->q, tensor, name) < 0 || check_device(&problem->q, tensor, name) < 0)
-        return -1;
-    return check_sizes(tensor, name, sizes, ndim == 4 ? dense : packed);
+    return fa_problem_read_like_q(dlpack, problem, object, name, ndim, sizes,
+                                  ndim == 4 ? dense : packed, tensor);
 }
 
 /* The log-sum-exp or its gradient: fp32. */
@@ -339,23 +387,28 @@ struct named_tensor {
 };
 
 /* All tensors of a call, some of which may not be there (yet). */
-#define FORWARD_TENSORS 11
-#define MAX_TENSORS     17
+#define FORWARD_TENSORS 16
+#define MAX_TENSORS     22
 static int tensors_of(const struct fa_problem *problem, const struct fa_gradients *gradients,
                       struct named_tensor tensors[MAX_TENSORS])
 {
     const struct named_tensor forward[] = {
         {&problem->q, "q"},
-        {&problem->k, "k"},
-        {&problem->v, "v"},
+        {&problem->k, name_of_k(problem)},
+        {&problem->v, name_of_v(problem)},
         {&problem->sink, "learnable_sink"},
         {&problem->out, "out"},
         {&problem->lse, "lse"},
         {&problem->cu_seqlens_q, "cu_seqlens_q"},
         {&problem->cu_seqlens_k, "cu_seqlens_k"},
         {&problem->seqused_q, "seqused_q"},
-        {&problem->seqused_k, "seqused_k"},
-        {&problem->page_table, "page_table"},
+        {&problem->seqused_k, name_of_seqused_k(problem)},
+        {&problem->page_table, name_of_table(problem)},
+        {&problem->leftpad_k, "cache_leftpad"},
+        {&problem->append.k, "k"},
+        {&problem->append.v, "v"},
+        {&problem->append.cos, "rotary_cos"},
+        {&problem->append.sin, "rotary_sin"},
     };
     memcpy(tensors, forward, sizeof forward);
     if (!gradients)
@@ -384,18 +437,16 @@ static int check_apart(const struct fa_problem *problem, const struct fa_gradien
     return 0;
 }
 
-/* Whether a result that the caller gave can be written in place: it is never written to a copy.
- * `flaw`: what is wrong with its layout; NULL: nothing. 0 or -1. */
-static int check_given(const struct fa_problem *problem, const struct fa_tensor *result,
-                       const char *name, const char *flaw)
+int fa_problem_check_written(const struct fa_problem *problem, const struct fa_tensor *tensor,
+                             const char *name, const char *flaw)
 {
-    if (result->is_read_only)
+    if (tensor->is_read_only)
         flaw = "is read-only";
-    else if (!flaw && fa_tensor_overlaps_itself(result))
+    else if (!flaw && fa_tensor_overlaps_itself(tensor))
         flaw = "has elements that share memory";
     if (flaw)
         return fa_raise(PyExc_ValueError, "%s %s", name, flaw);
-    return check_apart(problem, NULL, result, name);
+    return check_apart(problem, NULL, tensor, name);
 }
 
 static int set_out(struct fa_dlpack *dlpack, struct fa_problem *problem)
@@ -407,10 +458,11 @@ static int set_out(struct fa_dlpack *dlpack, struct fa_problem *problem)
     if (problem->options.out)
         return read_like_out(dlpack, problem->options.out, "out", problem, out) < 0
                    ? -1
-                   : check_given(problem, out, "out",
-                                 fa_tensor_is_readable(out)
-                                     ? NULL
-                                     : "must have contiguous rows at multiples of 16 bytes");
+                   : fa_problem_check_written(
+                         problem, out, "out",
+                         fa_tensor_is_readable(out)
+                             ? NULL
+                             : "must have contiguous rows at multiples of 16 bytes");
     if (fa_tensor_empty(dlpack, &problem->q, "out", shape->dtype, ndim, sizes, out) < 0)
         return -1;
     return check_apart(problem, NULL, out, "out");
@@ -424,8 +476,9 @@ static int set_lse(struct fa_dlpack *dlpack, struct fa_problem *problem)
     if (problem->options.lse)
         return read_like_lse(dlpack, problem->options.lse, "lse", problem, lse) < 0
                    ? -1
-                   : check_given(problem, lse, "lse",
-                                 fa_tensor_is_contiguous(lse) ? NULL : "must be contiguous");
+                   : fa_problem_check_written(problem, lse, "lse",
+                                              fa_tensor_is_contiguous(lse) ? NULL
+                                                                           : "must be contiguous");
     if (!problem->options.return_lse)
         return 0;
     if (fa_tensor_empty(dlpack, &problem->q, "lse", FA_FLOAT32, ndim, sizes, lse) < 0)
@@ -438,9 +491,14 @@ static int set_lse(struct fa_dlpack *dlpack, struct fa_problem *problem)
 int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_read read,
                     struct fa_problem *problem)
 {
-    static const char *const names[] = {"q", "k", "v", "learnable_sink"};
+    const char *const names[] = {"q", name_of_k(problem), name_of_v(problem), "learnable_sink"};
     struct fa_tensor *const tensors[] = {&problem->q, &problem->k, &problem->v, &problem->sink};
-    if (problem->options.page_table && problem->options.cu_seqlens_k)
+    const struct fa_options *options = &problem->options;
+    if (problem->is_cache && (options->cu_seqlens_k || options->seqused_k ||
+                              (options->page_table && options->cache_batch_idx)))
+        return fa_raise(PyExc_ValueError, "caches have cache_seqlens in place of cu_seqlens_k and "
+                                          "seqused_k, and cache_batch_idx or a page_table");
+    if (options->page_table && options->cu_seqlens_k)
         return fa_raise(PyExc_ValueError, "page_table takes no cu_seqlens_k: the keys of pages are "
                                           "not packed, their lengths are seqused_k");
     for (int i = 0; i < 3; i++) {
@@ -484,7 +542,9 @@ void fa_problem_release(struct fa_problem *problem)
     release((struct fa_tensor *const[]){&problem->q, &problem->k, &problem->v, &problem->sink,
                                         &problem->out, &problem->lse, &problem->cu_seqlens_q,
                                         &problem->cu_seqlens_k, &problem->seqused_q,
-                                        &problem->seqused_k, &problem->page_table},
+                                        &problem->seqused_k, &problem->page_table,
+                                        &problem->leftpad_k, &problem->append.k, &problem->append.v,
+                                        &problem->append.cos, &problem->append.sin},
             FORWARD_TENSORS);
 }
 

@@ -6,6 +6,14 @@
 #include "shape.h"
 #include "tensor.h"
 
+/* What a call appends to its caches, k and v of the problem, before it reads them: see append.h. */
+struct fa_append {
+    struct fa_tensor k;        /* [batch, rows, heads_kv, head_dim]; object NULL: nothing */
+    struct fa_tensor v;        /* [batch, rows, heads_kv, head_dim_v] */
+    struct fa_tensor cos, sin; /* [positions, rotary_dim / 2]; object NULL: nothing is rotated */
+    int cache_seqlen;          /* rows that all caches hold; FA_NO_BOUND: seqused_k tells */
+};
+
 struct fa_problem {
     struct fa_shape shape;
     struct fa_options options;
@@ -21,7 +29,28 @@ struct fa_problem {
     struct fa_tensor cu_seqlens_q, cu_seqlens_k; /* [batch + 1]: where sequences begin and end */
     struct fa_tensor seqused_q, seqused_k;       /* [batch]: how many of their rows are used */
     struct fa_tensor page_table; /* [batch, pages of a sequence]: where its keys are in k and v */
+    struct fa_tensor leftpad_k;  /* [batch]: used rows of k that come before its first key */
+    bool is_cache;               /* k and v are caches, and called so */
+    struct fa_append append;
 };
+
+static inline int fa_rotary_dim(const struct fa_append *append)
+{
+    return append->cos.object ? 2 * (int)append->cos.shape[1] : 0;
+}
+
+/* Whether a query that is rotated stands one position behind the one before it. Those that see all
+ * keys stand where the first one does, as in FlashAttention-2. */
+static inline bool fa_queries_advance(const struct fa_shape *shape)
+{
+    return shape->window_left != FA_UNBOUNDED || shape->window_right != FA_UNBOUNDED;
+}
+
+/* Thread blocks that append the rows of K, or of V, of a sequence: one at least, for its length. */
+static inline int fa_append_blocks(const struct fa_append *append)
+{
+    return append->k.shape[1] > 0 ? (int)append->k.shape[1] : 1;
+}
 
 /* What the backward has beside the problem, whose out and lse it is given. */
 struct fa_gradients {
@@ -45,6 +74,18 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
 /* out, and lse where it is wanted: those of the options, which are written in place or refused,
  * else new ones. 0 or -1. */
 int fa_problem_set_results(struct fa_dlpack *dlpack, struct fa_problem *problem);
+
+/* Reads a tensor of the dtype and device of q; `meanings`: what its sizes are, for messages. Of
+ * sizes FA_ANY_SIZE is any. 0 or -1. */
+#define FA_ANY_SIZE (-1)
+int fa_problem_read_like_q(struct fa_dlpack *dlpack, const struct fa_problem *problem,
+                           PyObject *object, const char *name, int ndim, const int64_t *sizes,
+                           const char *const *meanings, struct fa_tensor *tensor);
+
+/* Whether a tensor that the caller gave can be written in place: it is never written to a copy.
+ * `flaw`: what is wrong with its layout; NULL: nothing. 0, or -1 with ValueError set. */
+int fa_problem_check_written(const struct fa_problem *problem, const struct fa_tensor *tensor,
+                             const char *name, const char *flaw);
 
 /* The last look at all tensors of a call, after which nothing runs Python in this thread before
  * they are used. Until then much does: readers of options, producers of capsules, copies, the

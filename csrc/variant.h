@@ -13,6 +13,7 @@
     X(FORWARD_TMA, "forward_tma")                                                                  \
     X(COMBINE, "combine")                                                                          \
     X(VARLEN_FILL, "varlen_fill")                                                                  \
+    X(KV_APPEND, "kv_append")                                                                      \
     X(BACKWARD, "backward")                                                                        \
     X(BACKWARD_PREPROCESS, "backward_preprocess")                                                  \
     X(BACKWARD_POSTPROCESS, "backward_postprocess")                                                \
@@ -29,7 +30,8 @@ enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
 #define FA_MAIN         (FA_FORWARDS | FA_BACKWARDS)
 #define FA_ALL_KERNELS  ((1 << FA_KERNEL_COUNT) - 1)
 /* Not what goes over all rows of out, nor what is of no other use. */
-#define FA_READ_LENGTHS (FA_ALL_KERNELS & ~(FA_ONLY(COMBINE) | FA_ONLY(VARLEN_FILL)))
+#define FA_READ_LENGTHS                                                                            \
+    (FA_ALL_KERNELS & ~(FA_ONLY(COMBINE) | FA_ONLY(VARLEN_FILL) | FA_ONLY(KV_APPEND)))
 
 /* How a field stands in a variant's name, behind its code. */
 enum fa_code {
@@ -43,6 +45,7 @@ enum fa_code {
  * 0. The order is that of the name. */
 #define FA_VARIANT_FIELDS(X)                                                                       \
     X(dtype, "DTYPE", FA_ALL_KERNELS, "_", FA_TYPE)                                                \
+    X(parts_dtype, "PARTS_DTYPE", FA_ONLY(COMBINE), "_of_", FA_TYPE)                               \
     X(head_dim, "HEAD_DIM", FA_MAIN | FA_ONLY(BACKWARD_POSTPROCESS), "_d", FA_NUMBER)              \
     X(head_dim_v, "HEAD_DIM_V", FA_MAIN | FA_ONLY(COMBINE) | FA_ONLY(BACKWARD_PREPROCESS), "_dv",  \
       FA_NUMBER)                                                                                   \
@@ -84,7 +87,7 @@ struct fa_variant {
 const char *fa_variant_kernel(const struct fa_variant *variant);
 
 /* The canonical name: the kernel's, then every field that it has, say
- * forward_bf16_d128_dv128_n32x16_w4x32_s3_right or combine_bf16_dv128_w8. */
+ * forward_bf16_d128_dv128_n32x16_w4x32_s3_right or combine_bf16_of_fp32_dv128_w8. */
 void fa_variant_name(const struct fa_variant *variant, char name[FA_VARIANT_NAME_SIZE]);
 
 /* The compiler's option for the i-th constant, say -DHEAD_DIM=128; false if the kernel has none. */

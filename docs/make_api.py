@@ -16,6 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import flash_attn_sm120
+from flash_attn_sm120 import fa2
+from flash_attn_sm120.fa2 import bert_padding
+
+# Below the package; what they say of themselves is shown, too.
+MODULES = {"fa2": fa2, "fa2.bert_padding": bert_padding}
 
 TARGET = Path(__file__).with_name("api.md")
 HEAD = """# API
@@ -42,9 +47,20 @@ def make() -> str:
     public = {name: getattr(flash_attn_sm120, name) for name in flash_attn_sm120.__all__}
     functions = [name for name, thing in public.items() if inspect.isfunction(thing)]
     classes = [name for name, thing in public.items() if inspect.isclass(thing)]
-    contents = [f"- [`{name}`](#{name.lower()})" for name in (*functions, *classes)]
+    contents = [entry(name) for name in (*functions, *classes)]
     sections = [section(name, public[name]) for name in (*functions, *classes)]
+    for path, module in MODULES.items():
+        contents.append(entry(path))
+        sections.append(f"## {path}\n\n{markdown(inspect.getdoc(module) or '')}")
+        for name in module.__all__:
+            contents.append("  " + entry(f"{path}.{name}"))
+            sections.append(section(f"{path}.{name}", getattr(module, name)))
     return "\n".join([HEAD, *contents, "", *sections])
+
+
+def entry(name: str) -> str:
+    """A line of the contents; an anchor has no dots."""
+    return f"- [`{name}`](#{name.lower().replace('.', '')})"
 
 
 def section(name: str, thing: Any) -> str:

@@ -80,7 +80,7 @@ FA_CONSTEXPR int fa_forward_smem(int stage_bytes, int stages, int has_mbarriers)
 }
 
 /* Rows of a box of the TMA, which lies in one page and in one tile: the largest power of two that
- * divides the rows of both. Smaller boxes than of 8 would start within the pattern of the swizzle. */
+ * divides the rows of both. Boxes of fewer than 8 would start within the swizzle pattern. */
 enum { FA_MIN_BOX_ROWS = 8 };
 FA_CONSTEXPR int fa_page_box_rows(int tile_n, int page_size)
 {
@@ -103,6 +103,11 @@ FA_CONSTEXPR int fa_combine_slots(int threads, int head_dim_v)
 
 /* Of a block of kernels/varlen_fill.cu; the rows are all heads'. */
 enum { FA_FILL_THREADS = 256, FA_FILL_ROWS = 256 };
+
+/* ---- kv_append ------------------------------------------------------------------------------- */
+
+/* Of a block of kernels/kv_append.cu, which has a row of all heads. */
+enum { FA_APPEND_THREADS = 128 };
 
 /* ---- backward -------------------------------------------------------------------------------- */
 

@@ -42,7 +42,8 @@ struct fa_divisor {
 struct fa_lengths {
     const int *cu_seqlens_q, *cu_seqlens_k; /* [batch + 1]; NULL: that side is not packed */
     const int *seqused_q, *seqused_k;       /* [batch]; NULL: all of it */
-    int total_q, total_k;                   /* rows of the packed tensors */
+    const int *leftpad_k; /* [batch]: so many of the used rows of k come before key 0; NULL: none */
+    int total_q, total_k; /* rows of the packed tensors */
 };
 
 /* One tile of a list, see kernels/tile_list.cuh: of which sequence, and which of its tiles. */
@@ -91,7 +92,7 @@ struct fa_forward_params {
     const struct fa_listed_tile *list;
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 328, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 336, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -104,26 +105,33 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "328, padding, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "336, padding, then maps");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
  * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
  * total_q below. */
 struct fa_combine_params {
-    const float *out_parts; /* [parts, rows, head_dim_v], contiguous: each of its own keys alone */
-    const float *lse_parts; /* [parts, rows], contiguous, binary log; -inf: no keys */
+    const void *out_parts;  /* [parts, batch, seqlen_q, heads_q, head_dim_v], contiguous in the last
+                             * dimension: each of its own keys alone */
+    const float *lse_parts; /* [parts, batch, seqlen_q, heads_q]; -inf: no keys */
     void *out;              /* [batch, seqlen_q, heads_q, head_dim_v] */
     float *lse;             /* [rows], natural log; NULL: not wanted */
     const void *sink;       /* [heads_q], contiguous, natural log; NULL: none */
-    struct fa_strides out_stride;
+    struct fa_strides out_stride, out_parts_stride, lse_parts_stride;
+    fa_int64 out_parts_step, lse_parts_step; /* from part to part */
     unsigned rows;
     int parts;
-    int sink_dtype; /* enum fa_dtype */
+    int sink_dtype;       /* enum fa_dtype */
+    float lse_parts_log2; /* what takes lse_parts to a binary logarithm: 1, or log2(e) */
     struct fa_divisor heads_q, seqlen_q;
     struct fa_divisor slices; /* of the parts of a row: each is summed up by threads of its own */
+    /* All NULL, or of cu_seqlens_q and seqused_q: rows that no sequence has, or uses, have no
+     * parts. */
+    struct fa_lengths lengths;
+    int sequences; /* of cu_seqlens_q */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 112, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 240, "host and device disagree on the layout");
 
 /* The single argument of kernels/varlen_fill.cu. */
 struct fa_fill_params {
@@ -138,7 +146,34 @@ struct fa_fill_params {
     int is_reversed;    /* whether the last rows come first */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 128, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 136, "host and device disagree on the layout");
+
+/* The single argument of kernels/kv_append.cu: new rows of K and V go to the caches behind those
+ * that they hold, K rotated, and q goes to rotated_q. */
+struct fa_append_params {
+    const void *k, *v;        /* [batch, new_rows, heads_kv, head_dim or head_dim_v] */
+    void *k_cache, *v_cache;  /* [batch, seqlen_k, heads_kv, head_dim or head_dim_v], or pages */
+    const void *q;            /* [batch, seqlen_q, heads_q, head_dim], or packed */
+    void *rotated_q;          /* like q, contiguous; NULL: q is not rotated */
+    const void *cos, *sin;    /* [positions, rotary_dim / 2], rows contiguous */
+    const int *cache_seqlens; /* [batch]: rows that the caches hold; NULL: cache_seqlen each */
+    int *seqused_k;           /* [batch]: rows that they hold afterwards */
+    struct fa_strides k_stride, v_stride, k_cache_stride, v_cache_stride, q_stride;
+    struct fa_strides rotated_q_stride;
+    fa_int64 cos_stride, sin_stride;
+    int batch, seqlen_q, seqlen_k; /* seqlen_k: rows for which the caches have room */
+    int heads_q, heads_kv;
+    int cache_seqlen, new_rows;
+    int positions, rotary_dim; /* rotary_dim: 0 where nothing is rotated */
+    int interleaved;           /* dims 2i and 2i + 1 are rotated, else i and i + rotary_dim / 2 */
+    int q_advances; /* query i has the position i behind that of query 0, else the same */
+    struct fa_divisor new_blocks, q_blocks; /* of a sequence, each has a row of K, of V, or of q */
+    struct fa_divisor chunks, chunks_v;     /* of 16 bytes, of a row of one head */
+    struct fa_lengths lengths;              /* of q alone */
+    struct fa_pages pages;                  /* table NULL: the caches are not in pages */
+};
+
+FA_STATIC_ASSERT(sizeof(struct fa_append_params) == 424, "host and device disagree on the layout");
 
 /* The single argument of kernels/backward.cu, backward_preprocess.cu and backward_sink.cu.
  *
@@ -194,7 +229,7 @@ struct fa_backward_params {
     int head_dim, tile_n; /* of q and k, and keys of a tile: for backward_preprocess.cu */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 768, "432, padding, maps, then the rest");
+FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 832, "432, padding, maps, then the rest");
 
 /* The single argument of kernels/backward_postprocess.cu. */
 struct fa_postprocess_params {
@@ -209,7 +244,7 @@ struct fa_postprocess_params {
     struct fa_lengths lengths;   /* read only where VARLEN */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_postprocess_params) == 128,
+FA_STATIC_ASSERT(sizeof(struct fa_postprocess_params) == 136,
                  "host and device disagree on the layout");
 
 #endif

@@ -236,17 +236,15 @@ __device__ __forceinline__ void semaphore_release(int *semaphore)
  * this one: see overlaps_previous in csrc/plan.h. Before 9.0 there are none. */
 __device__ __forceinline__ void let_next_kernel_start()
 {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
+    if constexpr (__CUDA_ARCH__ >= 900)
+        asm volatile("griddepcontrol.launch_dependents;");
 }
 
 /* Waits until the kernel before this one has ended and what it wrote can be read. */
 __device__ __forceinline__ void wait_for_previous_kernel()
 {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    if constexpr (__CUDA_ARCH__ >= 900)
+        asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 /* ---- between groups of warps ---------------------------------------------------------------- */
@@ -358,9 +356,9 @@ __device__ __forceinline__ float2 unpack_fp16(unsigned x)
 }
 
 /* The two numbers of a pair, the lower half first. */
-__device__ __forceinline__ float2 unpack(unsigned x)
+template <int TYPE = DTYPE> __device__ __forceinline__ float2 unpack(unsigned x)
 {
-    if (IS_BF16) /* the upper half of a float */
+    if (TYPE == FA_BFLOAT16) /* the upper half of a float */
         return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
     return unpack_fp16(x);
 }

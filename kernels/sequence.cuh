@@ -45,7 +45,14 @@ __device__ __forceinline__ sequence_rows read_queries(const fa_lengths &lengths,
 }
 __device__ __forceinline__ sequence_rows read_keys(const fa_lengths &lengths, int bound, int number)
 {
-    return read_rows(lengths.cu_seqlens_k, lengths.seqused_k, lengths.total_k, bound, number);
+    sequence_rows rows =
+        read_rows(lengths.cu_seqlens_k, lengths.seqused_k, lengths.total_k, bound, number);
+    if (lengths.leftpad_k) {
+        const int pad = clamp(ld_global(lengths.leftpad_k + number), 0, rows.count);
+        rows.begin += pad;
+        rows.count -= pad;
+    }
+    return rows;
 }
 
 /* The last of some sequences for which `has_begun` holds, as it does for all before it; the first

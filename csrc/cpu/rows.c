@@ -70,12 +70,13 @@ int fa_width(int n) { return (n + FA_LANES - 1) / FA_LANES * FA_LANES; }
 int64_t fa_row_offset(const struct fa_tensor *tensor, struct side side, int64_t row, int64_t head)
 {
     const struct fa_strides stride = fa_tensor_strides(tensor);
+    row += side.begin;
     if (side.pages) {
         /* Checked before, but other threads may write to the table meanwhile. */
         side.batch = clamp(side.pages[row / side.page_size], 0, tensor->shape[0] - 1);
         row %= side.page_size;
     }
-    return side.batch * stride.batch + (side.begin + row) * stride.seqlen + head * stride.head;
+    return side.batch * stride.batch + row * stride.seqlen + head * stride.head;
 }
 
 int64_t fa_lse_offset(const struct fa_tensor *tensor, struct side side, int64_t row, int64_t head)

@@ -1,12 +1,18 @@
 """How calls of packed sequences are carried out, for any architecture: planned without a GPU."""
 
+import itertools
+
 import pytest
 import torch
 
 from flash_attn_sm120 import explain, explain_backward
-from helpers.tiles import constants
+from helpers.tiles import constants, tile_row, use_tiles
 
 pytestmark = pytest.mark.quick
+
+BY_TMA = tile_row(
+    kernel="forward_tma", producer="warp", tile_n=64, sub_n=32, warps=4, warp_m=16, stages=2
+)
 
 
 def call(total_q=1000, total_k=1000, batch=4, heads=(8, 2), dims=(128, 128), packed=(True, True)):
@@ -39,11 +45,7 @@ def names(planned):
 def test_steps(arch):
     main = "forward_tma" if arch >= 120 else "forward"
     assert names(plan(arch=arch)) == ["varlen_fill", main]
-    assert names(plan(arch=arch, options={"num_splits": 3})) == [
-        main,
-        "combine",
-        "varlen_fill",
-    ]
+    assert names(plan(arch=arch, options={"num_splits": 3})) == [main, "combine", "varlen_fill"]
     sink = {"learnable_sink": torch.zeros(8)}
     backward = plan(explain_backward, arch=arch, options=sink)
     assert names(backward) == [
@@ -53,7 +55,33 @@ def test_steps(arch):
         "backward_sink",
     ]
     assert all(s.variant.endswith("_varlen") for s in backward.steps)
-    assert backward.tma == (arch >= 90)
+    assert backward.tma == (arch >= 90) and plan(arch=arch).tma == (arch >= 120)
+
+
+@pytest.mark.parametrize("dims", [(128, 128), (192, 128), (64, 128)], ids=str)
+@pytest.mark.parametrize("packed", list(itertools.product((True, False), repeat=2)), ids=str)
+def test_the_tma_brings_keys_of_any_lengths(packed, dims):
+    """Packed ones, and those of a batch, of which seqused says how many there are."""
+    (q, k, v), lengths = call(packed=packed, dims=dims)
+    lengths["seqused_k"] = torch.full((4,), -7, dtype=torch.int32)
+    with use_tiles(BY_TMA):
+        planned = explain(q, k, v, **lengths, arch=120)
+        assert planned.kernel == "forward_tma" and "not forward_tma" not in planned.reasons
+        assert constants(planned)["VARLEN"] == 1
+        before = explain(q, k, v, **lengths, arch=89)
+        assert before.kernel == "forward" and "9.0" in before.reasons["not forward_tma"]
+        k = k[..., :1, :].expand_as(k)
+        expanded = explain(q, k, v, **lengths, arch=120)
+        assert expanded.kernel == "forward"
+        assert "neither expanded nor flipped" in expanded.reasons["not forward_tma"]
+
+
+def test_no_keys_are_no_tensor_map():
+    with use_tiles(BY_TMA):
+        for batch, total_k in ((4, 0), (0, 0)):
+            planned = plan(batch=batch, total_k=total_k, options={"max_seqlen_k": 64})
+            assert planned.kernel == "forward"
+            assert "without keys" in planned.reasons["not forward_tma"]
 
 
 def test_reasons():

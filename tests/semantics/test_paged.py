@@ -73,6 +73,19 @@ def test_caches_are_read_in_place(device, layout):
 
 
 @pytest.mark.quick("cpu")
+def test_entries_that_no_query_reaches(device):
+    """Before a window, and of sequences without queries: serving engines free such pages."""
+    for page_size in (16, 5):
+        batch = make(device, [7, 1, 0], [150, 70, 40], page_size)
+        expected = check_forward(batch, window_size=(20, 0))
+        table = batch.lengths["page_table"]
+        table[0, : (150 - 7 - 20) // page_size] = -1
+        table[1, : (70 - 1 - 20) // page_size] = 2**31 - 1
+        table[2] = 10**6
+        assert_all_equal(expected, check_forward(batch, window_size=(20, 0)))
+
+
+@pytest.mark.quick("cpu")
 def test_pages_are_shared(device):
     for page_size in (4, 32):
         batch = make(device, [9, 1, 20, 3], [100, 64, 65, 70], page_size, shared=2)
@@ -369,13 +382,13 @@ def test_autocast_leaves_the_cache_alone(device):
             flash_attn_varlen_func(q, *(x.float() for x in batch.pages), **batch.lengths)
 
 
-def test_torch_that_follows_is_refused():
+def test_torch_that_wants_a_gradient_is_refused():
     batch = make(CPU)
 
     def call(q):
         return flash_attn_varlen_func(q, *batch.pages, **batch.lengths)[0].sum()
 
-    with pytest.raises(NotImplementedError, match="not supported yet where torch follows a call"):
+    with pytest.raises(NotImplementedError, match="has no gradient with page_table"):
         torch.func.grad(call)(batch.q)
 
 

@@ -286,8 +286,8 @@ def test_combine_is_a_kernel_of_its_own():
     plan = plan_of(3, **DECODING)
     first, second = plan.kernels
     assert first.variant == plan.variant and "-DSPLIT=1" in first.options
-    assert (second.kernel, second.variant) == ("combine", "combine_bf16_dv128_w8")
-    assert "combine_bf16_dv128_w8" in str(plan) and "workspace_bytes" in str(plan)
+    assert (second.kernel, second.variant) == ("combine", "combine_bf16_of_fp32_dv128_w8")
+    assert "combine_bf16_of_fp32_dv128_w8" in str(plan) and "workspace_bytes" in str(plan)
     others = [
         plan_of(7, seqlen_q=100, options={"causal": True}),
         plan_of(2, head_dim=64, head_dim_v=128),
