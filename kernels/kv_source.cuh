@@ -121,6 +121,18 @@ template <int COLS> struct paged_rows {
             }
         }
     }
+    /* The same, where those of the other tensor have been found: they are the same if as many
+     * threads share them. */
+    __device__ __forceinline__ void find_beside(const paged_rows &other, const page_list &, int)
+    {
+        *this = other;
+    }
+    template <int OTHER_COLS>
+    __device__ __forceinline__ void find_beside(const paged_rows<OTHER_COLS> &,
+                                                const page_list &list, int key)
+    {
+        find(list, key);
+    }
 };
 
 /* K or V in pages, as a thread copies it. */
@@ -172,10 +184,7 @@ template <> struct copied_source<true> {
     }
     __device__ __forceinline__ void copy_V(unsigned smem, int keys)
     {
-        if constexpr (SAME_ROWS)
-            V.rows = K.rows;
-        else
-            V.rows.find(list, key);
+        V.rows.find_beside(K.rows, list, key);
         V.copy(smem, params.v_stride, keys);
     }
     __device__ __forceinline__ void advance()

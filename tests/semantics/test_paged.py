@@ -55,7 +55,9 @@ def test_options(device, options, page_size):
 
 
 @pytest.mark.quick("cpu-*")
-@pytest.mark.parametrize("dims", [(64, 128), (128, 64), (192, 128), (256, 256), (40, 72)], ids=str)
+@pytest.mark.parametrize(
+    "dims", [(64, 128), (128, 64), (192, 128), (256, 256), (40, 72), (96, 64)], ids=str
+)
 def test_head_dims(device, dims):
     if not device.takes(dims[0] > dims[1]):
         pytest.skip("the other size of tiles has this case")
