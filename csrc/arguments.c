@@ -139,6 +139,12 @@ static struct fa_pages pages_of(const struct fa_problem *problem)
     };
 }
 
+/* Where the tiles of all sequences are listed; NULL: they are not. */
+static struct fa_listed_tile *list_of(const struct fa_plan *plan, float *workspace)
+{
+    return plan->list_places ? (struct fa_listed_tile *)(workspace + plan->workspace.list) : NULL;
+}
+
 /* ---- forward --------------------------------------------------------------------------------- */
 
 static struct fa_forward_params forward_params(const struct fa_problem *problem,
@@ -175,6 +181,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .parts = divisor_of(plan->splits),
         .lengths = lengths_of(problem),
         .pages = pages_of(problem),
+        .list = list_of(plan, workspace),
     };
 }
 
@@ -231,18 +238,26 @@ struct fa_combine_params fa_arguments_of_parts(const struct fa_parts *parts, int
     };
 }
 
-static struct fa_fill_params fill_params(const struct fa_problem *problem)
+static struct fa_fill_params fill_params(const struct fa_problem *problem,
+                                         const struct fa_plan *plan, float *workspace)
 {
     const struct fa_shape *shape = &problem->shape;
+    const struct fa_variant *main = &plan->steps[plan->main].variant;
     return (struct fa_fill_params){
         .out = problem->out.data,
         .lse = data_of(&problem->lse),
         .out_stride = fa_tensor_strides(&problem->out),
         .batch = shape->batch,
         .seqlen_q = shape->seqlen_q,
+        .seqlen_k = shape->seqlen_k,
         .heads_q = shape->heads_q,
         .head_dim_v = shape->head_dim_v,
         .lengths = lengths_of(problem),
+        .list = list_of(plan, workspace),
+        .places = plan->list_places,
+        .tile_m = plan->tile_m,
+        .rows_per_query = main->pack_gqa ? fa_heads_per_kv(shape) : 1,
+        .is_reversed = main->mask_right,
     };
 }
 
@@ -330,7 +345,7 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
     if (plan->splits > 1)
         arguments->combine = combine_params(problem, plan, workspace);
     if (problem->shape.is_varlen)
-        arguments->fill = fill_params(problem);
+        arguments->fill = fill_params(problem, plan, workspace);
     if (problem->append.k.object) {
         arguments->append = append_params(problem, plan, workspace);
         read_appended(&arguments->append, &arguments->main.forward);
@@ -402,7 +417,7 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .dq_stride = fa_tensor_strides(&gradients->dq),
         .zero_share = CEIL_DIV(zero_chunks, MAX(plan->steps[0].blocks, 1)),
         .lengths = lengths_of(problem),
-        .list = at->list ? (struct fa_listed_tile *)(workspace + at->list) : NULL,
+        .list = list_of(plan, workspace),
         .group_heads = plan->group_heads,
         .query_tiles = plan->query_tiles,
         .head_dim = shape->head_dim,

@@ -93,7 +93,7 @@ struct fa_workspace {
     int64_t rotated_q, seqused_k; /* of one that appends: what attention reads */
     int64_t dq_accum, dk_accum, dv_accum;
     int64_t dq_semaphores, dkv_semaphores, block_counter;
-    int64_t list;  /* of tiles, see kernels/tile_list.cuh; 0 where there is none */
+    int64_t list;  /* of tiles, see kernels/tile_list.cuh */
     int64_t zeros; /* from here on it has to be zero before the backward's main kernel runs */
     int64_t size;
 };
@@ -106,9 +106,11 @@ struct fa_plan {
     int tile_m, tile_n;     /* queries and keys of a tile of the main kernel */
     int m_blocks, n_blocks; /* tiles of query rows per head (a KV head where packed), and of keys */
     int query_tiles;        /* backward: of a head, over the whole batch */
-    int group_heads;        /* (batch, head) pairs that run together, sharing the L2; backward: */
-                            /* (batch, KV head) */
-    int group_limit;        /* backward: no more of them, whatever the batch */
+    int list_places;    /* of a list of tiles, in place of m_blocks, in the backward n_blocks; */
+                        /* 0: there is none */
+    int group_heads;    /* (batch, head) pairs that run together, sharing the L2; backward: */
+                        /* (batch, KV head) */
+    int group_limit;    /* backward: no more of them, whatever the batch */
     int splits;         /* forward: parts of the keys of a block of queries, a thread block each; */
                         /* backward: thread blocks that share a tile of keys */
     int combine_slices; /* of the parts of a row, each summed up by threads of its own */

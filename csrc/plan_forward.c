@@ -66,6 +66,18 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
     return false;
 }
 
+/* A ring that holds more than the keys of the longest sequence takes shared memory from another
+ * block, and short sequences live by how many blocks load at a time. */
+static void shrink_ring(const struct fa_plan_input *input, struct fa_tile *tile)
+{
+    enum { LEAST_STAGES = 2, LEAST_TILE_N = 32 };
+    while (tile->stages > LEAST_STAGES && (tile->stages - 1) * tile->tile_n >= input->seqlen_k)
+        tile->stages--;
+    while (tile->tile_n > LEAST_TILE_N && tile->stages * tile->tile_n / 2 >= input->seqlen_k)
+        tile->tile_n /= 2;
+    tile->sub_n = MIN(tile->sub_n, tile->tile_n);
+}
+
 /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds on
  * 12.x. */
 static int smem_limit(const struct fa_device *device)
@@ -120,6 +132,8 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const bool is_asked = tile->kernel == FA_KERNEL_FORWARD_TMA;
     if (!is_own && input->paged)
         prefer_tma(input, device, tile, &why_not_tma);
+    if (input->varlen && !is_own)
+        shrink_ring(input, tile);
     const bool is_tma = tile->kernel == FA_KERNEL_FORWARD_TMA;
     fa_plan_because(plan, "kernel",
                     is_asked ? "forward_tma: mma.sync fed by the TMA, as the tile's row asks"
@@ -409,14 +423,21 @@ static void set_splits(const struct fa_plan_input *input, const struct fa_device
     add_combine(input, device, plan);
 }
 
-/* Rows that no sequence has are the last kernel's: it overwrites what others may leave there. */
+/* Rows that no sequence has are the first kernel's, which also lists the tiles of the main one; of
+ * a split call they are the last one's, as combine writes all rows. */
 static void add_fill(const struct fa_plan_input *input, struct fa_plan *plan)
 {
-    if (input->varlen)
-        fa_plan_add(plan, (struct fa_step){
-                              .job = FA_JOB_FILL,
-                              .variant = {.kernel = FA_KERNEL_VARLEN_FILL, .dtype = input->dtype},
-                              .threads = FA_FILL_THREADS});
+    const struct fa_step fill = {
+        .job = FA_JOB_FILL,
+        .variant = {.kernel = FA_KERNEL_VARLEN_FILL, .dtype = input->dtype},
+        .threads = FA_FILL_THREADS};
+    if (!input->varlen)
+        return;
+    struct fa_step *last = fa_plan_add(plan, fill);
+    if (plan->splits > 1)
+        return;
+    *last = plan->steps[plan->main];
+    plan->steps[plan->main++] = fill;
 }
 
 /* ---- sizes ----------------------------------------------------------------------------------- */
@@ -448,14 +469,31 @@ static int fit_append(const struct fa_plan_input *input, const struct fa_extent 
     return 0;
 }
 
+/* The first launch can list the tiles of a packed side. */
+static int list_places(const struct fa_plan_input *input, const struct fa_extent *extent,
+                       const struct fa_plan *plan)
+{
+    const struct fa_variant *main = &plan->steps[plan->main].variant;
+    const int64_t rows_of_head =
+        extent->rows_q * (main->pack_gqa ? fa_plan_heads_per_kv(input) : 1);
+    return extent->is_packed_q && !main->split
+               ? fa_plan_list_places(extent->batch, rows_of_head, plan->tile_m, plan->m_blocks)
+               : 0;
+}
+
 int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_extent *extent,
                         struct fa_plan *plan, struct fa_plan_error *error)
 {
     struct fa_step *main = &plan->steps[plan->main];
     const bool packed = main->variant.pack_gqa;
-    const int64_t heads = (int64_t)extent->batch * (packed ? input->heads_kv : input->heads_q);
+    const int heads_of_one = packed ? input->heads_kv : input->heads_q;
     const int64_t rows_of_all = extent->rows_q * input->heads_q;
     plan->m_blocks = (int)CEIL_DIV(rows(input, extent->seqlen_q, packed), plan->tile_m);
+    plan->list_places = list_places(input, extent, plan);
+    const bool is_listed = plan->list_places > 0;
+    if (is_listed)
+        plan->m_blocks = plan->list_places;
+    const int64_t heads = (int64_t)heads_of_one * (is_listed ? 1 : extent->batch);
     plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
     if (main->variant.split && input->may_split) {
         const struct fa_grid grid = grid_of(input, extent, plan, packed);
@@ -466,13 +504,14 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
         return fa_plan_refuse(error, false,
                               "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
     main->blocks = (int)(heads * plan->m_blocks * plan->splits);
-    plan->workspace = (struct fa_workspace){0};
+    plan->workspace = (struct fa_workspace){.size = 2 * (int64_t)plan->list_places};
     for (int i = 0; i < plan->step_count; i++) {
         struct fa_step *step = &plan->steps[i];
         if (step->job == FA_JOB_COMBINE)
             fit_combine(input, rows_of_all, plan, step);
         else if (step->job == FA_JOB_FILL)
-            step->blocks = (int)CEIL_DIV(extent->rows_q, FA_FILL_ROWS);
+            step->blocks = (int)MAX(CEIL_DIV(extent->rows_q, FA_FILL_ROWS),
+                                    plan->list_places ? extent->batch : 0);
     }
     return input->append ? fit_append(input, extent, plan, &plan->steps[0], error) : 0;
 }

@@ -46,7 +46,7 @@ struct fa_lengths {
     int total_q, total_k; /* rows of the packed tensors */
 };
 
-/* One tile of a list, see kernels/tile_list.cuh: of which sequence, -1 if of none, and which. */
+/* One tile of a list, see kernels/tile_list.cuh: of which sequence, and which of its tiles. */
 struct fa_listed_tile {
     int sequence, tile;
 };
@@ -87,9 +87,12 @@ struct fa_forward_params {
     struct fa_divisor heads, heads_per_kv, m_blocks, group_heads, parts;
     struct fa_lengths lengths; /* read only where VARLEN */
     struct fa_pages pages;     /* read only where PAGED */
+    /* [m_blocks]: the tiles of rows of all sequences, as varlen_fill.cu writes them; group_heads
+     * then divides heads. NULL: m_blocks of each. Read only where VARLEN. */
+    const struct fa_listed_tile *list;
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 328, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 336, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -102,7 +105,7 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "328, padding, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "336, padding, then maps");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
  * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
@@ -135,11 +138,15 @@ struct fa_fill_params {
     void *out;  /* [batch, seqlen_q, heads_q, head_dim_v], or packed */
     float *lse; /* [batch, heads_q, seqlen_q], or packed; NULL: not wanted */
     struct fa_strides out_stride;
-    int batch, seqlen_q, heads_q, head_dim_v;
+    int batch, seqlen_q, seqlen_k, heads_q, head_dim_v;
     struct fa_lengths lengths;
+    struct fa_listed_tile *list; /* [places]: see fa_forward_params; NULL: not wanted */
+    int places, tile_m;
+    int rows_per_query; /* rows of a head of the main kernel: heads_per_kv where PACK_GQA, else 1 */
+    int is_reversed;    /* whether the last rows come first */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 104, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 136, "host and device disagree on the layout");
 
 /* The single argument of kernels/kv_append.cu: new rows of K and V go to the caches behind those
  * that they hold, K rotated, and q goes to rotated_q. */

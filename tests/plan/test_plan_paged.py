@@ -39,9 +39,7 @@ def test_pages_of_whole_boxes_go_by_the_tma(page_size):
         planned = plan(page_size=page_size)
         assert planned.kernel == "forward_tma" and planned.tma
         assert "not forward_tma" not in planned.reasons
-        assert (
-            planned.steps[0].kernel == "forward_tma" and planned.steps[-1].kernel == "varlen_fill"
-        )
+        assert "varlen_fill" in [step.kernel for step in planned.steps]
         of = constants(planned)
         assert of["VARLEN"] == of["PAGED"] == 1
 
