@@ -140,6 +140,13 @@ class NotATensor(NotImplementedError, AttributeError):
     """A model does more with its mask than hand it to the attention function."""
 
 
+def _no_tensor(wanted: str) -> NotATensor:
+    return NotATensor(
+        f"{ATTENTION} makes masks that are no tensors, and the model wants {wanted} of one: load "
+        'it with attn_implementation="sdpa" or "eager"'
+    )
+
+
 class Mask(NamedTuple):
     """Which keys the queries see. It is the mask that "eager" would apply, layer by layer."""
 
@@ -154,10 +161,11 @@ class Mask(NamedTuple):
         return 4
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise NotATensor(
-            f"{ATTENTION} makes masks that are no tensors, and the model wants {name!r} of one: "
-            'load it with attn_implementation="sdpa" or "eager"'
-        )
+        raise _no_tensor(name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> NoReturn:
+        raise _no_tensor(getattr(function, "__name__", str(function)))
 
 
 def mask(
@@ -529,11 +537,7 @@ def _rows_by_positions(position_ids: Tensor) -> Rows | None:
     return rows
 
 
-def _no_tensor() -> None:
-    return None
-
-
-_last_read: tuple[Callable[[], Tensor | None], int, Rows | None] = (_no_tensor, -1, None)
+_last_read: tuple[Callable[[], Tensor | None], int, Rows | None] = (lambda: None, -1, None)
 
 
 def _may_read(x: Tensor) -> bool:

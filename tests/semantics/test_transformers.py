@@ -210,11 +210,13 @@ def test_cross_attention(keys):
         for side in ("encoder", "decoder")
         for name, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 96))
     }
-    config = transformers.BartConfig(**options, dropout=0.0)
     eager, ours = (
-        transformers.BartForConditionalGeneration._from_config(config, attn_implementation=name)
+        transformers.BartForConditionalGeneration._from_config(
+            transformers.BartConfig(**options, dropout=0.0), attn_implementation=name
+        )
         for name in ("eager", ATTENTION)
     )
+    assert eager.config._attn_implementation == "eager"
     ours.load_state_dict(eager.state_dict())
     kept = padding((0, 9), (0, keys))[:, :keys]
     inputs = {
@@ -554,8 +556,10 @@ def test_arguments_that_would_be_dropped_are_refused(name):
 
 def test_models_that_work_on_their_masks_are_refused():
     _, ours = make_pair("xglm", ATTENTION, d_model=64, attention_heads=4, num_layers=2, ffn_dim=96)
-    with pytest.raises(NotImplementedError, match="wants 'size' of one"):
+    with pytest.raises(NotImplementedError, match="wants size of one"):
         ours(tokens())
+    with pytest.raises(NotImplementedError, match="wants add of one"):
+        torch.ones(4, 4) + Mask((None, 0), (4, 4))
 
 
 def test_float32_that_norms_left():
