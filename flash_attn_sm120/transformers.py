@@ -16,7 +16,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from functools import cache, wraps
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import transformers
@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AttentionInterface, AttentionMaskInterface, masking_utils
 from transformers import modeling_flash_attention_utils as flash_path_of_hf
+from transformers.integrations.flash_attention import get_target_dtype
 
 from flash_attn_sm120 import fa2, interface
 
@@ -68,7 +69,7 @@ def register(flash_path: bool = False) -> Handle:
     Whatever is raised, nothing is registered.
     """
     _warn_of_untried_version()
-    names = [name for name in (ATTENTION, FLASH)[: 1 + flash_path] if not _is_registered(name)]
+    names = [name for name in (ATTENTION, FLASH)[: 1 + flash_path] if not _is_ours(name)]
     if FLASH in names:
         _check_lazy_imports()
     undo = [_register(name) for name in names]
@@ -79,25 +80,27 @@ def register(flash_path: bool = False) -> Handle:
 
 def registered() -> tuple[str, ...]:
     """The names that are registered now."""
-    return tuple(name for name in (ATTENTION, FLASH) if _is_registered(name))
+    return tuple(name for name in (ATTENTION, FLASH) if _behind(name) == _FUNCTIONS)
 
 
 _INTERFACES = (AttentionInterface, AttentionMaskInterface)
 
 
-def _is_registered(name: str) -> bool:
-    found = [kind._global_mapping.get(name) for kind in _INTERFACES]
-    if found == [attention, mask]:
-        return True
-    if found != [None, None]:
+def _behind(name: str) -> tuple[Any, ...]:
+    return tuple(kind._global_mapping.get(name) for kind in _INTERFACES)
+
+
+def _is_ours(name: str) -> bool:
+    found = _behind(name)
+    if found not in (_FUNCTIONS, (None, None)):
         raise ValueError(
             f"Transformers knows the attention {name!r} already, as {found}: remove that first"
         )
-    return False
+    return found == _FUNCTIONS
 
 
 def _register(name: str) -> Callable[[], None]:
-    for kind, function in zip(_INTERFACES, (attention, mask), strict=True):
+    for kind, function in zip(_INTERFACES, _FUNCTIONS, strict=True):
         kind.register(name, function)
 
     def undo() -> None:
@@ -133,6 +136,17 @@ class Rows(NamedTuple):
     max_seqlen: int | None = None
 
 
+class NotATensor(NotImplementedError, AttributeError):
+    """A model does more with its mask than hand it to the attention function."""
+
+
+def _no_tensor(wanted: str) -> NotATensor:
+    return NotATensor(
+        f"{ATTENTION} makes masks that are no tensors, and the model wants {wanted} of one: load "
+        'it with attn_implementation="sdpa" or "eager"'
+    )
+
+
 class Mask(NamedTuple):
     """Which keys the queries see. It is the mask that "eager" would apply, layer by layer."""
 
@@ -143,8 +157,15 @@ class Mask(NamedTuple):
 
     @property
     def ndim(self) -> int:
-        """Transformers asks each mask whether it has the 2 dimensions of padding."""
-        return 0
+        """That of prepared masks: where there are fewer, models prepare them."""
+        return 4
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise _no_tensor(name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: Any) -> NoReturn:
+        raise _no_tensor(getattr(function, "__name__", str(function)))
 
 
 def mask(
@@ -345,7 +366,7 @@ def attention(
         NotImplementedError: dropout, attention weights, position biases, masks of 4 dimensions.
     """
     _refuse(dropout, others)
-    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in _in_one_dtype(module, query, key, value))
     lengths = (q.shape[1], k.shape[1])
     if isinstance(attention_mask, Mask):
         window_size = attention_mask.window_size
@@ -370,6 +391,22 @@ def attention(
         if position_ids is not None and position_ids.ndim == 2:
             shown = _packed_by_positions(shown, position_ids.expand(q.shape[0], -1))
     return _attend(q, k, v, shown, options, bool(deterministic)), None
+
+
+def _in_one_dtype(module: torch.nn.Module, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """q, k and v; where float32 is what norms in float32 left of another dtype, that one.
+
+    On CUDA, and of a v that is not float32, it can only be that: QLoRA keeps norms so. Transformers
+    looks for the dtype of the layer's weights, and says so once.
+    """
+    is_left_over = tensors[0].dtype == torch.float32 and (
+        tensors[0].is_cuda or tensors[2].dtype != torch.float32
+    )
+    if not is_left_over or torch.is_autocast_enabled(tensors[0].device.type):
+        return tensors
+    dtype = get_target_dtype(tensors[0], module)
+    cast: tuple[Tensor, ...] = flash_path_of_hf.fa_peft_integration_check(*tensors, dtype)
+    return cast
 
 
 def _attend(
@@ -500,18 +537,14 @@ def _rows_by_positions(position_ids: Tensor) -> Rows | None:
     return rows
 
 
-def _no_tensor() -> None:
-    return None
-
-
-_last_read: tuple[Callable[[], Tensor | None], int, Rows | None] = (_no_tensor, -1, None)
+_last_read: tuple[Callable[[], Tensor | None], int, Rows | None] = (lambda: None, -1, None)
 
 
 def _may_read(x: Tensor) -> bool:
     """Whether the host may wait for what a tensor holds."""
     if torch.compiler.is_compiling():
         return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not (x.is_meta or (x.is_cuda and torch.cuda.is_current_stream_capturing()))
 
 
 def _bound(length: int | Tensor | None) -> int | None:
@@ -535,6 +568,8 @@ def _refuse(dropout: float, others: dict[str, Any]) -> None:
         if others.get(name) is not None and others[name] is not False:
             raise NotImplementedError(f"{ATTENTION} does not support {name} yet")
 
+
+_FUNCTIONS = (attention, mask)  # behind both names
 
 # ---- the flash path of Transformers --------------------------------------------------------------
 

@@ -153,10 +153,10 @@ def _layers(config: Any, source: str) -> tuple[list[str], list[str]]:
 
 
 def _head_dims(config: Any) -> list[int]:
-    """Of q and k, and of v where it has another."""
+    """Of q and k; also of v, or of layers of full attention, where those have another."""
     nope, rope = (getattr(config, f"qk_{part}_head_dim", None) for part in ("nope", "rope"))
     if nope and rope:
         return [nope + rope, config.v_head_dim]
     heads = getattr(config, "num_attention_heads", None)
     head_dim = getattr(config, "head_dim", None) or (heads and config.hidden_size // heads)
-    return [head_dim] if head_dim else []
+    return [dim for dim in (head_dim, getattr(config, "global_head_dim", None)) if dim]

@@ -210,11 +210,13 @@ def test_cross_attention(keys):
         for side in ("encoder", "decoder")
         for name, n in (("layers", 2), ("attention_heads", 4), ("ffn_dim", 96))
     }
-    config = transformers.BartConfig(**options, dropout=0.0)
     eager, ours = (
-        transformers.BartForConditionalGeneration._from_config(config, attn_implementation=name)
+        transformers.BartForConditionalGeneration._from_config(
+            transformers.BartConfig(**options, dropout=0.0), attn_implementation=name
+        )
         for name in ("eager", ATTENTION)
     )
+    assert eager.config._attn_implementation == "eager"
     ours.load_state_dict(eager.state_dict())
     kept = padding((0, 9), (0, keys))[:, :keys]
     inputs = {
@@ -264,6 +266,38 @@ def test_packed_training_step():
         (eager(inputs, labels=inputs).loss * share).backward()
     for x, y in zip(eager.parameters(), ours.parameters(), strict=True):
         assert_close(y.grad, x.grad, 2e-5)
+
+
+def test_trainer_with_lora(tmp_path):
+    """Packed by Transformers' collator, as the same samples with padding by "eager"."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    samples = [{"input_ids": tokens(1)[0, :n].tolist()} for n in (9, 5, 7, 12, 6, 4)]
+
+    def padded(samples):
+        parts = [torch.tensor(x["input_ids"]) for x in samples]
+        inputs = torch.nn.utils.rnn.pad_sequence(parts, batch_first=True)
+        kept = (inputs != 0).long()
+        labels = inputs.masked_fill(kept == 0, -100)
+        return {"input_ids": inputs, "attention_mask": kept, "labels": labels}
+
+    options = {"max_steps": 2, "per_device_train_batch_size": 3, "learning_rate": 0.05}
+    options |= {"use_cpu": True, "logging_steps": 1, "report_to": [], "save_strategy": "no"}
+    packed = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    losses = []
+    for model, collate in zip(make_pair("mistral", ATTENTION), (padded, packed), strict=True):
+        torch.manual_seed(0)
+        trainer = transformers.Trainer(
+            model=peft.get_peft_model(
+                model, peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+            ),
+            args=transformers.TrainingArguments(output_dir=str(tmp_path), **options),
+            train_dataset=samples,
+            data_collator=collate,
+        )
+        trainer.train()
+        losses.append([step["loss"] for step in trainer.state.log_history if "loss" in step])
+    assert losses[0][0] != losses[0][1]
+    assert_close(*map(torch.tensor, losses[::-1]))
 
 
 # ---- generate ------------------------------------------------------------------------------------
@@ -518,6 +552,34 @@ def test_arguments_that_would_be_dropped_are_refused(name):
     with pytest.raises(NotImplementedError, match=name):
         call(**{name: torch.zeros(1)})
     call(**{name: None})
+
+
+def test_models_that_work_on_their_masks_are_refused():
+    _, ours = make_pair("xglm", ATTENTION, d_model=64, attention_heads=4, num_layers=2, ffn_dim=96)
+    with pytest.raises(NotImplementedError, match="wants size of one"):
+        ours(tokens())
+    with pytest.raises(NotImplementedError, match="wants add of one"):
+        torch.ones(4, 4) + Mask((None, 0), (4, 4))
+
+
+def test_float32_that_norms_left():
+    """As QLoRA makes it: q and k in float32, v in the dtype of the weights."""
+    layer = torch.nn.Module()
+    layer.config, layer.to_q = configuration("llama"), torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+    q, k, v = torch.randn(3, 1, 2, 5, 16)
+    out, _ = door.attention(layer, q, k, v.bfloat16(), None)
+    expected, _ = door.attention(layer, q.bfloat16(), k.bfloat16(), v.bfloat16(), None)
+    assert torch.equal(out, expected)
+    assert door.attention(layer, q, k, v, None)[0].dtype == torch.float32
+
+
+def test_without_data():
+    """Nothing is read of tensors that have none."""
+    with torch.device("meta"):
+        ours = make_model(configuration("mistral"), ATTENTION)
+        inputs = torch.zeros(2, SEQLEN, dtype=torch.long)
+        assert ours(inputs).logits.shape == (2, SEQLEN, VOCABULARY)
+        assert ours(inputs, attention_mask=torch.ones_like(inputs)).logits.is_meta
 
 
 def test_a_table_of_a_window_is_refused():
