@@ -182,6 +182,10 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .lengths = lengths_of(problem),
         .pages = pages_of(problem),
         .list = list_of(plan, workspace),
+        .dropout_seed = data_of(&problem->dropout_seed),
+        .dropout_threshold = (unsigned)shape->dropout << 16,
+        .dropout_keep = fa_keep_probability(shape),
+        .dropout_scale = 1 / fa_keep_probability(shape),
     };
 }
 
@@ -412,7 +416,7 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .scale_log2 = scales.scale_log2,
         .masked_score = scales.masked_score,
         .scale_in_cap = scales.scale_in_cap,
-        .softmax_scale = shape->softmax_scale,
+        .softmax_scale = shape->softmax_scale / fa_keep_probability(shape),
         .dq = gradients->dq.data,
         .dq_stride = fa_tensor_strides(&gradients->dq),
         .zero_share = CEIL_DIV(zero_chunks, MAX(plan->steps[0].blocks, 1)),
@@ -422,6 +426,10 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .query_tiles = plan->query_tiles,
         .head_dim = shape->head_dim,
         .tile_n = plan->tile_n,
+        .dropout_seed = data_of(&problem->dropout_seed),
+        .dropout_threshold = (unsigned)shape->dropout << 16,
+        .dropout_keep = fa_keep_probability(shape),
+        .dropout_scale = 1 / fa_keep_probability(shape),
     };
 }
 
@@ -452,7 +460,7 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     const struct fa_shape *shape = &problem->shape;
     const int queries = (shape->is_varlen ? plan->query_tiles : plan->m_blocks) * plan->tile_m;
     const int keys = plan->n_blocks * plan->tile_n;
-    const float scale = shape->softmax_scale;
+    const float keep = fa_keep_probability(shape), scale = shape->softmax_scale / keep;
     arguments->main = backward_params(problem, gradients, plan, workspace);
     arguments->dq = postprocess_params(workspace + at->dq_accum, variant->dq_buffers, queries,
                                        scale, &gradients->dq);
@@ -461,7 +469,7 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     arguments->dq.tile_m = plan->tile_m;
     arguments->dq.lengths = lengths_of(problem);
     arguments->dk = postprocess_params(workspace + at->dk_accum, 1, keys, scale, &gradients->dk);
-    arguments->dv = postprocess_params(workspace + at->dv_accum, 1, keys, 1, &gradients->dv);
+    arguments->dv = postprocess_params(workspace + at->dv_accum, 1, keys, 1 / keep, &gradients->dv);
     if (!variant->tma)
         return 0;
     if (encode_queries_map(driver, &problem->q, plan->tile_m, &arguments->main.q_map) < 0)

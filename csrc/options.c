@@ -63,6 +63,18 @@ static int read_softcap(PyObject *object, const char *name, void *field)
                          : fa_raise_value(PyExc_ValueError, name, "0 (none) or positive", object);
 }
 
+/* In fp64, which tells 1 from what is next to it. */
+static int read_probability(PyObject *object, const char *name, void *field)
+{
+    float rounded;
+    if (read_float(object, name, &rounded) < 0)
+        return -1;
+    const double value = PyFloat_AsDouble(object);
+    *(double *)field = value;
+    return value >= 0 && value < 1 ? 0
+                                   : fa_raise_value(PyExc_ValueError, name, "in [0, 1)", object);
+}
+
 static int read_flag(PyObject *object, const char *name, void *field)
 {
     if (object != Py_True && object != Py_False && refuse_tensor(object, name, "True or False") < 0)

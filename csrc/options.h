@@ -32,6 +32,8 @@ struct fa_window {
     X(window_size, struct fa_window, window, FA_NO_WINDOW, "(None, None)")                         \
     X(learnable_sink, PyObject *, object, NULL, "None")                                            \
     X(softcap, float, softcap, 0, "0.0")                                                           \
+    X(dropout_p, double, probability, 0, "0.0")                                                    \
+    X(dropout_seed, PyObject *, object, NULL, "None")                                              \
     X(num_splits, int, count, 0, "0")                                                              \
     X(pack_gqa, enum fa_pack_gqa, choice, FA_PACK_AUTO, "None")                                    \
     X(deterministic, bool, flag, false, "False")

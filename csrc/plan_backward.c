@@ -56,6 +56,12 @@ static int n_blocks_of(const struct fa_plan_input *input, const struct fa_backwa
     return CEIL_DIV(input->seqlen_k, tile_n_of(tile));
 }
 
+/* A step of score.cuh that leaves fewer of them to a sub-tile. */
+static bool takes_registers(const struct fa_plan_input *input)
+{
+    return input->softcap || input->dropout;
+}
+
 static struct fa_variant variant_of(const struct fa_plan_input *input,
                                     const struct fa_device *device,
                                     const struct fa_backward_tile *tile)
@@ -64,7 +70,7 @@ static struct fa_variant variant_of(const struct fa_plan_input *input,
     variant.kernel = FA_KERNEL_BACKWARD;
     variant.warp_n = tile->warp_n;
     variant.tile_m = tile->tile_m;
-    variant.sub_m = input->softcap ? 16 : tile->sub_m; /* a cap takes registers */
+    variant.sub_m = takes_registers(input) ? 16 : tile->sub_m;
     variant.dq_dim_warps = dq_dim_warps(tile, input->head_dim);
     variant.warps = tile->warps;
     variant.stages = tile->stages;
@@ -105,6 +111,8 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
                         : "row of csrc/tiles.c for the larger head dim, and for few keys");
     if (input->softcap)
         fa_plan_because(plan, "sub_m", "16 queries at a time: the tanh of a cap takes registers");
+    else if (input->dropout)
+        fa_plan_because(plan, "sub_m", "16 queries at a time: random numbers take registers");
     if (variant->dq_direct)
         fa_plan_because(plan, "dq_accum",
                         "none: one tile holds all keys, so that a tile of dQ is one block's");

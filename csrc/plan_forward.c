@@ -78,6 +78,19 @@ static void shrink_ring(const struct fa_plan_input *input, struct fa_tile *tile)
     tile->sub_n = MIN(tile->sub_n, tile->tile_n);
 }
 
+/* Random numbers take registers, and 32 keys share them: where warps have 32 rows, or fewer keys at
+ * a time, the tile is that of windows at head_dim 128, whose shared memory is enough for less. */
+static void make_room_for_dropout(struct fa_tile *tile)
+{
+    if (tile->warp_m == 16 && tile->sub_n >= 32)
+        return;
+    tile->tile_n = 64;
+    tile->sub_n = 32;
+    tile->warps = 8;
+    tile->warp_m = 16;
+    tile->stages = 3;
+}
+
 /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds on
  * 12.x. */
 static int smem_limit(const struct fa_device *device)
@@ -132,6 +145,8 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const bool is_asked = tile->kernel == FA_KERNEL_FORWARD_TMA;
     if (!is_own && input->paged)
         prefer_tma(input, device, tile, &why_not_tma);
+    if (input->dropout && !is_own)
+        make_room_for_dropout(tile);
     if (input->varlen && !is_own)
         shrink_ring(input, tile);
     const bool is_tma = tile->kernel == FA_KERNEL_FORWARD_TMA;
@@ -174,6 +189,8 @@ static const char *why_not_packed(const struct fa_plan_input *input)
 {
     if (fa_plan_heads_per_kv(input) == 1)
         return "not packed: each KV head has one query head";
+    if (input->dropout)
+        return "not packed: a random number is drawn for weights of rows that are queries";
     if (rows(input, input->seqlen_q, true) > FA_MAX_SIZE)
         return "not packed: of 2^28 rows or more, which are counted in 32 bits";
     return NULL;

@@ -292,6 +292,7 @@ static void set_shape(struct fa_problem *problem, int batch)
     shape->softmax_scale = isnan(options->softmax_scale) ? 1.0f / sqrtf((float)shape->head_dim)
                                                          : options->softmax_scale;
     shape->softcap = options->softcap;
+    shape->dropout = (int)MIN(options->dropout_p * 65536 + 0.5, 65535);
 }
 
 static int read_sink(struct fa_dlpack *dlpack, struct fa_problem *problem)
@@ -303,6 +304,26 @@ static int read_sink(struct fa_dlpack *dlpack, struct fa_problem *problem)
         check_size(sink, "learnable_sink", 0, "q's heads", problem->shape.heads_q) < 0)
         return -1;
     return check_device(&problem->q, sink, "learnable_sink");
+}
+
+/* What is dropped depends on it alone; nothing is drawn here. */
+static int read_dropout_seed(struct fa_dlpack *dlpack, enum fa_read read,
+                             struct fa_problem *problem)
+{
+    struct fa_tensor *seed = &problem->dropout_seed;
+    PyObject *object = problem->options.dropout_seed;
+    if (!problem->shape.dropout || (!object && read == FA_READ_LAYOUT))
+        return 0;
+    if (!object)
+        return fa_raise(PyExc_ValueError, "dropout_p above 0 needs a dropout_seed");
+    if (fa_tensor_read_int64(dlpack, object, "dropout_seed", 1, seed) < 0 ||
+        check_size(seed, "dropout_seed", 0, "size", 2) < 0 ||
+        check_device(&problem->q, seed, "dropout_seed") < 0)
+        return -1;
+    return fa_tensor_has_contiguous_rows(seed)
+               ? 0
+               : fa_raise(PyExc_ValueError, "dropout_seed must be contiguous, got stride %lld",
+                          (long long)seed->stride[0]);
 }
 
 /* Sizes of a result, and how many there are: of out [batch, seqlen_q, heads_q, head_dim_v], where q
@@ -387,8 +408,8 @@ struct named_tensor {
 };
 
 /* All tensors of a call, some of which may not be there (yet). */
-#define FORWARD_TENSORS 16
-#define MAX_TENSORS     22
+#define FORWARD_TENSORS 17
+#define MAX_TENSORS     23
 static int tensors_of(const struct fa_problem *problem, const struct fa_gradients *gradients,
                       struct named_tensor tensors[MAX_TENSORS])
 {
@@ -397,6 +418,7 @@ static int tensors_of(const struct fa_problem *problem, const struct fa_gradient
         {&problem->k, name_of_k(problem)},
         {&problem->v, name_of_v(problem)},
         {&problem->sink, "learnable_sink"},
+        {&problem->dropout_seed, "dropout_seed"},
         {&problem->out, "out"},
         {&problem->lse, "lse"},
         {&problem->cu_seqlens_q, "cu_seqlens_q"},
@@ -513,7 +535,7 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
     if (batch < 0)
         return -1;
     set_shape(problem, (int)batch);
-    if (read_sink(dlpack, problem) < 0)
+    if (read_sink(dlpack, problem) < 0 || read_dropout_seed(dlpack, read, problem) < 0)
         return -1;
     for (int i = 0; i < 4; i++) {
         if (!tensors[i]->object)
@@ -539,13 +561,13 @@ static void release(struct fa_tensor *const *tensors, int count)
 
 void fa_problem_release(struct fa_problem *problem)
 {
-    release((struct fa_tensor *const[]){&problem->q, &problem->k, &problem->v, &problem->sink,
-                                        &problem->out, &problem->lse, &problem->cu_seqlens_q,
-                                        &problem->cu_seqlens_k, &problem->seqused_q,
-                                        &problem->seqused_k, &problem->page_table,
-                                        &problem->leftpad_k, &problem->append.k, &problem->append.v,
-                                        &problem->append.cos, &problem->append.sin},
-            FORWARD_TENSORS);
+    release(
+        (struct fa_tensor *const[]){
+            &problem->q, &problem->k, &problem->v, &problem->sink, &problem->dropout_seed,
+            &problem->out, &problem->lse, &problem->cu_seqlens_q, &problem->cu_seqlens_k,
+            &problem->seqused_q, &problem->seqused_k, &problem->page_table, &problem->leftpad_k,
+            &problem->append.k, &problem->append.v, &problem->append.cos, &problem->append.sin},
+        FORWARD_TENSORS);
 }
 
 int fa_problem_check_differentiable(const struct fa_problem *problem)

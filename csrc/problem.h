@@ -19,12 +19,13 @@ struct fa_problem {
     struct fa_options options;
     /* Where a side is packed [total, ...] takes the place of [batch, seqlen, ...], here and below,
      * and the lse is [heads_q, total]; of a page table k and v are [pages, page_size, ...]. */
-    struct fa_tensor q;    /* [batch, seqlen_q, heads_q, head_dim] */
-    struct fa_tensor k;    /* [batch, seqlen_k, heads_kv, head_dim] */
-    struct fa_tensor v;    /* [batch, seqlen_k, heads_kv, head_dim_v] */
-    struct fa_tensor sink; /* [heads_q]; object NULL where there is none */
-    struct fa_tensor out;  /* [batch, seqlen_q, heads_q, head_dim_v] */
-    struct fa_tensor lse;  /* [batch, heads_q, seqlen_q] fp32; object NULL where not wanted */
+    struct fa_tensor q;            /* [batch, seqlen_q, heads_q, head_dim] */
+    struct fa_tensor k;            /* [batch, seqlen_k, heads_kv, head_dim] */
+    struct fa_tensor v;            /* [batch, seqlen_k, heads_kv, head_dim_v] */
+    struct fa_tensor sink;         /* [heads_q]; object NULL where there is none */
+    struct fa_tensor dropout_seed; /* [2] int64: seed, offset; object NULL where none is needed */
+    struct fa_tensor out;          /* [batch, seqlen_q, heads_q, head_dim_v] */
+    struct fa_tensor lse; /* [batch, heads_q, seqlen_q] fp32; object NULL where not wanted */
     /* int32, rows contiguous; object NULL where there are none */
     struct fa_tensor cu_seqlens_q, cu_seqlens_k; /* [batch + 1]: where sequences begin and end */
     struct fa_tensor seqused_q, seqused_k;       /* [batch]: how many of their rows are used */

@@ -33,7 +33,14 @@ struct fa_shape {
     int window_left, window_right;
     float softmax_scale;
     float softcap; /* 0: none */
+    int dropout;   /* of 2^16 weights so many are dropped */
 };
+
+/* The probability that a weight is not dropped, exactly. */
+static inline float fa_keep_probability(const struct fa_shape *shape)
+{
+    return 1.0f - (float)shape->dropout / 65536.0f;
+}
 
 /* Query heads that share a KV head, of a shape that is not empty. */
 static inline int fa_heads_per_kv(const struct fa_shape *shape)

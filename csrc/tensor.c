@@ -13,7 +13,7 @@
 
 const char *fa_dtype_name(enum fa_dtype dtype)
 {
-    static const char *const names[] = {"float32", "float16", "bfloat16", "int32"};
+    static const char *const names[] = {"float32", "float16", "bfloat16", "int32", "int64"};
     return names[dtype];
 }
 
@@ -66,13 +66,18 @@ static int refuse_dtype(DLDataType dtype, const char *name, const char *expected
                     dtype.bits, dtype.lanes == 1 ? "" : " in vectors");
 }
 
-/* `*out` is FA_INT32 where that is wanted. */
+/* `*out` is FA_INT32 or FA_INT64 where that is wanted. */
 static int read_dtype(DLDataType dtype, const char *name, enum fa_dtype *out)
 {
     if (*out == FA_INT32) {
         if (dtype.lanes == 1 && dtype.code == kDLInt && dtype.bits == 32)
             return 0;
         return refuse_dtype(dtype, name, "int32");
+    }
+    if (*out == FA_INT64) {
+        if (dtype.lanes == 1 && (dtype.code == kDLInt || dtype.code == kDLUInt) && dtype.bits == 64)
+            return 0;
+        return refuse_dtype(dtype, name, "int64 or uint64");
     }
     if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 32)
         *out = FA_FLOAT32;
@@ -358,6 +363,12 @@ int fa_tensor_read_int32(struct fa_dlpack *dlpack, PyObject *object, const char 
                          struct fa_tensor *tensor)
 {
     return read_tensor(dlpack, object, name, ndim, FA_INT32, tensor);
+}
+
+int fa_tensor_read_int64(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
+                         struct fa_tensor *tensor)
+{
+    return read_tensor(dlpack, object, name, ndim, FA_INT64, tensor);
 }
 
 static bool is_alike(const struct fa_tensor *a, const struct fa_tensor *b)

@@ -18,7 +18,7 @@ struct fa_tensor {
     int64_t shape[FA_MAX_NDIM];
     int64_t stride[FA_MAX_NDIM]; /* in elements; 0 and negative are legal */
     uintptr_t begin, end;        /* all elements lie in between; both 0 where there are none */
-    enum fa_dtype dtype;         /* of lengths and pages FA_INT32, of all else floating-point */
+    enum fa_dtype dtype; /* floating-point; of lengths and pages FA_INT32, of seeds FA_INT64 */
     enum fa_device_type device_type;
     int device_id;
     bool is_read_only;              /* its producer says so */
@@ -49,6 +49,10 @@ int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name,
 
 /* The same for lengths and pages: int32. */
 int fa_tensor_read_int32(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
+                         struct fa_tensor *tensor);
+
+/* And for seeds: int64 or uint64. */
+int fa_tensor_read_int64(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                          struct fa_tensor *tensor);
 
 /* What is borrowed (read by the exchange API) is good until Python code runs: that may resize or
@@ -127,6 +131,7 @@ void fa_tensor_release(struct fa_tensor *tensor);
 #define FA_DEVICE_NAME_SIZE 24
 void fa_device_name(const struct fa_tensor *tensor, char name[FA_DEVICE_NAME_SIZE]);
 
-const char *fa_dtype_name(enum fa_dtype dtype); /* "float32", "float16", "bfloat16", "int32" */
+const char *
+fa_dtype_name(enum fa_dtype dtype); /* "float32", "float16", "bfloat16", "int32", "int64" */
 
 #endif

@@ -29,6 +29,7 @@
  *   TMA                    1: the TMA loads Q and dO, 0: cp.async does
  *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
  *   SOFTCAP                1: scores are capped by a tanh
+ *   DROPOUT                1: weights are dropped
  *   DETERMINISTIC          1: ordered accumulation: blocks add to dQ in the order of their keys
  *   DQ_DIRECT              1: one block has all keys, and stores dQ instead of adding to it
  *   VARLEN                 1: every sequence has lengths of its own
@@ -68,6 +69,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
                                            const sequence<fa_backward_params> &seq)
 {
     const fa_backward_params &params = seq.params;
+    const dropout_stream stream(params, seq.batch, tile.head);
     tile.wait_Q();
     if (!WAITS_LATE_FOR_DO)
         tile.wait_dO();
@@ -93,8 +95,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
             mask_sub_tile(S_rmem, seq, key, query);
 
         /* P^T = 2^(S^T * scale_log2 - lse_log2), and for group 1, which computes dS^T from it, P^T
-         * times the derivative of the cap. A score_mod's derivative belongs there, too, and
-         * dropout's share of dP^T to product 2. */
+         * times the derivative of the cap. A score_mod's derivative belongs there, too. */
         float P_group_1[N_FRAGS][M_FRAGS][4];
 #pragma unroll
         for (int m = 0; m < M_FRAGS; m++) {
@@ -105,10 +106,19 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
                 for (int e = 0; e < 4; e++) {
                     const float s = S_rmem[n][m][e];
                     const float p = exp2_approx(s * params.scale_log2 - (e % 2 ? lse.y : lse.x));
-                    S_rmem[n][m][e] = dropout(p, coords_of(16 * n + 8 * (e / 2), 8 * m + e % 2));
+                    S_rmem[n][m][e] = p;
                     P_group_1[n][m][e] = SOFTCAP ? p * (1.0f - fminf(s * s, 1.0f)) : p;
                 }
         }
+
+        /* Dropped weights count nothing in dV; their sign tells group 1, whose P^T is not negative
+         * otherwise. */
+        if (DROPOUT)
+            for_each_dropped_of_transposed<N_FRAGS, M_FRAGS>(
+                stream, query, key, [&](int n, int m, int e) {
+                    S_rmem[n][m][e] = -S_rmem[n][m][e];
+                    P_group_1[n][m][e] = -P_group_1[n][m][e];
+                });
 
         /* P^T to shared memory, once dS^T of the tile before has been read there. */
         if (m0 == 0)
@@ -123,6 +133,8 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
         barrier_arrive<THREADS>(P_FULL + m0 / SUB_M);
 
         /* Product 3: dV [WARP_N, HEAD_DIM_V] += P^T [WARP_N, SUB_M] * dO. */
+        if (DROPOUT)
+            for_each_score(S_rmem, [](float &p, int, int) { p = p < 0.0f ? 0.0f : p; });
         pack_operand(P_rmem, S_rmem);
         if (WAITS_LATE_FOR_DO && m0 == 0)
             tile.wait_dO();
@@ -137,8 +149,16 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
 __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][4],
                                            const unsigned (&V_rmem)[N_FRAGS][MAX_STEPS][4],
                                            const query_tile &tile, unsigned word_smem,
-                                           unsigned operand_smem)
+                                           unsigned operand_smem, const fa_backward_params &params)
 {
+    const auto delta_of =
+        [&](int column) { /* of two queries */
+                          const float2 delta =
+                              ld_shared_2(tile.lse_smem + (TILE_M + column + 2 * quad_lane()) * 4);
+                          return DROPOUT ? make_float2(delta.x * params.dropout_keep,
+                                                       delta.y * params.dropout_keep)
+                                         : delta;
+        };
     tile.wait_Q(); /* delta comes with it */
     tile.wait_dO();
 #pragma unroll
@@ -148,8 +168,7 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
         unsigned P_rmem[N_FRAGS][M_FRAGS / 2][4];
 #pragma unroll
         for (int m = 0; m < M_FRAGS; m++) {
-            const float2 delta =
-                ld_shared_2(tile.lse_smem + (TILE_M + m0 + 8 * m + 2 * quad_lane()) * 4);
+            const float2 delta = delta_of(m0 + 8 * m);
 #pragma unroll
             for (int n = 0; n < N_FRAGS; n++)
 #pragma unroll
@@ -160,7 +179,9 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
             dS_rmem, V_rmem,
             not_before(tile.dO_smem + columns_first<dO_layout>()) + m0 * dO_layout::ROW_BYTES);
 
-        /* dS^T = P^T * (dP^T - delta), with P^T from group 0. */
+        /* dS^T = P^T * (dP^T - delta), with P^T from group 0. Where weights were dropped dP^T is 0,
+         * and elsewhere 1 / (1 - p) times what product 2 makes: here delta is (1 - p) times itself
+         * instead, and what dS^T is too small by is part of the scales of dK and dQ. */
         barrier_sync<THREADS>(P_FULL + m0 / SUB_M);
 #pragma unroll
         for (int n = 0; n < N_FRAGS; n++)
@@ -170,8 +191,14 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
 #pragma unroll
                 for (int r = 0; r < 4; r++) {
                     const float2 p = unpack_fp16(P_rmem[n][m][r]);
-                    dS_rmem[n][2 * m + r / 2][r % 2 * 2] *= p.x;
-                    dS_rmem[n][2 * m + r / 2][r % 2 * 2 + 1] *= p.y;
+                    float *dS = dS_rmem[n][2 * m + r / 2] + r % 2 * 2;
+                    if (DROPOUT) {
+                        const float2 delta = delta_of(m0 + 8 * (2 * m + r / 2));
+                        dS[0] = p.x < 0.0f ? delta.x : dS[0];
+                        dS[1] = p.y < 0.0f ? delta.y : dS[1];
+                    }
+                    dS[0] *= p.x;
+                    dS[1] *= p.y;
                 }
             }
 
@@ -345,7 +372,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
         /* ---- 3. Products 1 and 3 in group 0: P^T and dV. 2 and 4 in group 1: dS^T and dK. */
         if (!is_group_0)
-            compute_dK(dKV_rmem, KV_rmem, tile, word_smem, operand_smem);
+            compute_dK(dKV_rmem, KV_rmem, tile, word_smem, operand_smem, params);
         else if (masked)
             compute_dV<true>(dKV_rmem, KV_rmem, tile, word_smem, key0 + lane_row, seq);
         else
@@ -444,7 +471,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     if (is_group_0)
         store_gradient<HEAD_DIM_V>(dKV_rmem, params.dv, params.dv_stride, params.dv_accum, block,
-                                   warp_key, 1.0f / P_SCALE, params);
+                                   warp_key, (DROPOUT ? params.dropout_scale : 1.0f) / P_SCALE,
+                                   params);
     else
         store_gradient<HEAD_DIM>(dKV_rmem, params.dk, params.dk_stride, params.dk_accum, block,
                                  warp_key, params.softmax_scale / P_SCALE, params);

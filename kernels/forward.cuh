@@ -100,7 +100,9 @@ __device__ __forceinline__ void store_split(const fa_forward_params &params,
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const float l = quad_sum(l_rmem[m][half]);
-            const float inverse = l == 0.0f ? 0.0f : 1.0f / l; /* 0: no keys */
+            float inverse = l == 0.0f ? 0.0f : 1.0f / l; /* 0: no keys */
+            if (DROPOUT)
+                inverse *= params.dropout_scale;
             const int row = block.lane_row + 16 * m + 8 * half;
             if (row >= block.row_count() || left_out.has(m, half))
                 continue;
@@ -140,7 +142,9 @@ __device__ __forceinline__ void store_rows(const fa_forward_params &params,
             float &l = l_rmem[m][half];
             l = quad_sum(l);
             const float rescale = add_sink(l, m_rmem[m][half], sink);
-            const float inverse = l == 0.0f ? 0.0f : rescale * (1.0f / l); /* 0: no keys */
+            float inverse = l == 0.0f ? 0.0f : rescale * (1.0f / l); /* 0: no keys */
+            if (DROPOUT)
+                inverse *= params.dropout_scale;
             element *out_row = out_gmem + block.row_offset(params.out_stride, row);
             store_row<O_FRAGS>(out_row, O_rmem[m], half, inverse, stores);
             if (lse_gmem && stores)
@@ -189,6 +193,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
         } else {
             load_queries(Q_rmem, params);
             clear(O_rmem, l_rmem, m_rmem);
+            const dropout_stream stream(params, block.seq.batch, block.head);
             if (VARLEN)
                 ring.clear_tail(block.seq.seqlen_k());
 
@@ -233,7 +238,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                                      : rows_to_update(block, row, tile_key, tiles.end * TILE_N);
                         update_row_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2, updated);
                         exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, updated,
-                                     coords_of);
+                                     stream, coords_of);
                         if (nonfinite) {
                             add_values_seen(O_rmem, P_rmem, V_sub_smem, block, row, key);
                             load_queries(Q_rmem, params); /* again: that took Q's registers */
@@ -261,7 +266,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                         softcap(S_rmem, params.scale_in_cap);
                         score_mod(S_rmem, coords_of);
                         exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, row_set{0},
-                                     coords_of);
+                                     stream, coords_of);
                         add_values(O_rmem, P_rmem, ring.V_smem + n * V_layout::ROW_BYTES);
                     }
                     ring.advance();

@@ -17,7 +17,13 @@ typedef int64_t fa_int64;
 #define FA_ALIGNED(bytes) _Alignas(bytes)
 #endif
 
-enum fa_dtype { FA_FLOAT32, FA_FLOAT16, FA_BFLOAT16, FA_INT32 /* of lengths and pages alone */ };
+enum fa_dtype {
+    FA_FLOAT32,
+    FA_FLOAT16,
+    FA_BFLOAT16,
+    FA_INT32 /* of lengths and pages alone */,
+    FA_INT64 /* of seeds */
+};
 
 /* Outer strides of one [batch, seqlen, heads, head_dim] tensor. */
 struct fa_strides {
@@ -90,9 +96,13 @@ struct fa_forward_params {
     /* [m_blocks]: the tiles of rows of all sequences, as varlen_fill.cu writes them; group_heads
      * then divides heads. NULL: m_blocks of each. Read only where VARLEN. */
     const struct fa_listed_tile *list;
+    const fa_int64 *dropout_seed; /* [2]: seed, offset; this and what follows only where DROPOUT */
+    unsigned dropout_threshold;   /* of philox.h */
+    float dropout_keep;           /* 1 - the probability; read by the backward alone */
+    float dropout_scale;          /* its inverse */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 336, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 360, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -105,7 +115,7 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "336, padding, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "360, padding, then maps");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
  * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
@@ -213,7 +223,7 @@ struct fa_backward_params {
     int window_right;
     int sink_dtype;                               /* enum fa_dtype */
     float scale_log2, masked_score, scale_in_cap; /* as in fa_forward_params */
-    float softmax_scale;
+    float softmax_scale; /* of dk and dq: where DROPOUT times dropout_scale */
     fa_int64 zero_share; /* of zero_chunks, for one block of backward_preprocess.cu */
     void *dq;            /* like q; where DQ_DIRECT */
     struct fa_strides dq_stride;
@@ -226,7 +236,10 @@ struct fa_backward_params {
     int group_heads; /* (batch, KV head) pairs that run together, with a list KV heads; the last
                       * group may have fewer */
     int query_tiles; /* where VARLEN: of a head, of all sequences */
-    int head_dim, tile_n; /* of q and k, and keys of a tile: for backward_preprocess.cu */
+    int head_dim, tile_n;         /* of q and k, and keys of a tile: for backward_preprocess.cu */
+    const fa_int64 *dropout_seed; /* as in fa_forward_params */
+    unsigned dropout_threshold;
+    float dropout_keep, dropout_scale;
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 832, "432, padding, maps, then the rest");

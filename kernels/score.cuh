@@ -6,7 +6,7 @@
  *   3. score_mod  no variant has one yet
  *   4. mask       -inf where the query does not see the key
  *   5. softmax    p = 2^(s * scale_log2 - m), see softmax.cuh
- *   6. dropout    no variant has it yet
+ *   6. dropout    weights become 0; what is left counts 1 / (1 - p) times as much, see philox.h
  *
  * Rows of fragments are queries in the forward, where S = Q K^T, and keys in the backward, where
  * S^T = K Q^T: so each step takes an element as it is, or asks a function where it is. */
@@ -14,6 +14,7 @@
 #define FA_SCORE_CUH
 
 #include "mask.cuh"
+#include "philox.h"
 
 /* Whose score it is: query head, and query and key of the sequence. */
 struct score_coords {
@@ -74,7 +75,79 @@ __device__ __forceinline__ void mask_scores(float (&S)[ROW_FRAGS][COLUMN_FRAGS][
         }
 }
 
-/* ---- 6. A probability as it weighs V; the sum of a row takes it as it was. */
-__device__ __forceinline__ float dropout(float p, const score_coords &) { return p; }
+/* ---- 6. Probabilities as they weigh V; the sum of a row takes them as they were. The factor
+ * 1 / (1 - p) is part of the scales of what is stored. */
+
+/* What a block needs to know of the weights of one head of a sequence. */
+struct dropout_stream {
+    fa_philox random;
+    unsigned threshold;
+
+    template <class params_t>
+    __device__ __forceinline__ dropout_stream(const params_t &params, int batch, int head)
+    {
+        if (!DROPOUT)
+            return;
+        const int *seed = reinterpret_cast<const int *>(params.dropout_seed);
+        unsigned words[4];
+        for (int i = 0; i < 4; i++)
+            words[i] = ld_global(seed + i);
+        random = fa_dropout_stream(words, batch, head);
+        threshold = params.dropout_threshold;
+    }
+
+    /* Calls f(q, k) for the weights of a draw that are dropped. Of its keys there are KEYS, from
+     * `key` on, which need not be the first; `query` is. */
+    template <int KEYS, class F>
+    __device__ __forceinline__ void for_each_dropped(int query, int key, F f) const
+    {
+        constexpr int APART = FA_DRAW_KEY_STEP;
+        const bool is_upper = KEYS < FA_DRAW_KEYS && key & KEYS * APART;
+        fa_philox draw = fa_dropout_draw(&random, query, is_upper ? key - KEYS * APART : key);
+#pragma unroll
+        for (int k = 0; k < KEYS; k++) {
+            if (is_upper)
+                draw.word[k] = draw.word[k + FA_DRAW_KEYS - KEYS];
+#pragma unroll
+            for (int q = 0; q < 2; q++)
+                if (!fa_dropout_keeps(&draw, q, k, threshold))
+                    f(q, k);
+        }
+    }
+};
+
+/* Calls f(m, n, e) for each element of P [queries, keys], in C fragments, that is dropped. `query`
+ * and `key` are those of P[0][0][0] of this lane. */
+template <int M_FRAGS, int N_FRAGS, class F>
+__device__ __forceinline__ void for_each_dropped(const dropout_stream &stream, int query, int key,
+                                                 F f)
+{
+    constexpr int KEYS = N_FRAGS < FA_DRAW_KEYS ? N_FRAGS : FA_DRAW_KEYS;
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int n = 0; n < N_FRAGS; n += KEYS)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                stream.for_each_dropped<KEYS>(query + 16 * m, key + 8 * n + e,
+                                              [&](int q, int k) { f(m, n + k, 2 * q + e); });
+}
+
+/* The same of P^T [keys, queries]: f(n, m, e). */
+template <int N_FRAGS, int M_FRAGS, class F>
+__device__ __forceinline__ void for_each_dropped_of_transposed(const dropout_stream &stream,
+                                                               int query, int key, F f)
+{
+    constexpr int KEYS = 2 * N_FRAGS < FA_DRAW_KEYS ? 2 * N_FRAGS : FA_DRAW_KEYS;
+#pragma unroll
+    for (int n = 0; n < N_FRAGS; n += KEYS / 2)
+#pragma unroll
+        for (int m = 0; m < M_FRAGS; m += 2)
+#pragma unroll
+            for (int e = 0; e < 2; e++)
+                stream.for_each_dropped<KEYS>(query + 8 * m + e, key + 16 * n, [&](int q, int k) {
+                    f(n + k / 2, m + q, k % 2 * 2 + e);
+                });
+}
 
 #endif

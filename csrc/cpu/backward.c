@@ -3,13 +3,14 @@
  *
  *     s_ij  = softcap(scale * q_i . k_j)
  *     p_ij  = exp(s_ij - lse_i)                       a weight of the softmax
- *     dp_ij = dout_i . v_j                            its gradient
+ *     dp_ij = m_ij dout_i . v_j                       its gradient: m_ij is what dropout multiplies
+ *                                                     p_ij by before it weighs v_j, else 1
  *     ds_ij = p_ij (dp_ij - delta_i) * scale          that of q_i . k_j; with softcap c times the
  *                                                     slope of tanh, 1 - (s_ij / c)^2
  *     delta_i = dout_i . out_i - dlse_i               what the softmax's normalisation takes off
  *             = sum_j p_ij dp_ij - dlse_i             the same without the rounding of out
  *
- *     dq_i = sum_j ds_ij k_j      dk_j = sum_i ds_ij q_i      dv_j = sum_i p_ij dout_i
+ *     dq_i = sum_j ds_ij k_j      dk_j = sum_i ds_ij q_i      dv_j = sum_i m_ij p_ij dout_i
  *     dsink = -sum_i exp(sink - lse_i) delta_i        a weight whose gradient dp is 0
  *
  * where the sums over i go over all query heads that read the KV head, for dsink over the batch.
@@ -43,6 +44,7 @@ struct task {
     struct sequence sequence;
     struct lengths longest; /* of all sequences */
     int64_t head, head_kv;
+    struct dropout dropout;  /* of the head */
     struct range rows, keys; /* the current tiles */
     float *Q, *dO;           /* [TILE, width], [TILE, width_v] */
     float *K, *V;            /* [TILE, width], [TILE, width_v] */
@@ -75,6 +77,7 @@ static struct row *rows_of_head(const struct task *task, int64_t head)
 static void load_queries(struct task *task, int64_t head, struct range rows)
 {
     task->head = head;
+    task->dropout = dropout_of(task->problem, task->sequence.number, head);
     task->rows = rows;
     task->of_row = rows_of_head(task, head) + rows.begin;
     fa_load_rows(&task->problem->q, task->sequence.q, rows, head, task->Q);
@@ -159,6 +162,12 @@ static struct range keys_of(const struct task *task, int64_t row)
     return intersection(visible_keys(shape, &task->sequence, task->rows.begin + row), task->keys);
 }
 
+/* m of a row of the tile and a key. */
+static float factor_of(const struct task *task, int64_t row, int64_t key)
+{
+    return dropout_factor(&task->dropout, task->rows.begin + row, key);
+}
+
 /* A pair's weight p and the gradient ds of q . k. */
 struct pair {
     float p, ds;
@@ -215,7 +224,8 @@ static void compute_scores(struct task *task, struct range visible)
                 const float *k = task->K + (key - tile.begin) * width;
                 const float *v = task->V + (key - tile.begin) * width_v;
                 task->S[first + key] = score_of(shape, task->Q + row * width, k);
-                task->dP[first + key] = fa_dot(task->dO + row * width_v, v, width_v);
+                task->dP[first + key] =
+                    factor_of(task, row, key) * fa_dot(task->dO + row * width_v, v, width_v);
             }
         }
     }
@@ -261,10 +271,11 @@ static void add_pairs(struct task *task, float *dK, float *dV)
         for (int64_t i = keys.begin; has_weight(of_row) && i < keys.end; i++) {
             const int64_t key = i - task->keys.begin;
             const double score = score_of(shape, q, task->K + key * width);
-            const double dp = fa_dot(dout, task->V + key * width_v, width_v);
+            const float factor = factor_of(task, row, i);
+            const double dp = factor * fa_dot(dout, task->V + key * width_v, width_v);
             const struct pair pair = pair_of(shape, of_row, score, dp);
             fa_add_scaled(dK + key * width, pair.ds, q, width);
-            fa_add_scaled(dV + key * width_v, pair.p, dout, width_v);
+            fa_add_scaled(dV + key * width_v, factor * pair.p, dout, width_v);
         }
     }
 }

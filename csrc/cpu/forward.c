@@ -4,6 +4,8 @@
  *     p_j = exp(s_j) / sum_j exp(s_j)             over the keys that i sees (and the sink's exp)
  *     out_i = sum_j p_j v_j                       lse_i = log(sum_j exp(s_j))
  *
+ * where dropout makes some p_j of out_i 0, and the others larger.
+ *
  * One task computes a block of ROWS query rows of one head of one sequence. It keeps all their
  * scores, so that every step is a whole pass over the keys; K and V pass through a tile of KEYS
  * rows in fp32, converted once for all rows of the block.
@@ -36,6 +38,7 @@ struct block { /* what one task works on */
     double *S;               /* [rows, keys]: the scores */
     float *O;                /* [rows, width_v] */
     float *part;             /* [width_v]: one tile's share of a row of O */
+    struct dropout dropout;
     struct softmax *softmax; /* [rows] */
     struct fa_worker *worker;
 };
@@ -107,7 +110,8 @@ static void weigh_tile(struct block *block, struct range tile, int64_t row)
         block->part[d] = 0;
     for (int64_t key = keys.begin; key < keys.end; key++) {
         const float *v = block->tile + (key - tile.begin) * width;
-        fa_add_scaled(block->part, weight_of(softmax, scores[key - block->keys.begin]), v, width);
+        const float weight = weight_of(softmax, scores[key - block->keys.begin]);
+        fa_add_scaled(block->part, weight * dropout_factor(&block->dropout, row, key), v, width);
     }
     fa_add_scaled(block->O + (row - block->rows.begin) * width, 1, block->part, width);
 }
@@ -155,6 +159,7 @@ static struct block locate(const struct call *call, int64_t index)
         .width_v = fa_width(shape->head_dim_v),
     };
     block.head_kv = block.head / fa_heads_per_kv(shape);
+    block.dropout = dropout_of(problem, block.sequence.number, block.head);
     block.rows = tile_from((struct range){0, block.sequence.q.length},
                            index % call->row_blocks * ROWS, ROWS);
     block.keys = visible_to_any(shape, &block.sequence, block.rows);

@@ -1,5 +1,5 @@
 /* What happens to a score, in the order of kernels/score.cuh: scale, softcap, score_mod (no call
- * has one yet), softmax. The mask is in sequence.h: what it hides has no score. The backward
+ * has one yet), softmax, dropout. The mask is in sequence.h: what it hides has no score. The backward
  * recomputes with these what the forward computed, to the bit.
  *
  * Scores are fp64: what makes a weight is their difference to the row max, and in fp32 the rounding
@@ -9,6 +9,7 @@
 
 #include <math.h>
 
+#include "../../kernels/philox.h"
 #include "../problem.h"
 #include "rows.h"
 #include "sequence.h"
@@ -64,6 +65,40 @@ static inline float weight_of(struct softmax softmax, double score)
     if (softmax.sum == 0)
         return 0;
     return (float)(expf((float)(score - softmax.max)) / softmax.sum);
+}
+
+/* Which weights of a head of a sequence are dropped, and what the others count. */
+struct dropout {
+    struct fa_philox stream;
+    unsigned threshold;
+    float factor; /* 1 where nothing is dropped */
+};
+
+static inline struct dropout dropout_of(const struct fa_problem *problem, int64_t sequence,
+                                        int64_t head)
+{
+    struct dropout dropout = {.factor = 1};
+    if (problem->shape.dropout == 0)
+        return dropout;
+    const uint64_t *seed = problem->dropout_seed.data;
+    const unsigned words[] = {(unsigned)seed[0], (unsigned)(seed[0] >> 32), (unsigned)seed[1],
+                              (unsigned)(seed[1] >> 32)};
+    dropout.stream = fa_dropout_stream(words, (int)sequence, (int)head);
+    dropout.threshold = (unsigned)problem->shape.dropout << 16;
+    dropout.factor = 1 / fa_keep_probability(&problem->shape);
+    return dropout;
+}
+
+/* What a weight is multiplied by. */
+static inline float dropout_factor(const struct dropout *dropout, int64_t row, int64_t key)
+{
+    enum { QUERY_BIT = FA_DRAW_QUERY_STEP, KEY_BITS = (FA_DRAW_KEYS - 1) * FA_DRAW_KEY_STEP };
+    if (dropout->threshold == 0)
+        return 1;
+    const struct fa_philox draw = fa_dropout_draw(
+        &dropout->stream, (int)(row & ~(int64_t)QUERY_BIT), (int)(key & ~(int64_t)KEY_BITS));
+    const int q = (row & QUERY_BIT) != 0, k = (int)(key & KEY_BITS) / FA_DRAW_KEY_STEP;
+    return fa_dropout_keeps(&draw, q, k, dropout->threshold) ? dropout->factor : 0;
 }
 
 /* As torch.logsumexp: +inf where a score is, although no weight is defined there. */

@@ -18,7 +18,8 @@ pytestmark = [
 # From the bottom up; a name stands for a .c file and its header. A file may include what stands in
 # its own layer, as long as that makes no circle.
 LAYERS = (
-    "arithmetic dlpack error hash import platform ../kernels/geometry ../kernels/params",
+    "arithmetic dlpack error hash import platform ../kernels/geometry ../kernels/params "
+    "../kernels/philox",
     "device settings shape split tiles variant",
     "driver plan plan_backward plan_forward",
     "following kernel_table options overlap plan_cache tensor tile_rows",
