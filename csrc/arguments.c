@@ -139,6 +139,17 @@ static struct fa_pages pages_of(const struct fa_problem *problem)
     };
 }
 
+static struct fa_dropout dropout_of(const struct fa_problem *problem)
+{
+    const float keep = fa_keep_probability(&problem->shape);
+    return (struct fa_dropout){
+        .seed = data_of(&problem->dropout_seed),
+        .threshold = (unsigned)problem->shape.dropout << 16,
+        .keep = keep,
+        .scale = 1 / keep,
+    };
+}
+
 /* Where the tiles of all sequences are listed; NULL: they are not. */
 static struct fa_listed_tile *list_of(const struct fa_plan *plan, float *workspace)
 {
@@ -182,10 +193,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .lengths = lengths_of(problem),
         .pages = pages_of(problem),
         .list = list_of(plan, workspace),
-        .dropout_seed = data_of(&problem->dropout_seed),
-        .dropout_threshold = (unsigned)shape->dropout << 16,
-        .dropout_keep = fa_keep_probability(shape),
-        .dropout_scale = 1 / fa_keep_probability(shape),
+        .dropout = dropout_of(problem),
     };
 }
 
@@ -426,10 +434,7 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .query_tiles = plan->query_tiles,
         .head_dim = shape->head_dim,
         .tile_n = plan->tile_n,
-        .dropout_seed = data_of(&problem->dropout_seed),
-        .dropout_threshold = (unsigned)shape->dropout << 16,
-        .dropout_keep = fa_keep_probability(shape),
-        .dropout_scale = 1 / fa_keep_probability(shape),
+        .dropout = dropout_of(problem),
     };
 }
 

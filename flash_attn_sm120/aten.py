@@ -15,6 +15,7 @@ from torch import Tensor
 
 from flash_attn_sm120 import _C
 from flash_attn_sm120.autograd import written_in_place
+from flash_attn_sm120.dropout import draw_seed
 from flash_attn_sm120.plan import Window
 
 
@@ -34,7 +35,7 @@ def _sdpa_forward(
 ) -> tuple[Any, ...]:
     """Tensors are (batch, heads, seqlen, head_dim), and out has the layout of the query."""
     _check(query, value, dropout_p, return_debug_mask)
-    out = torch.empty_like(query)
+    out, drawn = torch.empty_like(query), _random_numbers(query, dropout_p)
     _, lse = _C.forward(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -43,8 +44,9 @@ def _sdpa_forward(
         return_lse=True,
         softmax_scale=scale,
         causal=is_causal,
+        **_dropout(dropout_p, drawn[0]),
     )
-    return out, lse, None, None, query.shape[2], key.shape[2], *_nothing_drawn(query)
+    return out, lse, None, None, query.shape[2], key.shape[2], *drawn
 
 
 def _sdpa_backward(
@@ -67,7 +69,17 @@ def _sdpa_backward(
 ) -> list[Tensor]:
     _check(query, value, dropout_p)
     dout, q, k, v, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
-    gradients = _gradients(dout, q, k, v, out, logsumexp, softmax_scale=scale, causal=is_causal)
+    gradients = _gradients(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        logsumexp,
+        softmax_scale=scale,
+        causal=is_causal,
+        **_dropout(dropout_p, philox_seed),
+    )
     return _in_layout_of((query, key, value), (x.transpose(1, 2) for x in gradients))
 
 
@@ -92,28 +104,26 @@ def _flash_forward(
     num_splits: int | None = None,
 ) -> tuple[Any, ...]:
     """Tensors are (batch, seqlen, heads, head_dim), or (total, heads, head_dim) and packed."""
-    out = torch.empty_like(query)
-    lse = _flash_forward_inplace(
-        out,
+    if alibi_slopes is not None:
+        _leave("alibi_slopes", dropout_p)
+    if block_table is not None and seqused_k is None:
+        _leave("block_table without seqused_k", dropout_p)
+    _check(query, value, dropout_p, return_debug_mask)
+    out, drawn = torch.empty_like(query), _random_numbers(query, dropout_p)
+    _, lse = _C.forward(
         query,
         key,
         value,
-        cum_seq_q,
-        cum_seq_k,
-        max_q,
-        max_k,
-        dropout_p,
-        is_causal,
-        return_debug_mask,
-        scale=scale,
-        window_size_left=window_size_left,
-        window_size_right=window_size_right,
-        seqused_k=seqused_k,
-        alibi_slopes=alibi_slopes,
-        block_table=block_table,
-        num_splits=num_splits,
+        **_lengths(cum_seq_q, cum_seq_k, max_q, max_k, seqused_k, block_table),
+        out=out,
+        return_lse=True,
+        softmax_scale=scale,
+        causal=is_causal,
+        window_size=_window(window_size_left, window_size_right),
+        num_splits=num_splits or 0,
+        **_dropout(dropout_p, drawn[0]),
     )
-    return out, lse, *_nothing_drawn(query)
+    return out, lse, *drawn
 
 
 def _flash_forward_inplace(
@@ -138,6 +148,8 @@ def _flash_forward_inplace(
     num_splits: int | None = None,
 ) -> Tensor:
     """The same into ``out``; returns the log-sum-exp."""
+    if dropout_p:
+        raise NotTaken("dropout_p")
     if alibi_slopes is not None:
         raise NotTaken("alibi_slopes")
     if block_table is not None and seqused_k is None:
@@ -191,6 +203,7 @@ def _flash_backward(
         softmax_scale=scale,
         causal=is_causal,
         window_size=_window(window_size_left, window_size_right),
+        **_dropout(dropout_p, rng_state),
     )
     return _in_layout_of((query, key, value), gradients)
 
@@ -221,10 +234,10 @@ def _check(
     return_debug_mask: bool = False,
 ) -> None:
     """Raises NotTaken for what is torch's to compute, or to refuse."""
-    if dropout_p:
+    if not 0 <= dropout_p < 1:
         raise NotTaken("dropout_p")
     if return_debug_mask:
-        raise NotTaken("return_debug_mask")
+        _leave("return_debug_mask", dropout_p)
     head_dim = query.shape[-1]
     if head_dim > 256 or head_dim % 8 or value.shape[-1] != head_dim:
         raise NotTaken("head_dim")
@@ -289,14 +302,30 @@ def _in_layout_of(inputs: Iterable[Tensor], gradients: Iterable[Any]) -> list[Te
     return results
 
 
-def _nothing_drawn(query: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What torch returns of its random numbers and of its debug mask where there are none."""
-    state, unused = _random_numbers(query.device)
-    return torch.empty_like(state), torch.empty_like(unused), query.new_empty(0)
+def _leave(why: str, dropout_p: float) -> None:
+    """Leaves a forward to torch, whose backward would come here.
+
+    Raises:
+        NotImplementedError: with dropout, as torch's own numbers drop other weights than ours.
+    """
+    if dropout_p:
+        raise NotImplementedError(f"dropout_p with {why} is not supported while SM120 is active")
+    raise NotTaken(why)
+
+
+def _dropout(dropout_p: float, drawn: Tensor) -> dict[str, Any]:
+    return {"dropout_p": dropout_p, "dropout_seed": drawn} if dropout_p else {}
+
+
+def _random_numbers(query: Tensor, dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What torch returns of its random numbers and of its debug mask: the first is our seed."""
+    state, unused = _like_random_numbers(query.device)
+    state = draw_seed(query).view(torch.uint64) if dropout_p else torch.empty_like(state)
+    return state, torch.empty_like(unused), query.new_empty(0)
 
 
 @cache
-def _random_numbers(device: torch.device) -> tuple[Tensor, Tensor]:
+def _like_random_numbers(device: torch.device) -> tuple[Tensor, Tensor]:
     """Tensors to make others like, which takes torch half the time of saying type and device."""
     state = torch.empty(2, dtype=torch.uint64, device=device)
     return state, torch.empty((), dtype=torch.uint64, device=device)

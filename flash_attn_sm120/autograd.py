@@ -51,7 +51,7 @@ def written_in_place(*tensors: Any) -> None:
 
 
 class _Attention(Function):
-    """Keeps q, k, v, out, lse (sink, lengths) for the backward, which recomputes all else."""
+    """Keeps q, k, v, out, lse (sink, lengths, seed) for the backward, which recomputes all else."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -130,7 +130,7 @@ class _Gradients(Function):
 
 def _refuse_pages(tensors: tuple[Any, ...]) -> None:
     """Raises NotImplementedError where a gradient is wanted of a call with pages."""
-    *_, page_table = tensors[4:] or (None,)
+    page_table = ops.by_name(tensors[4:]).get("page_table")
     if page_table is not None and any(x is not None and x.requires_grad for x in tensors[:4]):
         raise NotImplementedError(
             "flash_attn_varlen_func has no gradient with page_table, as K and V are a cache: use "

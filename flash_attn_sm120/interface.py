@@ -12,6 +12,7 @@ from torch.autograd import profiler
 from torch.compiler import is_dynamo_compiling
 
 from flash_attn_sm120 import _C, autograd, ops
+from flash_attn_sm120.dropout import draw_seed
 from flash_attn_sm120.following import is_followed
 from flash_attn_sm120.plan import ScalarOptions, Tensor, VarlenOptions, Window
 
@@ -39,6 +40,8 @@ def flash_attn_func(
     block_sparse_tensors_bwd: Any = None,
     return_lse: bool = False,
     *,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     seqused_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
     page_table: Tensor | None = None,
@@ -83,6 +86,14 @@ def flash_attn_func(
             ``torch.use_deterministic_algorithms(True)`` asks for the same. On an H200 that takes 3
             to 30% of its speed, most with few heads and short sequences.
         return_lse: also return the log-sum-exp of the scores, through which gradients flow, too.
+        dropout_p: the probability, in [0, 1), rounded to a multiple of 2^-16, with which a weight
+            of the softmax counts nothing; the others then count ``1 / (1 - dropout_p)`` times as
+            much. The log-sum-exp is that of all. There is no training mode: pass 0 in inference.
+        dropout_seed: ``[seed, offset]``, (2,) int64 or uint64 on the device of ``q``, which is read
+            there. What is dropped is a function of these two numbers, of batch, query head, query
+            and key alone: the same on every device, whatever the tiles, splits or order. None: two
+            numbers from torch's generator of that device, so that every call, and every replay of a
+            CUDA graph, drops anew. The backward drops what the forward has dropped.
         out: ``(batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``, to write the result
             to. Any strides with a contiguous, 16-byte-aligned last dimension are written in place;
             others are refused, and so is memory that overlaps an input or itself.
@@ -93,8 +104,8 @@ def flash_attn_func(
         qv, gather_kv_indices, score_mod, score_mod_bwd, mask_mod,
             aux_tensors, aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd: as in
             FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
-        unsupported: ``cu_seqlens_q``, ``dropout_p`` and other parameters of FlashAttention's
-            functions: NotImplementedError by name, unless they ask for nothing.
+        unsupported: ``cu_seqlens_q`` and other parameters of FlashAttention's functions:
+            NotImplementedError by name, unless they ask for nothing.
 
     Returns:
         ``(out, lse)``: ``out (batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``; ``lse
@@ -141,6 +152,8 @@ def flash_attn_func(
             block_sparse_tensors_bwd=block_sparse_tensors_bwd,
             **unsupported,
         )
+    if dropout_p and dropout_seed is None:
+        dropout_seed = draw_seed(q)
     if seqused_k is not None or max_seqlen_k is not None or page_table is not None:
         return flash_attn_varlen_func(
             q,
@@ -154,6 +167,8 @@ def flash_attn_func(
             window_size=window_size,
             learnable_sink=learnable_sink,
             softcap=softcap,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
             num_splits=num_splits,
             pack_gqa=pack_gqa,
             deterministic=deterministic,
@@ -176,6 +191,8 @@ def flash_attn_func(
             window_size=window_size,
             learnable_sink=learnable_sink,
             softcap=softcap,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
             num_splits=num_splits,
             pack_gqa=pack_gqa,
             return_lse=return_lse,
@@ -191,11 +208,13 @@ def flash_attn_func(
         "causal": causal,
         "window_size": window_size,
         "softcap": softcap,
+        "dropout_p": dropout_p,
         "num_splits": num_splits,
         "pack_gqa": pack_gqa,
         "deterministic": deterministic,
     }
-    return _attend("flash_attn_func", q, k, v, learnable_sink, {}, options, return_lse, out, lse)
+    drawn = {} if dropout_seed is None else {"dropout_seed": dropout_seed}
+    return _attend("flash_attn_func", q, k, v, learnable_sink, drawn, options, return_lse, out, lse)
 
 
 def flash_attn_varlen_func(
@@ -231,6 +250,8 @@ def flash_attn_varlen_func(
     seqlen_k_per_split: int | None = None,
     disable_scheduler_metadata: bool = False,
     *,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     **unsupported: Any,
@@ -262,8 +283,10 @@ def flash_attn_varlen_func(
             query sees may hold anything. The cache may be a view, as of ``(num_pages, 2,
             page_size, heads_kv, head_dim)``; it is read in place or refused, never copied, nor cast
             by autocast. Not with ``cu_seqlens_k``. There is no backward.
-        softmax_scale, learnable_sink, softcap, pack_gqa, deterministic, return_lse: as in
-            :func:`flash_attn_func`.
+        softmax_scale, learnable_sink, softcap, pack_gqa, deterministic, return_lse, dropout_p:
+            as in :func:`flash_attn_func`.
+        dropout_seed: as there; batch is the number of the sequence, query and key count from its
+            first ones.
         causal, window_size: as there, bottom right of each sequence by its own lengths.
         num_splits: as there; 0 splits as if all sequences were as long as ``max_seqlen_q`` and
             ``max_seqlen_k``, the lengths being on the device.
@@ -328,6 +351,8 @@ def flash_attn_varlen_func(
             seqlen_k_per_split=seqlen_k_per_split,
             **unsupported,
         )
+    if dropout_p and dropout_seed is None:
+        dropout_seed = draw_seed(q)
     if not (
         is_dynamo_compiling()
         or _is_any_autocast_enabled()
@@ -350,6 +375,8 @@ def flash_attn_varlen_func(
             window_size=window_size,
             learnable_sink=learnable_sink,
             softcap=softcap,
+            dropout_p=dropout_p,
+            dropout_seed=dropout_seed,
             num_splits=num_splits,
             pack_gqa=pack_gqa,
             return_lse=return_lse,
@@ -367,6 +394,8 @@ def flash_attn_varlen_func(
         "seqused_k": seqused_k,
         "page_table": page_table,
     }
+    if dropout_seed is not None:
+        lengths["dropout_seed"] = dropout_seed
     options: VarlenOptions = {
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
@@ -374,6 +403,7 @@ def flash_attn_varlen_func(
         "causal": causal,
         "window_size": window_size,
         "softcap": softcap,
+        "dropout_p": dropout_p,
         "num_splits": num_splits,
         "pack_gqa": pack_gqa,
         "deterministic": deterministic,
@@ -389,7 +419,7 @@ def _attend(
     k: Tensor,
     v: Tensor,
     learnable_sink: Tensor | None,
-    lengths: dict[str, Tensor | None],  # and pages; empty where the call has none
+    lengths: dict[str, Tensor | None],  # pages and a seed; without those that the call has not
     options: ScalarOptions,
     return_lse: bool,
     out: Tensor | None,
@@ -450,7 +480,6 @@ _NOT_YET = {
     **dict.fromkeys(("block_table", "cache_seqlens")),
     **dict.fromkeys(("q_descale", "k_descale", "v_descale", "alibi_slopes")),
     **dict.fromkeys(("min_seqlen_k", "scheduler_metadata", "seqlen_k_per_split")),
-    "dropout_p": 0.0,
     "return_attn_probs": False,
 }
 

@@ -21,14 +21,16 @@ if TYPE_CHECKING:
 
 # ---- schemas -------------------------------------------------------------------------------------
 
-# The tensors of lengths, in the operators' order; any of them may be None.
+# The tensors of lengths, in the operators' order; any of them may be None. A seed of dropout, where
+# there is one, comes behind them.
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
+_SEED = "dropout_seed"
 
 # The options of csrc/options.h in types that operators have; a window is two of them.
 _OPTIONS = (
     "float? softmax_scale=None, bool causal=False, SymInt? window_left=None, "
-    "SymInt? window_right=None, float softcap=0.0, SymInt num_splits=0, bool? pack_gqa=None, "
-    "bool deterministic=False"
+    "SymInt? window_right=None, float softcap=0.0, float dropout_p=0.0, SymInt num_splits=0, "
+    "bool? pack_gqa=None, bool deterministic=False"
 )
 _BOUNDS = "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink"
@@ -38,6 +40,7 @@ for _prefix, _lengths, _options in (
     ("", "", _OPTIONS),
     ("varlen_", "".join(f", Tensor? {name}" for name in LENGTHS), f"{_BOUNDS}, {_OPTIONS}"),
 ):
+    _lengths += f", Tensor? {_SEED}=None"
     LIBRARY.define(
         f"{_prefix}forward({_INPUTS}{_lengths}, *, {_options}) -> (Tensor out, Tensor lse)"
     )
@@ -91,8 +94,9 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """``(out, lse)`` by the operator; lse is None without ``return_lse``."""
     check_tensors("torch follows the call", q, k, v, learnable_sink, **lengths)
-    forward = VARLEN_FORWARD if lengths else FORWARD
-    out, lse = forward(q, k, v, learnable_sink, *in_order(lengths), **to_schema(**options))
+    others = in_order(lengths)
+    forward = FORWARDS[has_lengths(others)]
+    out, lse = forward(q, k, v, learnable_sink, *others, **to_schema(**options))
     return out, lse if return_lse else None
 
 
@@ -109,7 +113,7 @@ def backward(
     *lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv, dsink)`` by the operator; dsink has no elements without a sink."""
-    op = VARLEN_BACKWARD if lengths else BACKWARD
+    op = BACKWARDS[has_lengths(lengths)]
     gradients: tuple[Tensor, Tensor, Tensor, Tensor] = op(
         dout, dlse, q, k, v, learnable_sink, out, lse, *lengths, **to_schema(**options)
     )
@@ -117,13 +121,21 @@ def backward(
 
 
 def in_order(lengths: dict[str, Any]) -> tuple[Any, ...]:
-    """Lengths as the operators take them; none where a call has none."""
-    return tuple(lengths.get(name) for name in LENGTHS) if lengths else ()
+    """Lengths and a seed as the operators take them; none where a call has none."""
+    names = LENGTHS if lengths.keys() - {_SEED} else ()
+    drawn = (lengths[_SEED],) if lengths.get(_SEED) is not None else ()
+    return (*(lengths.get(name) for name in names), *drawn)
+
+
+def has_lengths(lengths: tuple[Any, ...]) -> bool:
+    """Whether what :func:`in_order` returns is more than a seed."""
+    return len(lengths) > 1
 
 
 def by_name(lengths: tuple[Any, ...]) -> dict[str, Any]:
-    """Lengths as _C takes them: the inverse of :func:`in_order`."""
-    return dict(zip(LENGTHS, lengths, strict=True)) if lengths else {}
+    """Lengths and a seed as _C takes them: the inverse of :func:`in_order`."""
+    names = (*LENGTHS, _SEED) if has_lengths(lengths) else (_SEED,)
+    return dict(zip(names, lengths, strict=False))  # torch leaves out a seed that is None
 
 
 def check_tensors(where: str, q: Any, k: Any, v: Any, learnable_sink: Any, **lengths: Any) -> None:
@@ -206,9 +218,17 @@ for _device in ("CPU", "CUDA"):
 
 
 def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, sink: Tensor | None, *lengths: Any, **_: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sink: Tensor | None,
+    *lengths: Any,
+    dropout_p: float = 0.0,
+    **_: Any,
 ) -> Any:
-    _check(q, k, v, sink, by_name(lengths))
+    named = by_name(lengths)
+    _check_dropout(q, dropout_p, named.pop(_SEED, None))
+    _check(q, k, v, sink, named)
     *batch, rows, heads, _head_dim = q.shape
     out = q.new_empty((*batch, rows, heads, v.shape[-1]))
     return out, q.new_empty((*batch, heads, rows), dtype=torch.float32)
@@ -272,6 +292,17 @@ def _check(
         heads_q > 0 and heads_kv > 0 and heads_q % heads_kv == 0,
         f"the heads of q must be a multiple of the heads of k and v, got {heads_q} and {heads_kv}",
     )
+
+
+def _check_dropout(q: Tensor, dropout_p: float, seed: Tensor | None) -> None:
+    _require(0 <= dropout_p < 1, f"dropout_p must be in [0, 1), got {dropout_p}")
+    _require(not dropout_p or seed is not None, "dropout_p above 0 needs a dropout_seed")
+    if not dropout_p or seed is None:
+        return
+    if seed.dtype not in (torch.int64, torch.uint64):
+        raise TypeError(f"dropout_seed must be int64 or uint64, got {seed.dtype}")
+    _require(seed.shape == (2,), f"dropout_seed must be two numbers, got {tuple(seed.shape)}")
+    _require(seed.device == q.device, f"dropout_seed must be on q's device, got {seed.device}")
 
 
 def _check_sizes(
@@ -340,6 +371,10 @@ def _vmap(
     op: Any, kinds: Any, result_kinds: Any, info: Any, in_dims: Any, *tensors: Any, **options: Any
 ) -> Any:
     """One call for all that is mapped; ``kinds`` are those of the tensors before the lengths."""
+    if options.get("dropout_p"):
+        raise NotImplementedError(
+            "vmap with dropout_p is not supported yet: make the mapped dimension part of the batch"
+        )
     count, size = len(kinds), info.batch_size
     lengths = tensors[count:]
     if any(in_dim is not None for in_dim in in_dims[count:]):
@@ -347,7 +382,7 @@ def _vmap(
             "vmap over lengths or pages is not supported yet: map q, k and v of sequences that "
             "have the same lengths, or pack all sequences into one call"
         )
-    by_heads = bool(lengths) or tensors[kinds.index(_SINK)] is not None
+    by_heads = has_lengths(lengths) or tensors[kinds.index(_SINK)] is not None
     folded = [
         _fold(x, in_dim, kind[by_heads], size)
         for x, in_dim, kind in zip(tensors[:count], in_dims[:count], kinds, strict=True)

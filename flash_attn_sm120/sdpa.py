@@ -88,8 +88,9 @@ def activate() -> Handle:
 
     The same as ``torch.nn.attention.activate_flash_attention_impl("SM120")``, which needs this
     module to be imported, and which ``restore_flash_attention_impl()`` undoes. Calls that are not
-    taken go to the operator that was there before: dropout, debug masks, ALiBi slopes, head dims of
-    more than 256, GPUs before compute capability 8.0. :func:`stats` counts them, with the reason.
+    taken go to the operator that was there before: debug masks, ALiBi slopes, head dims of more
+    than 256, GPUs before compute capability 8.0. :func:`stats` counts them, with the reason.
+    Dropout draws its seed from torch's generator, but drops other weights than torch's kernels do.
 
     Raises:
         NotImplementedError: PyTorch before 2.11, which has no such door.
@@ -210,7 +211,8 @@ def scaled_dot_product_attention(
         key: ``(..., heads, seqlen_k, head_dim)``.
         value: ``(..., heads, seqlen_k, head_dim_v)``. Dimensions before the last two broadcast.
         attn_mask: calls with a mask are computed by torch.
-        dropout_p: so are calls with dropout.
+        dropout_p: the probability with which a weight counts nothing; the seed is drawn from
+            torch's generator on the device of ``query``. Of 1 torch computes the call.
         is_causal: query ``i`` sees the keys ``j <= i``.
         scale: factor of the scores; default ``1 / sqrt(head_dim)``.
         enable_gqa: the heads of ``query`` are a multiple of those of ``key`` and ``value``.
@@ -247,6 +249,7 @@ def scaled_dot_product_attention(
         _padded(v).transpose(1, 2),
         softmax_scale=scale,
         causal=is_causal and seqlen_q == seqlen_k,
+        dropout_p=dropout_p,
         # causal is aligned bottom right, and this top left
         window_size=(None, seqlen_q - seqlen_k if is_causal else None),
     )[0]
@@ -262,7 +265,7 @@ def _why_left(
     """Why torch is to compute a call; empty where we do."""
     if attn_mask is not None:
         return "attn_mask"
-    if dropout_p:
+    if not 0 <= dropout_p < 1:
         return "dropout_p"
     if query.is_nested or key.is_nested or value.is_nested:
         return "nested tensor"

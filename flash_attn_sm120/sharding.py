@@ -33,7 +33,9 @@ def register() -> None:
         register_sharding(op)(_backward)
 
 
-def _forward(q: Any, k: Any, v: Any, sink: Any, *lengths: Any, **_: Any) -> Any:
+def _forward(q: Any, k: Any, v: Any, sink: Any, *lengths: Any, **options: Any) -> Any:
+    if options.get("dropout_p"):  # every shard would drop what the first one does
+        raise NotImplementedError("dropout_p is not supported yet for DTensor")
     kinds = ("q", "kv", "kv", "sink")
     return _strategies(["q", "lse"], kinds, (q, k, v, sink), lengths, (q, k, v))
 

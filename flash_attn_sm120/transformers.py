@@ -363,9 +363,10 @@ def attention(
         ``(out, None)``: ``out (batch, seqlen_q, heads, head_dim_v)``; rows of padding are 0.
 
     Raises:
-        NotImplementedError: dropout, attention weights, position biases, masks of 4 dimensions.
+        NotImplementedError: attention weights, position biases, masks of 4 dimensions, dropout in
+            continuous batching.
     """
-    _refuse(dropout, others)
+    _refuse(others)
     q, k, v = (x.transpose(1, 2) for x in _in_one_dtype(module, query, key, value))
     lengths = (q.shape[1], k.shape[1])
     if isinstance(attention_mask, Mask):
@@ -380,6 +381,8 @@ def attention(
         "learnable_sink": s_aux,
     }
     if block_table is not None:
+        if dropout:
+            raise NotImplementedError(f"{FLASH} does not support dropout with a block_table")
         pages = (k_cache, v_cache, block_table, cu_seq_lens_k)
         return _decode(q, k, v, pages, window_size, options), None
     if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
@@ -390,6 +393,7 @@ def attention(
         shown = _mask_of_layer(window_size, lengths, attention_mask)
         if position_ids is not None and position_ids.ndim == 2:
             shown = _packed_by_positions(shown, position_ids.expand(q.shape[0], -1))
+    options["dropout_p"] = dropout
     return _attend(q, k, v, shown, options, bool(deterministic)), None
 
 
@@ -558,12 +562,7 @@ def _bound(length: int | Tensor | None) -> int | None:
 _REFUSED = ("position_bias", "sinks", "block_indices", "output_attentions")
 
 
-def _refuse(dropout: float, others: dict[str, Any]) -> None:
-    if dropout:
-        raise NotImplementedError(
-            f"{ATTENTION} has no dropout yet, and the model asks for {dropout}: train with "
-            "config.attention_dropout = 0"
-        )
+def _refuse(others: dict[str, Any]) -> None:
     for name in _REFUSED:
         if others.get(name) is not None and others[name] is not False:
             raise NotImplementedError(f"{ATTENTION} does not support {name} yet")
@@ -613,17 +612,15 @@ def _as_called(function: Callable[..., tuple[Tensor, Tensor | None]]) -> Callabl
     """One of our functions as Transformers' own _flash_attention_forward calls it.
 
     Layers with our name do not, other programs may. What a function can do is read from its
-    signature: without ``dropout_p`` in it, dropout would be left out and nothing said.
+    signature.
     """
 
-    def call(*tensors: Tensor, dropout_p: float = 0.0, **options: Any) -> Tensor:
-        _refuse(dropout_p, {})
+    def call(*tensors: Tensor, **options: Any) -> Tensor:
         for name in options.keys() & {"max_seqlen_q", "max_seqlen_k"}:
             options[name] = _bound(options[name])
         return function(*tensors, **options)[0]
 
     parameters = dict(inspect.signature(function).parameters)
     parameters.pop("unsupported")
-    dropout_p = inspect.Parameter("dropout_p", inspect.Parameter.KEYWORD_ONLY, default=0.0)
-    call.__signature__ = inspect.Signature([*parameters.values(), dropout_p])  # type: ignore[attr-defined]
+    call.__signature__ = inspect.Signature([*parameters.values()])  # type: ignore[attr-defined]
     return call

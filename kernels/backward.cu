@@ -155,8 +155,8 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
         [&](int column) { /* of two queries */
                           const float2 delta =
                               ld_shared_2(tile.lse_smem + (TILE_M + column + 2 * quad_lane()) * 4);
-                          return DROPOUT ? make_float2(delta.x * params.dropout_keep,
-                                                       delta.y * params.dropout_keep)
+                          return DROPOUT ? make_float2(delta.x * params.dropout.keep,
+                                                       delta.y * params.dropout.keep)
                                          : delta;
         };
     tile.wait_Q(); /* delta comes with it */
@@ -471,7 +471,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     }
     if (is_group_0)
         store_gradient<HEAD_DIM_V>(dKV_rmem, params.dv, params.dv_stride, params.dv_accum, block,
-                                   warp_key, (DROPOUT ? params.dropout_scale : 1.0f) / P_SCALE,
+                                   warp_key, (DROPOUT ? params.dropout.scale : 1.0f) / P_SCALE,
                                    params);
     else
         store_gradient<HEAD_DIM>(dKV_rmem, params.dk, params.dk_stride, params.dk_accum, block,

@@ -69,6 +69,13 @@ struct fa_pages {
     struct fa_divisor page_size;
 };
 
+/* Which weights are dropped, see philox.h. */
+struct fa_dropout {
+    const fa_int64 *seed; /* [2]: seed, offset */
+    unsigned threshold;   /* 2^32 times the probability */
+    float keep, scale;    /* 1 - the probability, and its inverse */
+};
+
 /* The single argument of kernels/forward.cu. */
 struct fa_forward_params {
     const void *q; /* [batch, seqlen_q, heads_q, head_dim] */
@@ -96,10 +103,7 @@ struct fa_forward_params {
     /* [m_blocks]: the tiles of rows of all sequences, as varlen_fill.cu writes them; group_heads
      * then divides heads. NULL: m_blocks of each. Read only where VARLEN. */
     const struct fa_listed_tile *list;
-    const fa_int64 *dropout_seed; /* [2]: seed, offset; this and what follows only where DROPOUT */
-    unsigned dropout_threshold;   /* of philox.h */
-    float dropout_keep;           /* 1 - the probability; read by the backward alone */
-    float dropout_scale;          /* its inverse */
+    struct fa_dropout dropout; /* read only where DROPOUT */
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 360, "host and device disagree on the layout");
@@ -223,7 +227,7 @@ struct fa_backward_params {
     int window_right;
     int sink_dtype;                               /* enum fa_dtype */
     float scale_log2, masked_score, scale_in_cap; /* as in fa_forward_params */
-    float softmax_scale; /* of dk and dq: where DROPOUT times dropout_scale */
+    float softmax_scale; /* of dk and dq: where DROPOUT times dropout.scale */
     fa_int64 zero_share; /* of zero_chunks, for one block of backward_preprocess.cu */
     void *dq;            /* like q; where DQ_DIRECT */
     struct fa_strides dq_stride;
@@ -236,10 +240,8 @@ struct fa_backward_params {
     int group_heads; /* (batch, KV head) pairs that run together, with a list KV heads; the last
                       * group may have fewer */
     int query_tiles; /* where VARLEN: of a head, of all sequences */
-    int head_dim, tile_n;         /* of q and k, and keys of a tile: for backward_preprocess.cu */
-    const fa_int64 *dropout_seed; /* as in fa_forward_params */
-    unsigned dropout_threshold;
-    float dropout_keep, dropout_scale;
+    int head_dim, tile_n;      /* of q and k, and keys of a tile: for backward_preprocess.cu */
+    struct fa_dropout dropout; /* read only where DROPOUT */
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 832, "432, padding, maps, then the rest");

@@ -1,15 +1,15 @@
 /* The random numbers of dropout: Philox4x32 of Salmon et al., "Parallel Random Numbers: As Easy as
- * 1, 2, 3", 2011, in the seven rounds that pass BigCrush. Plain C, like params.h: the CPU drops what
- * the kernels drop.
+ * 1, 2, 3", 2011, in the seven rounds that pass BigCrush. Plain C, like params.h: the CPU drops
+ * what the kernels drop.
  *
  * What is dropped is a function of seed, offset, batch, head, query and key alone:
  *
  *   stream  (seed, offset, batch, head) -> 128 bits, where the counters of a head begin
- *   draw    stream ^ (query, key, 0, 0) -> 8 numbers of 16 bits, for the 8 weights of 2 queries and
- *           4 keys: query bit 3 and key bits 3 and 4 tell which
+ *   draw    stream ^ (query, key, 0, 0) -> 8 numbers of 16 bits, for the weights of 2 queries and 4
+ *           keys: bit 3 of a query and bits 3 and 4 of a key tell which
  *
- * A lane has just these weights in its registers, in the forward (rows are queries) and in the
- * backward (rows are keys): none draws what another one needs. */
+ * A lane has all of these weights in its registers, in the forward, where rows are queries, and in
+ * the backward, where rows are keys: none draws what another one needs. */
 #ifndef FA_PHILOX_H
 #define FA_PHILOX_H
 
@@ -23,7 +23,7 @@ struct fa_philox {
     unsigned word[4];
 };
 
-/* Of a pair that is queries apart, and of keys that are. */
+/* How far the queries of a draw are apart, and its keys, and how many keys it has. */
 enum { FA_DRAW_QUERY_STEP = 8, FA_DRAW_KEY_STEP = 8, FA_DRAW_KEYS = 4 };
 
 FA_INLINE struct fa_philox fa_philox4x32(struct fa_philox counter, unsigned key0, unsigned key1)

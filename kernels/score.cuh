@@ -88,12 +88,12 @@ struct dropout_stream {
     {
         if (!DROPOUT)
             return;
-        const int *seed = reinterpret_cast<const int *>(params.dropout_seed);
+        const int *seed = reinterpret_cast<const int *>(params.dropout.seed);
         unsigned words[4];
         for (int i = 0; i < 4; i++)
             words[i] = ld_global(seed + i);
         random = fa_dropout_stream(words, batch, head);
-        threshold = params.dropout_threshold;
+        threshold = params.dropout.threshold;
     }
 
     /* Calls f(q, k) for the weights of a draw that are dropped. Of its keys there are KEYS, from

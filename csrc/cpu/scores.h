@@ -1,6 +1,6 @@
 /* What happens to a score, in the order of kernels/score.cuh: scale, softcap, score_mod (no call
- * has one yet), softmax, dropout. The mask is in sequence.h: what it hides has no score. The backward
- * recomputes with these what the forward computed, to the bit.
+ * has one yet), softmax, dropout. The mask is in sequence.h: what it hides has no score. The
+ * backward recomputes with these what the forward computed, to the bit.
  *
  * Scores are fp64: what makes a weight is their difference to the row max, and in fp32 the rounding
  * of a large score would be a large part of that. Weights are fp32. */

@@ -116,9 +116,6 @@ def what_it_gets(config: Any) -> Iterator[str]:
         yield f"{FLASH}: replaced by Transformers, which wants one of {', '.join(compatible)}"
     else:
         yield f"{FLASH}: taken"
-    for name in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop"):
-        if dropout := getattr(config.get_text_config(), name, None):
-            yield f"training: refused until {name}, now {dropout}, is 0"
 
 
 def _class_of(config: Any) -> Any:

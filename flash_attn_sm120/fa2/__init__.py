@@ -9,12 +9,13 @@ They differ from the functions above in names, order and returns:
 - Head dims that are no multiples of 8 are padded with zeros, which copies q, k and v; those of a KV
   cache are refused.
 - They return ``out``, or with ``return_attn_probs`` ``(out, lse, S_dmask)``, of which the last is
-  empty, as FlashAttention-2's is without dropout.
+  empty, with dropout, too: what FlashAttention-2 writes there is for its tests.
+- ``dropout_p`` drops other weights than FlashAttention-2 does at the same state of the generator.
 - Where a query sees no key its lse is +inf, as in FlashAttention-2, and not -inf. That takes a pass
   over the lse where it is asked for. Gradients flow through it, which FlashAttention-2's ignores.
 - Pages may be of any size, and the head dims of K and V may differ.
-- ``dropout_p`` above 0 and ``alibi_slopes`` raise NotImplementedError. Errors are of more kinds
-  than FlashAttention-2's RuntimeError.
+- ``alibi_slopes`` raises NotImplementedError. Errors are of more kinds than FlashAttention-2's
+  RuntimeError.
 """
 
 from flash_attn_sm120.fa2.attention import (

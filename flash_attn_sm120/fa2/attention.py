@@ -31,11 +31,12 @@ def flash_attn_func(
     """Attention as :func:`flash_attn_sm120.flash_attn_func` computes it.
 
     Args:
-        dropout_p, alibi_slopes: not supported yet: NotImplementedError unless 0 and None.
+        dropout_p: as there, with a seed from torch's generator.
+        alibi_slopes: not supported yet: NotImplementedError unless None.
         window_size: ``(left, right)``; a negative side is unbounded.
         return_attn_probs: return ``(out, lse, S_dmask)``.
     """
-    _refuse("flash_attn_func", dropout_p, alibi_slopes)
+    _refuse("flash_attn_func", alibi_slopes)
     out, lse = interface.flash_attn_func(
         padded(q),
         padded(k),
@@ -44,6 +45,7 @@ def flash_attn_func(
         causal=causal,
         window_size=unbounded(window_size),
         softcap=softcap,
+        dropout_p=dropout_p,
         deterministic=deterministic,
         return_lse=return_attn_probs,
     )
@@ -143,7 +145,7 @@ def flash_attn_varlen_func(
         dropout_p, alibi_slopes, window_size, return_attn_probs: as in :func:`flash_attn_func`; the
             lse is ``(heads_q, total_q)``.
     """
-    _refuse("flash_attn_varlen_func", dropout_p, alibi_slopes)
+    _refuse("flash_attn_varlen_func", alibi_slopes)
     keys: dict[str, Any] = {"cu_seqlens_k": cu_seqlens_k}
     if block_table is not None:
         keys = {"page_table": block_table, "seqused_k": torch.diff(cu_seqlens_k)}
@@ -158,6 +160,7 @@ def flash_attn_varlen_func(
         causal=causal,
         window_size=unbounded(window_size),
         softcap=softcap,
+        dropout_p=dropout_p,
         deterministic=deterministic,
         return_lse=return_attn_probs,
         **keys,
@@ -280,13 +283,9 @@ def unpacked(name: str, packed: Tensor, ndim: int, count: int) -> tuple[Tensor, 
     return packed.unbind(-3)
 
 
-def _refuse(function: str, dropout_p: float, alibi_slopes: Tensor | None) -> None:
-    asked = [
-        *(["dropout_p"] if dropout_p else []),
-        *(["alibi_slopes"] if alibi_slopes is not None else []),
-    ]
-    if asked:
-        raise NotImplementedError(f"fa2.{function} does not support {', '.join(asked)} yet")
+def _refuse(function: str, alibi_slopes: Tensor | None) -> None:
+    if alibi_slopes is not None:
+        raise NotImplementedError(f"fa2.{function} does not support alibi_slopes yet")
 
 
 def _bound(max_seqlen: int | Tensor | None) -> int | None:
