@@ -20,9 +20,12 @@ def attention_reference(
     window_size=(None, None),
     softcap=0.0,
     learnable_sink=None,
+    dropout=None,
     upcast=True,
 ):
     """(out, lse) of q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), as they are defined.
+
+    `dropout`: what weights are multiplied by before they weigh v, (B, Hq, Sq, Sk).
 
     With `upcast` everything is computed one precision up: in fp32 for fp16 and bf16, in fp64 for
     fp32. Without it, everything is computed (and rounded at every step) in the type of the inputs:
@@ -60,7 +63,10 @@ def attention_reference(
         empty = (scores == -math.inf).all(-1, keepdim=True)  # where softmax gives 0/0
         scores = scores.masked_fill(empty, 0)
         weights = torch.softmax(scores, dim=-1).masked_fill(empty, 0)
-        out[:, :, rows] = weigh(weights[..., :-1], v, visible)
+        weights = weights[..., :-1]
+        if dropout is not None:
+            weights = weights * dropout[:, :, rows].to(weights)
+        out[:, :, rows] = weigh(weights, v, visible)
         lse[:, :, rows] = torch.logsumexp(scores, dim=-1).masked_fill(empty[..., 0], -math.inf)
     return out.transpose(1, 2), lse
 

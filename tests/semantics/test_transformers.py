@@ -534,11 +534,15 @@ def test_gaps_are_refused(model_type):
         ours(tokens(), attention_mask=gaps)
 
 
-def test_dropout_is_refused_in_training():
+def test_dropout_in_training():
+    """In evaluation none; in training other weights at each step, by torch's generator."""
     _, ours = make_pair("llama", ATTENTION, attention_dropout=0.1)
-    ours(tokens())
-    with pytest.raises(NotImplementedError, match=r"no dropout yet.*asks for 0\.1"):
-        ours.train()(tokens())
+    assert torch.equal(ours(tokens()).logits, ours(tokens()).logits)
+    ours.train()
+    torch.manual_seed(0)
+    first, second = (ours(tokens()).logits for _ in range(2))
+    torch.manual_seed(0)
+    assert torch.equal(ours(tokens()).logits, first) and not torch.equal(first, second)
 
 
 def call(attention_mask=None, queries=4, keys=4, **options):
@@ -804,7 +808,7 @@ def test_models_with_kernels_of_their_own_keep_our_name():
 
 SAYS = {
     "llama": r"head dims 128\n.*attention: taken\n  flash_sm120: taken$",
-    "bert": r"taken\n  training: refused until attention_probs_dropout_prob, now 0\.1, is 0",
+    "bert": r"sm120_attention: taken",
     "gpt_oss": r"window 128, sinks.*\n  sm120_attention: taken\n  flash_sm120: replaced by",
     "gemma2": r"13 sliding_attention, 13 full_attention, window 4096, softcap 50",
     "deepseek_v3": r"head dims 192 and 128",
@@ -828,7 +832,7 @@ def test_doctor_of_a_folder(tmp_path, capsys):
     assert "refused, head dim 20" in capsys.readouterr().out
     configuration("mistral", attention_dropout=0.1).save_pretrained(tmp_path)
     assert command_line.main(["doctor", str(tmp_path)]) == 0
-    assert "refused until attention_dropout, now 0.1, is 0" in capsys.readouterr().out
+    assert "sm120_attention: taken" in capsys.readouterr().out
     assert command_line.main(["doctor", "no_such_model"]) == 1
     assert capsys.readouterr().err.startswith("doctor: no_such_model: ")
 
@@ -851,8 +855,11 @@ def test_transformers_own_flash_path_finds_our_functions():
     out = forward(q, k, v, None, **options, position_ids=positions)
     assert torch.equal(out[:, :6], expected[:, :6])
     assert not torch.equal(out[:, 6:], expected[:, 6:])
-    with pytest.raises(NotImplementedError, match="no dropout yet"):
-        forward(q, k, v, None, **options, dropout=0.1)
+    torch.manual_seed(0)
+    out = forward(q, k, v, None, **options, dropout=0.1)
+    torch.manual_seed(0)
+    assert torch.equal(out, forward(q, k, v, None, **options, dropout=0.1))
+    assert not torch.equal(out, expected)
 
 
 def test_other_names_go_to_transformers():
