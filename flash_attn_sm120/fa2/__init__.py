@@ -15,8 +15,12 @@ They differ from the functions above in names, order and returns:
 - Pages may be of any size, and the head dims of K and V may differ.
 - ``dropout_p`` above 0 and ``alibi_slopes`` raise NotImplementedError. Errors are of more kinds
   than FlashAttention-2's RuntimeError.
+
+Programs that import ``flash_attn`` itself find these functions after
+:func:`install_as_flash_attn`.
 """
 
+from flash_attn_sm120.fa2.alias import install_as_flash_attn
 from flash_attn_sm120.fa2.attention import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -35,4 +39,5 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "install_as_flash_attn",
 ]

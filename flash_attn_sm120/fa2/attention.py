@@ -152,8 +152,8 @@ def flash_attn_varlen_func(
         padded(k),
         padded(v),
         cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=_bound(max_seqlen_q),
-        max_seqlen_k=_bound(max_seqlen_k),
+        max_seqlen_q=bound(max_seqlen_q),
+        max_seqlen_k=bound(max_seqlen_k),
         softmax_scale=scale_of(q, softmax_scale),
         causal=causal,
         window_size=unbounded(window_size),
@@ -289,7 +289,7 @@ def _refuse(function: str, dropout_p: float, alibi_slopes: Tensor | None) -> Non
         raise NotImplementedError(f"fa2.{function} does not support {', '.join(asked)} yet")
 
 
-def _bound(max_seqlen: int | Tensor | None) -> int | None:
+def bound(max_seqlen: int | Tensor | None) -> int | None:
     if isinstance(max_seqlen, Tensor):
         return None if max_seqlen.is_cuda else int(max_seqlen)
     return max_seqlen
