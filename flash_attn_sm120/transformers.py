@@ -389,7 +389,7 @@ def attention(
     else:
         shown = _mask_of_layer(window_size, lengths, attention_mask)
         if position_ids is not None and position_ids.ndim == 2:
-            shown = _packed_by_positions(shown, position_ids.expand(q.shape[0], -1))
+            shown = _packed_by_positions(shown, position_ids, q.shape[0])
     return _attend(q, k, v, shown, options, bool(deterministic)), None
 
 
@@ -492,7 +492,7 @@ def _mask_of_layer(
     return Mask(window_size, lengths)
 
 
-def _packed_by_positions(shown: Mask, position_ids: Tensor) -> Mask:
+def _packed_by_positions(shown: Mask, position_ids: Tensor, batch: int) -> Mask:
     """Sequences that follow each other, where positions begin anew.
 
     Many models do not show the positions to their mask function. Transformers' FlashAttention looks
@@ -502,7 +502,7 @@ def _packed_by_positions(shown: Mask, position_ids: Tensor) -> Mask:
     if not _is_dense(shown) or shown.window_size[1] != 0 or not 1 < queries == keys:
         return shown
     if _may_read(position_ids):
-        rows = _rows_by_positions(position_ids)
+        rows = _rows_by_positions(position_ids, batch)
         return shown if rows is None else shown._replace(q=rows, k=rows)
     torch._assert_async((_starts(position_ids).sum(1) == 1).all(), _NO_POSITIONS)
     return shown
@@ -520,7 +520,7 @@ def _starts(position_ids: Tensor) -> Tensor:
     return starts | (torch.arange(position_ids.shape[1], device=position_ids.device) == 0)
 
 
-def _rows_by_positions(position_ids: Tensor) -> Rows | None:
+def _rows_by_positions(position_ids: Tensor, batch: int) -> Rows | None:
     """The rows of packed sequences; None where each row of the batch is one.
 
     All layers of a forward have the same positions: they are read once. Inference tensors, whose
@@ -531,7 +531,7 @@ def _rows_by_positions(position_ids: Tensor) -> Rows | None:
     last, last_version, rows = _last_read
     if last() is position_ids and version == last_version != -1:
         return rows
-    ids = _starts(position_ids).cumsum(1)
+    ids = _starts(position_ids).expand(batch, -1).cumsum(1)
     rows = None if bool((ids[:, -1] == 1).all()) else _rows_of_sequences(ids)
     _last_read = weakref.ref(position_ids), version, rows
     return rows

@@ -157,15 +157,29 @@ def test_packed_positions(model_type, packed, use_cache):
     assert_same_results(eager, ours, alone(eager, inputs, rows), out.flatten(0, 1))
 
 
+def test_positions_are_read_once(monkeypatch):
+    """A forward waits for the GPU once, not in each layer."""
+    _, ours = make_pair("mistral", ATTENTION)
+    read = []
+    monkeypatch.setattr(
+        door, "_starts", lambda x, _starts=door._starts: read.append(x) or _starts(x)
+    )
+    for rows in ([(SEQLEN,)], [LENGTHS]):
+        ours(tokens(1), position_ids=positions(rows))
+    assert len(read) == 2
+
+
 def test_positions_are_read_anew_where_they_changed():
     _, ours = make_pair("mistral", ATTENTION)
-    inputs, place = tokens(1), positions([(SEQLEN,)])
+    inputs, turns = tokens(1), ([(SEQLEN,)], [LENGTHS], [(SEQLEN,)])
     for no_grad in (torch.no_grad(), torch.inference_mode()):
         with no_grad:
-            buffer = place.clone()
-            for rows in ([(SEQLEN,)], [LENGTHS], [(SEQLEN,)]):
-                buffer.copy_(positions(rows))
-                out = logits(ours, input_ids=inputs, position_ids=buffer)[0]
+            buffer = torch.zeros(1, SEQLEN, dtype=torch.long)
+            outs = [
+                logits(ours, input_ids=inputs, position_ids=buffer.copy_(positions(rows)))[0]
+                for rows in turns
+            ]
+            for out, rows in zip(outs, turns, strict=True):
                 assert_close(out, alone(ours, inputs, rows))
 
 
@@ -508,13 +522,14 @@ def test_unions_of_masks_are_refused(name, union):
             create(config, torch.empty(2, SEQLEN, 0), None, None, **UNIONS[union]())
 
 
-def test_a_stranger_by_a_known_name_is_refused():
-    def sliding_window_overlay():
-        sliding_window = 4
-        return lambda b, h, q, k: k > q + sliding_window
+def sliding_window_overlay(sliding_window):
+    """Not the one of Transformers."""
+    return lambda b, h, q, k: k > q + sliding_window
 
-    with pytest.raises(NotImplementedError, match="mask function"):
-        door.mask(1, 5, 5, mask_function=sliding_window_overlay())
+
+def test_a_stranger_by_a_known_name_is_refused():
+    with pytest.raises(NotImplementedError, match=r"function 'sliding_window_overlay.<locals>"):
+        door.mask(1, 5, 5, mask_function=sliding_window_overlay(4))
 
 
 def test_masks_of_4_dimensions_are_refused():
