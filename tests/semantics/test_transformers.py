@@ -133,6 +133,7 @@ def alone(model, input_ids, rows):
 # ---- logits and gradients ------------------------------------------------------------------------
 
 
+@pytest.mark.quick("gpt_oss-left", "modernbert-right")
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("model_type", [*DECODERS, *ENCODERS])
 def test_logits_and_gradients(model_type, batch):
@@ -336,6 +337,7 @@ def assert_same_tokens(eager, ours, options, compiled=None):
     assert torch.equal(ours.generate(inputs, **greedy), expected)
 
 
+@pytest.mark.quick("gemma2-static")
 @pytest.mark.parametrize("way", GENERATE)
 @pytest.mark.parametrize("model_type", DECODERS)
 def test_generate(model_type, way):
