@@ -31,6 +31,7 @@ from harness import FLASH, OURS, Contestant, Problem, by_backend
 
 import flash_attn_sm120
 from flash_attn_sm120._measure import synchronize
+from flash_attn_sm120.fa2 import flash_attn_with_kvcache
 
 # The GPU finishes a call of this shape about as fast as the host enqueues it, and a launch queue
 # holds some 1000 kernels: CALLS of them, three to a backward, never make the host wait. On a CPU
@@ -74,6 +75,8 @@ def forwards(device: str) -> list[Contestant]:
     rows = q.flatten(0, 1)
     ends = torch.arange(0, len(rows) + 1, q.shape[1], dtype=torch.int32, device=device)
     bounds = {"max_seqlen_q": q.shape[1], "max_seqlen_k": q.shape[1]}
+    row, caches, step = q[:, :1], (q.clone(), q.clone()), flash_attn_with_kvcache
+    held = torch.full((len(q),), q.shape[1] - 1, dtype=torch.int32, device=device)
     calls = [
         Contestant("torch.empty_like", lambda: torch.empty_like(q)),
         Contestant(OURS, lambda: ours(q, q, q)),
@@ -81,6 +84,10 @@ def forwards(device: str) -> list[Contestant]:
         Contestant(
             "ours, packed",
             lambda: packed(rows, rows, rows, cu_seqlens_q=ends, cu_seqlens_k=ends, **bounds),
+        ),
+        Contestant("ours, of caches", lambda: step(row, *caches, cache_seqlens=held)),
+        Contestant(
+            "ours, of caches, append", lambda: step(row, *caches, row, row, cache_seqlens=held)
         ),
         Contestant(FLASH, lambda: F.scaled_dot_product_attention(qt, qt, qt), **by_backend(FLASH)),
     ]

@@ -90,7 +90,7 @@ static int read_rotary(struct fa_dlpack *dlpack, struct fa_problem *problem)
                         "rotary_cos must have rotary_dim / 2 columns, from 1 to head_dim / 2 = %d, "
                         "got %lld",
                         shape->head_dim / 2, (long long)sizes[1]);
-    if (sizes[0] < shape->seqlen_k || sizes[0] > FA_MAX_SIZE)
+    if (sizes[0] < MAX(shape->seqlen_k, 1) || sizes[0] > FA_MAX_SIZE)
         return fa_raise(PyExc_ValueError,
                         "rotary_cos must have a row for each position in the caches, %d, got %lld",
                         shape->seqlen_k, (long long)sizes[0]);

@@ -139,6 +139,12 @@ static struct fa_pages pages_of(const struct fa_problem *problem)
     };
 }
 
+/* Where the tiles of all sequences are listed; NULL: they are not. */
+static struct fa_listed_tile *list_of(const struct fa_plan *plan, float *workspace)
+{
+    return plan->list_places ? (struct fa_listed_tile *)(workspace + plan->workspace.list) : NULL;
+}
+
 /* ---- forward --------------------------------------------------------------------------------- */
 
 static struct fa_forward_params forward_params(const struct fa_problem *problem,
@@ -175,6 +181,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .parts = divisor_of(plan->splits),
         .lengths = lengths_of(problem),
         .pages = pages_of(problem),
+        .list = list_of(plan, workspace),
     };
 }
 
@@ -182,6 +189,8 @@ static struct fa_combine_params combine_params(const struct fa_problem *problem,
                                                const struct fa_plan *plan, const float *workspace)
 {
     const struct fa_shape *shape = &problem->shape;
+    const int64_t rows = shape->heads_q * fa_shape_rows_q(shape), dims = shape->head_dim_v;
+    const int64_t seqlen = shape->is_packed_q ? shape->total_q : shape->seqlen_q;
     return (struct fa_combine_params){
         .out_parts = workspace + plan->workspace.out_parts,
         .lse_parts = workspace + plan->workspace.lse_parts,
@@ -189,27 +198,66 @@ static struct fa_combine_params combine_params(const struct fa_problem *problem,
         .lse = data_of(&problem->lse),
         .sink = data_of(&problem->sink),
         .out_stride = fa_tensor_strides(&problem->out),
-        .rows = (unsigned)(shape->heads_q * fa_shape_rows_q(shape)),
+        .out_parts_stride = {shape->heads_q * seqlen * dims, dims, seqlen * dims},
+        .lse_parts_stride = {shape->heads_q * seqlen, 1, seqlen},
+        .out_parts_step = rows * dims,
+        .lse_parts_step = rows,
+        .rows = (unsigned)rows,
         .parts = plan->splits,
         .sink_dtype = (int)problem->sink.dtype,
+        .lse_parts_log2 = 1,
         .heads_q = divisor_of(shape->heads_q),
-        .seqlen_q = divisor_of(shape->is_packed_q ? shape->total_q : shape->seqlen_q),
+        .seqlen_q = divisor_of((int)seqlen),
         .slices = divisor_of(plan->combine_slices),
     };
 }
 
-static struct fa_fill_params fill_params(const struct fa_problem *problem)
+struct fa_combine_params fa_arguments_of_parts(const struct fa_parts *parts, int slices)
+{
+    const int64_t *step = parts->out_parts.stride, *lse_step = parts->lse_parts.stride;
+    return (struct fa_combine_params){
+        .out_parts = parts->out_parts.data,
+        .lse_parts = parts->lse_parts.data,
+        .out = parts->out.data,
+        .lse = data_of(&parts->lse),
+        .out_stride = fa_tensor_strides(&parts->out),
+        .out_parts_stride = {step[1], step[2], step[3]},
+        .lse_parts_stride = {lse_step[1], lse_step[2], lse_step[3]},
+        .out_parts_step = step[0],
+        .lse_parts_step = lse_step[0],
+        .rows = (unsigned)fa_parts_rows(parts),
+        .parts = (int)parts->out_parts.shape[0],
+        .lse_parts_log2 = 1.44269504f,
+        .heads_q = divisor_of((int)parts->out.shape[2]),
+        .seqlen_q = divisor_of((int)parts->out.shape[1]),
+        .slices = divisor_of(slices),
+        .lengths = {.cu_seqlens_q = data_of(&parts->cu_seqlens),
+                    .seqused_q = data_of(&parts->seqused),
+                    .total_q = (int)parts->out.shape[1]},
+        .sequences = parts->sequences,
+    };
+}
+
+static struct fa_fill_params fill_params(const struct fa_problem *problem,
+                                         const struct fa_plan *plan, float *workspace)
 {
     const struct fa_shape *shape = &problem->shape;
+    const struct fa_variant *main = &plan->steps[plan->main].variant;
     return (struct fa_fill_params){
         .out = problem->out.data,
         .lse = data_of(&problem->lse),
         .out_stride = fa_tensor_strides(&problem->out),
         .batch = shape->batch,
         .seqlen_q = shape->seqlen_q,
+        .seqlen_k = shape->seqlen_k,
         .heads_q = shape->heads_q,
         .head_dim_v = shape->head_dim_v,
         .lengths = lengths_of(problem),
+        .list = list_of(plan, workspace),
+        .places = plan->list_places,
+        .tile_m = plan->tile_m,
+        .rows_per_query = main->pack_gqa ? fa_heads_per_kv(shape) : 1,
+        .is_reversed = main->mask_right,
     };
 }
 
@@ -297,7 +345,7 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
     if (plan->splits > 1)
         arguments->combine = combine_params(problem, plan, workspace);
     if (problem->shape.is_varlen)
-        arguments->fill = fill_params(problem);
+        arguments->fill = fill_params(problem, plan, workspace);
     if (problem->append.k.object) {
         arguments->append = append_params(problem, plan, workspace);
         read_appended(&arguments->append, &arguments->main.forward);
@@ -369,7 +417,7 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .dq_stride = fa_tensor_strides(&gradients->dq),
         .zero_share = CEIL_DIV(zero_chunks, MAX(plan->steps[0].blocks, 1)),
         .lengths = lengths_of(problem),
-        .list = at->list ? (struct fa_listed_tile *)(workspace + at->list) : NULL,
+        .list = list_of(plan, workspace),
         .group_heads = plan->group_heads,
         .query_tiles = plan->query_tiles,
         .head_dim = shape->head_dim,

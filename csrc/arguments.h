@@ -4,6 +4,7 @@
 
 #include "driver.h"
 #include "plan.h"
+#include "parts.h"
 #include "problem.h"
 
 /* The arguments of all kernels of a call. */
@@ -30,5 +31,8 @@ int fa_arguments_make(struct fa_driver *driver, const struct fa_problem *problem
 
 /* The one that a job's kernel takes. */
 void *fa_arguments_of(union fa_arguments *arguments, enum fa_job job);
+
+/* Of kernels/combine.cu for a call of its own; the parts of a row have so many slices. */
+struct fa_combine_params fa_arguments_of_parts(const struct fa_parts *parts, int slices);
 
 #endif

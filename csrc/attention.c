@@ -2,6 +2,7 @@
 
 #include "cpu/append.h"
 #include "cpu/backward.h"
+#include "cpu/combine.h"
 #include "cpu/forward.h"
 #include "cpu/sequence.h"
 #include "cpu_threads.h"
@@ -60,4 +61,16 @@ int fa_attention_backward(struct fa_state *state, const struct fa_problem *probl
     if (begin(problem, gradients, &threads) < 0)
         return -1;
     return fa_cpu_threads_end(&threads, fa_cpu_backward(problem, gradients, &threads));
+}
+
+int fa_attention_combine(struct fa_state *state, const struct fa_parts *parts)
+{
+    if (parts->out.device_type == FA_DEVICE_CUDA)
+        return fa_launch_combine(state, parts);
+    struct fa_threads threads;
+    const int count = fa_cpu_thread_count();
+    if (count < 0 || fa_parts_recheck(parts) < 0)
+        return -1;
+    fa_cpu_threads_begin(&threads, count);
+    return fa_cpu_threads_end(&threads, fa_cpu_combine(parts, &threads));
 }

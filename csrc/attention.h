@@ -3,6 +3,7 @@
 #ifndef FA_ATTENTION_H
 #define FA_ATTENTION_H
 
+#include "parts.h"
 #include "problem.h"
 #include "state.h"
 
@@ -12,5 +13,8 @@ int fa_attention_forward(struct fa_state *state, const struct fa_problem *proble
 /* Fills the gradients. 0, or -1 with the exception set. */
 int fa_attention_backward(struct fa_state *state, const struct fa_problem *problem,
                           const struct fa_gradients *gradients);
+
+/* Parts put together: out and lse. 0 or -1. */
+int fa_attention_combine(struct fa_state *state, const struct fa_parts *parts);
 
 #endif

@@ -156,3 +156,33 @@ int fa_launch(struct fa_state *state, const struct fa_problem *problem,
     fa_tensor_release(&workspace);
     return status;
 }
+
+int fa_launch_combine(struct fa_state *state, const struct fa_parts *parts)
+{
+    const struct fa_tensor *out = &parts->out;
+    struct fa_driver *driver = &state->driver;
+    struct fa_step step =
+        fa_plan_combine((int)out->dtype, (int)parts->out_parts.dtype, (int)out->shape[3]);
+    const int slices =
+        fa_plan_fit_combine(fa_parts_rows(parts), (int)parts->out_parts.shape[0], &step);
+    if (step.blocks == 0)
+        return 0;
+    if (fa_settings_read(&state->settings) < 0 ||
+        fa_driver_open(driver, state->settings.driver) < 0)
+        return -1;
+    struct fa_cuda_device *device = fa_driver_device(driver, out->device_id);
+    struct fa_combine_params params = fa_arguments_of_parts(parts, slices);
+    void *stream;
+    if (!device || fa_tensor_stream(&state->dlpack, out, &stream) < 0)
+        return -1;
+    int status = -1;
+    bool pushed;
+    if (fa_driver_enter(driver, device, &pushed) == 0) {
+        const CUkernel kernel =
+            fa_kernel_table_get(&state->kernels, driver, &step.variant, 0, out->device_id, stream);
+        if (kernel && fa_parts_recheck(parts) == 0)
+            status = enqueue(driver, kernel, &step, stream, &params);
+        fa_driver_leave(driver, pushed);
+    }
+    return status;
+}

@@ -2,6 +2,7 @@
 #ifndef FA_LAUNCH_H
 #define FA_LAUNCH_H
 
+#include "parts.h"
 #include "problem.h"
 #include "state.h"
 
@@ -10,5 +11,8 @@
  * exception set and, as far as can be known before, nothing launched. */
 int fa_launch(struct fa_state *state, const struct fa_problem *problem,
               const struct fa_gradients *gradients);
+
+/* The same for parts that another call has made. */
+int fa_launch_combine(struct fa_state *state, const struct fa_parts *parts);
 
 #endif

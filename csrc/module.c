@@ -143,6 +143,20 @@ static PyObject *backward(PyObject *module, PyObject *const *arguments, Py_ssize
     return result;
 }
 
+static PyObject *combine(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    struct fa_state *state = PyModule_GetState(module);
+    struct fa_parts parts = {0};
+    if (count != 6) {
+        PyErr_Format(PyExc_TypeError, "combine() takes 6 positional arguments, got %d", (int)count);
+        return NULL;
+    }
+    const bool is_done = fa_parts_read(&state->dlpack, arguments, &parts) == 0 &&
+                         fa_attention_combine(state, &parts) == 0;
+    fa_parts_release(&parts);
+    return is_done ? Py_NewRef(Py_None) : NULL;
+}
+
 static PyObject *explain_direction(PyObject *module, const struct method *method,
                                    enum fa_direction direction, PyObject *const *arguments,
                                    Py_ssize_t count, PyObject *kwnames)
@@ -237,6 +251,9 @@ static PyMethodDef METHODS[] = {
                 ")\n--\n\nThe same, or NotImplemented, as forward_if_plain()."),
     FAST_METHOD(backward, "backward($module, dout, q, k, v, out, lse, dlse, /, *" CALL_OPTIONS
                           ")\n--\n\n(dq, dk, dv, dsink) of a call; dlse and dsink may be None."),
+    {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL,
+     "combine($module, out_parts, lse_parts, out, lse, cu_seqlens, seqused, /)\n--\n\n"
+     "Puts parts together, into out and lse; the last three may be None."},
     FAST_METHOD(explain, "explain($module, q, k, v, /, *" CALL_OPTIONS PLAN_OPTIONS ")\n--\n\n"
                          "The plan of the forward of a call: a dict."),
     FAST_METHOD(explain_backward,

@@ -51,7 +51,7 @@ struct fa_extent {
     bool is_packed_q, is_packed_k;
     int64_t rows_q; /* of q for each head */
     int64_t rows_k; /* of k where it is packed */
-    /* Where rows are appended: blocks that append a row, and that rotate one of q. */
+    /* Where rows are appended: blocks that append one of K or V, and that rotate one of q. */
     int64_t new_blocks, q_blocks;
 };
 
@@ -93,7 +93,7 @@ struct fa_workspace {
     int64_t rotated_q, seqused_k; /* of one that appends: what attention reads */
     int64_t dq_accum, dk_accum, dv_accum;
     int64_t dq_semaphores, dkv_semaphores, block_counter;
-    int64_t list;  /* of tiles, see kernels/tile_list.cuh; 0 where there is none */
+    int64_t list;  /* of tiles, see kernels/tile_list.cuh */
     int64_t zeros; /* from here on it has to be zero before the backward's main kernel runs */
     int64_t size;
 };
@@ -106,9 +106,11 @@ struct fa_plan {
     int tile_m, tile_n;     /* queries and keys of a tile of the main kernel */
     int m_blocks, n_blocks; /* tiles of query rows per head (a KV head where packed), and of keys */
     int query_tiles;        /* backward: of a head, over the whole batch */
-    int group_heads;        /* (batch, head) pairs that run together, sharing the L2; backward: */
-                            /* (batch, KV head) */
-    int group_limit;        /* backward: no more of them, whatever the batch */
+    int list_places;    /* of a list of tiles, in place of m_blocks, in the backward n_blocks; */
+                        /* 0: there is none */
+    int group_heads;    /* (batch, head) pairs that run together, sharing the L2; backward: */
+                        /* (batch, KV head) */
+    int group_limit;    /* backward: no more of them, whatever the batch */
     int splits;         /* forward: parts of the keys of a block of queries, a thread block each; */
                         /* backward: thread blocks that share a tile of keys */
     int combine_slices; /* of the parts of a row, each summed up by threads of its own */
@@ -148,6 +150,11 @@ bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent
  * extent when rounded. 0, or -1 with `error` filled. */
 int fa_plan_fit(const struct fa_plan_input *input, const struct fa_extent *extent,
                 struct fa_plan *plan, struct fa_plan_error *error);
+
+/* The kernel that puts parts together, of these types; and its grid for so many rows and parts,
+ * which returns how many slices the parts of a row have. */
+struct fa_step fa_plan_combine(int dtype, int parts_dtype, int head_dim_v);
+int fa_plan_fit_combine(int64_t rows, int parts, struct fa_step *step);
 
 /* ---- shared by plan_forward.c and plan_backward.c -------------------------------------------- */
 

@@ -309,7 +309,7 @@ struct tiles {
     int64_t queries, keys;
 };
 
-static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles, bool is_listed,
+static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles,
                           struct fa_plan *plan)
 {
     const struct fa_variant *main = &plan->steps[plan->main].variant;
@@ -320,7 +320,7 @@ static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles,
     const bool is_ordered = input->deterministic;
     struct fa_workspace *workspace = &plan->workspace;
     workspace->size = 2 * queries; /* the lse and delta of each */
-    workspace->list = is_listed ? take(workspace, 2 * (int64_t)plan->n_blocks) : 0;
+    workspace->list = take(workspace, 2 * (int64_t)plan->list_places);
     workspace->zeros = workspace->size;
     workspace->dq_accum = take(workspace, buffers * queries * input->head_dim);
     workspace->dk_accum = take(workspace, keys * input->head_dim);
@@ -376,13 +376,12 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
 {
     plan->m_blocks = CEIL_DIV(extent->seqlen_q, plan->tile_m);
     plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
-    const int places =
-        extent->is_packed_k && extent->seqlen_k > 0
-            ? fa_plan_list_places(extent->batch, extent->rows_k, plan->tile_n, plan->n_blocks)
-            : 0;
-    const bool is_listed = places > 0;
+    plan->list_places = extent->is_packed_k ? fa_plan_list_places(extent->batch, extent->rows_k,
+                                                                  plan->tile_n, plan->n_blocks)
+                                            : 0;
+    const bool is_listed = plan->list_places > 0;
     if (is_listed)
-        plan->n_blocks = places;
+        plan->n_blocks = plan->list_places;
     const int64_t query_tiles = query_tiles_of_head(extent, plan);
     const int64_t pairs = is_listed ? input->heads_kv : (int64_t)extent->batch * input->heads_kv;
     const struct tiles tiles = {
@@ -396,7 +395,7 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
     for (int i = 0; i < plan->step_count; i++)
         plan->steps[i].blocks = blocks_of(plan, &plan->steps[i], tiles);
     plan->group_heads = group_heads(pairs, plan->group_limit);
-    fit_workspace(input, tiles, is_listed, plan);
+    fit_workspace(input, tiles, plan);
     return 0;
 }
 

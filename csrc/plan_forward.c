@@ -15,10 +15,11 @@ static int forward_smem(const struct fa_plan_input *input, const struct fa_tile 
 
 /* Query rows of all heads for each multiprocessor; expanded tensors can have more than 2^63. How
  * many sequences there are a plan for any lengths does not know: it takes tiles as large as what
- * can share a block. */
+ * can share a block. So do calls of few queries, in which all the time is that of reading keys:
+ * rows of a larger tile would be empty, and several small ones would read the keys again. */
 static double rows_per_sm(const struct fa_plan_input *input, const struct fa_device *device)
 {
-    if (input->varlen)
+    if (input->varlen || input->seqlen_q <= FA_FEW_QUERIES)
         return (double)input->seqlen_q * fa_plan_heads_per_kv(input);
     return (double)input->batch * input->heads_q * input->seqlen_q / MAX(1, device->sms);
 }
@@ -65,15 +66,32 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
     return false;
 }
 
+/* A ring that holds more than the keys of the longest sequence takes shared memory from another
+ * block, and short sequences live by how many blocks load at a time. */
+static void shrink_ring(const struct fa_plan_input *input, struct fa_tile *tile)
+{
+    enum { LEAST_STAGES = 2, LEAST_TILE_N = 32 };
+    while (tile->stages > LEAST_STAGES && (tile->stages - 1) * tile->tile_n >= input->seqlen_k)
+        tile->stages--;
+    while (tile->tile_n > LEAST_TILE_N && tile->stages * tile->tile_n / 2 >= input->seqlen_k)
+        tile->tile_n /= 2;
+    tile->sub_n = MIN(tile->sub_n, tile->tile_n);
+}
+
+/* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds on
+ * 12.x. */
+static int smem_limit(const struct fa_device *device)
+{
+    return MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
+}
+
 /* The tile of the first of some rows that serves the call within the shared memory, stages
  * included. Where the TMA cannot bring K and V, which *why_not_tma tells, cp.async does. */
 static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
                               const struct fa_plan_input *input, const struct fa_device *device,
                               struct fa_tile *tile, const char **why_not_tma)
 {
-    /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds
-     * on 12.x. */
-    const int smem_per_block = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
+    const int smem_per_block = smem_limit(device);
     for (size_t i = 0; i < count; i++) {
         if (!serves(&rows[i], input, device))
             continue;
@@ -89,6 +107,19 @@ static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
     return false;
 }
 
+/* Pages by the TMA, where a row of tiles.c asks for cp.async: that would need an address for every
+ * row of a tile, from every thread; a box needs one for several rows, from a single thread. */
+static void prefer_tma(const struct fa_plan_input *input, const struct fa_device *device,
+                       struct fa_tile *tile, const char **why_not_tma)
+{
+    struct fa_tile by_tma = *tile;
+    by_tma.kernel = FA_KERNEL_FORWARD_TMA;
+    by_tma.producer = FA_PRODUCER_THREAD;
+    if (tile->kernel == FA_KERNEL_FORWARD &&
+        tma_can_implement(input, device, &by_tma, smem_limit(device), why_not_tma))
+        *tile = by_tma;
+}
+
 static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_target *target,
                         struct fa_plan *plan, struct fa_tile *tile)
 {
@@ -98,10 +129,16 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const bool is_own = first_that_serves(own->rows, own->count, input, device, tile, &why_not_tma);
     if (!is_own && !first_that_serves(FA_TILES, FA_TILE_COUNT, input, device, tile, &why_not_tma))
         return false;
+    const bool is_asked = tile->kernel == FA_KERNEL_FORWARD_TMA;
+    if (!is_own && input->paged)
+        prefer_tma(input, device, tile, &why_not_tma);
+    if (input->varlen && !is_own)
+        shrink_ring(input, tile);
     const bool is_tma = tile->kernel == FA_KERNEL_FORWARD_TMA;
     fa_plan_because(plan, "kernel",
-                    is_tma
-                        ? "forward_tma: mma.sync fed by the TMA, as the tile's row asks"
+                    is_asked ? "forward_tma: mma.sync fed by the TMA, as the tile's row asks"
+                    : is_tma
+                        ? "forward_tma: mma.sync fed by the TMA, which takes whole boxes of pages"
                         : "forward: mma.sync fed by cp.async, the path of every device from 8.0");
     if (why_not_tma && !is_tma)
         fa_plan_because(plan, "not forward_tma", why_not_tma);
@@ -342,25 +379,37 @@ bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent
     return fa_split_parts(&grid) > 1;
 }
 
+/* ---- the second kernel ----------------------------------------------------------------------- */
+
 /* A row of out takes a thread for every four dims, so a block has room for some rows. Of many parts
  * these are slices instead: few rows are enough for the whole machine then. */
-enum { COMBINE_WARPS = 8 };
+enum { COMBINE_WARPS = 8, PARTS_PER_SLICE = 4 };
 
-static int combine_slots(const struct fa_plan_input *input)
+struct fa_step fa_plan_combine(int dtype, int parts_dtype, int head_dim_v)
 {
-    return fa_combine_slots(COMBINE_WARPS * 32, input->head_dim_v);
+    return (struct fa_step){.job = FA_JOB_COMBINE,
+                            .variant = {.kernel = FA_KERNEL_COMBINE,
+                                        .dtype = dtype,
+                                        .parts_dtype = parts_dtype,
+                                        .head_dim_v = head_dim_v,
+                                        .warps = COMBINE_WARPS},
+                            .threads = COMBINE_WARPS * 32};
+}
+
+int fa_plan_fit_combine(int64_t rows, int parts, struct fa_step *step)
+{
+    const int slots = fa_combine_slots(step->threads, step->variant.head_dim_v);
+    const int slices = MAX(1, MIN(CEIL_DIV(parts, PARTS_PER_SLICE), slots));
+    step->blocks = (int)CEIL_DIV(rows, slots / slices);
+    return slices;
 }
 
 static void add_combine(const struct fa_plan_input *input, const struct fa_device *device,
                         struct fa_plan *plan)
 {
-    fa_plan_add(plan, (struct fa_step){.job = FA_JOB_COMBINE,
-                                       .variant = {.kernel = FA_KERNEL_COMBINE,
-                                                   .dtype = input->dtype,
-                                                   .head_dim_v = input->head_dim_v,
-                                                   .warps = COMBINE_WARPS},
-                                       .threads = COMBINE_WARPS * 32,
-                                       .overlaps_previous = device->has_tma});
+    struct fa_step step = fa_plan_combine(input->dtype, FA_FLOAT32, input->head_dim_v);
+    step.overlaps_previous = device->has_tma;
+    fa_plan_add(plan, step);
 }
 
 static void set_splits(const struct fa_plan_input *input, const struct fa_device *device,
@@ -374,14 +423,21 @@ static void set_splits(const struct fa_plan_input *input, const struct fa_device
     add_combine(input, device, plan);
 }
 
-/* Rows that no sequence has are the last kernel's: it overwrites what others may leave there. */
+/* Rows that no sequence has are the first kernel's, which also lists the tiles of the main one; of
+ * a split call they are the last one's, as combine writes all rows. */
 static void add_fill(const struct fa_plan_input *input, struct fa_plan *plan)
 {
-    if (input->varlen)
-        fa_plan_add(plan, (struct fa_step){
-                              .job = FA_JOB_FILL,
-                              .variant = {.kernel = FA_KERNEL_VARLEN_FILL, .dtype = input->dtype},
-                              .threads = FA_FILL_THREADS});
+    const struct fa_step fill = {
+        .job = FA_JOB_FILL,
+        .variant = {.kernel = FA_KERNEL_VARLEN_FILL, .dtype = input->dtype},
+        .threads = FA_FILL_THREADS};
+    if (!input->varlen)
+        return;
+    struct fa_step *last = fa_plan_add(plan, fill);
+    if (plan->splits > 1)
+        return;
+    *last = plan->steps[plan->main];
+    plan->steps[plan->main++] = fill;
 }
 
 /* ---- sizes ----------------------------------------------------------------------------------- */
@@ -389,12 +445,10 @@ static void add_fill(const struct fa_plan_input *input, struct fa_plan *plan)
 static void fit_combine(const struct fa_plan_input *input, int64_t rows, struct fa_plan *plan,
                         struct fa_step *step)
 {
-    enum { PARTS_PER_SLICE = 4 };
     struct fa_workspace *workspace = &plan->workspace;
-    plan->combine_slices = MIN(CEIL_DIV(plan->splits, PARTS_PER_SLICE), combine_slots(input));
     workspace->lse_parts = plan->splits * rows * input->head_dim_v;
     workspace->size = workspace->lse_parts + plan->splits * rows;
-    step->blocks = (int)CEIL_DIV(rows, combine_slots(input) / plan->combine_slices);
+    plan->combine_slices = fa_plan_fit_combine(rows, plan->splits, step);
 }
 
 /* What attention reads lies behind the parts, q at a multiple of 16 bytes. */
@@ -415,14 +469,31 @@ static int fit_append(const struct fa_plan_input *input, const struct fa_extent 
     return 0;
 }
 
+/* The first launch can list the tiles of a packed side. */
+static int list_places(const struct fa_plan_input *input, const struct fa_extent *extent,
+                       const struct fa_plan *plan)
+{
+    const struct fa_variant *main = &plan->steps[plan->main].variant;
+    const int64_t rows_of_head =
+        extent->rows_q * (main->pack_gqa ? fa_plan_heads_per_kv(input) : 1);
+    return extent->is_packed_q && !main->split
+               ? fa_plan_list_places(extent->batch, rows_of_head, plan->tile_m, plan->m_blocks)
+               : 0;
+}
+
 int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_extent *extent,
                         struct fa_plan *plan, struct fa_plan_error *error)
 {
     struct fa_step *main = &plan->steps[plan->main];
     const bool packed = main->variant.pack_gqa;
-    const int64_t heads = (int64_t)extent->batch * (packed ? input->heads_kv : input->heads_q);
+    const int heads_of_one = packed ? input->heads_kv : input->heads_q;
     const int64_t rows_of_all = extent->rows_q * input->heads_q;
     plan->m_blocks = (int)CEIL_DIV(rows(input, extent->seqlen_q, packed), plan->tile_m);
+    plan->list_places = list_places(input, extent, plan);
+    const bool is_listed = plan->list_places > 0;
+    if (is_listed)
+        plan->m_blocks = plan->list_places;
+    const int64_t heads = (int64_t)heads_of_one * (is_listed ? 1 : extent->batch);
     plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
     if (main->variant.split && input->may_split) {
         const struct fa_grid grid = grid_of(input, extent, plan, packed);
@@ -433,13 +504,14 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
         return fa_plan_refuse(error, false,
                               "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
     main->blocks = (int)(heads * plan->m_blocks * plan->splits);
-    plan->workspace = (struct fa_workspace){0};
+    plan->workspace = (struct fa_workspace){.size = 2 * (int64_t)plan->list_places};
     for (int i = 0; i < plan->step_count; i++) {
         struct fa_step *step = &plan->steps[i];
         if (step->job == FA_JOB_COMBINE)
             fit_combine(input, rows_of_all, plan, step);
         else if (step->job == FA_JOB_FILL)
-            step->blocks = (int)CEIL_DIV(extent->rows_q, FA_FILL_ROWS);
+            step->blocks = (int)MAX(CEIL_DIV(extent->rows_q, FA_FILL_ROWS),
+                                    plan->list_places ? extent->batch : 0);
     }
     return input->append ? fit_append(input, extent, plan, &plan->steps[0], error) : 0;
 }

@@ -20,13 +20,13 @@ static int planned_length(const struct fa_shape *shape, int seqlen, bool is_boun
     return rounded_up(is_bounded && max_seqlen != FA_NO_BOUND ? max_seqlen : seqlen);
 }
 
-/* The same for keys; in the forward, which may read them by the TMA, 0 where there is no row of any.
- */
-static int planned_keys(const struct fa_problem *problem, bool is_forward)
+/* The same for keys: 0 where there is no row of any. No tensor map describes those of the forward,
+ * and no block of the backward has any, to store dQ. */
+static int planned_keys(const struct fa_problem *problem)
 {
     const struct fa_shape *shape = &problem->shape;
     const bool is_bounded = shape->is_packed_k || shape->page_size;
-    if (is_forward && fa_tensor_is_empty(&problem->k))
+    if (fa_tensor_is_empty(&problem->k))
         return 0;
     return planned_length(shape, shape->seqlen_k, is_bounded, problem->options.max_seqlen_k);
 }
@@ -49,7 +49,7 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
     const struct fa_shape *shape = &problem->shape;
     const struct fa_options *options = &problem->options;
     const bool is_forward = direction == FA_FORWARD;
-    const int keys = planned_keys(problem, is_forward);
+    const int keys = planned_keys(problem);
     const struct fa_tensor *first = is_forward ? &problem->k : &problem->q;
     const struct fa_tensor *second = is_forward ? &problem->v : dout;
     return (struct fa_plan_input){
@@ -102,7 +102,7 @@ static struct fa_extent extent_of(const struct fa_problem *problem)
         .is_packed_k = shape->is_packed_k,
         .rows_q = fa_shape_rows_q(shape),
         .rows_k = shape->total_k,
-        .new_blocks = append->k.object ? (int64_t)shape->batch * fa_append_blocks(append) : 0,
+        .new_blocks = append->k.object ? (int64_t)2 * shape->batch * fa_append_blocks(append) : 0,
         .q_blocks = append->cos.object ? (int64_t)shape->batch * shape->seqlen_q : 0,
     };
 }

@@ -46,7 +46,7 @@ static inline bool fa_queries_advance(const struct fa_shape *shape)
     return shape->window_left != FA_UNBOUNDED || shape->window_right != FA_UNBOUNDED;
 }
 
-/* Thread blocks that append the rows of a sequence: one at least, for its length. */
+/* Thread blocks that append the rows of K, or of V, of a sequence: one at least, for its length. */
 static inline int fa_append_blocks(const struct fa_append *append)
 {
     return append->k.shape[1] > 0 ? (int)append->k.shape[1] : 1;

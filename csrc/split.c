@@ -8,21 +8,21 @@
 
 /* From a request to its bytes. A block has in_flight bytes on their way and gets no more than those
  * in this time: with 64 KB, a block on every other multiprocessor is enough. */
-#define LATENCY_BYTES (36 * 1024.0)
+#define LATENCY_BYTES (37 * 1024.0)
 
 /* A block: its launch, its queries, the first tile on its way, the last one through the softmax,
  * its part of out. Blocks that share a multiprocessor hide little of that from each other where
  * memory is what they all wait for. */
-#define BLOCK_BYTES (95 * 1024.0)
+#define BLOCK_BYTES (110 * 1024.0)
 
 /* The second kernel, without what it reads. */
-#define COMBINE_BYTES (69 * 1024.0)
+#define COMBINE_BYTES (50 * 1024.0)
 
 /* What a tile of so many queries takes on the tensor cores, of the bytes of its keys. */
-#define COMPUTE(tile_m) ((tile_m) * 0.0075)
+#define COMPUTE(tile_m) ((tile_m) * 0.008)
 
 /* Shorter parts never pay, and more parts than these are more than any machine has use for. */
-#define MIN_PART_KEYS 128
+#define MIN_PART_KEYS 64
 #define MAX_PARTS     256
 
 /* So many times a multiprocessor may be filled with parts, one after the other. */

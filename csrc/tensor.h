@@ -8,7 +8,7 @@
 
 #include "../kernels/geometry.h" /* fa_element_bytes */
 
-#define FA_MAX_NDIM 4
+#define FA_MAX_NDIM 5
 
 enum fa_device_type { FA_DEVICE_CPU = 1, FA_DEVICE_CUDA = 2 }; /* DLPack's numbers */
 

@@ -11,6 +11,11 @@
 #define SMALL(head_dim, rows_per_sm, right, ...) \
     {ANY, head_dim, head_dim, ANY, ANY, rows_per_sm, right, 0, {__VA_ARGS__}, {0}}
 
+/* Few queries, windows or not. Those of up to 64 rows are the tiles of SMALL, of which windows and
+ * those of up to 128 rows have not been measured. */
+#define FEW(head_dim, rows, ...) \
+    {ANY, head_dim, head_dim, ANY, FA_FEW_QUERIES, rows, ANY, ANY, {__VA_ARGS__}, {0}}
+
 #define LARGE(head_dim, head_dim_v, right, left, ...) \
     {ANY, head_dim, head_dim_v, ANY, ANY, ANY, right, left, {__VA_ARGS__}, {0}}
 
@@ -30,7 +35,10 @@
 const struct fa_tile_row FA_TILES[] = {
     /* head_dim, rows_per_sm, right,           tile_n, sub_n, warps, warp_m, stages
      * head_dim, head_dim_v, right, left,      tile_n, sub_n, warps, warp_m, stages
+     * head_dim, rows_per_sm,                  tile_n, sub_n, warps, warp_m, stages, of few queries
      * head_dim, rows_per_sm,                  tile_n, sub_n, warps, warp_m, stages, of 12.x */
+    FEW(   64,  64,            64, 64, 4, 16, 3, TMA_WARP),
+    FEW(   64, 128,            64, 64, 8, 16, 2, TMA_WARP),
     SMALL( 64,  64, ANY,       64, 64, 4, 16, 3, TMA_WARP),
     SM120( 64, 256,            64, 64, 4, 16, 2, TMA_WARP), /* SPLIT */
     SMALL( 64, 128,   0,       64, 64, 4, 16, 2, TMA_WARP),
@@ -38,6 +46,7 @@ const struct fa_tile_row FA_TILES[] = {
     LARGE( 64,  64,   1,   0,  64, 64, 4, 32, 2, CP_ASYNC),
     LARGE( 64,  64, ANY, ANY,  64, 32, 4, 32, 3, CP_ASYNC),
 
+    FEW(   80,  64,            64, 64, 4, 16, 3, TMA_WARP),
     SMALL( 80,  64, ANY,       64, 64, 4, 16, 3, TMA_WARP),
     SM120( 80, 256,            64, 64, 4, 16, 2, TMA_WARP), /* SPLIT */
     SM120( 80, ANY,            64, 64, 8, 16, 2, TMA_WARP), /* WIDE */
@@ -46,6 +55,7 @@ const struct fa_tile_row FA_TILES[] = {
     SMALL( 80, 256,   1,       64, 64, 8, 16, 3, TMA_WARP),
     LARGE( 80,  80, ANY,   0,  64, 32, 8, 32, 3, TMA_BARRIER),
 
+    FEW(   96,  64,            64, 64, 4, 16, 3, TMA_WARP),
     SMALL( 96,  64, ANY,       64, 64, 4, 16, 3, TMA_WARP),
     SM120( 96, 256,            64, 64, 4, 16, 2, TMA_WARP), /* SPLIT */
     SM120( 96, ANY,            64, 64, 8, 16, 2, TMA_WARP), /* WIDE */
@@ -54,6 +64,8 @@ const struct fa_tile_row FA_TILES[] = {
     SMALL( 96, 256,   1,       64, 64, 4, 16, 2, TMA_WARP),
     LARGE( 96,  96, ANY, ANY,  32, 16, 4, 32, 2, CP_ASYNC),
 
+    FEW(  128,  64,            64, 64, 4, 16, 2, TMA_WARP),
+    FEW(  128, 128,            64, 32, 8, 16, 2, TMA_THREAD), /* 9 warps would spill */
     SMALL(128,  64, ANY,       64, 64, 4, 16, 2, TMA_WARP),
     SM120(128, 256,            32, 32, 4, 16, 3, TMA_WARP), /* SPLIT: the 48 KB of v6 */
     SM120(128, ANY,            64, 32, 8, 16, 2, TMA_THREAD), /* WIDE: 9 warps would spill */
@@ -67,6 +79,7 @@ const struct fa_tile_row FA_TILES[] = {
     LARGE(120, 128, ANY, ANY,  64, 32, 8, 16, 3, CP_ASYNC),
     LARGE(128, 128, ANY, ANY,  32, 16, 4, 32, 3, CP_ASYNC),
 
+    FEW(  192,  64,            64, 32, 4, 16, 2, TMA_WARP),
     SMALL(192,  64,   0,       64, 64, 4, 16, 2, TMA_WARP),
     SMALL(192, 128,   1,       64, 32, 4, 16, 2, TMA_WARP),
     LARGE(192, 192, ANY,   0,  64, 32, 8, 16, 2, TMA_THREAD),

@@ -29,6 +29,10 @@
 
 #define FA_ANY (-1)
 
+/* Of calls of no more queries, as in decoding, rows_per_sm is the rows of the query heads that
+ * share a KV head. */
+#define FA_FEW_QUERIES 16
+
 #define FA_INT(field) int field;
 struct fa_tile {
     FA_TILE(FA_INT)

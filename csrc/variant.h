@@ -45,6 +45,7 @@ enum fa_code {
  * 0. The order is that of the name. */
 #define FA_VARIANT_FIELDS(X)                                                                       \
     X(dtype, "DTYPE", FA_ALL_KERNELS, "_", FA_TYPE)                                                \
+    X(parts_dtype, "PARTS_DTYPE", FA_ONLY(COMBINE), "_of_", FA_TYPE)                               \
     X(head_dim, "HEAD_DIM", FA_MAIN | FA_ONLY(BACKWARD_POSTPROCESS), "_d", FA_NUMBER)              \
     X(head_dim_v, "HEAD_DIM_V", FA_MAIN | FA_ONLY(COMBINE) | FA_ONLY(BACKWARD_PREPROCESS), "_dv",  \
       FA_NUMBER)                                                                                   \
@@ -86,7 +87,7 @@ struct fa_variant {
 const char *fa_variant_kernel(const struct fa_variant *variant);
 
 /* The canonical name: the kernel's, then every field that it has, say
- * forward_bf16_d128_dv128_n32x16_w4x32_s3_right or combine_bf16_dv128_w8. */
+ * forward_bf16_d128_dv128_n32x16_w4x32_s3_right or combine_bf16_of_fp32_dv128_w8. */
 void fa_variant_name(const struct fa_variant *variant, char name[FA_VARIANT_NAME_SIZE]);
 
 /* The compiler's option for the i-th constant, say -DHEAD_DIM=128; false if the kernel has none. */

@@ -96,7 +96,7 @@ KINDS = tuple(
     name.lower()
     for name in re.findall(r"^ +KIND_(\w+),", (HERE / "emulator.h").read_text(), flags=re.M)
 )
-MAX_DIMS = 4
+MAX_DIMS = 5  # as in emulator.h
 
 CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
 
@@ -437,6 +437,11 @@ class EmulatedTensor(torch.Tensor):
     def detach(self) -> EmulatedTensor:
         """The same memory, with the same rights."""
         tensor = super().detach()
+        tensor.writable = self.writable
+        return tensor
+
+    def unsqueeze(self, dim: int) -> EmulatedTensor:
+        tensor = super().unsqueeze(dim)
         tensor.writable = self.writable
         return tensor
 

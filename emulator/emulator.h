@@ -304,11 +304,13 @@ static inline struct tally *tally_of(const struct warp *warp, const struct instr
 
 /* ---- memory --------------------------------------------------------------------------------- */
 
+enum { MAX_DIMS = 5 };
+
 /* Memory that a launch may touch: rows of a strided tensor. */
 struct region {
     uint64_t base;
-    int ndim;                    /* at most 4 */
-    int64_t shape[4], stride[4]; /* in elements */
+    int ndim;                                  /* at most MAX_DIMS */
+    int64_t shape[MAX_DIMS], stride[MAX_DIMS]; /* in elements */
     int64_t itemsize;
     bool writable;
 };

@@ -95,9 +95,9 @@ static bool allow(struct pages *pages, uint64_t address, uint64_t bytes, bool wr
 }
 
 /* Merges dimensions that lie without a hole in `*run` bytes; returns how many are left over. */
-static int outer_dimensions(const struct region *region, int outer[4], int64_t *run)
+static int outer_dimensions(const struct region *region, int outer[MAX_DIMS], int64_t *run)
 {
-    bool merged[4] = {false};
+    bool merged[MAX_DIMS] = {false};
     *run = region->itemsize;
     for (int pass = 0; pass < region->ndim; pass++)
         for (int d = 0; d < region->ndim; d++)
@@ -117,8 +117,8 @@ static bool allow_region(struct pages *pages, const struct region *region)
     for (int d = 0; d < region->ndim; d++)
         if (region->shape[d] == 0)
             return true;
-    int outer[4];
-    int64_t run, index[4] = {0};
+    int outer[MAX_DIMS];
+    int64_t run, index[MAX_DIMS] = {0};
     const int count = outer_dimensions(region, outer, &run);
     for (;;) {
         uint64_t address = region->base;

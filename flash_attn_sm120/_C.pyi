@@ -151,6 +151,15 @@ def backward(
     pack_gqa: bool | None = None,
     deterministic: bool = False,
 ) -> tuple[Any, Any, Any, Any]: ...
+def combine(
+    out_parts: Any,
+    lse_parts: Any,
+    out: Any,
+    lse: Any | None,
+    cu_seqlens: Any | None,
+    seqused: Any | None,
+    /,
+) -> None: ...
 def explain(
     q: Any,
     k: Any,

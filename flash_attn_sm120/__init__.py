@@ -1,6 +1,7 @@
 """FlashAttention for consumer Blackwell and every NVIDIA GPU since Ampere."""
 
 from flash_attn_sm120 import tuned_tiles
+from flash_attn_sm120.combine import flash_attn_combine
 from flash_attn_sm120.common_kernels import warmup
 from flash_attn_sm120.interface import flash_attn_func, flash_attn_varlen_func
 from flash_attn_sm120.plan import Kernel, Plan, Step, explain, explain_backward
@@ -13,6 +14,7 @@ __all__ = [
     "Step",
     "explain",
     "explain_backward",
+    "flash_attn_combine",
     "flash_attn_func",
     "flash_attn_varlen_func",
     "warmup",

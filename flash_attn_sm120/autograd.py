@@ -188,15 +188,20 @@ for _formula, _ops in ((_forward, ops.FORWARDS), (_backward, ops.BACKWARDS)):
 # ---- autocast ------------------------------------------------------------------------------------
 
 
-def autocast(*tensors: Any) -> tuple[Any, ...]:
+def autocast(q: Any, k: Any, v: Any, page_table: Any = None) -> tuple[Any, Any, Any]:
     """The tensors as autocast hands them to scaled_dot_product_attention: in its dtype.
 
-    Only torch's tensors of at most 32 bits, on a device type for which autocast is on.
+    Only torch's tensors of at most 32 bits, on a device type for which autocast is on; and only q
+    where k and v are pages of a cache, which is read in place.
     """
-    return tuple(_autocast(x) if isinstance(x, torch.Tensor) else x for x in tensors)
+    if page_table is None:
+        k, v = _autocast(k), _autocast(v)
+    return _autocast(q), k, v
 
 
-def _autocast(x: torch.Tensor) -> torch.Tensor:
+def _autocast(x: Any) -> Any:
+    if not isinstance(x, torch.Tensor):
+        return x
     device_type = x.device.type
     is_cast = x.dtype in (torch.float32, torch.float16, torch.bfloat16)
     if not is_cast or not torch.is_autocast_enabled(device_type):
@@ -208,10 +213,7 @@ def _under_autocast(op: Any, key: str) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def forward(q: Any, k: Any, v: Any, sink: Any, *lengths: Any, **options: Any) -> Any:
-        if ops.by_name(lengths).get("page_table") is None:
-            q, k, v = autocast(q, k, v)
-        else:  # a cache is read in place
-            (q,) = autocast(q)
+        q, k, v = autocast(q, k, v, ops.by_name(lengths).get("page_table"))
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(q, k, v, sink, *lengths, **options)
 

@@ -21,6 +21,7 @@ DTYPES = (torch.bfloat16, torch.float16)
 # (head_dim, head_dim_v) of Llama, Qwen, Mistral, Gemma, Phi and DeepSeek (MLA).
 COMMON_HEAD_DIMS = ((64, 64), (80, 80), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
 HEADS = 8
+PAGE_SIZE = 16  # of vLLM, unless told otherwise
 
 
 def common_plans(arch: int, head_dims: Iterable[tuple[int, int]] | None = None) -> Iterator[Plan]:
@@ -46,15 +47,28 @@ def decoding_plans(arch: int) -> Iterator[Plan]:
 
 
 def packed_plans(arch: int) -> Iterator[Plan]:
-    """The plans of common forward calls with lengths on the device; needs no GPU.
+    """The plans of the forward of packed sequences, long and short; needs no GPU.
 
-    Of long sequences, of short ones, and of one query each, whose causal mask ends where its
-    sequence does. A plan holds no length: these kernels are those of any number of sequences.
+    A plan holds no length: these kernels are those of any number of sequences.
     """
-    for dtype, dims, longest in itertools.product(DTYPES, COMMON_HEAD_DIMS, (2048, 64, 1)):
+    for dtype, dims, longest in itertools.product(DTYPES, COMMON_HEAD_DIMS, (2048, 64)):
         for causal in (False, True):
             qkv, lengths = _packed(dtype, dims, longest)
             yield explain(*qkv, **lengths, causal=causal, num_splits=1, arch=arch)
+
+
+def serving_plans(arch: int) -> Iterator[Plan]:
+    """The plans of what serving engines call: K and V in pages, causal, GQA; needs no GPU.
+
+    Prefill, the decoding of many sequences, and of few, whose keys are split.
+    """
+    for dtype, dims in itertools.product(DTYPES, COMMON_HEAD_DIMS):
+        for batch, queries in ((8, 2048), (256, 1), (2, 1)):
+            q = torch.empty(batch, queries, HEADS, dims[0], dtype=dtype)
+            k, v = (torch.empty(16, PAGE_SIZE, HEADS // 4, dim, dtype=dtype) for dim in dims)
+            table = torch.empty(batch, 8192 // PAGE_SIZE, dtype=torch.int32)
+            used = torch.empty(batch, dtype=torch.int32)
+            yield explain(q, k, v, page_table=table, seqused_k=used, causal=True, arch=arch)
 
 
 def backward_plans(arch: int, head_dims: Iterable[tuple[int, int]] | None = None) -> Iterator[Plan]:
@@ -106,6 +120,7 @@ def common_kernels(arch: int) -> list[Kernel]:
         common_plans(arch),
         decoding_plans(arch),
         packed_plans(arch),
+        serving_plans(arch),
         backward_plans(arch),
         packed_backward_plans(arch),
     )

@@ -258,8 +258,8 @@ def flash_attn_varlen_func(
             With ``page_table`` ``seqused_k`` is the sequences' lengths; None: ``max_seqlen_k``.
         page_table: ``(batch, max_pages)`` int32, rows contiguous: key ``j`` of sequence ``b`` is
             row ``j % page_size`` of page ``page_table[b, j // page_size]`` of ``k`` and ``v``.
-            Pages have 1 to 1024 rows, come in any order and may be shared; entries beyond the
-            length of a sequence may hold anything. The cache may be a view, as of ``(num_pages, 2,
+            Pages have 1 to 1024 rows, come in any order and may be shared; entries whose keys no
+            query sees may hold anything. The cache may be a view, as of ``(num_pages, 2,
             page_size, heads_kv, head_dim)``; it is read in place or refused, never copied, nor cast
             by autocast. Not with ``cu_seqlens_k``. There is no backward.
         softmax_scale, learnable_sink, softcap, pack_gqa, deterministic, return_lse: as in
@@ -397,17 +397,13 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """A call that is more than plain inference: by an operator, by autograd, or cast first."""
     in_place = out is not None or lse is not None
-    is_paged = lengths.get("page_table") is not None
     by_operator = is_followed(q, k, v, learnable_sink, *lengths.values()) or (
         is_followed(q, k, v, out, lse)
         if in_place
         else profiler._is_profiler_enabled and isinstance(q, torch.Tensor)
     )
     if not by_operator and _is_any_autocast_enabled():
-        if is_paged:  # a cache is read in place
-            (q,) = autograd.autocast(q)
-        else:
-            q, k, v = autograd.autocast(q, k, v)
+        q, k, v = autograd.autocast(q, k, v, lengths.get("page_table"))
     by_autograd = (
         not by_operator and is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink)
     )
@@ -430,10 +426,6 @@ def _attend(
         raise RuntimeError(
             f"{function}(..., out=, lse=) does not support automatic differentiation, nor what "
             "torch follows by (compile, func, modes, subclasses, lazy negation): use no_grad()"
-        )
-    if is_paged and not by_operator:
-        raise NotImplementedError(
-            f"{function} has no gradient with page_table, as K and V are a cache: use no_grad()"
         )
     if not by_operator:
         return autograd.attend(q, k, v, learnable_sink, lengths, options, return_lse)

@@ -275,15 +275,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         __syncthreads();
     }
     const backward_block block(params, number);
-    if (VARLEN && block.is_none)
-        return;
     const sequence<fa_backward_params> &seq = block.seq;
     const attention_mask mask(seq);
     const int key0 = block.n_block * TILE_N, key1 = key0 + TILE_N;
     if (VARLEN && key0 >= seq.seqlen_k()) {
         if (DQ_DIRECT)
             clear_dQ(block, 0, 0);
-        return; /* the grid has blocks for the longest sequence that may come */
+        return; /* the grid has as many blocks as there may be tiles */
     }
     const int m_begin = mask.queries_of(key0).begin / TILE_M;
     const int m_end = max(ceil_div(mask.queries_of(key1 - 1).end, TILE_M), m_begin);

@@ -58,7 +58,7 @@ __device__ __forceinline__ void clear_unused_rows(const fa_backward_params &para
 __device__ __forceinline__ void list_keys(const fa_backward_params &params, int number)
 {
     list_tiles<THREADS>(
-        params.list, params.n_blocks, params.batch, number, [&](int other) -> sequence_work {
+        params.list, params.n_blocks, params.batch, number, false, [&](int other) -> sequence_work {
             const int keys = read_keys(params.lengths, params.seqlen_k, other).count;
             return {read_queries(params.lengths, params.seqlen_q, other).count,
                     ceil_div(keys, params.tile_n)};

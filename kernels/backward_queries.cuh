@@ -20,7 +20,6 @@
 struct backward_block {
     sequence<fa_backward_params> seq;
     int n_block, head_kv, q_split;
-    bool is_none; /* a list has more places than tiles */
 
     __device__ __forceinline__ backward_block(const fa_backward_params &params, int number)
         : seq{params, 0}
@@ -41,9 +40,6 @@ struct backward_block {
             number = same_in_warp(ld_global(&params.list[n_block].sequence));
             n_block = same_in_warp(ld_global(&params.list[n_block].tile));
         }
-        is_none = VARLEN && number < 0;
-        if (is_none)
-            return;
         seq.select(number);
         seq.make_uniform();
     }

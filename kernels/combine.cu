@@ -6,13 +6,17 @@
  * A part without keys has lse_i = -inf and out_i = 0, and so no weight; a row without any gets
  * those very values. The order of the sums depends on nothing but the number of parts and slices.
  *
- *   DTYPE        of out, enum fa_dtype in params.h
- *   HEAD_DIM_V   a multiple of 8 up to 256
- *   WARPS        of a block */
+ *   DTYPE         of out, enum fa_dtype in params.h
+ *   PARTS_DTYPE   of out_i
+ *   HEAD_DIM_V    a multiple of 8 up to 512
+ *   WARPS         of a block */
 #include "params.h"
+
+#define VARLEN 0 /* what differs from sequence to sequence is which rows there are, see is_used() */
 
 #include "geometry.h"
 #include "division.cuh"
+#include "sequence.cuh"
 #include "sink.cuh"
 
 constexpr int THREADS = WARPS * 32;
@@ -43,6 +47,52 @@ struct weighted {
     }
 };
 
+/* Four dims of a part from `offset` on. */
+__device__ __forceinline__ float4 load_part(const void *parts, fa_int64 offset)
+{
+    if constexpr (PARTS_DTYPE == FA_FLOAT32)
+        return *reinterpret_cast<const float4 *>(static_cast<const float *>(parts) + offset);
+    const uint2 pairs =
+        *reinterpret_cast<const uint2 *>(static_cast<const unsigned short *>(parts) + offset);
+    const float2 low = unpack<PARTS_DTYPE>(pairs.x), high = unpack<PARTS_DTYPE>(pairs.y);
+    return make_float4(low.x, low.y, high.x, high.y);
+}
+
+__device__ __forceinline__ void store_out(void *out, fa_int64 offset, const float4 &x)
+{
+    if constexpr (DTYPE == FA_FLOAT32)
+        *reinterpret_cast<float4 *>(static_cast<float *>(out) + offset) = x;
+    else
+        *reinterpret_cast<uint2 *>(static_cast<element *>(out) + offset) =
+            make_uint2(pack(x.x, x.y), pack(x.z, x.w));
+}
+
+/* Whether a sequence has and uses the row, where there are lengths. */
+__device__ __forceinline__ bool is_used(const fa_combine_params &params, int batch, int row)
+{
+    const fa_lengths &lengths = params.lengths;
+    if (!lengths.cu_seqlens_q && !lengths.seqused_q)
+        return true;
+    if (params.sequences == 0)
+        return false;
+    const int number = lengths.cu_seqlens_q
+                           ? last_sequence(params.sequences,
+                                           [&](int other) {
+                                               return first_row(lengths.cu_seqlens_q,
+                                                                lengths.total_q, other) <= row;
+                                           })
+                           : batch;
+    const sequence_rows used = read_queries(lengths, params.seqlen_q.number, number);
+    return row >= used.begin && row < used.begin + used.count;
+}
+
+/* From the beginning of a tensor [batch, seqlen, heads, head_dim] to a row of a head. */
+__device__ __forceinline__ fa_int64 offset_in(const fa_strides &stride, int batch, int row,
+                                              int head)
+{
+    return batch * stride.batch + row * stride.seqlen + head * stride.head;
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
     combine(const __grid_constant__ struct fa_combine_params params)
 {
@@ -56,25 +106,29 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const auto [batch, head] = divide(pair, params.heads_q);
     const float sink =
         exists && slice == 0 ? load_sink(params.sink, params.sink_dtype, head) : -INF;
+    const fa_int64 out_part = offset_in(params.out_parts_stride, batch, query, head) + lane * 4;
+    const fa_int64 lse_part = offset_in(params.lse_parts_stride, batch, query, head);
+    const int parts = exists && is_used(params, batch, query) ? params.parts : 0;
     wait_for_previous_kernel();
 
     /* ---- 2. The sum of a slice. The loads of AHEAD parts are on their way together; one that is
      * not there has no weight, as a part without keys has none. */
     weighted sum;
-    for (int first = slice; exists && first < params.parts; first += AHEAD * params.slices.number) {
+    for (int first = slice; first < parts; first += AHEAD * params.slices.number) {
         float lse[AHEAD];
         float4 o[AHEAD];
 #pragma unroll
         for (int i = 0; i < AHEAD; i++) {
-            const int part = first + i * params.slices.number;
-            const fa_int64 at = static_cast<fa_int64>(part) * params.rows + row;
-            const float4 *out_row = reinterpret_cast<const float4 *>(params.out_parts) + at * LANES;
-            lse[i] = part < params.parts ? params.lse_parts[at] : -INF;
-            o[i] = part < params.parts ? out_row[lane] : float4{};
+            const fa_int64 part = first + i * params.slices.number;
+            lse[i] =
+                part < parts ? params.lse_parts[part * params.lse_parts_step + lse_part] : -INF;
+            o[i] = part < parts
+                       ? load_part(params.out_parts, part * params.out_parts_step + out_part)
+                       : float4{};
         }
 #pragma unroll
         for (int i = 0; i < AHEAD; i++)
-            sum.add(lse[i], 1.0f, o[i], MAX_OFFSET);
+            sum.add(lse[i] * params.lse_parts_log2, 1.0f, o[i], MAX_OFFSET);
     }
 
     /* ---- 3. The sum of all slices, by the threads of the first. */
@@ -94,12 +148,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     /* ---- 4. The sink, and out. */
     if (params.sink && sum.l != 0.0f)
         sum.add(sink * LOG2_E, 1.0f, {}, MAX_OFFSET);
-    unsigned short *out_row = static_cast<unsigned short *>(params.out) +
-                              batch * params.out_stride.batch + head * params.out_stride.head +
-                              query * params.out_stride.seqlen;
     const float inverse = sum.l == 0.0f ? 0.0f : 1.0f / sum.l; /* 0: no keys */
-    reinterpret_cast<uint2 *>(out_row)[lane] = make_uint2(
-        pack(sum.o.x * inverse, sum.o.y * inverse), pack(sum.o.z * inverse, sum.o.w * inverse));
+    store_out(
+        params.out, offset_in(params.out_stride, batch, query, head) + lane * 4,
+        make_float4(sum.o.x * inverse, sum.o.y * inverse, sum.o.z * inverse, sum.o.w * inverse));
     if (params.lse && lane == 0)
         params.lse[row] = sum.l == 0.0f ? sink : lse_log2(sum.m, sum.l) * LN2;
 }

@@ -4,7 +4,8 @@
 
 #include "geometry.h"
 
-/* What PTX calls the type of this number. */
+/* What PTX calls the type of this number. fp32, which combine.cu alone writes, has no pairs. */
+#define FA_PTX_TYPE_0          "bf16"
 #define FA_PTX_TYPE_1          "f16"
 #define FA_PTX_TYPE_2          "bf16"
 #define FA_PTX_TYPE_OF_(dtype) FA_PTX_TYPE_##dtype
@@ -18,6 +19,6 @@ constexpr int CHUNK_ELEMENTS = fa_chunk_elements(DTYPE);
 constexpr int MMA_K = fa_mma_k(DTYPE);
 
 using element = unsigned short; /* bits: only the mma and pack() know the type */
-static_assert(sizeof(element) == ELEMENT_BYTES, "as many bits as the type has");
+static_assert(sizeof(element) == ELEMENT_BYTES || DTYPE == FA_FLOAT32, "as the type has");
 
 #endif

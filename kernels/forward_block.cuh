@@ -11,7 +11,8 @@
  * Blocks that run at the same time should share K and V in the L2: so group_heads (batch, head)
  * pairs go through all their query blocks together, heads fastest. With a right diagonal the last
  * queries see the most keys: these blocks start first, and the short ones fill the gaps at the end.
- * The splits of a block, which are equally long, start together.
+ * The splits of a block, which are equally long, start together. With a list of tiles, sequence by
+ * sequence, a group is of heads alone, and goes through the list.
  *
  * Rows are the queries of a head. With PACK_GQA they are those of all query heads of a KV head,
  * heads fastest: row = query * heads_per_kv + head.
@@ -22,7 +23,7 @@ struct forward_block {
     const fa_forward_params &params;
     sequence<fa_forward_params> seq;
     attention_mask mask;
-    int pair;                          /* batch * heads + the block's head */
+    int pair;                          /* batch * heads + the block's head, where that is read */
     int head, head_kv;                 /* the query head of row 0 */
     int block_row, warp_row, lane_row; /* first rows; the lane has every eighth after it */
     int last_row;                      /* of the block */
@@ -40,11 +41,17 @@ struct forward_block {
         pair = group * params.group_heads.number + by_pairs.rest;
         split = by_splits.rest;
         const divided by_heads = divide(pair, params.heads);
-        seq.select(by_heads.quotient);
         head = by_heads.rest;
+        int number = by_heads.quotient;
+        int tile = MASK_RIGHT ? params.m_blocks.number - 1 - rank : rank;
+        if (VARLEN && params.list) { /* queries are packed: lse asks for the head, not the pair */
+            number = ld_global(&params.list[rank].sequence);
+            tile = ld_global(&params.list[rank].tile);
+        }
+        seq.select(number);
         head_kv = PACK_GQA ? head : divide(head, params.heads_per_kv).quotient;
         head *= PACK_GQA ? params.heads_per_kv.number : 1;
-        block_row = (MASK_RIGHT ? params.m_blocks.number - 1 - rank : rank) * TILE_M;
+        block_row = tile * TILE_M;
         /* The shuffle tells the compiler that the number is the same in all of the warp. */
         const int warp = __shfl_sync(0xffffffff, thread / 32, 0);
         warp_row = block_row + warp * WARP_M;

@@ -5,8 +5,8 @@
  *
  *     (x cos[p, pair] - y sin[p, pair], y cos[p, pair] + x sin[p, pair])
  *
- * A block has a row of all heads, first those that are new, then those of q. Rows for which a cache
- * has no room are dropped.
+ * A block has a row of all heads: first come those of K, then of V, then of q. Rows for which a
+ * cache has no room are dropped.
  *
  * Constants: DTYPE. */
 #include "params.h"
@@ -104,23 +104,27 @@ __device__ __forceinline__ int held_rows(const fa_append_params &params, int num
     return clamp(held, 0, params.seqlen_k);
 }
 
+/* A row of K, or of V. */
+template <bool IS_K>
 __device__ __forceinline__ void append_row(const fa_append_params &params, int block)
 {
     const auto [number, i] = divide(block, params.new_blocks);
     const int held = held_rows(params, number), position = held + i;
-    if (i == 0 && threadIdx.x == 0)
+    if (IS_K && i == 0 && threadIdx.x == 0)
         params.seqused_k[number] = min(held + params.new_rows, params.seqlen_k);
     if (i >= params.new_rows || position >= params.seqlen_k)
         return;
     const cache_row place = find_row(params.pages, number, position);
-    move_row(
-        {static_cast<const element *>(params.k), params.k_stride, number, i},
-        {static_cast<element *>(params.k_cache), params.k_cache_stride, place.batch, place.row},
-        params.heads_kv, params.chunks, rotation_of(params, position));
-    move_row(
-        {static_cast<const element *>(params.v), params.v_stride, number, i},
-        {static_cast<element *>(params.v_cache), params.v_cache_stride, place.batch, place.row},
-        params.heads_kv, params.chunks_v, {});
+    if (IS_K)
+        move_row(
+            {static_cast<const element *>(params.k), params.k_stride, number, i},
+            {static_cast<element *>(params.k_cache), params.k_cache_stride, place.batch, place.row},
+            params.heads_kv, params.chunks, rotation_of(params, position));
+    else
+        move_row(
+            {static_cast<const element *>(params.v), params.v_stride, number, i},
+            {static_cast<element *>(params.v_cache), params.v_cache_stride, place.batch, place.row},
+            params.heads_kv, params.chunks_v, {});
 }
 
 __device__ __forceinline__ void rotate_query(const fa_append_params &params, int block)
@@ -139,9 +143,11 @@ __device__ __forceinline__ void rotate_query(const fa_append_params &params, int
 extern "C" __global__ void __launch_bounds__(THREADS)
     kv_append(const __grid_constant__ struct fa_append_params params)
 {
-    const int block = blockIdx.x, new_blocks = params.batch * params.new_blocks.number;
-    if (block < new_blocks)
-        append_row(params, block);
+    const int block = blockIdx.x, rows = params.batch * params.new_blocks.number;
+    if (block < rows)
+        append_row<true>(params, block);
+    else if (block < 2 * rows)
+        append_row<false>(params, block - rows);
     else
-        rotate_query(params, block - new_blocks);
+        rotate_query(params, block - 2 * rows);
 }

@@ -82,75 +82,110 @@ template <> struct copied_source<false> {
     }
 };
 
-/* The rows of K or V that a thread copies, see copy_place: each has an address of its own. The COLS
- * threads that share these rows read one entry of the table each, so that entries take a register,
- * and not one for each row. */
-template <class layout> struct paged_rows {
+/* The rows of a tile that a thread copies, see copy_place, each in a page of its own. The COLS
+ * threads that share these rows find one each, and pass it to the others: entries of the table then
+ * take a register, and not one for each row. */
+template <int COLS> struct paged_rows {
+    enum {
+        STEP = THREADS / COLS,
+        ROWS = ceil_div(TILE_N, STEP),
+        FOUND = ceil_div(ROWS, COLS) /* by this thread */
+    };
+    int entries[FOUND];
+    unsigned pages[ROWS], rows[ROWS]; /* where row i * STEP, counted from this thread's first, is */
+
+    static __device__ __forceinline__ int found_row(int i)
+    {
+        const unsigned thread = read_thread_index();
+        return thread / COLS + (i * COLS + thread % COLS) * STEP;
+    }
+    /* Of the tile whose first key is `key`, of which `keys` exist. */
+    __device__ __forceinline__ void read_entries(const page_list &list, int key, int keys)
+    {
+#pragma unroll
+        for (int i = 0; i < FOUND; i++) {
+            const int row = found_row(i);
+            entries[i] = row < keys ? list.read_entry(key + row) : 0;
+        }
+    }
+    /* Of that tile. All threads of a warp find rows together. */
+    __device__ __forceinline__ void find(const page_list &list, int key)
+    {
+#pragma unroll
+        for (int i = 0; i < FOUND; i++) {
+            const int page = list.page_of(entries[i]), row = list.row_of(key + found_row(i));
+#pragma unroll
+            for (int r = i * COLS; r < min(ROWS, (i + 1) * COLS); r++) {
+                pages[r] = __shfl_sync(0xffffffff, page, r % COLS, COLS);
+                rows[r] = __shfl_sync(0xffffffff, row, r % COLS, COLS);
+            }
+        }
+    }
+    /* The same, where those of the other tensor have been found: they are the same if as many
+     * threads share them. */
+    __device__ __forceinline__ void find_beside(const paged_rows &other, const page_list &, int)
+    {
+        *this = other;
+    }
+    template <int OTHER_COLS>
+    __device__ __forceinline__ void find_beside(const paged_rows<OTHER_COLS> &,
+                                                const page_list &list, int key)
+    {
+        find(list, key);
+    }
+};
+
+/* K or V in pages, as a thread copies it. */
+template <class layout> struct paged_tensor {
     using place = copy_place<layout, THREADS>;
-    enum { ROWS = ceil_div(layout::ROWS, place::STEP) };
-    const element *gmem; /* this thread's first chunk of row 0 of page 0 */
-    int entries[ceil_div(ROWS, layout::COLS)];
+    const element *gmem; /* its first chunk of row 0 of page 0 */
+    paged_rows<layout::COLS> rows;
 
     __device__ __forceinline__ void start(const void *tensor, const fa_strides &stride, int head)
     {
         gmem = static_cast<const element *>(tensor) + head * stride.head +
                place().col * CHUNK_ELEMENTS;
     }
-    /* Of the tile whose first key is `key`, of which `keys` exist. */
-    __device__ __forceinline__ void read_entries(const page_list &list, int key, int keys)
+    __device__ __forceinline__ void copy(unsigned smem, const fa_strides &stride, int keys) const
     {
         const place at;
-#pragma unroll
-        for (int r = 0; r < ROWS; r += layout::COLS) {
-            const int row = at.row + (r + at.col) * place::STEP;
-            entries[r / layout::COLS] = row < keys ? list.read_entry(key + row) : 0;
-        }
-    }
-    /* Starts the copies of this thread's share of that tile. */
-    __device__ __forceinline__ void copy(unsigned smem, const page_list &list,
-                                         const fa_strides &stride, int key, int keys) const
-    {
-        const place at;
-        const element *row_gmem;
         at.each([&](int r, int c, unsigned offset) {
-            if (c == 0) { /* a row begins */
-                const int number = r / place::STEP;
-                const int entry = __shfl_sync(0xffffffff, entries[number / layout::COLS],
-                                              number % layout::COLS, layout::COLS);
-                row_gmem = gmem + list.page_of(entry) * stride.batch +
-                           list.row_of(key + at.row + r) * stride.seqlen;
-            }
-            const int bytes = at.exists(r, c, keys) ? FA_CHUNK_BYTES : 0;
+            const int i = r / place::STEP, bytes = at.exists(r, c, keys) ? FA_CHUNK_BYTES : 0;
+            const element *row_gmem =
+                gmem + rows.pages[i] * stride.batch + rows.rows[i] * stride.seqlen;
             cp_async_16(smem + offset, row_gmem + c * CHUNK_ELEMENTS, bytes);
         });
     }
 };
 
-/* Pages of any size. The table is read a tile ahead. Keys are counted from row 0 of the pages, where
- * key 0 of the sequence need not be. */
+/* Pages of any size. The table is read a tile ahead. Keys are counted from row 0 of the pages,
+ * where key 0 of the sequence need not be. */
 template <> struct copied_source<true> {
+    enum { SAME_ROWS = K_layout::COLS == V_layout::COLS };
     const fa_forward_params &params;
     page_list list{params.pages};
     int key; /* the first of the tile that is copied next */
-    paged_rows<K_layout> K_rows;
-    paged_rows<V_layout> V_rows;
+    paged_tensor<K_layout> K;
+    paged_tensor<V_layout> V;
 
     __device__ __forceinline__ void start(const tile_walk &walk,
                                           const sequence<fa_forward_params> &seq)
     {
         list.select(walk.entry);
         key = walk.first_row + walk.key(0);
-        K_rows.start(params.k, params.k_stride, walk.head_kv);
-        V_rows.start(params.v, params.v_stride, walk.head_kv);
+        K.start(params.k, params.k_stride, walk.head_kv);
+        V.start(params.v, params.v_stride, walk.head_kv);
         read_entries(min(seq.seqlen_k() - walk.key(0), TILE_N));
     }
-    __device__ __forceinline__ void copy_K(unsigned smem, int keys) const
+    __device__ __forceinline__ void copy_K(unsigned smem, int keys)
     {
-        K_rows.copy(smem, list, params.k_stride, key, keys);
+        K.rows.find(list, key);
+        K.copy(smem, params.k_stride, keys);
     }
-    __device__ __forceinline__ void copy_V(unsigned smem, int keys) const
+    __device__ __forceinline__ void copy_V(unsigned smem, int keys)
     {
-        V_rows.copy(smem, list, params.v_stride, key, keys);
+        V.rows.find_beside(K.rows, list, key);
+        V.copy(smem, params.v_stride, keys);
     }
     __device__ __forceinline__ void advance()
     {
@@ -160,8 +195,9 @@ template <> struct copied_source<true> {
     __device__ __forceinline__ void read_entries(int keys)
     {
         keys = key < 0 ? 0 : keys; /* no tile is before that of key 0 of the sequence */
-        K_rows.read_entries(list, key, keys);
-        V_rows.read_entries(list, key, keys);
+        K.rows.read_entries(list, key, keys);
+        if (!SAME_ROWS)
+            V.rows.read_entries(list, key, keys);
     }
 };
 

@@ -46,7 +46,7 @@ struct fa_lengths {
     int total_q, total_k; /* rows of the packed tensors */
 };
 
-/* One tile of a list, see kernels/tile_list.cuh: of which sequence, -1 if of none, and which. */
+/* One tile of a list, see kernels/tile_list.cuh: of which sequence, and which of its tiles. */
 struct fa_listed_tile {
     int sequence, tile;
 };
@@ -87,9 +87,12 @@ struct fa_forward_params {
     struct fa_divisor heads, heads_per_kv, m_blocks, group_heads, parts;
     struct fa_lengths lengths; /* read only where VARLEN */
     struct fa_pages pages;     /* read only where PAGED */
+    /* [m_blocks]: the tiles of rows of all sequences, as varlen_fill.cu writes them; group_heads
+     * then divides heads. NULL: m_blocks of each. Read only where VARLEN. */
+    const struct fa_listed_tile *list;
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 328, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 336, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -102,37 +105,48 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "328, padding, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "336, padding, then maps");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
  * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
  * total_q below. */
 struct fa_combine_params {
-    const float *out_parts; /* [parts, rows, head_dim_v], contiguous: each of its own keys alone */
-    const float *lse_parts; /* [parts, rows], contiguous, binary log; -inf: no keys */
+    const void *out_parts;  /* [parts, batch, seqlen_q, heads_q, head_dim_v], contiguous in the last
+                             * dimension: each of its own keys alone */
+    const float *lse_parts; /* [parts, batch, seqlen_q, heads_q]; -inf: no keys */
     void *out;              /* [batch, seqlen_q, heads_q, head_dim_v] */
     float *lse;             /* [rows], natural log; NULL: not wanted */
     const void *sink;       /* [heads_q], contiguous, natural log; NULL: none */
-    struct fa_strides out_stride;
+    struct fa_strides out_stride, out_parts_stride, lse_parts_stride;
+    fa_int64 out_parts_step, lse_parts_step; /* from part to part */
     unsigned rows;
     int parts;
-    int sink_dtype; /* enum fa_dtype */
+    int sink_dtype;       /* enum fa_dtype */
+    float lse_parts_log2; /* what takes lse_parts to a binary logarithm: 1, or log2(e) */
     struct fa_divisor heads_q, seqlen_q;
     struct fa_divisor slices; /* of the parts of a row: each is summed up by threads of its own */
+    /* All NULL, or of cu_seqlens_q and seqused_q: rows that no sequence has, or uses, have no
+     * parts. */
+    struct fa_lengths lengths;
+    int sequences; /* of cu_seqlens_q */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 112, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_combine_params) == 240, "host and device disagree on the layout");
 
 /* The single argument of kernels/varlen_fill.cu. */
 struct fa_fill_params {
     void *out;  /* [batch, seqlen_q, heads_q, head_dim_v], or packed */
     float *lse; /* [batch, heads_q, seqlen_q], or packed; NULL: not wanted */
     struct fa_strides out_stride;
-    int batch, seqlen_q, heads_q, head_dim_v;
+    int batch, seqlen_q, seqlen_k, heads_q, head_dim_v;
     struct fa_lengths lengths;
+    struct fa_listed_tile *list; /* [places]: see fa_forward_params; NULL: not wanted */
+    int places, tile_m;
+    int rows_per_query; /* rows of a head of the main kernel: heads_per_kv where PACK_GQA, else 1 */
+    int is_reversed;    /* whether the last rows come first */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 104, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_fill_params) == 136, "host and device disagree on the layout");
 
 /* The single argument of kernels/kv_append.cu: new rows of K and V go to the caches behind those
  * that they hold, K rotated, and q goes to rotated_q. */
@@ -153,7 +167,7 @@ struct fa_append_params {
     int positions, rotary_dim; /* rotary_dim: 0 where nothing is rotated */
     int interleaved;           /* dims 2i and 2i + 1 are rotated, else i and i + rotary_dim / 2 */
     int q_advances; /* query i has the position i behind that of query 0, else the same */
-    struct fa_divisor new_blocks, q_blocks; /* of a sequence, each has a row */
+    struct fa_divisor new_blocks, q_blocks; /* of a sequence, each has a row of K, of V, or of q */
     struct fa_divisor chunks, chunks_v;     /* of 16 bytes, of a row of one head */
     struct fa_lengths lengths;              /* of q alone */
     struct fa_pages pages;                  /* table NULL: the caches are not in pages */

@@ -356,9 +356,9 @@ __device__ __forceinline__ float2 unpack_fp16(unsigned x)
 }
 
 /* The two numbers of a pair, the lower half first. */
-__device__ __forceinline__ float2 unpack(unsigned x)
+template <int TYPE = DTYPE> __device__ __forceinline__ float2 unpack(unsigned x)
 {
-    if (IS_BF16) /* the upper half of a float */
+    if (TYPE == FA_BFLOAT16) /* the upper half of a float */
         return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
     return unpack_fp16(x);
 }

@@ -13,12 +13,13 @@ struct sequence_work {
 };
 
 /* Writes the tiles of sequence `number` behind those of all that come before it, by all threads of
- * a block; the last sequence also fills the rest of the list. `work_of` gives the work of any.
+ * a block; from the last to the first where they are `reversed`. `work_of` gives the work of any.
  * There is no room for more than `places`, whatever lengths say: so few that sums of that many for
- * each thread are within 32 bits. */
+ * each thread are within 32 bits. The rest of the list gets a tile that no sequence has, because
+ * none has that many. */
 template <int THREADS, class F>
 __device__ __forceinline__ void list_tiles(fa_listed_tile *list, int places, int sequences,
-                                           int number, F work_of)
+                                           int number, bool reversed, F work_of)
 {
     __shared__ int sums[THREADS / 32];
     const sequence_work own = work_of(number);
@@ -40,8 +41,13 @@ __device__ __forceinline__ void list_tiles(fa_listed_tile *list, int places, int
     for (int i = 0; i < THREADS / 32; i++)
         place += sums[i];
     const int end = is_last ? places : min(place + own.tiles, places);
-    for (int i = place + static_cast<int>(threadIdx.x); i < end; i += THREADS)
-        list[i] = i - place < own.tiles ? fa_listed_tile{number, i - place} : fa_listed_tile{-1, 0};
+    for (int i = place + static_cast<int>(threadIdx.x); i < end; i += THREADS) {
+        const int tile = i - place;
+        if (tile >= own.tiles)
+            list[i] = {number, places};
+        else
+            list[i] = {number, reversed ? own.tiles - 1 - tile : tile};
+    }
 }
 
 #endif

@@ -1,6 +1,6 @@
 /* What happens to a score, in the order of kernels/score.cuh: scale, softcap, score_mod (no call
- * has one yet), mask, softmax. The backward recomputes with these what the forward computed, to the
- * bit.
+ * has one yet), softmax. The mask is in sequence.h: what it hides has no score. The backward
+ * recomputes with these what the forward computed, to the bit.
  *
  * Scores are fp64: what makes a weight is their difference to the row max, and in fp32 the rounding
  * of a large score would be a large part of that. Weights are fp32. */
@@ -12,27 +12,6 @@
 #include "../problem.h"
 #include "rows.h"
 #include "sequence.h"
-
-/* The mask, as attention_mask in kernels/mask.cuh: the keys that a query row sees, a window around
- * the key on its diagonal, cut to the keys that exist. FA_UNBOUNDED needs no special case: in 64
- * bits it reaches past every end that 32 bits can hold. Both ends only grow with the row, those of
- * empty ranges too. */
-static inline struct range visible_keys(const struct fa_shape *shape,
-                                        const struct sequence *sequence, int64_t row)
-{
-    const int64_t keys = sequence->k.length, diagonal = row + keys - sequence->q.length;
-    int64_t begin = clamp(diagonal - shape->window_left, 0, keys);
-    int64_t end = clamp(diagonal + shape->window_right + 1, begin, keys);
-    return (struct range){begin, end};
-}
-
-/* From the first to the last key that any of the rows sees. */
-static inline struct range visible_to_any(const struct fa_shape *shape,
-                                          const struct sequence *sequence, struct range rows)
-{
-    return (struct range){visible_keys(shape, sequence, rows.begin).begin,
-                          visible_keys(shape, sequence, rows.end - 1).end};
-}
 
 static inline double softcapped(const struct fa_shape *shape, double score)
 {

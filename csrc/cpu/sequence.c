@@ -127,19 +127,38 @@ static int64_t check_packed(const struct source *source, int64_t batch)
     return -1;
 }
 
-/* Whether the pages of a sequence's first `rows` rows exist. 0, or -1 with ValueError set. */
-static int check_pages(const struct source *source, int64_t batch, int64_t rows)
+/* Whether the pages of some rows of a sequence exist. 0, or -1 with ValueError set. */
+static int check_pages_of_rows(const struct source *source, int64_t batch, struct range rows)
 {
     const int64_t page_size = source->tensor->shape[1], count = source->tensor->shape[0];
     const int *pages = pages_of(source, batch);
-    for (int64_t i = 0; i * page_size < rows; i++)
+    if (count_of(rows) == 0)
+        return 0;
+    for (int64_t i = rows.begin / page_size; i * page_size < rows.end; i++)
         if (pages[i] < 0 || pages[i] >= count)
             return fa_raise(PyExc_ValueError,
-                            "%s must have pages from 0 to %lld where a sequence has keys: "
-                            "page %lld of sequence %lld is %d",
+                            "%s must have pages from 0 to %lld where keys are used: page %lld of "
+                            "sequence %lld is %d",
                             source->pages_name, (long long)count - 1, (long long)i,
                             (long long)batch, pages[i]);
     return 0;
+}
+
+/* The same of the keys that queries see, and of the rows that the call appends. */
+static int check_pages(const struct fa_problem *problem, const struct source *keys, int64_t batch)
+{
+    const struct fa_tensor *appended = &problem->append.k;
+    struct sequence sequence = fa_sequence(problem, batch);
+    sequence.k.length += keys->new_rows;
+    const struct range queries = {0, sequence.q.length};
+    const int64_t begin = sequence.k.begin, end = begin + sequence.k.length;
+    const struct range written = {appended->object ? end - appended->shape[1] : end, end};
+    struct range seen = {0, 0};
+    if (count_of(queries) > 0)
+        seen = visible_to_any(&problem->shape, &sequence, queries);
+    seen = (struct range){begin + seen.begin, begin + seen.end};
+    return check_pages_of_rows(keys, batch, seen) < 0 ? -1
+                                                      : check_pages_of_rows(keys, batch, written);
 }
 
 static int check_leftpad(const struct source *source, int64_t batch, int64_t used)
@@ -164,9 +183,7 @@ static int check_side(const struct source *source, int64_t batch)
             PyExc_ValueError, "%s must be from 0 to %s: sequence %lld has %lld, got %lld",
             source->seqused_name, source->new_rows ? "what leaves room for new rows" : "the length",
             (long long)batch, (long long)(length - source->new_rows), (long long)used);
-    if (source->leftpad->object && check_leftpad(source, batch, used + source->new_rows) < 0)
-        return -1;
-    return source->pages ? check_pages(source, batch, used + source->new_rows) : 0;
+    return source->leftpad->object ? check_leftpad(source, batch, used + source->new_rows) : 0;
 }
 
 int fa_check_sequences(const struct fa_problem *problem)
@@ -174,7 +191,8 @@ int fa_check_sequences(const struct fa_problem *problem)
     const struct source queries = queries_of(problem), keys = keys_of(problem);
     const int64_t checked = problem->shape.is_varlen ? problem->shape.batch : 0;
     for (int64_t batch = 0; batch < checked; batch++)
-        if (check_side(&queries, batch) < 0 || check_side(&keys, batch) < 0)
+        if (check_side(&queries, batch) < 0 || check_side(&keys, batch) < 0 ||
+            (keys.pages && check_pages(problem, &keys, batch) < 0))
             return -1;
     return 0;
 }

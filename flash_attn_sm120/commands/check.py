@@ -14,6 +14,7 @@ from flash_attn_sm120 import _measure, flash_attn_func, flash_attn_varlen_func
 from flash_attn_sm120.commands import info, inputs
 
 HEAD_DIMS = (64, 96, 128, 256)
+PAGE_SIZE = 16
 LENGTHS = [1, 127, 0, 200, 64]  # of the packed sequences
 
 
@@ -32,6 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
             failures += not check_forward(device, dtype, head_dim, seqlen, causal)
         failures += not check_gradients(device, dtype, head_dim, 129, causal)
         failures += not check_packed(device, dtype, head_dim, causal)
+        failures += not check_pages(device, dtype, head_dim, causal)
     print(f"\n{failures} failed" if failures else "\nall passed")
     return 1 if failures else 0
 
@@ -78,6 +80,23 @@ def check_packed(device: str, dtype: torch.dtype, head_dim: int, causal: bool) -
     results = _with_gradients(call, plainly, qkv, dout)
     passed = [_is_close(_case(name, qkv[0], causal, "packed"), *each) for name, *each in results]
     return all(passed)
+
+
+def check_pages(device: str, dtype: torch.dtype, head_dim: int, causal: bool) -> bool:
+    """Whether out does where K and V lie in pages, in an order of their own."""
+    seqlen = 300
+    q, k, v = inputs.normal(device, dtype, seqlen, (8, 2, 2), head_dim)
+    table = torch.randperm(-(-seqlen // PAGE_SIZE)).to(device, torch.int32)
+    k_pages, v_pages = (x.new_zeros(len(table), PAGE_SIZE, *x.shape[2:]) for x in (k, v))
+    for x, cache in ((k, k_pages), (v, v_pages)):
+        for page, rows in zip(table.tolist(), torch.split(x[0], PAGE_SIZE), strict=True):
+            cache[page, : len(rows)] = rows
+    out, _ = flash_attn_func(
+        q, k_pages, v_pages, page_table=table[None], max_seqlen_k=seqlen, causal=causal
+    )
+    reference = inputs.plain(*_doubles(q, k, v), causal=causal)
+    plain = inputs.plain(q, k, v, causal=causal)
+    return _is_close(_case("out", q, causal, "pages"), out, reference, plain)
 
 
 def _with_gradients(

@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--packed", action="store_true", help="sequences of any lengths, one after the other"
     )
+    parser.add_argument("--page-size", type=int, help="K and V in pages of so many keys")
     parser.add_argument("--backward", action="store_true", help="the gradients, not the forward")
     parser.add_argument("--deterministic", action="store_true", help="of the gradients")
     parser.add_argument(
@@ -64,17 +65,22 @@ def run(arguments: argparse.Namespace) -> int:
     arch = None if on_gpu else a.arch or 120
     heads_kv, seqlen_k = a.heads_kv or a.heads, a.seqlen_k or a.seqlen
     of_batch = (lambda rows: (a.batch * rows,)) if a.packed else (lambda rows: (a.batch, rows))
+    pages = -(-seqlen_k // a.page_size) if a.page_size else 0  # of a sequence
+    keys = (a.batch * pages, a.page_size) if pages else of_batch(seqlen_k)
     shapes = {
         "q": (*of_batch(a.seqlen), a.heads, a.head_dim),
-        "k": (*of_batch(seqlen_k), heads_kv, a.head_dim),
-        "v": (*of_batch(seqlen_k), heads_kv, a.head_dim_v or a.head_dim),
+        "k": (*keys, heads_kv, a.head_dim),
+        "v": (*keys, heads_kv, a.head_dim_v or a.head_dim),
     }
     make = functools.partial(torch.empty, dtype=DTYPES[a.dtype], device="cuda" if on_gpu else "cpu")
     lengths: dict[str, Any] = {}
     if a.packed:
         ends = make(a.batch + 1, dtype=torch.int32)
-        lengths = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
-        lengths |= {"max_seqlen_q": a.seqlen, "max_seqlen_k": seqlen_k}
+        lengths = {"cu_seqlens_q": ends, "max_seqlen_q": a.seqlen, "max_seqlen_k": seqlen_k}
+        lengths |= {} if pages else {"cu_seqlens_k": ends}
+    if pages:
+        lengths["page_table"] = make((a.batch, pages), dtype=torch.int32)
+        lengths["seqused_k"] = make(a.batch, dtype=torch.int32)
     of_direction = explain_backward if a.backward else explain
     try:
         plan = of_direction(
@@ -88,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
             deterministic=a.deterministic,
             **lengths,
         )
-    except ValueError as error:  # of what the command line asks for
+    except (ValueError, NotImplementedError) as error:  # of what the command line asks for
         raise RuntimeError(str(error)) from error
     described = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
     print(f"{described}, {a.dtype}")

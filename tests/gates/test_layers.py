@@ -22,8 +22,9 @@ LAYERS = (
     "device settings shape split tiles variant",
     "driver plan plan_backward plan_forward",
     "following kernel_table options overlap plan_cache tensor tile_rows",
-    "problem state",
-    "append cpu/append cpu/backward cpu/forward cpu/rows cpu/scores cpu/sequence cpu_threads arguments device_check launch planning",
+    "parts problem state",
+    "append cpu/append cpu/backward cpu/combine cpu/forward cpu/rows cpu/scores cpu/sequence "
+    "cpu_threads arguments device_check launch planning",
     "attention explain",
     "module",
 )

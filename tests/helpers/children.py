@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["numpy", "torch"])
@@ -43,3 +44,18 @@ def run_command(*command, cwd=None, timeout=600, **environment):
         text=True,
         timeout=timeout,
     )
+
+
+def run_ranks(code, size, directory, timeout=300, **environment):
+    """What came of ``code`` in each of ``size`` processes, which torch.distributed brings together
+    through the environment variables of torchrun and a file store at INIT."""
+
+    def run(rank):
+        own = directory / f"rank{rank}"
+        own.mkdir()
+        ranks = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+        where = {"INIT": f"file://{directory}/store", "GLOO_SOCKET_IFNAME": "lo"}
+        return run_python(code, own, timeout, **ranks, **where, **environment)
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, range(size)))

@@ -51,7 +51,14 @@ def test_explain(capsys):
     assert main([*call, "--packed", "--seqlen-k", "300", "--causal"]) == 0
     said = capsys.readouterr().out
     assert "q (200, 4, 128), k (600, 4, 128), v (600, 4, 128), bf16" in said
-    assert re.search(r"^  forward\w+_right_varlen: ", said, re.M) and "varlen_fill" in said
+    assert re.search(r"^  forward\w+_right\w*_varlen: ", said, re.M) and "varlen_fill" in said
+    for packed in ([], ["--packed"]):
+        assert main([*call, *packed, "--page-size", "16", "--seqlen-k", "300"]) == 0
+        said = capsys.readouterr().out
+        assert "k (38, 16, 4, 128), v (38, 16, 4, 128), bf16" in said
+        assert re.search(r"^  forward\w+_varlen_paged: ", said, re.M)
+    assert main([*call, "--backward", "--page-size", "16"]) == 1
+    assert "page_table has no backward" in capsys.readouterr().err
 
 
 def test_explain_says_what_is_wrong_with_a_call(capsys):
@@ -120,6 +127,7 @@ def test_check_passes(monkeypatch, capsys):
     status = main(["check"])
     said = capsys.readouterr().out
     assert status == 0 and said.rstrip().endswith("all passed"), said
+    assert len(re.findall(r"^out bfloat16 head_dim 128 pages ", said, re.M)) == 2
     for name in ("out", "dq", "dk", "dv"):
         assert len(re.findall(rf"^{name} bfloat16 head_dim 128 packed ", said, re.M)) == 2
     for name, rows in (("out", 3), ("dq", 1), ("dk", 1), ("dv", 1)):
@@ -180,6 +188,7 @@ def test_warmup_fills_the_cache(tmp_path, monkeypatch):
     assert count == len(set(seen)) == len(common_kernels.common_kernels(120)) >= 10
     steps = {"backward_preprocess", "backward", "backward_postprocess", "backward_sink"}
     assert {"forward_tma", "combine", *steps} <= {kernel.kernel for kernel in seen}
+    assert any(kernel.variant.endswith("_paged") for kernel in seen)
     packed = {kernel.kernel for kernel in seen if kernel.variant.endswith("_varlen")}
     assert {"forward", *steps} <= packed
     cubins = sorted(

@@ -335,7 +335,7 @@ error_of(call, num_splits=3)
 """
     lines, launches = run(code)
     assert lines[0].startswith("ZeroDivisionError")
-    assert "the kernel combine_fp16_dv64_w8 is not loaded yet" in lines[1]
+    assert "the kernel combine_fp16_of_fp32_dv64_w8 is not loaded yet" in lines[1]
     assert lines[2] == "no error" and len(launches) == 4, "nothing was launched before"
 
 

@@ -44,7 +44,7 @@ def names(planned):
 @pytest.mark.parametrize("arch", [80, 90, 120, 121])
 def test_steps(arch):
     main = "forward_tma" if arch >= 120 else "forward"
-    assert names(plan(arch=arch)) == [main, "varlen_fill"]
+    assert names(plan(arch=arch)) == ["varlen_fill", main]
     assert names(plan(arch=arch, options={"num_splits": 3})) == [main, "combine", "varlen_fill"]
     sink = {"learnable_sink": torch.zeros(8)}
     backward = plan(explain_backward, arch=arch, options=sink)
@@ -123,7 +123,7 @@ def test_grids_are_exact():
     options = {"max_seqlen_q": 130, "max_seqlen_k": 130, "pack_gqa": False}
     forward = plan(options=options, batch=7)
     assert forward.blocks == 7 * 8 * -(-130 // forward.tile_m)
-    assert forward.steps[1].blocks == -(-1000 // 256)
+    assert forward.steps[0].blocks == -(-1000 // 256)
     few = plan(options={**options, "max_seqlen_q": 10**9}, total_q=20, batch=7)
     assert few.blocks == 7 * 8 * -(-20 // few.tile_m)
     backward = plan(explain_backward, options=options, batch=7)
@@ -151,8 +151,8 @@ def test_splits_follow_the_bounds():
         assert 66 <= calls[batch].blocks <= 132 * calls[batch].blocks_per_sm
         size = parts[(1, 2, 4).index(batch)] * batch * 32 * 129 * 4
         assert calls[batch].workspace_bytes == size
-    assert calls[64].num_splits == 1 and names(calls[64]) == ["forward_tma", "varlen_fill"]
-    few = plan(options={"max_seqlen_q": 1, "max_seqlen_k": 200}, batch=1, total_q=1, heads=heads)
+    assert calls[64].num_splits == 1 and names(calls[64]) == ["varlen_fill", "forward_tma"]
+    few = plan(options={"max_seqlen_q": 1, "max_seqlen_k": 100}, batch=1, total_q=1, heads=heads)
     assert few.num_splits == 1 and "their bounds" in few.reasons["num_splits"]
     once = plan(options={**bounds, "num_splits": 1}, batch=1, total_q=1, heads=heads)
     assert once.num_splits == 1 and once.reasons["num_splits"].endswith("as asked")
@@ -172,8 +172,31 @@ def test_a_list_of_tiles():
     assert blocks_and_bytes(6, packed=(True, False)) == (2 * 6 * 8, 0), "not packed"
     assert blocks_and_bytes(1) == (2 * 8, 0), "no fewer"
     assert blocks_and_bytes(5000) == (2 * 8 * 5000, 0), "too many"
+    forward = plan(options={**options, "pack_gqa": False}, batch=6)
+    assert forward.blocks == 8 * (-(-1000 // forward.tile_m) + 6)
+    assert forward.workspace_bytes == 4 * 2 * forward.blocks // 8
+    packed = plan(options={**options, "pack_gqa": True}, batch=6)
+    assert packed.blocks == 2 * (-(-4000 // packed.tile_m) + 6)
+    assert forward.steps[0].blocks == packed.steps[0].blocks == 6, "one lists each sequence"
+    assert plan(options={**options, "num_splits": 3}, batch=6).blocks == 3 * 8 * 6 * 8
     many_heads = plan(explain_backward, options=options, batch=6, heads=(90, 90))
     assert many_heads.group_heads == 45, "half of them, of all sequences"
+
+
+def test_rings_hold_no_more_than_the_longest_sequence():
+    """So that more blocks share a multiprocessor."""
+
+    def ring(bound, dims=(128, 128)):
+        options = {"max_seqlen_q": 64, "max_seqlen_k": bound, "pack_gqa": False}
+        short = plan(options=options, dims=dims, heads=(8, 8))
+        return short.tile_n, short.stages, short.blocks_per_sm
+
+    assert ring(4096) == (64, 2, 1)
+    assert ring(64) == ring(10) == (32, 2, 3)
+    assert ring(4096, (64, 64)) == ring(150, (64, 64)) == (64, 3, 2)
+    assert ring(128, (64, 64)) == (64, 2, 3)
+    dense = torch.empty(1, 64, 8, 128, dtype=torch.bfloat16)
+    assert explain(dense, dense, dense, arch=120).tile_n == 64
 
 
 def test_short_sequences_have_one_tile_of_keys():
@@ -194,7 +217,7 @@ def test_short_sequences_have_one_tile_of_keys():
 def test_empty_calls():
     assert plan(total_q=0).blocks == 0
     rows_of_none = plan(batch=0)
-    assert rows_of_none.blocks == 0 and rows_of_none.steps[1].blocks > 0
+    assert rows_of_none.blocks == 0 and rows_of_none.steps[0].blocks > 0
     assert plan(explain_backward, batch=0).steps == ()
     assert plan(explain_backward, total_k=0).steps[0].blocks > 0  # the sink's and lse's gradients
 

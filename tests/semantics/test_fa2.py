@@ -142,7 +142,7 @@ def test_varlen(device):
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=lambda device: device.name)
 def test_varlen_of_pages(device):
-    """Lengths of keys are told by cu_seqlens_k, as in FlashAttention-2."""
+    """The lengths of keys are those of cu_seqlens_k, as in FlashAttention-2."""
     q, k, v = make(device, seqlen_k=16)
     q, pages = q.flatten(0, 1), [x.reshape(8, 4, 2, 16) for x in (k, v)]
     table = on(device, [[0, 1, 2, 3], [4, 5, 6, 7]])

@@ -367,6 +367,50 @@ def test_lengths_must_be_on_the_device_without_data(batch):
         flash_attn_varlen_func(*inputs, **lengths)
 
 
+# ---- pages ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def paged(device):
+    """q (3, 4, 4, 16), pages of 8 rows, and lengths."""
+    place = device.place
+    q, k, v = (place(torch.randn(s).to(device.dtypes[0])) for s in ((3, 4, 4, 16), (50, 8, 2, 16), (50, 8, 2, 24)))  # fmt: skip
+    table = place(torch.randperm(50)[:18].view(3, 6).to(torch.int32))
+    return (q, k, v), {"page_table": table, "seqused_k": on(device, [5, 48, 0])}
+
+
+def test_pages_where_torch_follows(paged):
+    """opcheck, one graph for all sizes, export, make_fx; of both functions."""
+    inputs, lengths = paged
+    torch.library.opcheck(
+        ops.VARLEN_FORWARD, (*inputs, None, *ops.in_order(lengths)), {"causal": True}
+    )
+
+    def call(q, k, v, lengths):
+        return flash_attn_func(q, k, v, **lengths, causal=True, return_lse=True)
+
+    expected = flash_attn_varlen_func(*inputs, **lengths, causal=True, return_lse=True)
+    assert_all_equal(compiled(call, dynamic=True)(*inputs, lengths), expected)
+    graph = make_fx(call, tracing_mode="symbolic")(*inputs, lengths)
+    assert names_in(graph.graph) == {FORWARD}
+    assert_all_equal(graph(*inputs, lengths), expected)
+    mapped = torch.vmap(lambda q: call(q, *inputs[1:], lengths)[0])(torch.stack([inputs[0]] * 2))
+    assert_all_equal(mapped, [expected[0]] * 2)
+
+
+def test_autocast_leaves_pages_alone(device, paged):
+    (q, k, v), lengths = paged
+    inputs = (q.float(), k.bfloat16(), v.bfloat16())
+    expected = flash_attn_func(q.bfloat16(), *inputs[1:], **lengths)[0]
+
+    def call(*inputs):
+        return flash_attn_func(*inputs, **lengths)[0]
+
+    with torch.autocast(device.torch_device, torch.bfloat16):
+        for function in (call, compiled(call)):
+            assert_all_equal([function(*inputs)], [expected])
+
+
 # ---- functorch -----------------------------------------------------------------------------------
 
 TRANSFORMS = {

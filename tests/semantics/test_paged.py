@@ -55,7 +55,9 @@ def test_options(device, options, page_size):
 
 
 @pytest.mark.quick("cpu-*")
-@pytest.mark.parametrize("dims", [(64, 128), (128, 64), (192, 128), (256, 256), (40, 72)], ids=str)
+@pytest.mark.parametrize(
+    "dims", [(64, 128), (128, 64), (192, 128), (256, 256), (40, 72), (96, 64)], ids=str
+)
 def test_head_dims(device, dims):
     if not device.takes(dims[0] > dims[1]):
         pytest.skip("the other size of tiles has this case")
@@ -70,6 +72,19 @@ def test_caches_are_read_in_place(device, layout):
     for page_size in (16, 5):
         batch = make(device, page_size=page_size, layout=layout)
         check_forward(batch, causal=True)
+
+
+@pytest.mark.quick("cpu")
+def test_entries_that_no_query_reaches(device):
+    """Before a window, and of sequences without queries: serving engines free such pages."""
+    for page_size in (16, 5):
+        batch = make(device, [7, 1, 0], [150, 70, 40], page_size)
+        expected = check_forward(batch, window_size=(20, 0))
+        table = batch.lengths["page_table"]
+        table[0, : (150 - 7 - 20) // page_size] = -1
+        table[1, : (70 - 1 - 20) // page_size] = 2**31 - 1
+        table[2] = 10**6
+        assert_all_equal(expected, check_forward(batch, window_size=(20, 0)))
 
 
 @pytest.mark.quick("cpu")
@@ -182,7 +197,7 @@ def test_lengths_beyond_the_bound(device):
         return
     cut = attend(batch, causal=True, max_seqlen_k=40)
     batch.lengths["seqused_k"] = on(device, [40, 30])
-    assert_all_equal(cut, attend(batch, causal=True))
+    assert_all_equal(cut, attend(batch, causal=True, max_seqlen_k=40))
 
 
 def test_table_in_a_wider_one(device):

@@ -261,8 +261,22 @@ def test_calls_that_fill_the_machine_are_not_split(seqlen):
         assert plan.reasons["num_splits"]
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_few_queries_share_one_tile(head_dim):
+    """Whatever the batch: 16 queries read K and V once, as 1 does, where their rows fit a tile."""
+    for heads, tile_m in (((32, 8), 64), ((28, 4), 128)):
+        for queries, batch, options in itertools.product(
+            (1, 4, 16), (1, 16, 256), ({}, {"causal": True}, {"window_size": (1023, 0)})
+        ):
+            shape = {"head_dim": head_dim, "heads": heads, "seqlen_k": 8192}
+            plan = plan_of(1, seqlen_q=queries, batch=batch, options=options, **shape)
+            rows = queries * heads[0] // heads[1]
+            assert plan.pack_gqa and plan.blocks == batch * heads[1]
+            assert plan.tile_m == (64 if rows <= 64 else tile_m)
+
+
 def test_few_keys_are_not_split():
-    for seqlen_k in (0, 1, 64, 256):
+    for seqlen_k in (0, 1, 64, 128):
         assert plan_of(seqlen_q=1, seqlen_k=seqlen_k, heads=(2, 1)).num_splits == 1
     window = plan_of(**DECODING, options={"window_size": (100, 0)})
     assert window.num_splits == 1, "a window shows few of many keys"
@@ -286,8 +300,8 @@ def test_combine_is_a_kernel_of_its_own():
     plan = plan_of(3, **DECODING)
     first, second = plan.kernels
     assert first.variant == plan.variant and "-DSPLIT=1" in first.options
-    assert (second.kernel, second.variant) == ("combine", "combine_bf16_dv128_w8")
-    assert "combine_bf16_dv128_w8" in str(plan) and "workspace_bytes" in str(plan)
+    assert (second.kernel, second.variant) == ("combine", "combine_bf16_of_fp32_dv128_w8")
+    assert "combine_bf16_of_fp32_dv128_w8" in str(plan) and "workspace_bytes" in str(plan)
     others = [
         plan_of(7, seqlen_q=100, options={"causal": True}),
         plan_of(2, head_dim=64, head_dim_v=128),

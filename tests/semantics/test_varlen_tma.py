@@ -74,7 +74,7 @@ def test_every_producer(device, kind, producer, mask):
     check_both(batch, producer=producer, **mask)
 
 
-@pytest.mark.parametrize("dims", [(192, 128), (64, 128), (40, 72), (256, 256)], ids=str)
+@pytest.mark.parametrize("dims", [(192, 128), (64, 128), (40, 72), (256, 256), (64, 32)], ids=str)
 def test_head_dims(device, dims):
     for number, kind in enumerate(("packed", "pages of 8")):
         if device.takes(number + dims[0] // 64):
