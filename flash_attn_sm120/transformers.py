@@ -32,7 +32,7 @@ ATTENTION = "sm120_attention"
 # Transformers looks for "flash" in a name, and for decoding from pages for a 2 or 3 behind it.
 FLASH = "flash_sm120"
 
-_OLDEST_TRIED, _BEFORE = (5, 17), (5, 25)
+_OLDEST_TRIED, _NEWEST_TRIED = (5, 17), (5, 24)
 
 # ---- the door ------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ def _register(name: str) -> Callable[[], None]:
 @cache
 def _warn_of_untried_version() -> None:
     version = tuple(int(x) for x in transformers.__version__.split(".")[:2])
-    if not _OLDEST_TRIED <= version < _BEFORE:
+    if not _OLDEST_TRIED <= version <= _NEWEST_TRIED:
         warnings.warn(
             "flash_attn_sm120.transformers has been tried with Transformers 5.17 to 5.24, not with "
             f"{transformers.__version__}",
