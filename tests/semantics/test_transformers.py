@@ -442,22 +442,55 @@ def test_continuous_batching_wants_the_other_name():
 # ---- compile -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
-def test_compiled_training(model_type, compiled):
-    """Without a cache Transformers looks for packed positions, at which the graph breaks."""
+@pytest.mark.parametrize(
+    "model_type, batch", [("llama", "no mask"), ("gemma2", "no mask"), ("mistral", "left")]
+)
+def test_compiled_training_in_one_graph(model_type, batch, compiled):
     eager, ours = make_pair(model_type, ATTENTION)
-    follow = torch.compile(ours, backend="aot_eager")
-    inputs = tokens(1)
-    out = follow(inputs, position_ids=positions([(SEQLEN,)]), use_cache=False).logits
-    assert_same_results(eager, ours, logits(eager, input_ids=inputs), out)
-
-
-def test_compiled_training_in_one_graph(compiled):
-    eager, ours = make_pair("llama", ATTENTION)
     follow = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    inputs = {**BATCHES["left"](), "use_cache": False}
+    inputs = {**BATCHES[batch](), "use_cache": False}
     out = real(follow(**inputs).logits, inputs)
     assert_same_results(eager, ours, real(logits(eager, **inputs), inputs), out)
+
+
+def test_compiled_packed_training_in_one_graph(compiled):
+    """Lengths are the caller's; without them, the graph asserts that there is one sequence."""
+    eager, ours = make_pair("mistral", ATTENTION)
+    follow = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    inputs = {"position_ids": positions([LENGTHS]), "use_cache": False}
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 9, "max_length_k": 9}
+    ids = tokens(1)
+    out = follow(ids, **inputs, **lengths).logits[0]
+    assert_same_results(eager, ours, alone(eager, ids, [LENGTHS]), out)
+    with pytest.raises(RuntimeError, match="pass cu_seq_lens_q"):
+        follow(ids, **inputs)
+
+
+@pytest.mark.parametrize("size", [4, SEQLEN])
+def test_other_masks_in_one_graph_are_refused(size, compiled):
+    """What a mask function holds is not seen there: the graph asserts what it shows."""
+    config = configuration("llama", attention_chunk_size=size)
+    config._attn_implementation = ATTENTION
+    embedded = torch.empty(2, SEQLEN, 0)
+    block = torch.zeros(2, SEQLEN, dtype=torch.long)
+
+    def causal(embedded, **options):
+        return masking_utils.create_causal_mask(config, embedded, None, None, **options)
+
+    def chunked(embedded):
+        return masking_utils.create_chunked_causal_mask(config, embedded, None, None)
+
+    def follow(create):
+        return torch.compile(create, backend="aot_eager", fullgraph=True)
+
+    with pytest.raises(RuntimeError, match="in one graph, not unions"):
+        follow(causal)(embedded, block_sequence_ids=block)
+    if size < SEQLEN:
+        with pytest.raises(Exception, match="in one graph, not chunks"):
+            follow(chunked)(embedded)
+    else:
+        assert follow(chunked)(embedded)[:2] == ((SEQLEN - 1, 0), (SEQLEN, SEQLEN))
 
 
 def test_compiled_packed_training(compiled):
