@@ -77,7 +77,7 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .paged = shape->page_size != 0,
         .leftpad = shape->page_size && problem->leftpad_k.object,
         .append = problem->append.k.object != NULL,
-        .small_pages = shape->page_size % FA_MIN_BOX_ROWS != 0,
+        .box_rows = shape->page_size ? fa_page_box_rows(FA_TMA_KEY_STEP, shape->page_size) : 0,
         .tma_strides =
             has_map(shape, is_forward, first) && (!second || has_map(shape, is_forward, second)),
     };
