@@ -52,8 +52,9 @@ struct fa_extent {
     int batch;
     int seqlen_q, seqlen_k; /* where varlen: bounds */
     bool is_packed_q, is_packed_k;
-    int64_t rows_q; /* of q for each head */
-    int64_t rows_k; /* of k where it is packed */
+    bool has_unused_rows; /* q and out may have rows that no sequence has, or uses */
+    int64_t rows_q;       /* of q for each head */
+    int64_t rows_k;       /* of k where it is packed */
     /* Where rows are appended: blocks that append one of K or V, and that rotate one of q. */
     int64_t new_blocks, q_blocks;
 };

@@ -522,8 +522,10 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
         if (step->job == FA_JOB_COMBINE)
             fit_combine(input, rows_of_all, plan, step);
         else if (step->job == FA_JOB_FILL)
-            step->blocks = (int)MAX(CEIL_DIV(extent->rows_q, FA_FILL_ROWS),
-                                    plan->list_places ? extent->batch : 0);
+            step->blocks = extent->has_unused_rows
+                               ? (int)MAX(CEIL_DIV(extent->rows_q, FA_FILL_ROWS),
+                                          plan->list_places ? extent->batch : 0)
+                               : 0;
     }
     return input->append ? fit_append(input, extent, plan, &plan->steps[0], error) : 0;
 }

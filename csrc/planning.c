@@ -100,6 +100,7 @@ static struct fa_extent extent_of(const struct fa_problem *problem)
         .seqlen_k = shape->seqlen_k,
         .is_packed_q = shape->is_packed_q,
         .is_packed_k = shape->is_packed_k,
+        .has_unused_rows = shape->is_packed_q || problem->seqused_q.object,
         .rows_q = fa_shape_rows_q(shape),
         .rows_k = shape->total_k,
         .new_blocks = append->k.object ? (int64_t)2 * shape->batch * fa_append_blocks(append) : 0,
