@@ -12,7 +12,8 @@ They differ from the functions above in names, order and returns:
   empty, as FlashAttention-2's is without dropout.
 - Where a query sees no key its lse is +inf, as in FlashAttention-2, and not -inf. That takes a pass
   over the lse where it is asked for. Gradients flow through it, which FlashAttention-2's ignores.
-- Pages may be of any size, and the head dims of K and V may differ.
+- Pages may be of any size, the head dims of K and V may differ, and ``learnable_sink`` is one more
+  parameter of the functions whose q, k and v are apart.
 - ``dropout_p`` above 0 and ``alibi_slopes`` raise NotImplementedError. Errors are of more kinds
   than FlashAttention-2's RuntimeError.
 

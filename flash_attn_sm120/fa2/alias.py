@@ -15,8 +15,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-import flash_attn_sm120
-from flash_attn_sm120 import fa2
+from flash_attn_sm120 import __version__, fa2
 from flash_attn_sm120.fa2 import bert_padding, private, rotary
 
 NAME = "flash_attn"
@@ -105,7 +104,7 @@ def _contents() -> dict[str, dict[str, Any]]:
 
 
 _PACKAGES = (NAME, f"{NAME}.layers")
-_DOC = f"An alias of flash_attn_sm120.fa2, of flash_attn_sm120 {flash_attn_sm120.__version__}."
+_DOC = f"An alias of flash_attn_sm120.fa2, of flash_attn_sm120 {__version__}."
 
 
 class _Loader(Loader):
