@@ -75,8 +75,7 @@ def table(measured: list[dict[str, dict]]) -> str:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    harness.add_arguments(parser)
-    parser.set_defaults(rounds=ROUNDS)
+    harness.add_arguments(parser, ROUNDS)
     return harness.parse(parser)
 
 

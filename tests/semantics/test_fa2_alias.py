@@ -384,6 +384,21 @@ def test_rotary_gradients():
     torch.testing.assert_close(grad, apply_rotary_emb(dout, cos, -sin))  # it turns back
 
 
+def test_rotary_is_followed():
+    """One graph, with offsets on the host or on the device, packed or not."""
+    cos, sin = tables(32, 8)
+    ends = torch.tensor([0, 4, 10], dtype=torch.int32)
+    compiled = torch.compile(apply_rotary_emb, fullgraph=True, backend="aot_eager")
+    for x, options in (
+        (torch.randn(2, 5, 3, 16), {"seqlen_offsets": 3}),
+        (torch.randn(2, 5, 3, 16), {"seqlen_offsets": torch.tensor([3, 9])}),
+        (torch.randn(10, 3, 16), {"cu_seqlens": ends, "max_seqlen": 6}),
+    ):
+        assert_all_equal(
+            [compiled(x, cos, sin, **options)], [apply_rotary_emb(x, cos, sin, **options)]
+        )
+
+
 def test_rotary_without_positions():
     """Known on the host: refused. On the device: rows stay as they are."""
     x = torch.randn(2, 4, 2, 8)
