@@ -93,7 +93,7 @@ const struct fa_tile_row FA_TILES[] = {
 
 const size_t FA_TILE_COUNT = sizeof FA_TILES / sizeof *FA_TILES;
 
-/* Measured on an H100, see "Pages" in benchmarks/NOTES.md. */
+/* Measured on an H100, see F31 in benchmarks/NOTES.md. */
 const struct fa_tile_row FA_PAGED_TILES[] = {
     LARGE(128, 128, ANY, 0, 64, 16, 8, 32, 3, TMA_THREAD),
 };
