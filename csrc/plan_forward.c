@@ -81,10 +81,13 @@ static void shrink_ring(const struct fa_plan_input *input, struct fa_tile *tile)
         tile->producer = FA_PRODUCER_THREAD;
 }
 
-/* Random numbers take registers, and 32 keys share them: where warps have 32 rows, or fewer keys at
- * a time, the tile is that of windows at head_dim 128, whose shared memory is enough for less. */
+/* Random numbers take registers, of which a ninth warp would leave 168 to each; and 32 keys share
+ * them. Where warps have 32 rows, or fewer keys at a time, the tile is that of windows at head_dim
+ * 128, whose shared memory is enough for less. */
 static void make_room_for_dropout(struct fa_tile *tile)
 {
+    if (tile->producer == FA_PRODUCER_WARP && tile->warps == 8)
+        tile->producer = FA_PRODUCER_THREAD;
     if (tile->warp_m == 16 && tile->sub_n >= 32)
         return;
     tile->tile_n = 64;

@@ -1,5 +1,6 @@
 """What ptxas makes of every common kernel: the gates that a kernel must pass to land. No GPU needed."""
 
+import itertools
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
@@ -111,6 +112,28 @@ def test_features_take_no_more(features, compute_capability=120):
     for plan, build, line in build_all(plans, jit.architecture(compute_capability)):
         head_dim = int(re.search(r"_d(\d+)", plan.variant)[1])
         assert build.spill_bytes <= (0 if head_dim <= 128 else 64), line
+
+
+# Bytes that variants with dropout may spill: the backward at head_dim 128 what that without it may.
+DROPOUT_SPILLS = {64: 0, 96: 0, 128: 128}
+
+
+def test_dropout_variants(compute_capability=120):
+    """Forward of few and of many rows per multiprocessor, backward: no spills but those of any backward."""
+    plans = []
+    for head_dim, seqlen, options in itertools.product(
+        DROPOUT_SPILLS, (256, 4096), ({}, {"causal": True}, {"window_size": (50, 0)})
+    ):
+        q = torch.empty(1, seqlen, 16, head_dim).bfloat16()
+        for plan in (explain, explain_backward):
+            plans.append(plan(q, q, q, arch=compute_capability, dropout_p=0.1, **options))
+    each_once = {plan.variant: plan for plan in plans}.values()
+    for plan, build, line in build_all(each_once, jit.architecture(compute_capability)):
+        head_dim = int(re.search(r"_d(\d+)", plan.variant)[1])
+        allowed = DROPOUT_SPILLS[head_dim] if plan.direction == "backward" else 0
+        assert build.spill_bytes <= allowed, line
+        assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, line
+        assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line
 
 
 def tma_plan(x, options, compute_capability, **tile):
