@@ -111,8 +111,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
                 }
         }
 
-        /* Dropped weights count nothing in dV; their sign tells group 1, whose P^T is not negative
-         * otherwise. */
+        /* The sign of P^T, which has none of its own, tells group 1 what is dropped. */
         if (DROPOUT)
             for_each_dropped_of_transposed<N_FRAGS, M_FRAGS>(
                 stream, query, key, [&](int n, int m, int e) {
@@ -133,7 +132,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
         barrier_arrive<THREADS>(P_FULL + m0 / SUB_M);
 
         /* Product 3: dV [WARP_N, HEAD_DIM_V] += P^T [WARP_N, SUB_M] * dO. */
-        if (DROPOUT)
+        if (DROPOUT) /* what is dropped weighs nothing in dV */
             for_each_score(S_rmem, [](float &p, int, int) { p = p < 0.0f ? 0.0f : p; });
         pack_operand(P_rmem, S_rmem);
         if (WAITS_LATE_FOR_DO && m0 == 0)
@@ -144,6 +143,16 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
     }
 }
 
+/* delta of this lane's two of the eight queries from number `query` of the tile on, in the unit of
+ * product 2, which knows nothing of dropout's factor 1 / (1 - p). */
+__device__ __forceinline__ float2 load_delta(const query_tile &tile, int query,
+                                             const fa_backward_params &params)
+{
+    const float2 delta = ld_shared_2(tile.lse_smem + (TILE_M + query + 2 * quad_lane()) * 4);
+    const float keep = params.dropout.keep;
+    return DROPOUT ? make_float2(delta.x * keep, delta.y * keep) : delta;
+}
+
 /* Products 2 and 4 of warp group 1: dS^T in the place of P^T, and dK. `word_smem` is the address of
  * this lane's first word of them, `operand_smem` that of its row for ldmatrix. */
 __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][4],
@@ -151,14 +160,6 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
                                            const query_tile &tile, unsigned word_smem,
                                            unsigned operand_smem, const fa_backward_params &params)
 {
-    const auto delta_of =
-        [&](int column) { /* of two queries */
-                          const float2 delta =
-                              ld_shared_2(tile.lse_smem + (TILE_M + column + 2 * quad_lane()) * 4);
-                          return DROPOUT ? make_float2(delta.x * params.dropout.keep,
-                                                       delta.y * params.dropout.keep)
-                                         : delta;
-        };
     tile.wait_Q(); /* delta comes with it */
     tile.wait_dO();
 #pragma unroll
@@ -168,7 +169,7 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
         unsigned P_rmem[N_FRAGS][M_FRAGS / 2][4];
 #pragma unroll
         for (int m = 0; m < M_FRAGS; m++) {
-            const float2 delta = delta_of(m0 + 8 * m);
+            const float2 delta = load_delta(tile, m0 + 8 * m, params);
 #pragma unroll
             for (int n = 0; n < N_FRAGS; n++)
 #pragma unroll
@@ -179,9 +180,8 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
             dS_rmem, V_rmem,
             not_before(tile.dO_smem + columns_first<dO_layout>()) + m0 * dO_layout::ROW_BYTES);
 
-        /* dS^T = P^T * (dP^T - delta), with P^T from group 0. Where weights were dropped dP^T is 0,
-         * and elsewhere 1 / (1 - p) times what product 2 makes: here delta is (1 - p) times itself
-         * instead, and what dS^T is too small by is part of the scales of dK and dQ. */
+        /* dS^T = P^T * (dP^T - delta), with P^T from group 0; of a dropped weight, whose P^T is
+         * negative, dP^T is 0. The factor 1 / (1 - p) is part of the scales of dK and dQ. */
         barrier_sync<THREADS>(P_FULL + m0 / SUB_M);
 #pragma unroll
         for (int n = 0; n < N_FRAGS; n++)
@@ -193,7 +193,7 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
                     const float2 p = unpack_fp16(P_rmem[n][m][r]);
                     float *dS = dS_rmem[n][2 * m + r / 2] + r % 2 * 2;
                     if (DROPOUT) {
-                        const float2 delta = delta_of(m0 + 8 * (2 * m + r / 2));
+                        const float2 delta = load_delta(tile, m0 + 8 * (2 * m + r / 2), params);
                         dS[0] = p.x < 0.0f ? delta.x : dS[0];
                         dS[1] = p.y < 0.0f ? delta.y : dS[1];
                     }

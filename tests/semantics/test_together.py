@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from flash_attn_sm120 import _C, flash_attn_func
 from helpers.checks import assert_all_equal, dlse_for
+from helpers.dropout import factors
 from helpers.inputs import LAYOUTS, random_tensor
 from helpers.reference import assert_close, assert_gradients_close
 
@@ -96,13 +97,24 @@ def test_everything_together(device, request, outputs_full_of_nan):
         q, k, v, dout = random_tensors(device, dtype, shape, layouts)
         sink = None if sink_dtype is None else device.place(torch.randn(q.shape[2]).to(sink_dtype))
         dlse = dlse_for(device, q) if data.draw(st.booleans(), "dlse") else None
-        right(q, k, v, dout, dlse, {**options, "learnable_sink": sink}, **choices)
+        dropout_p = data.draw(st.sampled_from((0.0, 0.0, 0.2, 0.6)), "dropout_p")
+        options = {**options, "learnable_sink": sink}
+        right(q, k, v, dout, dlse, options, dropout(device, q, k, dropout_p), **choices)
 
     check()
 
 
-def right(q, k, v, dout, dlse, options, num_splits, pack_gqa, deterministic):
+def dropout(device, q, k, dropout_p):
+    """Options of the call, and what the reference multiplies weights by."""
+    seed, (batch, queries, heads, _) = (2**62 + 5, 17), q.shape
+    weights = factors(seed, dropout_p, range(batch), heads, queries, k.shape[1])
+    given = {"dropout_p": dropout_p, "dropout_seed": device.place(torch.tensor(seed))}
+    return given, {"dropout": device.place(weights) if dropout_p else None}
+
+
+def right(q, k, v, dout, dlse, options, dropout, num_splits, pack_gqa, deterministic):
     """One call and its gradients, held against the reference; what must be is the same twice."""
+    options, meant = ({**options, **more} for more in dropout)
 
     def forward():
         with warnings.catch_warnings():
@@ -118,9 +130,9 @@ def right(q, k, v, dout, dlse, options, num_splits, pack_gqa, deterministic):
         return [x for x in gradients if x is not None]
 
     out, lse = forward()
-    assert_close(out, lse, q, k, v, **options)
+    assert_close(out, lse, q, k, v, **meant)
     assert_all_equal(forward(), (out, lse))
     gradients = backward()
-    assert_gradients_close(gradients, q, k, v, dout, dlse, **options)
+    assert_gradients_close(gradients, q, k, v, dout, dlse, **meant)
     if deterministic:
         assert_all_equal(backward(), gradients)
