@@ -139,6 +139,18 @@ static struct fa_pages pages_of(const struct fa_problem *problem)
     };
 }
 
+static struct fa_alibi alibi_of(const struct fa_problem *problem)
+{
+    const struct fa_tensor *slopes = &problem->alibi_slopes;
+    if (!slopes->object)
+        return (struct fa_alibi){0};
+    return (struct fa_alibi){
+        .slopes = slopes->data,
+        .batch_stride = slopes->ndim == 2 ? slopes->stride[0] : 0,
+        .head_stride = slopes->stride[slopes->ndim - 1],
+    };
+}
+
 /* Where the tiles of all sequences are listed; NULL: they are not. */
 static struct fa_listed_tile *list_of(const struct fa_plan *plan, float *workspace)
 {
@@ -182,6 +194,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .lengths = lengths_of(problem),
         .pages = pages_of(problem),
         .list = list_of(plan, workspace),
+        .alibi = alibi_of(problem),
     };
 }
 
@@ -422,6 +435,7 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .query_tiles = plan->query_tiles,
         .head_dim = shape->head_dim,
         .tile_n = plan->tile_n,
+        .alibi = alibi_of(problem),
     };
 }
 

@@ -31,6 +31,7 @@ struct fa_variant fa_plan_variant(const struct fa_plan_input *input)
         .mask_right = input->mask_right,
         .mask_left = input->mask_left,
         .softcap = input->softcap,
+        .alibi = input->alibi,
         .varlen = input->varlen,
         .paged = input->paged,
     };

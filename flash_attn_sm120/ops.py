@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 # ---- schemas -------------------------------------------------------------------------------------
 
-# The tensors of lengths, in the operators' order; any of them may be None.
+# The tensors of lengths, in the operators' order; any of them may be None. Behind them, or in their
+# place where a call has none, may stand the last one, which has no gradient either.
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
+SLOPES = "alibi_slopes"
 
 # The options of csrc/options.h in types that operators have; a window is two of them.
 _OPTIONS = (
@@ -32,6 +34,7 @@ _OPTIONS = (
 )
 _BOUNDS = "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink"
+_SLOPES = f", Tensor? {SLOPES}=None"
 
 LIBRARY: Any = torch.library.Library("flash_attn_sm120", "DEF")  # type: ignore[no-untyped-call]
 for _prefix, _lengths, _options in (
@@ -39,11 +42,11 @@ for _prefix, _lengths, _options in (
     ("varlen_", "".join(f", Tensor? {name}" for name in LENGTHS), f"{_BOUNDS}, {_OPTIONS}"),
 ):
     LIBRARY.define(
-        f"{_prefix}forward({_INPUTS}{_lengths}, *, {_options}) -> (Tensor out, Tensor lse)"
+        f"{_prefix}forward({_INPUTS}{_lengths}{_SLOPES}, *, {_options}) -> (Tensor out, Tensor lse)"
     )
     LIBRARY.define(  # dsink has no elements where there is no sink
-        f"{_prefix}backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse{_lengths},"
-        f" *, {_options}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
+        f"{_prefix}backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse{_lengths}"
+        f"{_SLOPES}, *, {_options}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
     )
 
 _OPS: Any = torch.ops.flash_attn_sm120
@@ -91,7 +94,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """``(out, lse)`` by the operator; lse is None without ``return_lse``."""
     check_tensors("torch follows the call", q, k, v, learnable_sink, **lengths)
-    forward = VARLEN_FORWARD if lengths else FORWARD
+    forward = VARLEN_FORWARD if has_lengths(lengths) else FORWARD
     out, lse = forward(q, k, v, learnable_sink, *in_order(lengths), **to_schema(**options))
     return out, lse if return_lse else None
 
@@ -109,21 +112,28 @@ def backward(
     *lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv, dsink)`` by the operator; dsink has no elements without a sink."""
-    op = VARLEN_BACKWARD if lengths else BACKWARD
+    op = VARLEN_BACKWARD if len(lengths) >= len(LENGTHS) else BACKWARD
     gradients: tuple[Tensor, Tensor, Tensor, Tensor] = op(
         dout, dlse, q, k, v, learnable_sink, out, lse, *lengths, **to_schema(**options)
     )
     return gradients
 
 
+def has_lengths(lengths: dict[str, Any]) -> bool:
+    """Whether a call has lengths, beside slopes that stand among them."""
+    return any(name != SLOPES for name in lengths)
+
+
 def in_order(lengths: dict[str, Any]) -> tuple[Any, ...]:
-    """Lengths as the operators take them; none where a call has none."""
-    return tuple(lengths.get(name) for name in LENGTHS) if lengths else ()
+    """Lengths and slopes as the operators take them; none where a call has none."""
+    slopes = (lengths[SLOPES],) if SLOPES in lengths else ()
+    return (*(map(lengths.get, LENGTHS) if has_lengths(lengths) else ()), *slopes)
 
 
 def by_name(lengths: tuple[Any, ...]) -> dict[str, Any]:
-    """Lengths as _C takes them: the inverse of :func:`in_order`."""
-    return dict(zip(LENGTHS, lengths, strict=True)) if lengths else {}
+    """Lengths and slopes as _C takes them: the inverse of :func:`in_order`."""
+    names = (*(LENGTHS if len(lengths) >= len(LENGTHS) else ()), SLOPES)
+    return dict(zip(names, lengths, strict=False))
 
 
 def check_tensors(where: str, q: Any, k: Any, v: Any, learnable_sink: Any, **lengths: Any) -> None:
@@ -250,7 +260,11 @@ def _check(
     ndim_q, ndim_k = (4 if x is None else 3 for x in (cu_seqlens_q, cu_seqlens_k))
     for name, x, ndim in (
         *(("q", q, ndim_q), ("k", k, ndim_k), ("v", v, ndim_k), ("learnable_sink", sink, 1)),
-        *((name, x, 2 if name == "page_table" else 1) for name, x in lengths.items()),
+        *(
+            (name, x, 2 if name == "page_table" else 1)
+            for name, x in lengths.items()
+            if name != SLOPES
+        ),
     ):
         if x is None:
             continue
@@ -267,6 +281,7 @@ def _check(
         good = (x.shape[-1] % 8 == 0, x.shape[-1] >= 8, x.shape[-1] <= 256)
         _require(all(good), f"{what} must be a multiple of 8 from 8 to 256, got {x.shape[-1]}")
     _check_sizes(q, k, v, sink, lengths)
+    _check_slopes(lengths.get(SLOPES), q, lengths)
     heads_q, heads_kv = q.shape[-2], k.shape[-2]
     _require(
         heads_q > 0 and heads_kv > 0 and heads_q % heads_kv == 0,
@@ -309,6 +324,26 @@ def _check_sizes(
         _require(got == like, f"{name} must have {meaning} {like} in dimension {dim}, got {got}")
 
 
+def _check_slopes(slopes: Tensor | None, q: Tensor, lengths: dict[str, Tensor | None]) -> None:
+    if slopes is None:
+        return
+    ndim, cu_seqlens_q = slopes.dim(), lengths.get("cu_seqlens_q")
+    _require(ndim in (1, 2), f"{SLOPES} must have 1 or 2 dimensions, got {ndim}")
+    if slopes.dtype != torch.float32:
+        raise TypeError(f"{SLOPES} must be float32, got {slopes.dtype}")
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    for meaning, dim, like in (("q's batch", 0, batch), ("q's heads", 1, q.shape[-2]))[2 - ndim :]:
+        got = slopes.shape[dim - 2]
+        _require(
+            got == like,
+            f"{SLOPES} must have {meaning} {like} in dimension {dim + ndim - 2}, got {got}",
+        )
+    _require(
+        slopes.device == q.device,
+        f"{SLOPES} must be on q's device, {q.device}, got {slopes.device}",
+    )
+
+
 def _require(condition: Any, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -316,8 +351,8 @@ def _require(condition: Any, message: str) -> None:
 
 # ---- vmap: one more dimension is folded into the batch, or into the heads ------------------------
 
-# The dimensions of batch and heads. Heads are folded where there is a sink, one number per head,
-# and where a call has lengths, which all heads share.
+# The dimensions of batch and heads. Heads are folded where there are a sink or slopes, numbers per
+# head, and where a call has lengths, which all heads share.
 _QKV, _LSE, _SINK, _DSINK = (0, -2), (0, -2), (None, -1), (0, -1)
 
 
@@ -341,17 +376,22 @@ def _vmap(
 ) -> Any:
     """One call for all that is mapped; ``kinds`` are those of the tensors before the lengths."""
     count, size = len(kinds), info.batch_size
-    lengths = tensors[count:]
-    if any(in_dim is not None for in_dim in in_dims[count:]):
+    named = by_name(tensors[count:])
+    slopes, slopes_dim = named.get(SLOPES), by_name(in_dims[count:]).get(SLOPES)
+    lengths = in_order({name: x for name, x in named.items() if name != SLOPES})
+    if any(in_dim is not None for in_dim in in_dims[count : count + len(lengths)]):
         raise NotImplementedError(
             "vmap over lengths or pages is not supported yet: map q, k and v of sequences that "
             "have the same lengths, or pack all sequences into one call"
         )
-    by_heads = bool(lengths) or tensors[kinds.index(_SINK)] is not None
+    has_sink = tensors[kinds.index(_SINK)] is not None
+    by_heads = bool(lengths) or has_sink or slopes is not None
     folded = [
         _fold(x, in_dim, kind[by_heads], size)
         for x, in_dim, kind in zip(tensors[:count], in_dims[:count], kinds, strict=True)
     ]
+    if slopes is not None:
+        lengths = (*lengths, _fold(slopes, slopes_dim, -1, size))
     results = zip(op(*folded, *lengths, **options), result_kinds, strict=True)
     unfolded, dims = zip(*(_unfold(x, kind[by_heads], size) for x, kind in results), strict=True)
     return unfolded, dims

@@ -14,6 +14,7 @@
  *   SPLIT                  1: a block goes through a part of its keys; combine.cu follows
  *   PACK_GQA               1: the query heads of one KV head share the rows of a block
  *   SOFTCAP                1: scores are capped by a tanh
+ *   ALIBI                  1: scores fall with the distance of the key
  *   VARLEN                 1: every sequence has lengths of its own
  *   PAGED                  1: K and V lie in pages, of which every sequence has a list */
 #include "params.h"

@@ -85,7 +85,7 @@ static struct side side_of(const struct source *source, int64_t batch)
 struct sequence fa_sequence(const struct fa_problem *problem, int64_t batch)
 {
     const struct source queries = queries_of(problem), keys = keys_of(problem);
-    return (struct sequence){side_of(&queries, batch), side_of(&keys, batch)};
+    return (struct sequence){batch, side_of(&queries, batch), side_of(&keys, batch)};
 }
 
 struct lengths fa_longest(const struct fa_problem *problem)

@@ -31,11 +31,13 @@ def flash_attn_func(
     """Attention as :func:`flash_attn_sm120.flash_attn_func` computes it.
 
     Args:
-        dropout_p, alibi_slopes: not supported yet: NotImplementedError unless 0 and None.
+        dropout_p: not supported yet: NotImplementedError unless 0.
+        alibi_slopes: as there; causal calls have the same bias, and so the lse of it, where
+            FlashAttention-2 leaves out what all keys of a query share.
         window_size: ``(left, right)``; a negative side is unbounded.
         return_attn_probs: return ``(out, lse, S_dmask)``.
     """
-    _refuse("flash_attn_func", dropout_p, alibi_slopes)
+    _refuse("flash_attn_func", dropout_p)
     out, lse = interface.flash_attn_func(
         padded(q),
         padded(k),
@@ -44,6 +46,7 @@ def flash_attn_func(
         causal=causal,
         window_size=unbounded(window_size),
         softcap=softcap,
+        alibi_slopes=alibi_slopes,
         deterministic=deterministic,
         return_lse=return_attn_probs,
     )
@@ -143,7 +146,7 @@ def flash_attn_varlen_func(
         dropout_p, alibi_slopes, window_size, return_attn_probs: as in :func:`flash_attn_func`; the
             lse is ``(heads_q, total_q)``.
     """
-    _refuse("flash_attn_varlen_func", dropout_p, alibi_slopes)
+    _refuse("flash_attn_varlen_func", dropout_p)
     keys: dict[str, Any] = {"cu_seqlens_k": cu_seqlens_k}
     if block_table is not None:
         keys = {"page_table": block_table, "seqused_k": torch.diff(cu_seqlens_k)}
@@ -158,6 +161,7 @@ def flash_attn_varlen_func(
         causal=causal,
         window_size=unbounded(window_size),
         softcap=softcap,
+        alibi_slopes=alibi_slopes,
         deterministic=deterministic,
         return_lse=return_attn_probs,
         **keys,
@@ -280,13 +284,9 @@ def unpacked(name: str, packed: Tensor, ndim: int, count: int) -> tuple[Tensor, 
     return packed.unbind(-3)
 
 
-def _refuse(function: str, dropout_p: float, alibi_slopes: Tensor | None) -> None:
-    asked = [
-        *(["dropout_p"] if dropout_p else []),
-        *(["alibi_slopes"] if alibi_slopes is not None else []),
-    ]
-    if asked:
-        raise NotImplementedError(f"fa2.{function} does not support {', '.join(asked)} yet")
+def _refuse(function: str, dropout_p: float) -> None:
+    if dropout_p:
+        raise NotImplementedError(f"fa2.{function} does not support dropout_p yet")
 
 
 def _bound(max_seqlen: int | Tensor | None) -> int | None:
