@@ -87,7 +87,7 @@ def flash_attn_func(
         alibi_slopes: ``(heads_q,)`` or ``(batch, heads_q)`` float32, with any strides: ALiBi (Press
             et al. 2021, https://arxiv.org/abs/2108.12409) as FlashAttention-2 defines it, ``-slope
             * abs(i + seqlen_k - seqlen_q - j)`` added to the score of query ``i`` and key ``j``
-            after ``softcap``. Slopes may be negative, at about half the speed. They have no
+            after ``softcap``. Of negative slopes CUDA computes most rows twice. Slopes have no
             gradient, as in FlashAttention-2.
         out: ``(batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``, to write the result
             to. Any strides with a contiguous, 16-byte-aligned last dimension are written in place;

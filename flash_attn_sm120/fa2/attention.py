@@ -32,8 +32,8 @@ def flash_attn_func(
 
     Args:
         dropout_p: not supported yet: NotImplementedError unless 0.
-        alibi_slopes: as there; causal calls have the same bias, and so the lse of it, where
-            FlashAttention-2 leaves out what all keys of a query share.
+        alibi_slopes: as there. The lse is that of these scores with ``causal``, too, where
+            FlashAttention-2 adds ``slope * j`` alone, which gives the same ``out``.
         window_size: ``(left, right)``; a negative side is unbounded.
         return_attn_probs: return ``(out, lse, S_dmask)``.
     """
