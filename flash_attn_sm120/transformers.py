@@ -32,7 +32,7 @@ ATTENTION = "sm120_attention"
 # Transformers looks for "flash" in a name, and for decoding from pages for a 2 or 3 behind it.
 FLASH = "flash_sm120"
 
-_OLDEST_TRIED, _BEFORE = (5, 17), (5, 25)
+_OLDEST_TRIED, _NEWEST_TRIED = (5, 17), (5, 24)
 
 # ---- the door ------------------------------------------------------------------------------------
 
@@ -113,7 +113,7 @@ def _register(name: str) -> Callable[[], None]:
 @cache
 def _warn_of_untried_version() -> None:
     version = tuple(int(x) for x in transformers.__version__.split(".")[:2])
-    if not _OLDEST_TRIED <= version < _BEFORE:
+    if not _OLDEST_TRIED <= version <= _NEWEST_TRIED:
         warnings.warn(
             "flash_attn_sm120.transformers has been tried with Transformers 5.17 to 5.24, not with "
             f"{transformers.__version__}",
@@ -154,6 +154,7 @@ class Mask(NamedTuple):
     lengths: tuple[int, int]  # rows of q and of k
     q: Rows = Rows()
     k: Rows = Rows()
+    is_one_sequence: Tensor | None = None  # what the layer is to assert, unless it is given lengths
 
     @property
     def ndim(self) -> int:
@@ -177,6 +178,10 @@ def mask(
     mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
     attention_mask: Tensor | Mask | None = None,
     device: torch.device | str = "cpu",
+    local_size: int | None = None,
+    use_vmap: bool = False,
+    allow_is_bidirectional_skip: bool | None = None,
+    config: Any = None,
     **_: Any,
 ) -> Mask:
     """The mask function of both names. Arguments are Transformers'.
@@ -190,10 +195,18 @@ def mask(
     if isinstance(attention_mask, Mask):  # made beforehand, for a compiled step
         return attention_mask
     lengths = (q_length, kv_length)
-    window_size, sequences = _window_of(mask_function, kv_offset + kv_length)
-    if sequences is not None:
-        rows = _rows_of_sequences(sequences)
-        return Mask(window_size, lengths, rows, rows)
+    is_one_sequence = None
+    if mask_function in _PLAIN or use_vmap or not _is_one_graph():
+        window_size, sequences = _window_of(mask_function, kv_offset + kv_length)
+        if sequences is not None:
+            rows = _rows_of_sequences(sequences)
+            return Mask(window_size, lengths, rows, rows)
+    else:
+        is_bidirectional = allow_is_bidirectional_skip is not None  # only those may have it
+        keys = (kv_offset, kv_offset + kv_length)
+        window_size = _local_window(local_size, is_bidirectional, config, keys[1])
+        queries = torch.arange(q_length, device=device) + q_offset
+        is_one_sequence = _assert_window(mask_function, window_size, batch_size, queries, keys)
     is_self_attention = window_size != (None, None)
     end = q_offset + (q_length - kv_offset) if is_self_attention else kv_length  # behind the last
     if attention_mask is not None:
@@ -204,7 +217,7 @@ def mask(
     if isinstance(end, Tensor):
         used = end.to(device, torch.int32).expand(batch_size).contiguous()
     elif end == kv_length:
-        return Mask(window_size, lengths)
+        return Mask(window_size, lengths, is_one_sequence=is_one_sequence)
     elif end < kv_length and window_size[1] == 0:
         used = torch.full((batch_size,), end, dtype=torch.int32, device=device)
     else:
@@ -286,12 +299,16 @@ def _rows_of_sequences(ids: Tensor) -> Rows:
 # ---- mask functions ------------------------------------------------------------------------------
 
 
+_PLAIN: dict[Any, Window] = {
+    masking_utils.causal_mask_function: (None, 0),
+    masking_utils.bidirectional_mask_function: (None, None),
+}
+
+
 def _window_of(mask_function: Callable[..., Any], kv_end: int) -> tuple[Window, Tensor | None]:
     """What a mask function of Transformers shows: a window, and ids where sequences are packed."""
-    if mask_function is masking_utils.causal_mask_function:
-        return (None, 0), None
-    if mask_function is masking_utils.bidirectional_mask_function:
-        return (None, None), None
+    if mask_function in _PLAIN:
+        return _PLAIN[mask_function], None
     found: tuple[Window, Tensor | None] = _window_of_closure(mask_function, kv_end)
     return found
 
@@ -329,6 +346,66 @@ def _window_of_closure(
 
 def _smallest(bounds: tuple[int | None, ...]) -> int | None:
     return min((bound for bound in bounds if bound is not None), default=None)
+
+
+# ---- mask functions in one graph -----------------------------------------------------------------
+#
+# torch cannot follow what a function holds. Elsewhere the graph breaks there; with fullgraph=True a
+# mask is taken for the window that its arguments name, and the graph asserts at the borders of the
+# window that it is.
+
+
+@torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_one_graph() -> bool:
+    """Whether torch compiles this with fullgraph=True; it is asked while it does."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return bool(getattr(InstructionTranslator.current_tx(), "one_graph", False))
+
+
+def _local_window(
+    local_size: int | None, is_bidirectional: bool, config: Any, kv_end: int
+) -> Window:
+    if is_bidirectional:
+        return (local_size, local_size)
+    if local_size is None:
+        return (None, 0)
+    if local_size == getattr(config, "attention_chunk_size", None) and local_size < kv_end:
+        raise NotImplementedError(_NO_WINDOW.format("chunks"))
+    return (local_size - 1, 0)
+
+
+def _assert_window(
+    mask_function: Callable[..., Any],
+    window_size: Window,
+    batch: int,
+    queries: Tensor,
+    keys: tuple[int, int],
+) -> Tensor:
+    """Asserts that a query sees the last key of its window, none behind it and none before it.
+
+    Returns:
+        whether it sees the first one, too: packed sequences may begin within a window.
+    """
+    left, right = window_size
+    first = torch.full_like(queries, keys[0]) if left is None else queries - left
+    last = torch.full_like(queries, keys[1] - 1) if right is None else queries + right
+    first, last = first.clamp(min=keys[0]), last.clamp(max=keys[1] - 1)
+    at = torch.stack([first, last, first - 1, last + 1], dim=1)
+    is_key = (at >= keys[0]) & (at < keys[1])
+    numbers = torch.arange(batch, device=queries.device)[:, None, None, None]
+    seen = mask_function(
+        numbers, torch.zeros_like(numbers), queries[:, None], at.clamp(keys[0], keys[1] - 1)
+    )
+    expected = torch.arange(4, device=queries.device) < 2
+    holds: Tensor = (seen == expected) | ~is_key
+    torch._assert_async(holds[..., 1:].all(), _NO_WINDOW.format("unions of masks"))
+    return holds[..., 0].all()
+
+
+_NO_WINDOW = f"{ATTENTION} takes causal masks and sliding windows in one graph, not {{}}"
 
 
 # ---- attention -----------------------------------------------------------------------------------
@@ -388,8 +465,10 @@ def attention(
         shown = Mask(window_size, lengths, rows_q, rows_k)
     else:
         shown = _mask_of_layer(window_size, lengths, attention_mask)
+        if shown.is_one_sequence is not None:
+            torch._assert_async(shown.is_one_sequence, _NO_POSITIONS)
         if position_ids is not None and position_ids.ndim == 2:
-            shown = _packed_by_positions(shown, position_ids.expand(q.shape[0], -1))
+            shown = _packed_by_positions(shown, position_ids, q.shape[0])
     return _attend(q, k, v, shown, options, bool(deterministic)), None
 
 
@@ -492,7 +571,7 @@ def _mask_of_layer(
     return Mask(window_size, lengths)
 
 
-def _packed_by_positions(shown: Mask, position_ids: Tensor) -> Mask:
+def _packed_by_positions(shown: Mask, position_ids: Tensor, batch: int) -> Mask:
     """Sequences that follow each other, where positions begin anew.
 
     Many models do not show the positions to their mask function. Transformers' FlashAttention looks
@@ -502,7 +581,7 @@ def _packed_by_positions(shown: Mask, position_ids: Tensor) -> Mask:
     if not _is_dense(shown) or shown.window_size[1] != 0 or not 1 < queries == keys:
         return shown
     if _may_read(position_ids):
-        rows = _rows_by_positions(position_ids)
+        rows = _rows_by_positions(position_ids, batch)
         return shown if rows is None else shown._replace(q=rows, k=rows)
     torch._assert_async((_starts(position_ids).sum(1) == 1).all(), _NO_POSITIONS)
     return shown
@@ -520,7 +599,7 @@ def _starts(position_ids: Tensor) -> Tensor:
     return starts | (torch.arange(position_ids.shape[1], device=position_ids.device) == 0)
 
 
-def _rows_by_positions(position_ids: Tensor) -> Rows | None:
+def _rows_by_positions(position_ids: Tensor, batch: int) -> Rows | None:
     """The rows of packed sequences; None where each row of the batch is one.
 
     All layers of a forward have the same positions: they are read once. Inference tensors, whose
@@ -531,7 +610,7 @@ def _rows_by_positions(position_ids: Tensor) -> Rows | None:
     last, last_version, rows = _last_read
     if last() is position_ids and version == last_version != -1:
         return rows
-    ids = _starts(position_ids).cumsum(1)
+    ids = _starts(position_ids).expand(batch, -1).cumsum(1)
     rows = None if bool((ids[:, -1] == 1).all()) else _rows_of_sequences(ids)
     _last_read = weakref.ref(position_ids), version, rows
     return rows

@@ -27,27 +27,22 @@ class Door(NamedTuple):
     package: str  # its distribution
     module: str  # of ours
     call: str  # that opens the door
-    is_open: Callable[[], bool]
+    is_open: Callable[[Any], bool]  # of our module
 
 
-def _sdpa_is_open() -> bool:
-    current = getattr(torch.nn.attention, "current_flash_attention_impl", None)
-    return current is not None and current() == "SM120"
+def _sdpa_is_open(sdpa: Any) -> bool:
+    if not hasattr(torch.nn.attention, "restore_flash_attention_impl"):
+        raise NotImplementedError("PyTorch has had such a door since 2.11")
+    return bool(torch.nn.attention.current_flash_attention_impl() == sdpa.NAME)
 
 
-def _transformers_is_open() -> bool:
-    return bool(importlib.import_module("flash_attn_sm120.transformers").registered())
+def _transformers_is_open(transformers: Any) -> bool:
+    return bool(transformers.registered())
 
 
 DOORS = (
-    Door("PyTorch's attention", "torch", "flash_attn_sm120.sdpa", "sdpa.activate()", _sdpa_is_open),
-    Door(
-        "Transformers",
-        "transformers",
-        "flash_attn_sm120.transformers",
-        "transformers.register()",
-        _transformers_is_open,
-    ),
+    Door("PyTorch's attention", "torch", "sdpa", "activate()", _sdpa_is_open),
+    Door("Transformers", "transformers", "transformers", "register()", _transformers_is_open),
 )
 
 
@@ -57,8 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     for door in DOORS:
-        if util.find_spec(door.module):  # the sdpa of a wheel may be older than this command
-            print(f"{door.program}: {state(door)}")
+        print(f"{door.program}: {state(door)}")
     if arguments.models and not util.find_spec("transformers"):
         raise RuntimeError("models are those of Transformers, which is not installed")
     for model in arguments.models:
@@ -75,11 +69,15 @@ def state(door: Door) -> str:
     except metadata.PackageNotFoundError:
         return f"not possible, {door.package} is not installed"
     try:
-        is_open = door.is_open()
+        module = importlib.import_module(f"flash_attn_sm120.{door.module}")
+        is_open = door.is_open(module)
     except (ImportError, NotImplementedError) as error:
         return f"not possible with {door.package} {version}: {error}"
-    how = "open" if is_open else f"closed; flash_attn_sm120.{door.call} opens it"
-    return f"possible with {door.package} {version}, {how}"
+    number = tuple(int(x) for x in version.split(".")[:2])
+    is_tried = module._OLDEST_TRIED <= number <= module._NEWEST_TRIED
+    how = "open" if is_open else f"closed; flash_attn_sm120.{door.module}.{door.call} opens it"
+    untried = "" if is_tried else ", which has not been tried"
+    return f"possible with {door.package} {version}{untried}; {how}"
 
 
 # ---- models --------------------------------------------------------------------------------------

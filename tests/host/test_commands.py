@@ -4,12 +4,12 @@ import os
 import re
 import subprocess
 import sys
-from importlib import metadata, util
+from importlib import metadata
 
 import pytest
 import torch
 
-from flash_attn_sm120 import flash_attn_func
+from flash_attn_sm120 import flash_attn_func, sdpa
 from flash_attn_sm120.__main__ import COMMANDS, main
 from flash_attn_sm120.commands import check, demo, doctor
 from helpers.children import run_command
@@ -72,22 +72,24 @@ def test_doctor_says_which_doors_there_are(capsys):
     assert main(["doctor"]) == 0
     said = capsys.readouterr().out
     for door in doctor.DOORS:
-        if util.find_spec(door.module):
-            assert re.search(rf"^{re.escape(door.program)}: (not )?possible", said, re.M)
+        assert re.search(rf"^{re.escape(door.program)}: (not )?possible", said, re.M)
 
 
-def test_doctor_says_whether_a_door_is_open():
-    def refuse():
+def test_doctor_says_whether_a_door_is_open(monkeypatch):
+    def refuse(_):
         raise NotImplementedError("no such door")
 
-    door = doctor.Door("Torch", "torch", "flash_attn_sm120", "open()", lambda: True)
+    door = doctor.Door("Torch", "torch", "sdpa", "activate()", lambda _: True)
     version = f"possible with torch {metadata.version('torch')}"
-    assert doctor.state(door) == f"{version}, open"
-    closed = door._replace(is_open=lambda: False)
-    assert doctor.state(closed) == f"{version}, closed; flash_attn_sm120.open() opens it"
+    assert doctor.state(door) == f"{version}; open"
+    closed = door._replace(is_open=lambda _: False)
+    how = "closed; flash_attn_sm120.sdpa.activate() opens it"
+    assert doctor.state(closed) == f"{version}; {how}"
     assert doctor.state(door._replace(is_open=refuse)) == f"not {version}: no such door"
     missing = door._replace(package="no-such-package")
     assert doctor.state(missing) == "not possible, no-such-package is not installed"
+    monkeypatch.setattr(sdpa, "_OLDEST_TRIED", (99, 0))
+    assert doctor.state(door) == f"{version}, which has not been tried; open"
 
 
 def test_help_says_what_each_command_is_for():

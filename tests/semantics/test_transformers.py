@@ -133,6 +133,7 @@ def alone(model, input_ids, rows):
 # ---- logits and gradients ------------------------------------------------------------------------
 
 
+@pytest.mark.quick("gpt_oss-left", "modernbert-right")
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("model_type", [*DECODERS, *ENCODERS])
 def test_logits_and_gradients(model_type, batch):
@@ -157,15 +158,29 @@ def test_packed_positions(model_type, packed, use_cache):
     assert_same_results(eager, ours, alone(eager, inputs, rows), out.flatten(0, 1))
 
 
+def test_positions_are_read_once(monkeypatch):
+    """A forward waits for the GPU once, not in each layer."""
+    _, ours = make_pair("mistral", ATTENTION)
+    read = []
+    monkeypatch.setattr(
+        door, "_starts", lambda x, _starts=door._starts: read.append(x) or _starts(x)
+    )
+    for rows in ([(SEQLEN,)], [LENGTHS]):
+        ours(tokens(1), position_ids=positions(rows))
+    assert len(read) == 2
+
+
 def test_positions_are_read_anew_where_they_changed():
     _, ours = make_pair("mistral", ATTENTION)
-    inputs, place = tokens(1), positions([(SEQLEN,)])
+    inputs, turns = tokens(1), ([(SEQLEN,)], [LENGTHS], [(SEQLEN,)])
     for no_grad in (torch.no_grad(), torch.inference_mode()):
         with no_grad:
-            buffer = place.clone()
-            for rows in ([(SEQLEN,)], [LENGTHS], [(SEQLEN,)]):
-                buffer.copy_(positions(rows))
-                out = logits(ours, input_ids=inputs, position_ids=buffer)[0]
+            buffer = torch.zeros(1, SEQLEN, dtype=torch.long)
+            outs = [
+                logits(ours, input_ids=inputs, position_ids=buffer.copy_(positions(rows)))[0]
+                for rows in turns
+            ]
+            for out, rows in zip(outs, turns, strict=True):
                 assert_close(out, alone(ours, inputs, rows))
 
 
@@ -322,6 +337,7 @@ def assert_same_tokens(eager, ours, options, compiled=None):
     assert torch.equal(ours.generate(inputs, **greedy), expected)
 
 
+@pytest.mark.quick("gemma2-static")
 @pytest.mark.parametrize("way", GENERATE)
 @pytest.mark.parametrize("model_type", DECODERS)
 def test_generate(model_type, way):
@@ -426,22 +442,55 @@ def test_continuous_batching_wants_the_other_name():
 # ---- compile -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mistral"])
-def test_compiled_training(model_type, compiled):
-    """Without a cache Transformers looks for packed positions, at which the graph breaks."""
+@pytest.mark.parametrize(
+    "model_type, batch", [("llama", "no mask"), ("gemma2", "no mask"), ("mistral", "left")]
+)
+def test_compiled_training_in_one_graph(model_type, batch, compiled):
     eager, ours = make_pair(model_type, ATTENTION)
-    follow = torch.compile(ours, backend="aot_eager")
-    inputs = tokens(1)
-    out = follow(inputs, position_ids=positions([(SEQLEN,)]), use_cache=False).logits
-    assert_same_results(eager, ours, logits(eager, input_ids=inputs), out)
-
-
-def test_compiled_training_in_one_graph(compiled):
-    eager, ours = make_pair("llama", ATTENTION)
     follow = torch.compile(ours, backend="aot_eager", fullgraph=True)
-    inputs = {**BATCHES["left"](), "use_cache": False}
+    inputs = {**BATCHES[batch](), "use_cache": False}
     out = real(follow(**inputs).logits, inputs)
     assert_same_results(eager, ours, real(logits(eager, **inputs), inputs), out)
+
+
+def test_compiled_packed_training_in_one_graph(compiled):
+    """Lengths are the caller's; without them, the graph asserts that there is one sequence."""
+    eager, ours = make_pair("mistral", ATTENTION)
+    follow = torch.compile(ours, backend="aot_eager", fullgraph=True)
+    inputs = {"position_ids": positions([LENGTHS]), "use_cache": False}
+    ends = torch.tensor([0, *LENGTHS]).cumsum(0).to(torch.int32)
+    lengths = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": 9, "max_length_k": 9}
+    ids = tokens(1)
+    out = follow(ids, **inputs, **lengths).logits[0]
+    assert_same_results(eager, ours, alone(eager, ids, [LENGTHS]), out)
+    with pytest.raises(RuntimeError, match="pass cu_seq_lens_q"):
+        follow(ids, **inputs)
+
+
+@pytest.mark.parametrize("size", [4, SEQLEN])
+def test_other_masks_in_one_graph_are_refused(size, compiled):
+    """What a mask function holds is not seen there: the graph asserts what it shows."""
+    config = configuration("llama", attention_chunk_size=size)
+    config._attn_implementation = ATTENTION
+    embedded = torch.empty(2, SEQLEN, 0)
+    block = torch.zeros(2, SEQLEN, dtype=torch.long)
+
+    def causal(embedded, **options):
+        return masking_utils.create_causal_mask(config, embedded, None, None, **options)
+
+    def chunked(embedded):
+        return masking_utils.create_chunked_causal_mask(config, embedded, None, None)
+
+    def follow(create):
+        return torch.compile(create, backend="aot_eager", fullgraph=True)
+
+    with pytest.raises(RuntimeError, match="in one graph, not unions"):
+        follow(causal)(embedded, block_sequence_ids=block)
+    if size < SEQLEN:
+        with pytest.raises(Exception, match="in one graph, not chunks"):
+            follow(chunked)(embedded)
+    else:
+        assert follow(chunked)(embedded)[:2] == ((SEQLEN - 1, 0), (SEQLEN, SEQLEN))
 
 
 def test_compiled_packed_training(compiled):
@@ -508,13 +557,14 @@ def test_unions_of_masks_are_refused(name, union):
             create(config, torch.empty(2, SEQLEN, 0), None, None, **UNIONS[union]())
 
 
-def test_a_stranger_by_a_known_name_is_refused():
-    def sliding_window_overlay():
-        sliding_window = 4
-        return lambda b, h, q, k: k > q + sliding_window
+def sliding_window_overlay(sliding_window):
+    """Not the one of Transformers."""
+    return lambda b, h, q, k: k > q + sliding_window
 
-    with pytest.raises(NotImplementedError, match="mask function"):
-        door.mask(1, 5, 5, mask_function=sliding_window_overlay())
+
+def test_a_stranger_by_a_known_name_is_refused():
+    with pytest.raises(NotImplementedError, match=r"function 'sliding_window_overlay.<locals>"):
+        door.mask(1, 5, 5, mask_function=sliding_window_overlay(4))
 
 
 def test_masks_of_4_dimensions_are_refused():
