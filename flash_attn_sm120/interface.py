@@ -118,8 +118,8 @@ def flash_attn_func(
     Raises:
         TypeError: not a tensor, or a dtype other than the above.
         ValueError: shapes, sizes, devices or scalars out of range.
-        NotImplementedError: valid, but not supported yet; the message says what. A gradient of
-            ``alibi_slopes`` is one.
+        NotImplementedError: valid, but not supported yet; the message says what. Also where a
+            gradient of ``alibi_slopes`` is wanted.
         RuntimeError: the driver or the compiler; ``out`` or ``lse`` where a gradient is wanted or
             torch follows the call.
     """

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 # ---- schemas -------------------------------------------------------------------------------------
 
-# The tensors of lengths, in the operators' order; any of them may be None. Behind them, or in their
-# place where a call has none, may stand the last one, which has no gradient either.
+# The tensors of lengths, in the operators' order; any of them may be None. After them, or alone in
+# a call without lengths, come the slopes of ALiBi, which have no gradient either.
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
 SLOPES = "alibi_slopes"
 
@@ -120,7 +120,7 @@ def backward(
 
 
 def has_lengths(lengths: dict[str, Any]) -> bool:
-    """Whether a call has lengths, beside slopes that stand among them."""
+    """Whether a call has lengths, not slopes alone."""
     return any(name != SLOPES for name in lengths)
 
 

@@ -110,8 +110,8 @@ struct forward_block {
     {
         return query_of(row) + mask.seqlen_k - mask.seqlen_q;
     }
-    /* The keys before which the scores of a row are much as those just behind. With ALiBi they rise
-     * up to the diagonal. */
+    /* The end of the keys whose scores keep in range with the m of the keys before edge_of(row),
+     * unless a row is flagged. With ALiBi scores rise up to the diagonal, from both sides. */
     __device__ __forceinline__ int edge_of(int row) const
     {
         return ALIBI ? max(min(keys_of(row).end, diagonal_of(row) + 1), 0) : keys_of(row).end;

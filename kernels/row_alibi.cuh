@@ -4,8 +4,8 @@
 
 #include "forward_block.cuh"
 
-/* Rows of a lane lie 8 apart, and so do their queries, with one slope: then scores whose row and
- * column differ by the same number share a product. With PACK_GQA a row may be of any head. */
+/* Rows of a lane lie 8 apart. They are 8 queries apart, too, and have one slope: so scores with the
+ * same row - column share a product. With PACK_GQA each row has its own query and head. */
 struct row_alibi {
     enum { ROWS = PACK_GQA ? 2 * M_FRAGS : 1 };
     float slope[ROWS];
@@ -17,7 +17,7 @@ struct row_alibi {
 #pragma unroll
             for (int i = 0; i < ROWS; i++) {
                 const int row = block.lane_row + 8 * i;
-                /* Rows beyond the last may be of any head, but of one that there is. */
+                /* Rows after the last one have no head: any that exists will do. */
                 const int head = block.head + block.head_of(min(row, block.last_row));
                 slope[i] = load_slope(block.params, block.seq.batch, head);
                 diagonal[i] = block.diagonal_of(row);
