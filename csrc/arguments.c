@@ -150,6 +150,18 @@ static struct fa_dropout dropout_of(const struct fa_problem *problem)
     };
 }
 
+static struct fa_alibi alibi_of(const struct fa_problem *problem)
+{
+    const struct fa_tensor *slopes = &problem->alibi_slopes;
+    if (!slopes->object)
+        return (struct fa_alibi){0};
+    return (struct fa_alibi){
+        .slopes = slopes->data,
+        .batch_stride = slopes->ndim == 2 ? slopes->stride[0] : 0,
+        .head_stride = slopes->stride[slopes->ndim - 1],
+    };
+}
+
 /* Where the tiles of all sequences are listed; NULL: they are not. */
 static struct fa_listed_tile *list_of(const struct fa_plan *plan, float *workspace)
 {
@@ -194,6 +206,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .pages = pages_of(problem),
         .list = list_of(plan, workspace),
         .dropout = dropout_of(problem),
+        .alibi = alibi_of(problem),
     };
 }
 
@@ -434,7 +447,7 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .query_tiles = plan->query_tiles,
         .head_dim = shape->head_dim,
         .tile_n = plan->tile_n,
-        .dropout = dropout_of(problem),
+        .alibi = alibi_of(problem),
     };
 }
 
@@ -467,6 +480,7 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     const int keys = plan->n_blocks * plan->tile_n;
     const float keep = fa_keep_probability(shape), scale = shape->softmax_scale / keep;
     arguments->main = backward_params(problem, gradients, plan, workspace);
+    arguments->main.dropout = dropout_of(problem);
     arguments->dq = postprocess_params(workspace + at->dq_accum, variant->dq_buffers, queries,
                                        scale, &gradients->dq);
     arguments->dq.batch = shape->batch;

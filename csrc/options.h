@@ -31,6 +31,7 @@ struct fa_window {
     X(causal, bool, flag, false, "False")                                                          \
     X(window_size, struct fa_window, window, FA_NO_WINDOW, "(None, None)")                         \
     X(learnable_sink, PyObject *, object, NULL, "None")                                            \
+    X(alibi_slopes, PyObject *, object, NULL, "None")                                              \
     X(softcap, float, softcap, 0, "0.0")                                                           \
     X(dropout_p, double, probability, 0, "0.0")                                                    \
     X(dropout_seed, PyObject *, object, NULL, "None")                                              \

@@ -32,6 +32,7 @@ struct fa_variant fa_plan_variant(const struct fa_plan_input *input)
         .mask_left = input->mask_left,
         .softcap = input->softcap,
         .dropout = input->dropout,
+        .alibi = input->alibi,
         .varlen = input->varlen,
         .paged = input->paged,
     };

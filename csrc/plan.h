@@ -34,6 +34,7 @@ struct fa_plan_input {
     int all_see_keys;          /* whether every query sees a key */
     int softcap;               /* whether scores are capped */
     int dropout;               /* whether weights are dropped */
+    int alibi;                 /* whether they fall with distance */
     int sink;                  /* whether there is one */
     int num_splits;            /* 0: as the plan chooses; else at most as many parts of the keys */
     int may_split;             /* varlen and num_splits 0: fa_plan_may_split; else 0 */

@@ -326,6 +326,25 @@ static int read_dropout_seed(struct fa_dlpack *dlpack, enum fa_read read,
                           (long long)seed->stride[0]);
 }
 
+/* Slopes are fp32, for all sequences or for each; kernels read them with any strides. */
+static int read_alibi_slopes(struct fa_dlpack *dlpack, struct fa_problem *problem)
+{
+    static const char NAME[] = "alibi_slopes";
+    struct fa_tensor *slopes = &problem->alibi_slopes;
+    const struct fa_shape *shape = &problem->shape;
+    if (!problem->options.alibi_slopes)
+        return 0;
+    if (fa_tensor_read(dlpack, problem->options.alibi_slopes, NAME, FA_ONE_OR_TWO, slopes) < 0)
+        return -1;
+    if (slopes->dtype != FA_FLOAT32)
+        return fa_raise(PyExc_TypeError, "%s must be float32, got %s", NAME,
+                        fa_dtype_name(slopes->dtype));
+    if (check_size(slopes, NAME, slopes->ndim - 1, "q's heads", shape->heads_q) < 0 ||
+        (slopes->ndim == 2 && check_size(slopes, NAME, 0, "q's batch", shape->batch) < 0))
+        return -1;
+    return check_device(&problem->q, slopes, NAME);
+}
+
 /* Sizes of a result, and how many there are: of out [batch, seqlen_q, heads_q, head_dim_v], where q
  * is packed [total_q, heads_q, head_dim_v]; of lse [batch, heads_q, seqlen_q] or [heads_q,
  * total_q]. */
@@ -408,8 +427,8 @@ struct named_tensor {
 };
 
 /* All tensors of a call, some of which may not be there (yet). */
-#define FORWARD_TENSORS 17
-#define MAX_TENSORS     23
+#define FORWARD_TENSORS 18
+#define MAX_TENSORS     24
 static int tensors_of(const struct fa_problem *problem, const struct fa_gradients *gradients,
                       struct named_tensor tensors[MAX_TENSORS])
 {
@@ -419,6 +438,7 @@ static int tensors_of(const struct fa_problem *problem, const struct fa_gradient
         {&problem->v, name_of_v(problem)},
         {&problem->sink, "learnable_sink"},
         {&problem->dropout_seed, "dropout_seed"},
+        {&problem->alibi_slopes, "alibi_slopes"},
         {&problem->out, "out"},
         {&problem->lse, "lse"},
         {&problem->cu_seqlens_q, "cu_seqlens_q"},
@@ -535,7 +555,8 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
     if (batch < 0)
         return -1;
     set_shape(problem, (int)batch);
-    if (read_sink(dlpack, problem) < 0 || read_dropout_seed(dlpack, read, problem) < 0)
+    if (read_sink(dlpack, problem) < 0 || read_alibi_slopes(dlpack, problem) < 0 ||
+        read_dropout_seed(dlpack, read, problem) < 0)
         return -1;
     for (int i = 0; i < 4; i++) {
         if (!tensors[i]->object)
@@ -561,13 +582,14 @@ static void release(struct fa_tensor *const *tensors, int count)
 
 void fa_problem_release(struct fa_problem *problem)
 {
-    release(
-        (struct fa_tensor *const[]){
-            &problem->q, &problem->k, &problem->v, &problem->sink, &problem->dropout_seed,
-            &problem->out, &problem->lse, &problem->cu_seqlens_q, &problem->cu_seqlens_k,
-            &problem->seqused_q, &problem->seqused_k, &problem->page_table, &problem->leftpad_k,
-            &problem->append.k, &problem->append.v, &problem->append.cos, &problem->append.sin},
-        FORWARD_TENSORS);
+    release((struct fa_tensor *const[]){&problem->q, &problem->k, &problem->v, &problem->sink,
+                                        &problem->dropout_seed, &problem->alibi_slopes,
+                                        &problem->out, &problem->lse, &problem->cu_seqlens_q,
+                                        &problem->cu_seqlens_k, &problem->seqused_q,
+                                        &problem->seqused_k, &problem->page_table,
+                                        &problem->leftpad_k, &problem->append.k, &problem->append.v,
+                                        &problem->append.cos, &problem->append.sin},
+            FORWARD_TENSORS);
 }
 
 int fa_problem_check_differentiable(const struct fa_problem *problem)

@@ -26,6 +26,8 @@ struct fa_problem {
     struct fa_tensor dropout_seed; /* [2] int64: seed, offset; object NULL where none is needed */
     struct fa_tensor out;          /* [batch, seqlen_q, heads_q, head_dim_v] */
     struct fa_tensor lse; /* [batch, heads_q, seqlen_q] fp32; object NULL where not wanted */
+    /* fp32 [heads_q] or [batch, heads_q]; object NULL where there are none */
+    struct fa_tensor alibi_slopes;
     /* int32, rows contiguous; object NULL where there are none */
     struct fa_tensor cu_seqlens_q, cu_seqlens_k; /* [batch + 1]: where sequences begin and end */
     struct fa_tensor seqused_q, seqused_k;       /* [batch]: how many of their rows are used */

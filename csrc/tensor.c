@@ -136,6 +136,8 @@ static int read_dltensor(struct fa_dlpack *dlpack, const DLTensor *source, const
     if (read_dtype(source->dtype, name, &tensor->dtype) < 0 ||
         read_device(source->device, name, &tensor->device_type, &tensor->device_id) < 0)
         return -1;
+    if (ndim == FA_ONE_OR_TWO)
+        ndim = source->ndim == 1 ? 1 : 2;
     if (source->ndim != ndim)
         return fa_raise(PyExc_ValueError, "%s must have %d dimension%s, got %d", name, ndim,
                         ndim == 1 ? "" : "s", source->ndim);

@@ -8,7 +8,8 @@
 
 #include "../kernels/geometry.h" /* fa_element_bytes */
 
-#define FA_MAX_NDIM 5
+#define FA_MAX_NDIM   5
+#define FA_ONE_OR_TWO (-1)
 
 enum fa_device_type { FA_DEVICE_CPU = 1, FA_DEVICE_CUDA = 2 }; /* DLPack's numbers */
 
@@ -43,8 +44,8 @@ struct fa_dlpack {
     PyObject *frameworks; /* frameworks.py, imported when first needed */
 };
 
-/* Reads `object` (an argument called `name` that must have `ndim` dimensions) without copying.
- * 0, or -1 with TypeError or ValueError set and nothing held. */
+/* Reads `object` (an argument called `name` that must have `ndim` dimensions, or FA_ONE_OR_TWO)
+ * without copying. 0, or -1 with TypeError or ValueError set and nothing held. */
 int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                    struct fa_tensor *tensor);
 

@@ -67,6 +67,7 @@ enum fa_code {
     X(mask_left, "MASK_LEFT", FA_MAIN, "_left", FA_FLAG)                                           \
     X(softcap, "SOFTCAP", FA_MAIN, "_cap", FA_FLAG)                                                \
     X(dropout, "DROPOUT", FA_MAIN, "_drop", FA_FLAG)                                               \
+    X(alibi, "ALIBI", FA_MAIN, "_alibi", FA_FLAG)                                                  \
     X(pack_gqa, "PACK_GQA", FA_FORWARDS, "_pack", FA_FLAG)                                         \
     X(split, "SPLIT", FA_FORWARDS, "_split", FA_FLAG)                                              \
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)                     \

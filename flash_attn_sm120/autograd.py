@@ -35,7 +35,7 @@ def attend(
     """``(out, lse)`` of a call that autograd is to record; lse is None without ``return_lse``."""
     ops.check_tensors("a gradient is wanted", q, k, v, learnable_sink, **lengths)
     tensors = (q, k, v, learnable_sink, *ops.in_order(lengths))
-    _refuse_pages(tensors)
+    _refuse_gradients(tensors)
     results = _record(ops.run_forward, return_lse, options, *tensors)
     return results if return_lse else (results, None)
 
@@ -128,9 +128,14 @@ class _Gradients(Function):
         )
 
 
-def _refuse_pages(tensors: tuple[Any, ...]) -> None:
-    """Raises NotImplementedError where a gradient is wanted of a call with pages."""
-    page_table = ops.by_name(tensors[4:]).get("page_table")
+def _refuse_gradients(tensors: tuple[Any, ...]) -> None:
+    """Raises NotImplementedError where a gradient is wanted of a call with pages, or of slopes."""
+    others = ops.by_name(tensors[4:])
+    slopes, page_table = others.get(ops.SLOPES), others.get("page_table")
+    if slopes is not None and slopes.requires_grad:
+        raise NotImplementedError(
+            "alibi_slopes has no gradient, as in FlashAttention-2: detach() it, or use no_grad()"
+        )
     if page_table is not None and any(x is not None and x.requires_grad for x in tensors[:4]):
         raise NotImplementedError(
             "flash_attn_varlen_func has no gradient with page_table, as K and V are a cache: use "
@@ -151,7 +156,7 @@ def _forward(op: Any, keyset: Any, *tensors: Any, **options: Any) -> Any:
         return _redispatch(op, keyset, *tensors, **options)
 
     if torch.is_grad_enabled():
-        _refuse_pages(tensors)
+        _refuse_gradients(tensors)
     with _one_level():
         return _record(below, True, ops.from_schema(**options), *tensors)
 

@@ -45,6 +45,7 @@ def flash_attn_func(
     seqused_k: Tensor | None = None,
     max_seqlen_k: int | None = None,
     page_table: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     **unsupported: Any,
@@ -94,6 +95,11 @@ def flash_attn_func(
             and key alone: the same on every device, whatever the tiles, splits or order. None: two
             numbers from torch's generator of that device, so that every call, and every replay of a
             CUDA graph, drops anew. The backward drops what the forward has dropped.
+        alibi_slopes: ``(heads_q,)`` or ``(batch, heads_q)`` float32, with any strides: ALiBi (Press
+            et al. 2021, https://arxiv.org/abs/2108.12409) as FlashAttention-2 defines it, ``-slope
+            * abs(i + seqlen_k - seqlen_q - j)`` added to the score of query ``i`` and key ``j``
+            after ``softcap``. Of negative slopes CUDA computes most rows twice. Slopes have no
+            gradient, as in FlashAttention-2.
         out: ``(batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``, to write the result
             to. Any strides with a contiguous, 16-byte-aligned last dimension are written in place;
             others are refused, and so is memory that overlaps an input or itself.
@@ -123,7 +129,8 @@ def flash_attn_func(
     Raises:
         TypeError: not a tensor, or a dtype other than the above.
         ValueError: shapes, sizes, devices or scalars out of range.
-        NotImplementedError: valid, but not supported yet; the message says what.
+        NotImplementedError: valid, but not supported yet; the message says what. Also where a
+            gradient of ``alibi_slopes`` is wanted.
         RuntimeError: the driver or the compiler; ``out`` or ``lse`` where a gradient is wanted or
             torch follows the call.
     """
@@ -166,6 +173,7 @@ def flash_attn_func(
             causal=causal,
             window_size=window_size,
             learnable_sink=learnable_sink,
+            alibi_slopes=alibi_slopes,
             softcap=softcap,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
@@ -180,7 +188,7 @@ def flash_attn_func(
         is_dynamo_compiling()
         or _is_any_autocast_enabled()
         or profiler._is_profiler_enabled
-        or (is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink))
+        or (is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink, alibi_slopes))
     ):
         results = _C.forward_if_plain(
             q,
@@ -190,6 +198,7 @@ def flash_attn_func(
             causal=causal,
             window_size=window_size,
             learnable_sink=learnable_sink,
+            alibi_slopes=alibi_slopes,
             softcap=softcap,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
@@ -213,8 +222,12 @@ def flash_attn_func(
         "pack_gqa": pack_gqa,
         "deterministic": deterministic,
     }
-    drawn = {} if dropout_seed is None else {"dropout_seed": dropout_seed}
-    return _attend("flash_attn_func", q, k, v, learnable_sink, drawn, options, return_lse, out, lse)
+    others = {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}
+    if dropout_seed is not None:
+        others["dropout_seed"] = dropout_seed
+    return _attend(
+        "flash_attn_func", q, k, v, learnable_sink, others, options, return_lse, out, lse
+    )
 
 
 def flash_attn_varlen_func(
@@ -252,6 +265,7 @@ def flash_attn_varlen_func(
     *,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     **unsupported: Any,
@@ -287,7 +301,8 @@ def flash_attn_varlen_func(
             as in :func:`flash_attn_func`.
         dropout_seed: as there; batch is the number of the sequence, query and key count from its
             first ones.
-        causal, window_size: as there, bottom right of each sequence by its own lengths.
+        causal, window_size, alibi_slopes: as there, bottom right of each sequence by its own
+            lengths.
         num_splits: as there; 0 splits as if all sequences were as long as ``max_seqlen_q`` and
             ``max_seqlen_k``, the lengths being on the device.
         out: like ``q`` with ``head_dim_v``, to write the result to.
@@ -357,7 +372,7 @@ def flash_attn_varlen_func(
         is_dynamo_compiling()
         or _is_any_autocast_enabled()
         or profiler._is_profiler_enabled
-        or (is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink))
+        or (is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink, alibi_slopes))
     ):
         results = _C.forward_if_plain(
             q,
@@ -374,6 +389,7 @@ def flash_attn_varlen_func(
             causal=causal,
             window_size=window_size,
             learnable_sink=learnable_sink,
+            alibi_slopes=alibi_slopes,
             softcap=softcap,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
@@ -396,6 +412,8 @@ def flash_attn_varlen_func(
     }
     if dropout_seed is not None:
         lengths["dropout_seed"] = dropout_seed
+    if alibi_slopes is not None:
+        lengths["alibi_slopes"] = alibi_slopes
     options: VarlenOptions = {
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
@@ -419,7 +437,7 @@ def _attend(
     k: Tensor,
     v: Tensor,
     learnable_sink: Tensor | None,
-    lengths: dict[str, Tensor | None],  # pages and a seed; without those that the call has not
+    lengths: dict[str, Tensor | None],  # pages, slopes, a seed; empty where the call has none
     options: ScalarOptions,
     return_lse: bool,
     out: Tensor | None,
@@ -434,8 +452,11 @@ def _attend(
     )
     if not by_operator and _is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v, lengths.get("page_table"))
+    alibi_slopes = lengths.get("alibi_slopes")
     by_autograd = (
-        not by_operator and is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink)
+        not by_operator
+        and is_grad_enabled()
+        and _any_requires_grad(q, k, v, learnable_sink, alibi_slopes)
     )
     if not (by_operator or by_autograd):
         results = _C.forward(
@@ -462,12 +483,13 @@ def _attend(
     return ops.attend(q, k, v, learnable_sink, lengths, options, return_lse)
 
 
-def _any_requires_grad(q: Any, k: Any, v: Any, learnable_sink: Any) -> bool:
+def _any_requires_grad(q: Any, k: Any, v: Any, learnable_sink: Any, alibi_slopes: Any) -> bool:
     return (
         getattr(q, "requires_grad", None) is True
         or getattr(k, "requires_grad", None) is True
         or getattr(v, "requires_grad", None) is True
         or getattr(learnable_sink, "requires_grad", None) is True
+        or getattr(alibi_slopes, "requires_grad", None) is True
     )
 
 
@@ -478,7 +500,7 @@ _NOT_YET = {
     **dict.fromkeys(("block_sparse_tensors", "block_sparse_tensors_bwd")),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "seqused_q")),
     **dict.fromkeys(("block_table", "cache_seqlens")),
-    **dict.fromkeys(("q_descale", "k_descale", "v_descale", "alibi_slopes")),
+    **dict.fromkeys(("q_descale", "k_descale", "v_descale")),
     **dict.fromkeys(("min_seqlen_k", "scheduler_metadata", "seqlen_k_per_split")),
     "return_attn_probs": False,
 }

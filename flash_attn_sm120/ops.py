@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 # ---- schemas -------------------------------------------------------------------------------------
 
-# The tensors of lengths, in the operators' order; any of them may be None. A seed of dropout, where
-# there is one, comes behind them.
+# The tensors of lengths, in the operators' order; any of them may be None. After them, or alone in
+# a call without lengths, come the slopes of ALiBi and the seed of dropout, which have no gradient
+# either.
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
-_SEED = "dropout_seed"
+SLOPES, SEED = "alibi_slopes", "dropout_seed"
 
 # The options of csrc/options.h in types that operators have; a window is two of them.
 _OPTIONS = (
@@ -35,6 +36,7 @@ _OPTIONS = (
 )
 _BOUNDS = "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink"
+_OTHERS = f", Tensor? {SLOPES}=None, Tensor? {SEED}=None"
 
 # The package's own name, so that another of this project may be loaded beside it.
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
@@ -43,13 +45,12 @@ for _prefix, _lengths, _options in (
     ("", "", _OPTIONS),
     ("varlen_", "".join(f", Tensor? {name}" for name in LENGTHS), f"{_BOUNDS}, {_OPTIONS}"),
 ):
-    _lengths += f", Tensor? {_SEED}=None"
     LIBRARY.define(
-        f"{_prefix}forward({_INPUTS}{_lengths}, *, {_options}) -> (Tensor out, Tensor lse)"
+        f"{_prefix}forward({_INPUTS}{_lengths}{_OTHERS}, *, {_options}) -> (Tensor out, Tensor lse)"
     )
     LIBRARY.define(  # dsink has no elements where there is no sink
-        f"{_prefix}backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse{_lengths},"
-        f" *, {_options}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
+        f"{_prefix}backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse{_lengths}"
+        f"{_OTHERS}, *, {_options}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
     )
 
 _OPS: Any = getattr(torch.ops, NAMESPACE)
@@ -97,9 +98,8 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """``(out, lse)`` by the operator; lse is None without ``return_lse``."""
     check_tensors("torch follows the call", q, k, v, learnable_sink, **lengths)
-    others = in_order(lengths)
-    forward = FORWARDS[has_lengths(others)]
-    out, lse = forward(q, k, v, learnable_sink, *others, **to_schema(**options))
+    forward = VARLEN_FORWARD if has_lengths(lengths) else FORWARD
+    out, lse = forward(q, k, v, learnable_sink, *in_order(lengths), **to_schema(**options))
     return out, lse if return_lse else None
 
 
@@ -116,29 +116,29 @@ def backward(
     *lengths: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``(dq, dk, dv, dsink)`` by the operator; dsink has no elements without a sink."""
-    op = BACKWARDS[has_lengths(lengths)]
+    op = VARLEN_BACKWARD if len(lengths) >= len(LENGTHS) else BACKWARD
     gradients: tuple[Tensor, Tensor, Tensor, Tensor] = op(
         dout, dlse, q, k, v, learnable_sink, out, lse, *lengths, **to_schema(**options)
     )
     return gradients
 
 
+def has_lengths(lengths: dict[str, Any]) -> bool:
+    """Whether a call has lengths, not slopes or a seed alone."""
+    return any(name not in (SLOPES, SEED) for name in lengths)
+
+
 def in_order(lengths: dict[str, Any]) -> tuple[Any, ...]:
-    """Lengths and a seed as the operators take them; none where a call has none."""
-    names = LENGTHS if lengths.keys() - {_SEED} else ()
-    drawn = (lengths[_SEED],) if lengths.get(_SEED) is not None else ()
-    return (*(lengths.get(name) for name in names), *drawn)
-
-
-def has_lengths(lengths: tuple[Any, ...]) -> bool:
-    """Whether what :func:`in_order` returns is more than a seed."""
-    return len(lengths) > 1
+    """Lengths, slopes and a seed as the operators take them; none where a call has none."""
+    others = (lengths.get(SLOPES), lengths.get(SEED))
+    count = 2 if others[1] is not None else int(SLOPES in lengths)
+    return (*(map(lengths.get, LENGTHS) if has_lengths(lengths) else ()), *others[:count])
 
 
 def by_name(lengths: tuple[Any, ...]) -> dict[str, Any]:
-    """Lengths and a seed as _C takes them: the inverse of :func:`in_order`."""
-    names = (*LENGTHS, _SEED) if has_lengths(lengths) else (_SEED,)
-    return dict(zip(names, lengths, strict=False))  # torch leaves out a seed that is None
+    """Lengths, slopes and a seed as _C takes them: the inverse of :func:`in_order`."""
+    names = (*(LENGTHS if len(lengths) >= len(LENGTHS) else ()), SLOPES, SEED)
+    return dict(zip(names, lengths, strict=False))
 
 
 def check_tensors(where: str, q: Any, k: Any, v: Any, learnable_sink: Any, **lengths: Any) -> None:
@@ -230,7 +230,7 @@ def _fake_forward(
     **_: Any,
 ) -> Any:
     named = by_name(lengths)
-    _check_dropout(q, dropout_p, named.pop(_SEED, None))
+    _check_dropout(q, dropout_p, named.pop(SEED, None))
     _check(q, k, v, sink, named)
     *batch, rows, heads, _head_dim = q.shape
     out = q.new_empty((*batch, rows, heads, v.shape[-1]))
@@ -273,7 +273,11 @@ def _check(
     ndim_q, ndim_k = (4 if x is None else 3 for x in (cu_seqlens_q, cu_seqlens_k))
     for name, x, ndim in (
         *(("q", q, ndim_q), ("k", k, ndim_k), ("v", v, ndim_k), ("learnable_sink", sink, 1)),
-        *((name, x, 2 if name == "page_table" else 1) for name, x in lengths.items()),
+        *(
+            (name, x, 2 if name == "page_table" else 1)
+            for name, x in lengths.items()
+            if name != SLOPES
+        ),
     ):
         if x is None:
             continue
@@ -290,6 +294,7 @@ def _check(
         good = (x.shape[-1] % 8 == 0, x.shape[-1] >= 8, x.shape[-1] <= 256)
         _require(all(good), f"{what} must be a multiple of 8 from 8 to 256, got {x.shape[-1]}")
     _check_sizes(q, k, v, sink, lengths)
+    _check_slopes(lengths.get(SLOPES), q, lengths)
     heads_q, heads_kv = q.shape[-2], k.shape[-2]
     _require(
         heads_q > 0 and heads_kv > 0 and heads_q % heads_kv == 0,
@@ -343,6 +348,26 @@ def _check_sizes(
         _require(got == like, f"{name} must have {meaning} {like} in dimension {dim}, got {got}")
 
 
+def _check_slopes(slopes: Tensor | None, q: Tensor, lengths: dict[str, Tensor | None]) -> None:
+    if slopes is None:
+        return
+    ndim, cu_seqlens_q = slopes.dim(), lengths.get("cu_seqlens_q")
+    _require(ndim in (1, 2), f"{SLOPES} must have 1 or 2 dimensions, got {ndim}")
+    if slopes.dtype != torch.float32:
+        raise TypeError(f"{SLOPES} must be float32, got {slopes.dtype}")
+    batch = q.shape[0] if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    for meaning, dim, like in (("q's batch", 0, batch), ("q's heads", 1, q.shape[-2]))[2 - ndim :]:
+        got = slopes.shape[dim - 2]
+        _require(
+            got == like,
+            f"{SLOPES} must have {meaning} {like} in dimension {dim + ndim - 2}, got {got}",
+        )
+    _require(
+        slopes.device == q.device,
+        f"{SLOPES} must be on q's device, {q.device}, got {slopes.device}",
+    )
+
+
 def _require(condition: Any, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -350,8 +375,8 @@ def _require(condition: Any, message: str) -> None:
 
 # ---- vmap: one more dimension is folded into the batch, or into the heads ------------------------
 
-# The dimensions of batch and heads. Heads are folded where there is a sink, one number per head,
-# and where a call has lengths, which all heads share.
+# The dimensions of batch and heads. Heads are folded where there are a sink or slopes, numbers per
+# head, and where a call has lengths, which all heads share.
 _QKV, _LSE, _SINK, _DSINK = (0, -2), (0, -2), (None, -1), (0, -1)
 
 
@@ -379,17 +404,22 @@ def _vmap(
             "vmap with dropout_p is not supported yet: make the mapped dimension part of the batch"
         )
     count, size = len(kinds), info.batch_size
-    lengths = tensors[count:]
-    if any(in_dim is not None for in_dim in in_dims[count:]):
+    named = by_name(tensors[count:])
+    slopes, slopes_dim = named.get(SLOPES), by_name(in_dims[count:]).get(SLOPES)
+    lengths = in_order({name: x for name, x in named.items() if name != SLOPES})
+    if any(in_dim is not None for in_dim in in_dims[count : count + len(lengths)]):
         raise NotImplementedError(
             "vmap over lengths or pages is not supported yet: map q, k and v of sequences that "
             "have the same lengths, or pack all sequences into one call"
         )
-    by_heads = has_lengths(lengths) or tensors[kinds.index(_SINK)] is not None
+    has_sink = tensors[kinds.index(_SINK)] is not None
+    by_heads = bool(lengths) or has_sink or slopes is not None
     folded = [
         _fold(x, in_dim, kind[by_heads], size)
         for x, in_dim, kind in zip(tensors[:count], in_dims[:count], kinds, strict=True)
     ]
+    if slopes is not None:
+        lengths = (*lengths, _fold(slopes, slopes_dim, -1, size))
     results = zip(op(*folded, *lengths, **options), result_kinds, strict=True)
     unfolded, dims = zip(*(_unfold(x, kind[by_heads], size) for x, kind in results), strict=True)
     return unfolded, dims

@@ -8,7 +8,7 @@ from typing import Any
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from flash_attn_sm120.ops import BACKWARDS, FORWARDS
+from flash_attn_sm120.ops import BACKWARDS, FORWARDS, SLOPES, by_name
 
 Placements = dict[str, Any]  # of a device, by kind of tensor
 
@@ -59,11 +59,23 @@ def _strategies(
 
     A call with lengths has no batch to share: each device would need lengths of its own.
     """
-    _check(*qkv, has_batch=not lengths)
+    named = {name: x for name, x in by_name(tuple(lengths)).items() if x is not None}
+    slopes = named.pop(SLOPES, None)
+    _check(*qkv, has_batch=not named)
     inputs = [kind for kind, x in zip(kinds, tensors, strict=True) if x is not None]
-    inputs += ["lengths" for x in lengths if x is not None]
-    ways = (_ALL, *(() if lengths else (_BATCH,)), _heads(*qkv[:2]))
+    inputs += ["lengths" for _ in named]
+    ways = [_ALL, *(() if named else (_BATCH,)), _heads(*qkv[:2])]
+    if slopes is not None:
+        inputs.append("slopes")
+        ways = [_with_slopes(by, len(slopes.shape)) for by in ways]
     return [([by[x] for x in results], [by[x] for x in inputs]) for by in ways]
+
+
+def _with_slopes(by: Placements, ndim: int) -> Placements:
+    """Slopes are shared as the batch and the heads are that they have."""
+    if by is _BATCH:
+        return {**by, "slopes": Shard(0) if ndim == 2 else Replicate()}
+    return {**by, "slopes": Shard(ndim - 1) if by["sink"] == Shard(0) else Replicate()}
 
 
 def _check(q: Any, k: Any, v: Any, has_batch: bool) -> None:

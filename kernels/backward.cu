@@ -30,6 +30,7 @@
  *   MASK_RIGHT, MASK_LEFT  1: keys end (start) at a diagonal: causal, sliding windows
  *   SOFTCAP                1: scores are capped by a tanh
  *   DROPOUT                1: weights are dropped
+ *   ALIBI                  1: scores fall with the distance of the key
  *   DETERMINISTIC          1: ordered accumulation: blocks add to dQ in the order of their keys
  *   DQ_DIRECT              1: one block has all keys, and stores dQ instead of adding to it
  *   VARLEN                 1: every sequence has lengths of its own
@@ -70,6 +71,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
 {
     const fa_backward_params &params = seq.params;
     const dropout_stream stream(params, seq.batch, tile.head);
+    const float slope = ALIBI ? load_slope(params, seq.batch, tile.head) : 0.0f;
     tile.wait_Q();
     if (!WAITS_LATE_FOR_DO)
         tile.wait_dO();
@@ -79,6 +81,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
         const auto coords_of = [&](int row, int column) -> score_coords {
             return {tile.head, query + column, key + row};
         };
+        const float distance = query + seq.seqlen_k() - seq.seqlen_q() - key; /* for ALiBi */
 
         /* Product 1: S^T [WARP_N, SUB_M] = K * Q^T, and the steps of score.cuh. */
         float S_rmem[N_FRAGS][M_FRAGS][4];
@@ -105,7 +108,11 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
 #pragma unroll
                 for (int e = 0; e < 4; e++) {
                     const float s = S_rmem[n][m][e];
-                    const float p = exp2_approx(s * params.scale_log2 - (e % 2 ? lse.y : lse.x));
+                    const int row = 16 * n + 8 * (e / 2), column = 8 * m + e % 2;
+                    const float exponent =
+                        ALIBI ? with_alibi(s, params.scale_log2, slope, distance + (column - row))
+                              : s * params.scale_log2;
+                    const float p = exp2_approx(exponent - (e % 2 ? lse.y : lse.x));
                     S_rmem[n][m][e] = p;
                     P_group_1[n][m][e] = SOFTCAP ? p * (1.0f - fminf(s * s, 1.0f)) : p;
                 }

@@ -15,6 +15,7 @@
  *   PACK_GQA               1: the query heads of one KV head share the rows of a block
  *   SOFTCAP                1: scores are capped by a tanh
  *   DROPOUT                1: weights are dropped
+ *   ALIBI                  1: scores fall with the distance of the key
  *   VARLEN                 1: every sequence has lengths of its own
  *   PAGED                  1: K and V lie in pages, of which every sequence has a list */
 #include "params.h"

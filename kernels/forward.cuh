@@ -18,6 +18,7 @@
 #define FA_FORWARD_CUH
 
 #include "nonfinite.cuh"
+#include "row_alibi.cuh"
 #include "softmax.cuh"
 
 /* Q [WARP_M, HEAD_DIM] from global memory into the layout of the mma's A operand. Missing rows
@@ -53,7 +54,8 @@ __device__ __forceinline__ void load_queries(unsigned (&Q_rmem)[M_FRAGS][D_STEPS
  *
  * The right edge is masked by the length and the right diagonal, the left edge by the left diagonal
  * alone. m is found at the right edge, so if START_KEYS is 1 the first unmasked tile counts as one
- * of the edge: then every row has seen a key. */
+ * of the edge: then every row has seen a key. With ALiBi the edge goes on to the diagonal, where
+ * scores are largest: from there on m is large enough, unless slopes are negative. */
 struct tile_ranges {
     int end, count; /* tile i of the walk is number end - 1 - i of the sequence */
     int inner_begin, inner_end;
@@ -64,7 +66,7 @@ struct tile_ranges {
         end = max(begin, ceil_div(block.keys_of(block.last_row).end, TILE_N));
         inner_begin = min(ceil_div(block.keys_of(block.last_row).begin, TILE_N), end);
         inner_end =
-            max((block.keys_of(block.block_row).end + TILE_N - START_KEYS) / TILE_N, inner_begin);
+            max((block.edge_of(block.block_row) + TILE_N - START_KEYS) / TILE_N, inner_begin);
         if (SPLIT) { /* of all these the tiles of one split, which may be none */
             take_split(begin, end, block.split, splits);
             inner_begin = min(max(inner_begin, begin), end);
@@ -196,6 +198,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
             const dropout_stream stream(params, block.seq.batch, block.head);
             if (VARLEN)
                 ring.clear_tail(block.seq.seqlen_k());
+            const row_alibi alibi(block);
 
             /* Right edge, unmasked tiles, left edge: both edges are the same code. */
             for (int i = 0; i < tiles.count; masked_end = tiles.count) {
@@ -230,7 +233,8 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                         scores(S_rmem, Q_rmem, K_sub_smem);
                         softcap(S_rmem, params.scale_in_cap);
                         score_mod(S_rmem, coords_of);
-                        mask_scores<MASK_LEFT, true>(S_rmem, params.masked_score, [&](int r) {
+                        alibi.add_to(S_rmem, lane_key, params.scale_log2);
+                        mask_scores<MASK_LEFT, true>(S_rmem, masked_score(params), [&](int r) {
                             return block.keys_of(row + r) - lane_key;
                         });
                         const row_set updated =
@@ -265,6 +269,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                         scores(S_rmem, Q_rmem, ring.K_smem + n * K_layout::ROW_BYTES);
                         softcap(S_rmem, params.scale_in_cap);
                         score_mod(S_rmem, coords_of);
+                        alibi.add_to(S_rmem, key, params.scale_log2);
                         exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, row_set{0},
                                      stream, coords_of);
                         add_values(O_rmem, P_rmem, ring.V_smem + n * V_layout::ROW_BYTES);

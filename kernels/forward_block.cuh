@@ -105,6 +105,17 @@ struct forward_block {
         return {head + head_of(row), query_of(row), key};
     }
     __device__ __forceinline__ range keys_of(int row) const { return mask.keys_of(query_of(row)); }
+    /* The key on a row's diagonal, where there is one. */
+    __device__ __forceinline__ int diagonal_of(int row) const
+    {
+        return query_of(row) + mask.seqlen_k - mask.seqlen_q;
+    }
+    /* The end of the keys whose scores keep in range with the m of the keys before edge_of(row),
+     * unless a row is flagged. With ALiBi scores rise up to the diagonal, from both sides. */
+    __device__ __forceinline__ int edge_of(int row) const
+    {
+        return ALIBI ? max(min(keys_of(row).end, diagonal_of(row) + 1), 0) : keys_of(row).end;
+    }
     __device__ __forceinline__ bool sees(int row, int key) const
     {
         return key >= keys_of(row).begin && key < keys_of(row).end;

@@ -52,6 +52,12 @@ struct fa_lengths {
     int total_q, total_k; /* rows of the packed tensors */
 };
 
+/* ALiBi; read only where ALIBI. Query i sees key j at the distance i + seqlen_k - seqlen_q - j. */
+struct fa_alibi {
+    const float *slopes;                /* [batch, heads_q], or [heads_q] */
+    fa_int64 batch_stride, head_stride; /* batch_stride: 0 where all sequences have the same */
+};
+
 /* One tile of a list, see kernels/tile_list.cuh: of which sequence, and which of its tiles. */
 struct fa_listed_tile {
     int sequence, tile;
@@ -104,9 +110,10 @@ struct fa_forward_params {
      * then divides heads. NULL: m_blocks of each. Read only where VARLEN. */
     const struct fa_listed_tile *list;
     struct fa_dropout dropout; /* read only where DROPOUT */
+    struct fa_alibi alibi;
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 360, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 384, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -119,7 +126,7 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "360, padding, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "384, then maps");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
  * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
@@ -242,6 +249,7 @@ struct fa_backward_params {
     int query_tiles; /* where VARLEN: of a head, of all sequences */
     int head_dim, tile_n;      /* of q and k, and keys of a tile: for backward_preprocess.cu */
     struct fa_dropout dropout; /* read only where DROPOUT */
+    struct fa_alibi alibi;
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 832, "432, padding, maps, then the rest");

@@ -4,9 +4,10 @@
  *                 SOFTCAP, of scale_in_cap
  *   2. softcap    c * tanh(s / c)
  *   3. score_mod  no variant has one yet
- *   4. mask       -inf where the query does not see the key
- *   5. softmax    p = 2^(s * scale_log2 - m), see softmax.cuh
- *   6. dropout    weights become 0; what is left counts 1 / (1 - p) times as much, see philox.h
+ *   4. ALiBi      s * scale_log2 - slope * |distance|: in powers of two from here on
+ *   5. mask       -inf where the query does not see the key
+ *   6. softmax    p = 2^(s * scale_log2 - m), see softmax.cuh
+ *   7. dropout    weights become 0; what is left counts 1 / (1 - p) times as much, see philox.h
  *
  * Rows of fragments are queries in the forward, where S = Q K^T, and keys in the backward, where
  * S^T = K Q^T: so each step takes an element as it is, or asks a function where it is. */
@@ -15,6 +16,7 @@
 
 #include "mask.cuh"
 #include "philox.h"
+#include "sink.cuh"
 
 /* Whose score it is: query head, and query and key of the sequence. */
 struct score_coords {
@@ -51,7 +53,27 @@ __device__ __forceinline__ void score_mod(float (&)[ROW_FRAGS][COLUMN_FRAGS][4],
 {
 }
 
-/* ---- 4. `visible` gives the range of columns that a row of S sees; BEGIN and END: whether it may
+/* ---- 4. ALiBi. The slope of a head, for powers of two. */
+template <class params_t>
+__device__ __forceinline__ float load_slope(const params_t &params, int batch, int head)
+{
+    const fa_alibi &alibi = params.alibi;
+    return ld_global(alibi.slopes + batch * alibi.batch_stride + head * alibi.head_stride) * LOG2_E;
+}
+
+/* `distance`: from the key to the query's diagonal. */
+__device__ __forceinline__ float with_alibi(float s, float scale, float slope, float distance)
+{
+    return fmaf(s, scale, -slope * fabsf(distance));
+}
+
+/* A masked score as the steps from here on have it. */
+template <class params_t> __device__ __forceinline__ float masked_score(const params_t &params)
+{
+    return ALIBI ? -INF : params.masked_score;
+}
+
+/* ---- 5. `visible` gives the range of columns that a row of S sees; BEGIN and END: whether it may
  * begin after the first column, and end before the last. */
 template <bool BEGIN, bool END, int ROW_FRAGS, int COLUMN_FRAGS, class F>
 __device__ __forceinline__ void mask_scores(float (&S)[ROW_FRAGS][COLUMN_FRAGS][4],
@@ -75,7 +97,7 @@ __device__ __forceinline__ void mask_scores(float (&S)[ROW_FRAGS][COLUMN_FRAGS][
         }
 }
 
-/* ---- 6. Probabilities as they weigh V; the sum of a row takes them as they were. The factor
+/* ---- 7. Probabilities as they weigh V; the sum of a row takes them as they were. The factor
  * 1 / (1 - p) is part of the scales of what is stored. */
 
 /* What a block needs to know of the weights of one head of a sequence. */

@@ -11,7 +11,6 @@
 #define FA_SOFTMAX_CUH
 
 #include "forward_block.cuh"
-#include "sink.cuh"
 
 /* m lies so far above the row max that the sum of 2^16 of the largest bf16 values is still in the
  * range of fp32 (FlashAttention-3 has a MAX_OFFSET for its fp8). bf16 has exponents to spare for p;
@@ -69,7 +68,7 @@ __device__ __forceinline__ void clear(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
 }
 
 /* The rows that update m at the tile whose first key is `key`, having seen fewer than START_KEYS
- * keys before: those at their right edge, or where SPLIT at that of their split, before the key
+ * keys before their edge: those at it, or where SPLIT at that of their split, before the key
  * `split_end`. */
 __device__ __forceinline__ row_set rows_to_update(const forward_block &block, int row, int key,
                                                   int split_end)
@@ -78,13 +77,14 @@ __device__ __forceinline__ row_set rows_to_update(const forward_block &block, in
 #pragma unroll
     for (int r = 0; r < 2 * M_FRAGS; r++)
         rows |= ((SPLIT && split_end < key + TILE_N + START_KEYS) ||
-                 block.keys_of(row + 8 * r).end < key + TILE_N + START_KEYS)
+                 block.edge_of(row + 8 * r) < key + TILE_N + START_KEYS)
                 << r;
     return {rows};
 }
 
 /* P = 2^(S * scale - m) [WARP_M, SUB_N], as the A operand of the next mma, and l += its row sums.
- * Rows in `scaled` are pre-multiplied by scale. S is in use until its weights have been dropped. */
+ * Rows in `scaled` are pre-multiplied by scale, with ALiBi all are. S is in use until its weights
+ * have been dropped. */
 template <class F>
 __device__ __forceinline__ void
 exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4], float (&l_rmem)[M_FRAGS][2],
@@ -95,7 +95,7 @@ exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4], float (&l_rmem)[M_FRAG
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) { /* row g, then row g + 8 */
-            const float row_scale = scaled.has(m, half) ? 1.0f : scale;
+            const float row_scale = ALIBI || scaled.has(m, half) ? 1.0f : scale;
 #pragma unroll
             for (int n = 0; n < S_FRAGS; n++) {
                 const float p0 = exp2_approx(S_rmem[m][n][2 * half] * row_scale - m_rmem[m][half]);
@@ -182,7 +182,7 @@ __device__ __forceinline__ void update_row_max(float (&O_rmem)[M_FRAGS][O_FRAGS]
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float &s = S_rmem[m][n][2 * half + e];
-                    s *= updates ? scale : 1.0f;
+                    s *= updates && !ALIBI ? scale : 1.0f;
                     row_max = fmaxf(row_max, s + MAX_OFFSET);
                 }
             /* The four lanes of a quad share the row. */

@@ -1,12 +1,13 @@
 /* The gradients of attention as they are defined. From out, its lse and their gradients, for every
  * pair of a query i of one head and a key j that i sees:
  *
- *     s_ij  = softcap(scale * q_i . k_j)
+ *     s_ij  = softcap(scale * q_i . k_j) + ALiBi
  *     p_ij  = exp(s_ij - lse_i)                       a weight of the softmax
  *     dp_ij = m_ij dout_i . v_j                       its gradient: m_ij is what dropout multiplies
  *                                                     p_ij by before it weighs v_j, else 1
  *     ds_ij = p_ij (dp_ij - delta_i) * scale          that of q_i . k_j; with softcap c times the
- *                                                     slope of tanh, 1 - (s_ij / c)^2
+ *                                                     slope of tanh, 1 - (s_ij / c)^2 of the score
+ *                                                     before ALiBi
  *     delta_i = dout_i . out_i - dlse_i               what the softmax's normalisation takes off
  *             = sum_j p_ij dp_ij - dlse_i             the same without the rounding of out
  *
@@ -45,6 +46,7 @@ struct task {
     struct lengths longest; /* of all sequences */
     int64_t head, head_kv;
     struct dropout dropout;  /* of the head */
+    struct alibi alibi;      /* of the head */
     struct range rows, keys; /* the current tiles */
     float *Q, *dO;           /* [TILE, width], [TILE, width_v] */
     float *K, *V;            /* [TILE, width], [TILE, width_v] */
@@ -78,6 +80,7 @@ static void load_queries(struct task *task, int64_t head, struct range rows)
 {
     task->head = head;
     task->dropout = dropout_of(task->problem, task->sequence.number, head);
+    task->alibi = alibi_of(task->problem, &task->sequence, head);
     task->rows = rows;
     task->of_row = rows_of_head(task, head) + rows.begin;
     fa_load_rows(&task->problem->q, task->sequence.q, rows, head, task->Q);
@@ -168,16 +171,22 @@ static float factor_of(const struct task *task, int64_t row, int64_t key)
     return dropout_factor(&task->dropout, task->rows.begin + row, key);
 }
 
+/* What is added to the score of a row of the tile and a key of the sequence. */
+static double bias_of_pair(const struct task *task, int64_t row, int64_t key)
+{
+    return bias_of(task->alibi, task->rows.begin + row, key);
+}
+
 /* A pair's weight p and the gradient ds of q . k. */
 struct pair {
     float p, ds;
 };
 
 static struct pair pair_of(const struct fa_shape *shape, const struct row *row, double score,
-                           double dp)
+                           double bias, double dp)
 {
     const float p = weight_of(row->softmax, score);
-    const double capped = shape->softcap > 0 ? score / shape->softcap : 0;
+    const double capped = shape->softcap > 0 ? (score - bias) / shape->softcap : 0;
     const double ds = p * (dp - row->delta) * (1 - capped * capped);
     return (struct pair){p, (float)(shape->softmax_scale * ds)};
 }
@@ -223,7 +232,8 @@ static void compute_scores(struct task *task, struct range visible)
             for (int64_t key = keys.begin; key < keys.end; key++) {
                 const float *k = task->K + (key - tile.begin) * width;
                 const float *v = task->V + (key - tile.begin) * width_v;
-                task->S[first + key] = score_of(shape, task->Q + row * width, k);
+                const double bias = bias_of_pair(task, row, key);
+                task->S[first + key] = score_of(shape, task->Q + row * width, k, bias);
                 task->dP[first + key] =
                     factor_of(task, row, key) * fa_dot(task->dO + row * width_v, v, width_v);
             }
@@ -252,7 +262,8 @@ static void add_to_dQ(struct task *task, struct range visible, float *dQ)
         struct range keys = keys_of(task, row);
         for (int64_t key = keys.begin; has_weight(of_row) && key < keys.end; key++) {
             const double score = task->S[first + key], dp = task->dP[first + key];
-            const struct pair pair = pair_of(&task->problem->shape, of_row, score, dp);
+            const double bias = bias_of_pair(task, row, key);
+            const struct pair pair = pair_of(&task->problem->shape, of_row, score, bias, dp);
             const float *k = task->K + (key - task->keys.begin) * width;
             fa_add_scaled(dQ + row * width, pair.ds, k, width);
         }
@@ -270,10 +281,11 @@ static void add_pairs(struct task *task, float *dK, float *dV)
         struct range keys = keys_of(task, row);
         for (int64_t i = keys.begin; has_weight(of_row) && i < keys.end; i++) {
             const int64_t key = i - task->keys.begin;
-            const double score = score_of(shape, q, task->K + key * width);
+            const double bias = bias_of_pair(task, row, i);
+            const double score = score_of(shape, q, task->K + key * width, bias);
             const float factor = factor_of(task, row, i);
             const double dp = factor * fa_dot(dout, task->V + key * width_v, width_v);
-            const struct pair pair = pair_of(shape, of_row, score, dp);
+            const struct pair pair = pair_of(shape, of_row, score, bias, dp);
             fa_add_scaled(dK + key * width, pair.ds, q, width);
             fa_add_scaled(dV + key * width_v, factor * pair.p, dout, width_v);
         }

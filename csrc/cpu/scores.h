@@ -1,5 +1,5 @@
 /* What happens to a score, in the order of kernels/score.cuh: scale, softcap, score_mod (no call
- * has one yet), softmax, dropout. The mask is in sequence.h: what it hides has no score. The
+ * has one yet), ALiBi, softmax, dropout. The mask is in sequence.h: what it hides has no score. The
  * backward recomputes with these what the forward computed, to the bit.
  *
  * Scores are fp64: what makes a weight is their difference to the row max, and in fp32 the rounding
@@ -8,6 +8,7 @@
 #define FA_CPU_SCORES_H
 
 #include <math.h>
+#include <stdlib.h>
 
 #include "../../kernels/philox.h"
 #include "../problem.h"
@@ -19,11 +20,38 @@ static inline double softcapped(const struct fa_shape *shape, double score)
     return shape->softcap > 0 ? shape->softcap * tanh(score / shape->softcap) : score;
 }
 
+/* ALiBi of a head of a sequence; slope 0 where there is none. */
+struct alibi {
+    double slope;
+    int64_t diagonal; /* the key on that of query 0 */
+};
+
+static inline struct alibi alibi_of(const struct fa_problem *problem,
+                                    const struct sequence *sequence, int64_t head)
+{
+    const struct fa_tensor *slopes = &problem->alibi_slopes;
+    const int64_t *stride = slopes->stride;
+    float slope = 0;
+    if (slopes->object != NULL)
+        fa_load_row(slopes,
+                    slopes->ndim == 1 ? head * stride[0]
+                                      : sequence->number * stride[0] + head * stride[1],
+                    1, 1, &slope);
+    return (struct alibi){slope, sequence->k.length - sequence->q.length};
+}
+
+/* What is added to the score of a query and a key. */
+static inline double bias_of(struct alibi alibi, int64_t query, int64_t key)
+{
+    return -alibi.slope * (double)llabs(query + alibi.diagonal - key);
+}
+
 /* The score of two rows, if the query sees the key. */
-static inline double score_of(const struct fa_shape *shape, const float *q, const float *k)
+static inline double score_of(const struct fa_shape *shape, const float *q, const float *k,
+                              double bias)
 {
     const double score = shape->softmax_scale * fa_dot(q, k, fa_width(shape->head_dim));
-    return softcapped(shape, score);
+    return softcapped(shape, score) + bias;
 }
 
 /* The score of a head's sink, -inf where there is none: a score that takes its share of the softmax

@@ -7,7 +7,7 @@
 #include "rows.h"
 
 struct sequence {
-    int64_t number; /* in the batch */
+    int64_t number; /* of the batch */
     struct side q, k;
 };
 

@@ -15,8 +15,7 @@ They differ from the functions above in names, order and returns:
   over the lse where it is asked for. Gradients flow through it, which FlashAttention-2's ignores.
 - Pages may be of any size, the head dims of K and V may differ, and ``learnable_sink`` is one more
   parameter of the functions whose q, k and v are apart.
-- ``alibi_slopes`` raises NotImplementedError. Errors are of more kinds than FlashAttention-2's
-  RuntimeError.
+- Errors are of more kinds than FlashAttention-2's RuntimeError.
 
 Programs that import ``flash_attn`` itself find these functions after
 :func:`install_as_flash_attn`.

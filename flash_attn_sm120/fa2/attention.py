@@ -34,12 +34,12 @@ def flash_attn_func(
 
     Args:
         dropout_p: as there, with a seed from torch's generator.
-        alibi_slopes: not supported yet: NotImplementedError unless None.
+        alibi_slopes: as there. The lse is that of these scores with ``causal``, too, where
+            FlashAttention-2 adds ``slope * j`` alone, which gives the same ``out``.
         window_size: ``(left, right)``; a negative side is unbounded.
         return_attn_probs: return ``(out, lse, S_dmask)``.
         learnable_sink: as there; FlashAttention-2 has none.
     """
-    _refuse("flash_attn_func", alibi_slopes)
     out, lse = interface.flash_attn_func(
         padded(q),
         padded(k),
@@ -50,6 +50,7 @@ def flash_attn_func(
         window_size=unbounded(window_size),
         softcap=softcap,
         dropout_p=dropout_p,
+        alibi_slopes=alibi_slopes,
         deterministic=deterministic,
         return_lse=return_attn_probs,
     )
@@ -151,7 +152,6 @@ def flash_attn_varlen_func(
         dropout_p, alibi_slopes, window_size, return_attn_probs, learnable_sink: as in
             :func:`flash_attn_func`; the lse is ``(heads_q, total_q)``.
     """
-    _refuse("flash_attn_varlen_func", alibi_slopes)
     keys: dict[str, Any] = {"cu_seqlens_k": cu_seqlens_k}
     if block_table is not None:
         keys = {"page_table": block_table, "seqused_k": torch.diff(cu_seqlens_k)}
@@ -168,6 +168,7 @@ def flash_attn_varlen_func(
         window_size=unbounded(window_size),
         softcap=softcap,
         dropout_p=dropout_p,
+        alibi_slopes=alibi_slopes,
         deterministic=deterministic,
         return_lse=return_attn_probs,
         **keys,
@@ -288,11 +289,6 @@ def unpacked(name: str, packed: Tensor, ndim: int, count: int) -> tuple[Tensor, 
             f"{tuple(packed.shape)}"
         )
     return packed.unbind(-3)
-
-
-def _refuse(function: str, alibi_slopes: Tensor | None) -> None:
-    if alibi_slopes is not None:
-        raise NotImplementedError(f"fa2.{function} does not support alibi_slopes yet")
 
 
 def bound(max_seqlen: int | Tensor | None) -> int | None:

@@ -66,14 +66,14 @@ def flash_attn_with_kvcache(
         cache_leftpad: ``(batch,)`` int32: so many rows at the beginning of a cache are not seen.
             Positions count from row 0 on, all the same.
         block_table, page_table: the same by either name, ``(batch, max_pages)`` int32.
-        softmax_scale, causal, softcap, num_splits, learnable_sink, pack_gqa, out: as in
-            :func:`flash_attn_sm120.flash_attn_func`.
+        softmax_scale, causal, softcap, alibi_slopes, num_splits, learnable_sink, pack_gqa, out: as
+            in :func:`flash_attn_sm120.flash_attn_func`.
         window_size: as in :func:`flash_attn_func`.
         rotary_interleaved: dims ``2i`` and ``2i + 1`` are rotated together (GPT-J), else ``i`` and
             ``i + rotary_dim / 2`` (GPT-NeoX).
         return_softmax_lse: return ``(out, lse)``; a query without keys has +inf.
         cu_seqlens_q, max_seqlen_q: as in :func:`flash_attn_sm120.flash_attn_varlen_func`.
-        alibi_slopes, unsupported: NotImplementedError by name, unless they ask for nothing.
+        unsupported: NotImplementedError by name, unless they ask for nothing.
 
     On CUDA what is out of range is clamped, and rows for which a cache has no room are dropped; of
     CPU tensors it is a ValueError. A call that raises has appended nothing.
@@ -82,13 +82,15 @@ def flash_attn_with_kvcache(
         TypeError, ValueError, RuntimeError: as :func:`flash_attn_sm120.flash_attn_func`.
         NotImplementedError: also where a gradient is wanted, or torch follows the call.
     """
-    if alibi_slopes is not None or unsupported:
+    if unsupported:
         if k is None:
             unsupported.pop("cu_seqlens_k_new", None)  # it tells of k, and serving engines pass it
-        _refuse(alibi_slopes=alibi_slopes, **unsupported)
+        _refuse(**unsupported)
     if is_dynamo_compiling():
         raise NotImplementedError(_FOLLOWED)
-    if is_grad_enabled() and _any_requires_grad(q, k_cache, v_cache, k, v, learnable_sink):
+    if is_grad_enabled() and _any_requires_grad(
+        q, k_cache, v_cache, k, v, learnable_sink, alibi_slopes
+    ):
         raise NotImplementedError(
             "flash_attn_with_kvcache has no gradient: use torch.no_grad(), or detach its tensors"
         )
@@ -110,6 +112,7 @@ def flash_attn_with_kvcache(
             causal=causal,
             window_size=unbounded(window_size),
             learnable_sink=learnable_sink,
+            alibi_slopes=alibi_slopes,
             softcap=softcap,
             num_splits=num_splits,
             pack_gqa=pack_gqa,
@@ -163,7 +166,7 @@ _FOLLOWED = (
 
 # Parameters of FlashAttention-3's function, and what asks for nothing.
 _NOT_YET = {
-    **dict.fromkeys(("alibi_slopes", "qv", "q_descale", "k_descale", "v_descale")),
+    **dict.fromkeys(("qv", "q_descale", "k_descale", "v_descale")),
     **dict.fromkeys(("cu_seqlens_k_new", "rotary_seqlens", "scheduler_metadata")),
     "attention_chunk": 0,
     "sm_margin": 0,

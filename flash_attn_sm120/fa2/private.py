@@ -44,10 +44,14 @@ def _flash_attn_forward(
     return_softmax: bool,
 ) -> Forward:
     """``(out, lse, S_dmask, rng_state)``; the last two are without use."""
-    _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes)
+    _refuse(dropout_p=dropout_p)
     options = _options(softmax_scale, causal, window_size_left, window_size_right, softcap)
     with torch.no_grad():
-        return _result(*interface.flash_attn_func(q, k, v, return_lse=True, **options))
+        return _result(
+            *interface.flash_attn_func(
+                q, k, v, alibi_slopes=alibi_slopes, return_lse=True, **options
+            )
+        )
 
 
 def _flash_attn_varlen_forward(
@@ -75,7 +79,7 @@ def _flash_attn_varlen_forward(
 
     Rows that no sequence has are 0 in any case, which ``zero_tensors`` asks for.
     """
-    _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes, leftpad_k=leftpad_k)
+    _refuse(dropout_p=dropout_p, leftpad_k=leftpad_k)
     keys: dict[str, Any] = {"cu_seqlens_k": cu_seqlens_k, "seqused_k": seqused_k}
     if block_table is not None:
         used = torch.diff(cu_seqlens_k) if seqused_k is None else seqused_k
@@ -90,6 +94,7 @@ def _flash_attn_varlen_forward(
                 cu_seqlens_q=cu_seqlens_q,
                 max_seqlen_q=bound(max_seqlen_q),
                 max_seqlen_k=bound(max_seqlen_k),
+                alibi_slopes=alibi_slopes,
                 return_lse=True,
                 **keys,
                 **options,
@@ -118,10 +123,11 @@ def _flash_attn_backward(
     rng_state: Tensor | None = None,
 ) -> Tensor:
     """Writes ``dq``, ``dk`` and ``dv``. ``out`` and ``softmax_lse`` may be over more keys."""
-    _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes)
+    _refuse(dropout_p=dropout_p)
     options = _options(softmax_scale, causal, window_size_left, window_size_right, softcap)
     options["deterministic"] = deterministic
-    return _write(options, dout, (q, k, v), out, softmax_lse, (dq, dk, dv))
+    slopes = () if alibi_slopes is None else (alibi_slopes,)
+    return _write(options, dout, (q, k, v), out, softmax_lse, (dq, dk, dv), slopes)
 
 
 def _flash_attn_varlen_backward(
@@ -150,15 +156,15 @@ def _flash_attn_varlen_backward(
     zero_tensors: bool = False,
 ) -> Tensor:
     """Writes ``dq``, ``dk`` and ``dv`` of packed sequences; 0 in rows that no sequence has."""
-    _refuse(dropout_p=dropout_p, alibi_slopes=alibi_slopes)
+    _refuse(dropout_p=dropout_p)
     options: dict[str, Any] = {
         **_options(softmax_scale, causal, window_size_left, window_size_right, softcap),
         "max_seqlen_q": bound(max_seqlen_q),
         "max_seqlen_k": bound(max_seqlen_k),
         "deterministic": deterministic,
     }
-    lengths = ops.in_order({"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k})
-    return _write(options, dout, (q, k, v), out, softmax_lse, (dq, dk, dv), lengths)
+    others = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k, ops.SLOPES: alibi_slopes}
+    return _write(options, dout, (q, k, v), out, softmax_lse, (dq, dk, dv), ops.in_order(others))
 
 
 # FlashAttention-2 also has them as operators of torch. These are followed by torch as they are.
@@ -198,7 +204,7 @@ def _write(
     out: Tensor,
     lse: Tensor,
     to: tuple[Tensor | None, Tensor | None, Tensor | None],
-    lengths: tuple[Any, ...] = (),
+    lengths: tuple[Any, ...],  # and slopes, as operators take them
 ) -> Tensor:
     """Gradients of ``inputs``, copied to ``to``. A row whose lse is +inf has none."""
     with torch.no_grad():

@@ -99,9 +99,16 @@ def test_crowded_forward_variants(compute_capability):
         assert build.spill_bytes == 0, line
 
 
-@pytest.mark.parametrize("features", [{"softcap": 30.0}, {"pack_gqa": True}], ids=str)
+FEATURES = {
+    "softcap": {"softcap": 30.0},
+    "pack_gqa": {"pack_gqa": True},
+    "alibi": {"alibi_slopes": torch.empty(32)},
+}
+
+
+@pytest.mark.parametrize("features", FEATURES.values(), ids=FEATURES)
 def test_features_take_no_more(features, compute_capability=120):
-    """As above: a cap and packed rows keep within the same registers."""
+    """As above: a cap, packed rows and ALiBi keep within the same registers."""
     plans = []
     for head_dim in (64, 128, 256):
         q, k = (torch.empty(1, 4096, heads, head_dim).bfloat16() for heads in (32, 8))

@@ -21,6 +21,7 @@ def attention_reference(
     softcap=0.0,
     learnable_sink=None,
     dropout=None,
+    alibi_slopes=None,
     upcast=True,
 ):
     """(out, lse) of q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), as they are defined.
@@ -56,6 +57,9 @@ def attention_reference(
         scores = q[:, :, rows] @ k.transpose(-1, -2)
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
+        if alibi_slopes is not None:
+            bias = alibi_bias(alibi_slopes, rows + (seqlen_k - seqlen_q), seqlen_k)
+            scores = (scores - bias).to(dtype)
         scores = scores.masked_fill(~visible, -math.inf)
         scores = torch.cat(
             [scores, sink.view(1, -1, 1, 1).expand(batch, -1, rows.numel(), 1)], dim=-1
@@ -119,6 +123,8 @@ def rounding_of_out(q, k, v, dout, *, learnable_sink=None, **kwargs):
     # The sum over i of p_ij^2 x_i is then what such weights make of dout = x on its way to dv.
     twice = {**kwargs, "softmax_scale": 2 * (kwargs.get("softmax_scale") or scale)}
     twice["softcap"] = 2 * kwargs.get("softcap", 0.0)
+    if kwargs.get("alibi_slopes") is not None:
+        twice["alibi_slopes"] = 2 * kwargs["alibi_slopes"]
     twice["learnable_sink"] = None if sink is None else 2 * sink
     _, lse2 = attention_reference(q, k, v, **twice)
     squared = torch.exp(lse2 - 2 * lse).nan_to_num(0).transpose(1, 2) * delta**2
@@ -150,6 +156,13 @@ def visible_keys(diagonal, seqlen_k, left, right):
     if right is not None:
         visible &= distance <= right
     return visible
+
+
+def alibi_bias(slopes, diagonal, seqlen_k):
+    """[batch or 1, heads, rows, keys]: what ALiBi takes off scores."""
+    distance = (torch.arange(seqlen_k, device=diagonal.device) - diagonal[:, None]).abs()
+    slopes = slopes.as_subclass(torch.Tensor).double()
+    return slopes.reshape(-1, slopes.shape[-1], 1, 1) * distance
 
 
 def weigh(weights, v, visible):

@@ -268,18 +268,18 @@ def test_operators():
     q, k, v = tensors(True)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     seed, options = torch.tensor(SEED), {"dropout_p": 0.3}
-    torch.library.opcheck(ops.FORWARD, (q, k, v, None, seed), options, test_utils=checks)
+    torch.library.opcheck(ops.FORWARD, (q, k, v, None, None, seed), options, test_utils=checks)
     ends = torch.tensor([0, 30, 80], dtype=torch.int32)
     packed = [x.detach().flatten(0, 1).requires_grad_() for x in (q, k, v)]
     torch.library.opcheck(
         ops.VARLEN_FORWARD,
-        (*packed, None, ends, ends, None, None, None, seed),
+        (*packed, None, ends, ends, None, None, None, None, seed),
         options,
         test_utils=checks,
     )
     with torch.no_grad():
-        out, lse = ops.FORWARD(q, k, v, None, seed, **options)
-    arguments = (torch.randn_like(out), None, q, k, v, None, out, lse, seed)
+        out, lse = ops.FORWARD(q, k, v, None, None, seed, **options)
+    arguments = (torch.randn_like(out), None, q, k, v, None, out, lse, None, seed)
     torch.library.opcheck(ops.BACKWARD, arguments, options, test_utils=checks[:1])
 
 

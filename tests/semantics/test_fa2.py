@@ -197,7 +197,7 @@ def test_gradients_flow_through_lse():
 
 BAD = {
     "dropout": (lambda q, k, v: fa2.flash_attn_func(q, k, v, 1.0), ValueError, r"dropout_p must be in \[0, 1\)"),
-    "alibi": (lambda q, k, v: fa2.flash_attn_func(q, k, v, alibi_slopes=q[0, 0, :, 0]), NotImplementedError, "does not support alibi_slopes yet"),
+    "alibi": (lambda q, k, v: fa2.flash_attn_func(q, k, v, alibi_slopes=q[0, 0, :3, 0]), ValueError, "alibi_slopes must have q's heads 4"),
     "qkv": (lambda q, k, v: fa2.flash_attn_qkvpacked_func(q), ValueError, r"qkv must have 5 dimensions, \(batch, seqlen, 3, heads, head_dim\), got \(2, 9, 4, 16\)"),
     "kv": (lambda q, k, v: fa2.flash_attn_varlen_kvpacked_func(q, k, None, None, 1, 1), ValueError, r"kv must have 4 dimensions, \(total, 2, heads, head_dim\), got \(2, 13, 2, 16\)"),
 }  # fmt: skip

@@ -269,32 +269,35 @@ def test_like_ring_flash_attention(alias):
 TAIL = (0.0, 0.25, True, 4, -1, 5.0, None)  # dropout, scale, causal, window, softcap, slopes
 
 
+@pytest.mark.parametrize("slopes", [None, [0.5, 0.25, 0.1, 0.0]], ids=["", "alibi"])
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=lambda device: device.name)
-def test_private_functions_are_the_public_ones(device):
+def test_private_functions_are_the_public_ones(device, slopes):
     """Rows without keys included: their lse is +inf, and they give and get no gradient."""
     q, k, v = (x.requires_grad_() for x in make(device, seqlen_q=12))
     options = {"softmax_scale": 0.25, "causal": True, "window_size": (4, -1), "softcap": 5.0}
+    options["alibi_slopes"] = None if slopes is None else device.place(torch.tensor(slopes))
+    tail = (*TAIL[:-1], options["alibi_slopes"])
     expected, lse, _ = fa2.flash_attn_func(q, k, v, **options, return_attn_probs=True)
     dout = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, (q, k, v), dout)
-    out, found, mask, state = private._flash_attn_forward(q, k, v, *TAIL, False)
+    out, found, mask, state = private._flash_attn_forward(q, k, v, *tail, False)
     assert_all_equal((out, found), (expected, lse))
     assert (found[:, :, 0] == math.inf).all() and mask.numel() == 0 and state.shape == (2,)
     assert not out.requires_grad
     inputs = (dout, q, k, v, out, found)
     into = [torch.full_like(x, math.nan) for x in (q, k, v)]
-    private._flash_attn_backward(*inputs, *into, *TAIL, True)
+    private._flash_attn_backward(*inputs, *into, *tail, True)
     assert_all_equal(into, gradients)
 
     ends_q, ends_k = on(device, [0, 12, 24]), on(device, [0, 9, 18])
     flat = [x.flatten(0, 1) for x in (q, k, v)]
     packed, found, _, _ = private._flash_attn_varlen_forward(
-        *flat, ends_q, ends_k, 12, 9, *TAIL, zero_tensors=True
+        *flat, ends_q, ends_k, 12, 9, *tail, zero_tensors=True
     )
     assert_all_equal([packed.view_as(out)], [out])
     into = [torch.full_like(x, math.nan) for x in flat]
     inputs = (dout.flatten(0, 1), *flat, packed, found)
-    private._flash_attn_varlen_backward(*inputs, *into, ends_q, ends_k, 12, 9, *TAIL, True)
+    private._flash_attn_varlen_backward(*inputs, *into, ends_q, ends_k, 12, 9, *tail, True)
     for x, like in zip(into, gradients, strict=True):
         torch.testing.assert_close(x.view_as(like), like, atol=1e-2, rtol=1e-2)
 
@@ -315,8 +318,8 @@ def test_private_functions_are_followed():
 
 def test_private_functions_refuse():
     q, k, v = make()
-    with pytest.raises(NotImplementedError, match="do not support dropout_p, alibi_slopes yet"):
-        private._flash_attn_forward(q, k, v, 0.1, None, False, -1, -1, 0.0, torch.ones(4), False)
+    with pytest.raises(NotImplementedError, match="do not support dropout_p yet"):
+        private._flash_attn_forward(q, k, v, 0.1, None, False, -1, -1, 0.0, None, False)
     ends = torch.tensor([0, 9, 18], dtype=torch.int32)
     with pytest.raises(NotImplementedError, match="leftpad_k"):
         private._flash_attn_varlen_forward(

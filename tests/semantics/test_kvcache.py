@@ -336,7 +336,7 @@ BAD = {
     "two tables": ({"block_table": torch.zeros(3, 1).int(), "page_table": torch.zeros(3, 1).int()}, ValueError, "two names of one table"),
     "leftpad": ({"cache_leftpad": torch.tensor([0, 12, 3]).int()}, ValueError, "cache_leftpad must be from 0 to the rows in use: sequence 1 has 11, got 12"),
     "batch of leftpad": ({"cache_leftpad": torch.zeros(2).int()}, ValueError, "cache_leftpad must have q's batch 3 in dimension 0, got 2"),
-    "alibi": ({"alibi_slopes": torch.zeros(4)}, NotImplementedError, "does not support alibi_slopes yet"),
+    "alibi": ({"alibi_slopes": torch.zeros(5)}, ValueError, "alibi_slopes must have q's heads"),
     "qv": ({"qv": torch.zeros(4)}, NotImplementedError, "does not support qv yet"),
     "packed k": ({"cu_seqlens_k_new": torch.zeros(4).int()}, NotImplementedError, "does not support cu_seqlens_k_new yet"),
     "unknown": ({"cache_leftpads": None}, TypeError, "got an unexpected keyword argument 'cache_leftpads'"),

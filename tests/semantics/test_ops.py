@@ -862,6 +862,15 @@ with CommDebugMode() as communication, torch.no_grad():  # K and V are cut where
     assert not communication.get_comm_counts()
 torch.testing.assert_close(local.full_tensor(), flash_attn_func(q, k, v)[0])
 
+slopes = torch.rand(4, 4)  # of each sequence and head
+for placement, of_slopes in ((Shard(0), Shard(0)), (Shard(2), Shard(1)), (Replicate(), Replicate())):
+    parts = shards(placement, Replicate())[:3]
+    own = distribute_tensor(slopes, mesh, [of_slopes])
+    with CommDebugMode() as communication, torch.no_grad():
+        out = flash_attn_func(*parts, alibi_slopes=own)[0]
+    assert out.placements == (placement,) and not communication.get_comm_counts()
+    torch.testing.assert_close(out.full_tensor(), flash_attn_func(q, k, v, alibi_slopes=slopes)[0])
+
 def refused(words, *arguments):
     try:
         flash_attn_func(*arguments)

@@ -94,7 +94,7 @@ def names_in(graph):
 def test_schemas_have_every_option():
     """A row of csrc/options.h is an argument of both operators, a number with the same default."""
     parameters = inspect.signature(_C.backward).parameters
-    inputs = {*ops.LENGTHS, "learnable_sink", "dropout_seed"}
+    inputs = {*ops.LENGTHS, ops.SLOPES, ops.SEED, "learnable_sink"}
     numbers = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     assert inputs <= numbers.keys() and VarlenOptions.__annotations__.keys() <= numbers.keys()
     for name in inputs:
