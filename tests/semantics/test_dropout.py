@@ -38,6 +38,7 @@ CALLS = {
     "window": ((1, 70, 150, 2, 1, 64, 128), {"window_size": (40, 3)}),
     "softcap": ((1, 40, 90, 2, 1, 128, 64), {"softcap": 5.0}),
     "wide": ((1, 40, 50, 1, 1, 192, 256), {"causal": True}),
+    "alibi": ((1, 70, 90, 2, 2, 64, 64), {"alibi_slopes": (0.3, 0.1), "causal": True}),
     "one block of keys": ((2, 90, 17, 2, 1, 32, 32), {"softmax_scale": 0.3}),
 }
 
@@ -48,6 +49,8 @@ def test_both_directions(device, make_qkv, call):
     if not device.takes(list(CALLS).index(call)):
         return
     shape, options = CALLS[call]
+    if "alibi_slopes" in options:
+        options = {**options, "alibi_slopes": device.place(torch.tensor(options["alibi_slopes"]))}
     q, k, v = make_qkv(*shape, dtype=device.dtypes[0])
     batch, queries, keys, heads = shape[:4]
     weights = factors(SEED, 0.3, range(batch), heads, queries, keys)
