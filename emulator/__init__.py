@@ -445,6 +445,16 @@ class EmulatedTensor(torch.Tensor):
         tensor.writable = self.writable
         return tensor
 
+    def transpose(self, *dims: int) -> EmulatedTensor:
+        tensor = super().transpose(*dims)
+        tensor.writable = self.writable
+        return tensor
+
+    def __getitem__(self, index: Any) -> EmulatedTensor:
+        tensor = super().__getitem__(index)
+        tensor.writable = self.writable
+        return tensor
+
     def __dlpack_device__(self) -> tuple[int, int]:
         return (2, 0)  # kDLCUDA
 
