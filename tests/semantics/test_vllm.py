@@ -7,6 +7,7 @@ be had without its kernels: unpack a wheel, and put the folder and its dependenc
 import importlib
 import math
 import random
+import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -14,11 +15,13 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from flash_attn_sm120 import _C
 from flash_attn_sm120 import vllm as door
+from flash_attn_sm120.vllm import cache
 from helpers import vllm_interface
 from helpers.checks import assert_all_equal
 from helpers.children import run_python
-from helpers.devices import CPU, CUDA, params_of, writable
+from helpers.devices import CPU, CUDA, EMULATOR, params_of, writable
 from helpers.reference import assert_close
 from helpers.varlen import on
 
@@ -113,7 +116,7 @@ class Engine:
         rows = torch.full((tokens + padding, sum(self.heads) + self.heads[1], self.dim), math.nan)
         rows[:tokens] = torch.randn(rows[:tokens].shape)
         q, k, v = (
-            self.device.place(x.contiguous())
+            self.device.place(x)
             for x in rows.to(self.dtype).split((self.heads[0], self.heads[1], self.heads[1]), dim=1)
         )
         lengths = [x.shape[1] + count for x, count in zip(self.held, counts, strict=True)]
@@ -312,22 +315,88 @@ def test_graph_of_a_step(cuda, backend):
 
 
 @pytest.mark.quick("cpu")
-def test_rows_go_to_their_slots(device, backend):
+def test_rows_go_to_their_slots(device):
     """And nothing else changes. Negative slots are none; tokens behind the slots are padding."""
-    cache = make_cache(device, "BHLNC", 6, 2, 16, 64, torch.bfloat16)
-    cache.fill_(UNTOUCHED)
-    expected = cache.cpu().as_subclass(torch.Tensor).clone()
+    pages = make_cache(device, "BHLNC", 6, 2, 16, 64, torch.bfloat16)
+    pages.fill_(UNTOUCHED)
+    expected = pages.cpu().as_subclass(torch.Tensor).clone()
     slots = [95, 3, -1, 16, -1, 40]
     key, value = torch.randn(2, 8, 2, 64).bfloat16()
     for i, slot in enumerate(slots):
         if slot >= 0:
             expected[slot // 16, :, slot % 16] = torch.cat([key[i], value[i]], dim=-1)
     places = device.place(torch.tensor(slots))
-    backend.write(device.place(key), device.place(value), cache, places)
-    assert_all_equal([cache.cpu().as_subclass(torch.Tensor)], [expected])
+    cache.write(device.place(key), device.place(value), pages, places)
+    assert_all_equal([pages.cpu().as_subclass(torch.Tensor)], [expected])
+    with pytest.raises(ValueError, match="slots must be below 96, got 96 for token 1"):
+        cache.write(key, value, pages.cpu().as_subclass(torch.Tensor), torch.tensor([1, 96]))
     for none in (places[:0], device.place(torch.tensor([-1, -1]))):
-        backend.write(device.place(key), device.place(value), cache, none)
-    assert_all_equal([cache.cpu().as_subclass(torch.Tensor)], [expected])
+        cache.write(device.place(key), device.place(value), pages, none)
+    assert_all_equal([pages.cpu().as_subclass(torch.Tensor)], [expected])
+
+
+SIZES = {"k": (4, 2, 64), "v": (4, 2, 32), "k_cache": (3, 16, 2, 64), "v_cache": (3, 16, 2, 32)}
+BAD = {
+    "rank": ({"k": lambda x: x[0]}, ValueError, "k must have 3 dimensions, got 2"),
+    "dtype": ({"v_cache": lambda x: x.half()}, TypeError, "v_cache must be bfloat16 like k, got float16"),
+    "int64": ({"slots": lambda x: x.long()}, TypeError, "slots must be int32, got int64"),
+    "rows": ({"v": lambda x: x[:3]}, ValueError, "v has 3 rows, slots are for 4"),
+    "heads": ({"v": lambda x: x[:, :1]}, ValueError, "v must have k's heads 2 in dimension 1, got 1"),
+    "cache's heads": ({"k_cache": lambda x: x[:, :, :1]}, ValueError, "k_cache must have k's heads 2 in dimension 2, got 1"),
+    "pages": ({"v_cache": lambda x: x[:2]}, ValueError, "v_cache must have k_cache's pages 3 in dimension 0, got 2"),
+    "page_size": ({"v_cache": lambda x: x[:, :8]}, ValueError, "v_cache must have k_cache's page_size 16 in dimension 1, got 8"),
+    "head_dim": ({"k_cache": lambda x: x[..., :32]}, ValueError, "k_cache must have the head_dim 64 in dimension 3, got 32"),
+    "multiple": ({"k": lambda x: x[..., :60], "k_cache": lambda x: x[..., :60]}, ValueError, "the head_dim of k must be a multiple of 8, got 60"),
+    "alignment": ({"k_cache": lambda x: torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)}, ValueError, "k_cache must have contiguous rows at multiples of 16 bytes"),
+    "itself": ({"v_cache": lambda x: x[:1].expand(3, -1, -1, -1)}, ValueError, "v_cache has elements that share memory"),
+    "overlap": ({"k_cache": lambda x: x.new_empty(4, 16, 2, 64)[:3], "v_cache": None}, ValueError, "k_cache overlaps v_cache"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_tensors(case):
+    """Nothing is written."""
+    changes, error, message = BAD[case]
+    tensors = {name: torch.zeros(size, dtype=torch.bfloat16) for name, size in SIZES.items()}
+    tensors["k"] += 1
+    tensors["slots"] = torch.arange(4, dtype=torch.int32)
+    for name, change in changes.items():
+        tensors[name] = change(tensors[name]) if change else tensors["k_cache"][..., :32]
+    before = [tensors[name].clone() for name in ("k_cache", "v_cache")]
+    with pytest.raises(error, match=re.escape(message)):
+        _C.scatter(*tensors.values())
+    assert_all_equal([tensors[name] for name in ("k_cache", "v_cache")], before)
+
+
+def test_scatter_takes_five():
+    with pytest.raises(TypeError, match=r"scatter\(\) takes 5 positional arguments, got 0"):
+        _C.scatter()
+
+
+def test_strided_rows_and_other_dims(device):
+    """K and V of different head dims, without a layout that belongs to vLLM."""
+    k, v = torch.randn(4, 3, 64).bfloat16(), torch.randn(4, 3, 2, 40).bfloat16()[:, 1:].flip(0)
+    k = device.place(k)[:, 1:]
+    v = device.place(v)[:, :, 0]
+    k_cache, v_cache = (
+        writable(device.place(torch.zeros(3, 5, 2, x.shape[-1]).bfloat16())) for x in (k, v)
+    )
+    _C.scatter(k, v, k_cache, v_cache, on(device, [14, -(2**31), 0, 7]))
+    for x, pages in ((k, k_cache), (v, v_cache)):
+        expected = torch.zeros(15, 2, x.shape[-1]).bfloat16()
+        expected[[14, 0, 7]] = x.cpu().as_subclass(torch.Tensor)[[0, 2, 3]]
+        assert_all_equal([pages.cpu().as_subclass(torch.Tensor).flatten(0, 1)], [expected])
+
+
+@pytest.mark.parametrize("device", params_of(EMULATOR, CUDA), indirect=True)
+def test_slots_out_of_range_are_dropped(device):
+    """The host never waits for slots that are on a GPU."""
+    k_cache, v_cache = (
+        writable(device.place(torch.zeros(3, 16, 2, 64, dtype=torch.bfloat16))) for _ in "kv"
+    )
+    rows = device.place(torch.ones(3, 2, 64, dtype=torch.bfloat16))
+    _C.scatter(rows, rows, k_cache, v_cache, on(device, [2**31 - 1, 48, -5]))
+    assert (k_cache == 0).all() and (v_cache == 0).all()
 
 
 # ---- the door ------------------------------------------------------------------------------------
