@@ -175,7 +175,7 @@ struct fa_append_params {
 
 FA_STATIC_ASSERT(sizeof(struct fa_append_params) == 424, "host and device disagree on the layout");
 
-/* The single argument of kernels/kv_scatter.cu: a row of K and V for each token goes to its slot. */
+/* The single argument of kernels/kv_scatter.cu: each token's rows of K and V go to its slot. */
 struct fa_scatter_params {
     const void *k, *v;       /* [tokens, heads, head_dim or head_dim_v] */
     void *k_cache, *v_cache; /* [pages, page_size, heads, head_dim or head_dim_v] */

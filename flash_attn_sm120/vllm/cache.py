@@ -12,7 +12,7 @@ def keys_and_values(cache: Tensor) -> tuple[Tensor, Tensor]:
     """K and V, ``(pages, page_size, heads_kv, head_dim)``."""
     dim = cache.shape[-1] // 2
     rows = cache.transpose(1, 2)
-    return rows[..., :dim], rows[..., dim:]
+    return rows.narrow(3, 0, dim), rows.narrow(3, dim, dim)  # faster than indices or split()
 
 
 def write(key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:

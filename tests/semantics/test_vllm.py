@@ -347,9 +347,9 @@ BAD = {
     "page_size": ({"v_cache": lambda x: x[:, :8]}, ValueError, "v_cache must have k_cache's page_size 16 in dimension 1, got 8"),
     "head_dim": ({"k_cache": lambda x: x[..., :32]}, ValueError, "k_cache must have the head_dim 64 in dimension 3, got 32"),
     "multiple": ({"k": lambda x: x[..., :60], "k_cache": lambda x: x[..., :60]}, ValueError, "the head_dim of k must be a multiple of 8, got 60"),
-    "alignment": ({"k_cache": lambda x: torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)}, ValueError, "k_cache must have contiguous rows at multiples of 16 bytes"),
+    "alignment": ({"k_cache": lambda x: torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape)}, ValueError, "k_cache must have contiguous rows at multiples of 16 bytes"),
     "itself": ({"v_cache": lambda x: x[:1].expand(3, -1, -1, -1)}, ValueError, "v_cache has elements that share memory"),
-    "overlap": ({"k_cache": lambda x: x.new_empty(4, 16, 2, 64)[:3], "v_cache": None}, ValueError, "k_cache overlaps v_cache"),
+    "overlap": ({"k_cache": lambda x: x.new_zeros(4, 16, 2, 64)[:3], "v_cache": None}, ValueError, "k_cache overlaps v_cache"),
 }  # fmt: skip
 
 
