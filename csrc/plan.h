@@ -15,6 +15,9 @@ enum fa_direction { FA_FORWARD, FA_BACKWARD };
 /* No tile has fewer keys, or other than whole multiples of them. */
 #define FA_KEY_STEP 16
 
+/* Of those that the TMA feeds. */
+#define FA_TMA_KEY_STEP 32
+
 /* All that a plan depends on beside the device. Ints alone, without padding: inputs compare and
  * hash as bytes. What only reaches a kernel's parameters (the exact number of keys, the scale) is
  * not here, so that a decoding loop whose keys grow finds its plan again. */
@@ -39,7 +42,7 @@ struct fa_plan_input {
     int paged;       /* K and V lie in pages */
     int leftpad;     /* the first key of a sequence is not row 0 of its pages */
     int append;      /* new rows of K and V are appended to them first */
-    int small_pages; /* of rows that are no multiple of FA_MIN_BOX_ROWS */
+    int box_rows;    /* where paged: of a box of the TMA, of FA_TMA_KEY_STEP at most */
     int tma_strides; /* tensor maps can describe K and V; in the backward Q and dO */
 };
 
@@ -49,8 +52,9 @@ struct fa_extent {
     int batch;
     int seqlen_q, seqlen_k; /* where varlen: bounds */
     bool is_packed_q, is_packed_k;
-    int64_t rows_q; /* of q for each head */
-    int64_t rows_k; /* of k where it is packed */
+    bool has_unused_rows; /* q and out may have rows that no sequence has, or uses */
+    int64_t rows_q;       /* of q for each head */
+    int64_t rows_k;       /* of k where it is packed */
     /* Where rows are appended: blocks that append one of K or V, and that rotate one of q. */
     int64_t new_blocks, q_blocks;
 };
@@ -110,7 +114,7 @@ struct fa_plan {
                         /* 0: there is none */
     int group_heads;    /* (batch, head) pairs that run together, sharing the L2; backward: */
                         /* (batch, KV head) */
-    int group_limit;    /* backward: no more of them, whatever the batch */
+    int group_limit;    /* no more of them, whatever the batch; forward: of KV heads */
     int splits;         /* forward: parts of the keys of a block of queries, a thread block each; */
                         /* backward: thread blocks that share a tile of keys */
     int combine_slices; /* of the parts of a row, each summed up by threads of its own */

@@ -47,7 +47,7 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
 {
     if (!device->has_tma)
         *why = "the TMA came with compute capability 9.0";
-    else if (input->small_pages)
+    else if (input->paged && input->box_rows < FA_MIN_BOX_ROWS)
         *why = "a box of the TMA lies within a page and has 8 rows at least: page sizes must be "
                "multiples of 8";
     else if (input->leftpad)
@@ -57,7 +57,7 @@ static bool tma_can_implement(const struct fa_plan_input *input, const struct fa
     else if (!input->tma_strides)
         *why = "the TMA needs K and V at strides that are multiples of 16 bytes, from a row up to "
                "2^40: neither expanded nor flipped";
-    else if (tile->tile_n % 32 != 0)
+    else if (tile->tile_n % FA_TMA_KEY_STEP != 0)
         *why = "a tile is one box of the TMA: keys in multiples of 32";
     else if (forward_smem(input, tile) > smem_per_block)
         *why = "its stages and mbarriers need more than the shared memory";
@@ -76,6 +76,9 @@ static void shrink_ring(const struct fa_plan_input *input, struct fa_tile *tile)
     while (tile->tile_n > LEAST_TILE_N && tile->stages * tile->tile_n / 2 >= input->seqlen_k)
         tile->tile_n /= 2;
     tile->sub_n = MIN(tile->sub_n, tile->tile_n);
+    /* A warp that only loads has nothing to do once all keys are on their way. */
+    if (tile->stages * tile->tile_n >= input->seqlen_k && tile->producer == FA_PRODUCER_WARP)
+        tile->producer = FA_PRODUCER_THREAD;
 }
 
 /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds on
@@ -108,15 +111,18 @@ static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
 }
 
 /* Pages by the TMA, where a row of tiles.c asks for cp.async: that would need an address for every
- * row of a tile, from every thread; a box needs one for several rows, from a single thread. */
+ * row of a tile, from every thread; a box needs one for several rows, from a single thread. Boxes
+ * of fewer rows take longer than cp.async. */
 static void prefer_tma(const struct fa_plan_input *input, const struct fa_device *device,
                        struct fa_tile *tile, const char **why_not_tma)
 {
     struct fa_tile by_tma = *tile;
+    if (tile->kernel == FA_KERNEL_FORWARD_TMA || input->box_rows < FA_TMA_KEY_STEP)
+        return;
+    first_that_serves(FA_PAGED_TILES, FA_PAGED_TILE_COUNT, input, device, &by_tma, why_not_tma);
     by_tma.kernel = FA_KERNEL_FORWARD_TMA;
     by_tma.producer = FA_PRODUCER_THREAD;
-    if (tile->kernel == FA_KERNEL_FORWARD &&
-        tma_can_implement(input, device, &by_tma, smem_limit(device), why_not_tma))
+    if (tma_can_implement(input, device, &by_tma, smem_limit(device), why_not_tma))
         *tile = by_tma;
 }
 
@@ -246,31 +252,35 @@ static void set_main(const struct fa_plan_input *input, const struct fa_plan_tar
                                        .smem_request = smem_request});
 }
 
-/* Blocks run group by group, so that the K and V that a group reads fill at most half of the L2.
- * All groups are equal: a smaller last one would leave multiprocessors idle at the end. Of
- * sequences of any lengths a group is of one sequence. */
-static int group_heads(const struct fa_plan_input *input, const struct fa_device *device,
-                       bool packed)
-{
-    const int64_t kv_heads = (int64_t)input->batch * input->heads_kv; /* batch: 1 where varlen */
-    const int64_t kv_bytes = (int64_t)input->seqlen_k * (input->head_dim + input->head_dim_v) * 2;
-    const int64_t fit = MAX(1, device->l2_bytes / 2 / MAX(1, kv_bytes));
-    int64_t in_group = MIN(kv_heads, fit);
-    while (in_group > 1 && kv_heads % in_group != 0)
-        in_group--;
-    return (int)(in_group * (packed ? 1 : fa_plan_heads_per_kv(input)));
-}
-
-static void set_group_heads(const struct fa_plan_input *input, const struct fa_device *device,
+/* Blocks run group by group, so that the K and V that a group reads fill at most half of the L2: of
+ * so many KV heads. */
+static void set_group_limit(const struct fa_plan_input *input, const struct fa_device *device,
                             struct fa_plan *plan)
 {
+    const int64_t kv_bytes = (int64_t)input->seqlen_k * (input->head_dim + input->head_dim_v) * 2;
+    plan->group_limit = (int)MAX(1, device->l2_bytes / 2 / MAX(1, kv_bytes));
+}
+
+/* All groups are equal: a smaller last one would leave multiprocessors idle at the end. */
+static int group_heads(const struct fa_plan_input *input, int64_t kv_heads,
+                       const struct fa_plan *plan)
+{
     const bool packed = plan->steps[plan->main].variant.pack_gqa;
-    const int64_t heads = (int64_t)input->batch * (packed ? input->heads_kv : input->heads_q);
-    plan->group_heads = group_heads(input, device, packed);
+    int64_t in_group = MIN(kv_heads, plan->group_limit);
+    while (in_group > 1 && kv_heads % in_group != 0)
+        in_group--;
+    return (int)(MAX(1, in_group) * (packed ? 1 : fa_plan_heads_per_kv(input)));
+}
+
+static void explain_groups(const struct fa_plan_input *input, struct fa_plan *plan)
+{
+    const int64_t kv_heads = (int64_t)input->batch * input->heads_kv;
     fa_plan_because(plan, "group_heads",
-                    plan->group_heads == heads ? "K and V of all heads fit in half of the L2"
-                                               : "as many heads at a time as keep K and V in half "
-                                                 "of the L2, in equal groups");
+                    input->varlen ? "as many heads at a time as keep K and V in half of the L2, "
+                                    "were lengths their bounds, in equal groups"
+                    : kv_heads <= plan->group_limit ? "K and V of all heads fit in half of the L2"
+                                                    : "as many heads at a time as keep K and V in "
+                                                      "half of the L2, in equal groups");
 }
 
 /* ---- splits of the keys ---------------------------------------------------------------------- */
@@ -504,14 +514,18 @@ int fa_plan_fit_forward(const struct fa_plan_input *input, const struct fa_exten
         return fa_plan_refuse(error, false,
                               "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
     main->blocks = (int)(heads * plan->m_blocks * plan->splits);
+    plan->group_heads =
+        group_heads(input, (int64_t)input->heads_kv * (is_listed ? 1 : extent->batch), plan);
     plan->workspace = (struct fa_workspace){.size = 2 * (int64_t)plan->list_places};
     for (int i = 0; i < plan->step_count; i++) {
         struct fa_step *step = &plan->steps[i];
         if (step->job == FA_JOB_COMBINE)
             fit_combine(input, rows_of_all, plan, step);
         else if (step->job == FA_JOB_FILL)
-            step->blocks = (int)MAX(CEIL_DIV(extent->rows_q, FA_FILL_ROWS),
-                                    plan->list_places ? extent->batch : 0);
+            step->blocks = extent->has_unused_rows
+                               ? (int)MAX(CEIL_DIV(extent->rows_q, FA_FILL_ROWS),
+                                          plan->list_places ? extent->batch : 0)
+                               : 0;
     }
     return input->append ? fit_append(input, extent, plan, &plan->steps[0], error) : 0;
 }
@@ -530,9 +544,10 @@ int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_targ
     set_main(input, target, &tile, plan);
     const struct fa_extent extent = fa_plan_extent(input);
     plan->splits = 1;
+    set_group_limit(input, &target->device, plan);
     if (fa_plan_fit_forward(input, &extent, plan, error) < 0)
         return -1;
-    set_group_heads(input, &target->device, plan);
+    explain_groups(input, plan);
     set_splits(input, &target->device, plan);
     add_fill(input, plan);
     return fa_plan_fit_forward(input, &extent, plan, error);

@@ -43,6 +43,13 @@ static bool has_map(const struct fa_shape *shape, bool is_forward, const struct 
            (tensor->shape[0] < 2 || row_bytes <= MOST_BYTES_OF_A_ROW);
 }
 
+/* Rows of the boxes of pages, as far as plans differ by them. */
+static int planned_box_rows(int page_size)
+{
+    const int rows = page_size ? fa_page_box_rows(FA_TMA_KEY_STEP, page_size) : 0;
+    return rows < FA_TMA_KEY_STEP ? MIN(rows, FA_MIN_BOX_ROWS) : rows;
+}
+
 struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
                                        enum fa_direction direction, const struct fa_tensor *dout)
 {
@@ -77,7 +84,7 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .paged = shape->page_size != 0,
         .leftpad = shape->page_size && problem->leftpad_k.object,
         .append = problem->append.k.object != NULL,
-        .small_pages = shape->page_size % FA_MIN_BOX_ROWS != 0,
+        .box_rows = planned_box_rows(shape->page_size),
         .tma_strides =
             has_map(shape, is_forward, first) && (!second || has_map(shape, is_forward, second)),
     };
@@ -100,6 +107,7 @@ static struct fa_extent extent_of(const struct fa_problem *problem)
         .seqlen_k = shape->seqlen_k,
         .is_packed_q = shape->is_packed_q,
         .is_packed_k = shape->is_packed_k,
+        .has_unused_rows = shape->is_packed_q || problem->seqused_q.object,
         .rows_q = fa_shape_rows_q(shape),
         .rows_k = shape->total_k,
         .new_blocks = append->k.object ? (int64_t)2 * shape->batch * fa_append_blocks(append) : 0,

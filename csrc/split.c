@@ -21,8 +21,10 @@
 /* What a tile of so many queries takes on the tensor cores, of the bytes of its keys. */
 #define COMPUTE(tile_m) ((tile_m) * 0.008)
 
-/* Shorter parts never pay, and more parts than these are more than any machine has use for. */
+/* Shorter parts never pay, nor do those of fewer keys in all, and more parts than these are more
+ * than any machine has use for. */
 #define MIN_PART_KEYS 64
+#define MIN_KEYS      256
 #define MAX_PARTS     256
 
 /* So many times a multiprocessor may be filled with parts, one after the other. */
@@ -50,7 +52,8 @@ int fa_split_parts(const struct fa_grid *grid)
 {
     const int64_t most = MIN((int64_t)grid->tiles * grid->tile_n / MIN_PART_KEYS, MAX_PARTS);
     int best = 1;
-    if (grid->blocks >= (int64_t)grid->sms * grid->blocks_per_sm)
+    if (grid->blocks >= (int64_t)grid->sms * grid->blocks_per_sm ||
+        (int64_t)grid->tiles * grid->tile_n < MIN_KEYS)
         return best;
     for (int halves = 1; halves <= 2 * grid->blocks_per_sm * MAX_ROUNDS; halves++) {
         const int64_t full = MIN((int64_t)grid->sms * halves / 2 / MAX(1, grid->blocks), most);

@@ -488,15 +488,12 @@ static void describe_layout(const struct fa_tensor *tensor, char text[LAYOUT_SIZ
     snprintf(text + length, (size_t)(LAYOUT_SIZE - length), ") on %s", device);
 }
 
-/* Reads what Python code made for us: a copy, or memory for a result. It may be anything; what
- * leaves here has dtype, device and shape of `expected`, is contiguous and, for kernels, aligned. 0
- * or -1. */
-static int read_made(struct fa_dlpack *dlpack, PyObject *object, const char *name,
-                     const struct fa_tensor *expected, bool is_result, struct fa_tensor *tensor)
+/* Checks what was made for us: a copy, or memory for a result. It may be anything; what passes has
+ * dtype, device and shape of `expected`, is contiguous and, for kernels, aligned. 0 or -1. */
+static int check_made(const struct fa_tensor *tensor, const char *name,
+                      const struct fa_tensor *expected, bool is_result)
 {
     const char *kind = is_result ? "memory for" : "copy of";
-    if (fa_tensor_read(dlpack, object, name, expected->ndim, tensor) < 0)
-        return -1;
     const char *wrong = NULL;
     char wanted[LAYOUT_SIZE], got[LAYOUT_SIZE];
     if (!is_alike(expected, tensor))
@@ -512,8 +509,18 @@ static int read_made(struct fa_dlpack *dlpack, PyObject *object, const char *nam
         return 0;
     describe_layout(expected, wanted);
     describe_layout(tensor, got);
-    fa_raise(PyExc_ValueError, "the %s %s is %s: expected %s, got %s", kind, name, wrong, wanted,
-             got);
+    return fa_raise(PyExc_ValueError, "the %s %s is %s: expected %s, got %s", kind, name, wrong,
+                    wanted, got);
+}
+
+/* Reads what Python code made for us. 0 or -1. */
+static int read_made(struct fa_dlpack *dlpack, PyObject *object, const char *name,
+                     const struct fa_tensor *expected, bool is_result, struct fa_tensor *tensor)
+{
+    if (fa_tensor_read(dlpack, object, name, expected->ndim, tensor) < 0)
+        return -1;
+    if (check_made(tensor, name, expected, is_result) == 0)
+        return 0;
     fa_tensor_release(tensor);
     return -1;
 }
@@ -736,10 +743,45 @@ int fa_tensor_sum_heads(struct fa_dlpack *dlpack, const struct fa_tensor *summed
     return status;
 }
 
+/* The exception says what went wrong, if the framework's own way goes wrong, too. */
+static void ignore(void *context, const char *kind, const char *message)
+{
+    (void)context, (void)kind, (void)message;
+}
+
+/* Memory from the exchange API, without a Python object. False where that has none to give. */
+static bool allocate_by_exchange(struct fa_dlpack *dlpack, const struct fa_tensor *like,
+                                 const char *name, int64_t floats, struct fa_tensor *tensor)
+{
+    const DLPackExchangeAPI *api = like->api;
+    const struct fa_tensor expected = result_like(like, FA_FLOAT32, 1, &floats);
+    DLTensor prototype = {.device = {(int32_t)like->device_type, like->device_id},
+                          .ndim = 1,
+                          .dtype = {kDLFloat, 32, 1},
+                          .shape = &floats};
+    DLManagedTensorVersioned *managed = NULL;
+    if (!api || !api->managed_tensor_allocator ||
+        api->managed_tensor_allocator(&prototype, &managed, NULL, ignore) != 0 || !managed)
+        return false;
+    memset(tensor, 0, sizeof *tensor);
+    tensor->managed = managed;
+    tensor->release = release_versioned;
+    if (managed->dl_tensor.data &&
+        read_dltensor(dlpack, &managed->dl_tensor, name, 1, tensor) == 0 &&
+        check_made(tensor, name, &expected, true) == 0)
+        return true;
+    fa_tensor_release(tensor);
+    return false;
+}
+
 int fa_tensor_workspace(struct fa_dlpack *dlpack, const struct fa_tensor *like, int64_t floats,
                         struct fa_tensor *workspace)
 {
-    if (fa_tensor_empty(dlpack, like, "the workspace", FA_FLOAT32, 1, &floats, workspace) == 0)
+    static const char NAME[] = "the workspace";
+    if (allocate_by_exchange(dlpack, like, NAME, floats, workspace))
+        return 0;
+    PyErr_Clear();
+    if (fa_tensor_empty(dlpack, like, NAME, FA_FLOAT32, 1, &floats, workspace) == 0)
         return 0;
     PyObject *error = fa_error_take(); /* the framework's own exception is the best to catch */
     PyObject *type = (PyObject *)Py_TYPE(error);

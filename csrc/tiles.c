@@ -93,6 +93,13 @@ const struct fa_tile_row FA_TILES[] = {
 
 const size_t FA_TILE_COUNT = sizeof FA_TILES / sizeof *FA_TILES;
 
+/* Measured on an H100, see F31 in benchmarks/NOTES.md. */
+const struct fa_tile_row FA_PAGED_TILES[] = {
+    LARGE(128, 128, ANY, 0, 64, 16, 8, 32, 3, TMA_THREAD),
+};
+
+const size_t FA_PAGED_TILE_COUNT = sizeof FA_PAGED_TILES / sizeof *FA_PAGED_TILES;
+
 /* Measured on an H200, see "Backward" in benchmarks/NOTES.md. Short sequences: of blocks of one
  * tile two share a multiprocessor, so that one's loads and stores hide behind the other's products.
  */

@@ -62,6 +62,10 @@ struct fa_tile_list {
 extern const struct fa_tile_row FA_TILES[];
 extern const size_t FA_TILE_COUNT;
 
+/* Where K and V are in pages of whole boxes, and a row of FA_TILES asks for cp.async. */
+extern const struct fa_tile_row FA_PAGED_TILES[];
+extern const size_t FA_PAGED_TILE_COUNT;
+
 /* A tile of kernels/backward.cu, for calls whose head dims are both up to head_dim; where varlen_k
  * is not FA_ANY only for sequences of any lengths, of up to so many keys.
  *   warps, warp_n   keys per warp of a group, of which there are two
