@@ -27,7 +27,7 @@ from flash_attn_sm120.interface import flash_attn_varlen_func
 from flash_attn_sm120.vllm import _NEWEST_TRIED, _OLDEST_TRIED, NAME
 from flash_attn_sm120.vllm.cache import keys_and_values, write
 
-_LARGEST_PAGE = 1024
+_FAST_PAGE, _LARGEST_PAGE = 64, 1024
 _ENCODERS = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
 
 
@@ -55,6 +55,11 @@ class Backend(AttentionBackend):  # type: ignore[misc]
     def get_supported_kernel_block_sizes(kv_cache_spec: Any = None) -> list[int]:
         """All that a page can be: vLLM divides blocks that are larger."""
         return list(range(16, _LARGEST_PAGE + 1, 16))
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """Pages of 16 rows are read at about nine tenths of the speed of larger ones."""
+        return max(default_block_size, _FAST_PAGE)
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:

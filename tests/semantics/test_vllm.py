@@ -5,6 +5,7 @@ be had without its kernels: unpack a wheel, and put the folder and its dependenc
 """
 
 import importlib
+import inspect
 import math
 import random
 import re
@@ -441,6 +442,7 @@ def test_what_it_says_it_can(backend):
     assert [d for d in (7, 8, 72, 256, 264) if ours.supports_head_size(d)] == [8, 72, 256]
     assert not ours.forward_includes_kv_cache_update
     assert all(size % 16 == 0 for size in ours.get_supported_kernel_block_sizes())
+    assert [ours.get_preferred_block_size(size) for size in (16, 256)] == [64, 256]
     assert ours.get_builder_cls().get_cudagraph_support(None, None).name == "ALWAYS"
 
 
@@ -478,6 +480,25 @@ def test_what_vllm_makes_of_it(backend):
         ({"use_mm_prefix": True}, "partial multimodal token full attention not supported"),
     ):
         assert [r[: len(reason)] for r in reasons(**taken | changes)] == [reason]
+
+
+@pytest.mark.skipif(not IS_REAL, reason="vLLM is not installed: its signatures are not compared")
+def test_signatures_are_those_of_vllm(backend):
+    """What vLLM renames or adds shows here."""
+    for ours, base in (
+        (backend.Backend, backend.AttentionBackend),
+        (backend.Builder, backend.AttentionMetadataBuilder),
+        (backend.Attention, backend.AttentionImpl),
+    ):
+        for name in vars(ours).keys() - {"do_kv_cache_update", "supports_combination"}:
+            if name == "__init__" or not name.startswith("_"):
+                theirs = getattr(base, name)
+                if callable(theirs):
+                    expected = list(inspect.signature(theirs).parameters)
+                    found = list(inspect.signature(getattr(ours, name)).parameters)
+                    assert found[: len(expected)] == expected, name
+    stub = vllm_interface.CommonAttentionMetadata.__dataclass_fields__
+    assert stub.keys() <= backend.CommonAttentionMetadata.__dataclass_fields__.keys()
 
 
 # ---- what is refused -----------------------------------------------------------------------------
