@@ -19,7 +19,7 @@ HAS_CUDA_TORCH = $(PYTHON) -c "import torch, sys; sys.exit(not torch.cuda.is_ava
 # Warnings are errors here, and never where pip builds.
 build $(VENV)/.ready: export FA_SM120_CFLAGS := -Wall -Wextra -Werror $(FA_SM120_CFLAGS)
 
-.PHONY: demo test quick build bench docs lint format asan warmup clean cross-compilers
+.PHONY: demo test quick build bench docs hub lint format asan warmup clean cross-compilers
 
 demo: build
 	$(RUN) -m flash_attn_sm120 demo
@@ -52,6 +52,11 @@ docs: build
 	$(RUN) docs/make_api.py
 	$(RUN) benchmarks/where_it_stands.py
 
+hub: build
+	rm -rf build/wheels build/lib*  # what is left of files that are gone
+	$(RUN) -m pip wheel -q --no-deps --no-build-isolation -w build/wheels .
+	$(RUN) hub/build.py build/wheels/*.whl --output build/hub
+
 quick: build
 	$(RUN) -m pytest -q -m quick
 
@@ -59,8 +64,8 @@ lint: build
 	$(RUN) -m pytest -q tests/gates/test_source.py tests/gates/test_layers.py
 
 format: $(READY)
-	$(RUN) -m ruff format flash_attn_sm120 emulator tests benchmarks docs examples conftest.py setup.py
-	$(RUN) -m ruff check --fix -q flash_attn_sm120 emulator tests benchmarks docs examples conftest.py setup.py
+	$(RUN) -m ruff format flash_attn_sm120 emulator tests benchmarks docs examples hub conftest.py setup.py
+	$(RUN) -m ruff check --fix -q flash_attn_sm120 emulator tests benchmarks docs examples hub conftest.py setup.py
 	$(dir $(RUN))clang-format -i csrc/*.[ch] csrc/cpu/*.[ch] kernels/* tests/helpers/*.[ch] emulator/*.[ch]
 
 asan: build

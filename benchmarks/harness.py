@@ -586,10 +586,11 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 # ------------------------------------------------------------------------------------- arguments
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that all benchmarks of cells share."""
+def add_arguments(parser: argparse.ArgumentParser, rounds: int | None = None) -> None:
+    """The arguments that all benchmarks of cells share; `rounds` is the default of theirs."""
+    default = rounds or "as many as fit 0.6 s, 10 to 60"
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--rounds", type=int, help="default: as many as fit 0.6 s, 10 to 60")
+    parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {default}")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl")
 
 

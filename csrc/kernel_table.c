@@ -33,6 +33,7 @@ static int grow(struct fa_kernel_table *table)
             *find_slot(&larger, &table->entries[i].variant, table->entries[i].ordinal) =
                 table->entries[i];
     larger.count = table->count;
+    larger.package = table->package;
     larger.jit = table->jit;
     free(table->entries);
     *table = larger;
@@ -73,12 +74,12 @@ PyObject *fa_variant_options(const struct fa_variant *variant)
     return options;
 }
 
-/* Asks flash_attn_sm120.jit for the kernel: a bytes object, or NULL with the exception set. The
+/* Asks jit.py for the kernel: a bytes object, or NULL with the exception set. The
  * driver gets a cubin, a library in its place PTX, which can be read without a GPU. */
 static PyObject *compile(struct fa_kernel_table *table, const struct fa_driver *driver,
                          const struct fa_variant *variant, int arch)
 {
-    PyObject *jit = fa_import(&table->jit, "flash_attn_sm120.jit");
+    PyObject *jit = fa_import(&table->jit, table->package, "jit");
     PyObject *options = jit ? fa_variant_options(variant) : NULL;
     if (!options)
         return NULL;

@@ -15,7 +15,8 @@ struct fa_kernel_entry {
 struct fa_kernel_table {
     struct fa_kernel_entry *entries; /* open addressing, a power of two, at most half full */
     size_t capacity, count;
-    PyObject *jit; /* flash_attn_sm120.jit, imported when first needed */
+    PyObject *package; /* its name; the module's state owns it */
+    PyObject *jit;     /* jit.py, imported when first needed */
 };
 
 /* The kernel of `variant` on device `ordinal`, whose context is current, for launches that ask for

@@ -294,7 +294,10 @@ static PyMethodDef METHODS[] = {
 
 /* ---- the module ------------------------------------------------------------------------------ */
 
-static int exec_module(PyObject *module) { return fa_state_init(PyModule_GetState(module)); }
+static int exec_module(PyObject *module)
+{
+    return fa_state_init(PyModule_GetState(module), module);
+}
 
 static int traverse_module(PyObject *module, visitproc visit, void *arg)
 {

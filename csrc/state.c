@@ -4,10 +4,22 @@
 
 #include "tile_rows.h"
 
-int fa_state_init(struct fa_state *state)
+/* "a.b" of a module a.b._C; NULL with the exception set. */
+static PyObject *package_of(PyObject *module)
+{
+    PyObject *name = PyModule_GetNameObject(module);
+    PyObject *parts = name ? PyObject_CallMethod(name, "rpartition", "s", ".") : NULL;
+    PyObject *package = parts ? PySequence_GetItem(parts, 0) : NULL;
+    Py_XDECREF(parts);
+    Py_XDECREF(name);
+    return package;
+}
+
+int fa_state_init(struct fa_state *state, PyObject *module)
 {
     memset(state, 0, sizeof *state);
-    return fa_option_names_make(&state->option_names);
+    state->package = state->dlpack.package = state->kernels.package = package_of(module);
+    return state->package ? fa_option_names_make(&state->option_names) : -1;
 }
 
 int fa_state_traverse(struct fa_state *state, visitproc visit, void *arg)
@@ -40,4 +52,5 @@ void fa_state_free(struct fa_state *state)
         Py_CLEAR(state->option_names.names[i]);
     fa_kernel_table_clear(&state->kernels, &state->driver);
     fa_tile_rows_clear(&state->tiles);
+    Py_CLEAR(state->package);
 }

@@ -13,6 +13,7 @@
 #define FA_MAX_WARNINGS 16
 
 struct fa_state {
+    PyObject *package; /* the name of the package that the module is in */
     struct fa_settings settings;
     struct fa_option_names option_names;
     struct fa_dlpack dlpack;
@@ -26,7 +27,7 @@ struct fa_state {
 };
 
 /* 0, or -1 with the exception set. */
-int fa_state_init(struct fa_state *state);
+int fa_state_init(struct fa_state *state, PyObject *module);
 
 /* For the garbage collector, and at the end of the interpreter. */
 int fa_state_traverse(struct fa_state *state, visitproc visit, void *arg);

@@ -25,7 +25,7 @@ void fa_device_name(const struct fa_tensor *tensor, char name[FA_DEVICE_NAME_SIZ
 
 static PyObject *import_frameworks(struct fa_dlpack *dlpack)
 {
-    return fa_import(&dlpack->frameworks, "flash_attn_sm120.frameworks");
+    return fa_import(&dlpack->frameworks, dlpack->package, "frameworks");
 }
 
 /* Raises what frameworks.py knows of an object without memory that we can read; the exception that

@@ -39,7 +39,8 @@ struct fa_tensor_type {
 struct fa_dlpack {
     struct fa_tensor_type types[FA_MAX_TENSOR_TYPES];
     int type_count;
-    PyObject *frameworks; /* flash_attn_sm120.frameworks, imported when first needed */
+    PyObject *package;    /* its name; the module's state owns it */
+    PyObject *frameworks; /* frameworks.py, imported when first needed */
 };
 
 /* Reads `object` (an argument called `name` that must have `ndim` dimensions) without copying.

@@ -7,6 +7,7 @@ shapes without data, rules for vmap and for DTensor, and FLOPs. autograd.py adds
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,9 @@ _OPTIONS = (
 _BOUNDS = "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink"
 
-LIBRARY: Any = torch.library.Library("flash_attn_sm120", "DEF")  # type: ignore[no-untyped-call]
+# The package's own name, so that another of this project may be loaded beside it.
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
+LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
 for _prefix, _lengths, _options in (
     ("", "", _OPTIONS),
     ("varlen_", "".join(f", Tensor? {name}" for name in LENGTHS), f"{_BOUNDS}, {_OPTIONS}"),
@@ -46,7 +49,7 @@ for _prefix, _lengths, _options in (
         f" *, {_options}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
     )
 
-_OPS: Any = torch.ops.flash_attn_sm120
+_OPS: Any = getattr(torch.ops, NAMESPACE)
 FORWARD, VARLEN_FORWARD = FORWARDS = (_OPS.forward.default, _OPS.varlen_forward.default)
 BACKWARD, VARLEN_BACKWARD = BACKWARDS = (_OPS.backward.default, _OPS.varlen_backward.default)
 

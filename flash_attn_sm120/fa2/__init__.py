@@ -12,11 +12,16 @@ They differ from the functions above in names, order and returns:
   empty, as FlashAttention-2's is without dropout.
 - Where a query sees no key its lse is +inf, as in FlashAttention-2, and not -inf. That takes a pass
   over the lse where it is asked for. Gradients flow through it, which FlashAttention-2's ignores.
-- Pages may be of any size, and the head dims of K and V may differ.
+- Pages may be of any size, the head dims of K and V may differ, and ``learnable_sink`` is one more
+  parameter of the functions whose q, k and v are apart.
 - ``dropout_p`` above 0 and ``alibi_slopes`` raise NotImplementedError. Errors are of more kinds
   than FlashAttention-2's RuntimeError.
+
+Programs that import ``flash_attn`` itself find these functions after
+:func:`install_as_flash_attn`.
 """
 
+from flash_attn_sm120.fa2.alias import install_as_flash_attn
 from flash_attn_sm120.fa2.attention import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -35,4 +40,5 @@ __all__ = [
     "flash_attn_varlen_kvpacked_func",
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
+    "install_as_flash_attn",
 ]

@@ -27,6 +27,8 @@ def flash_attn_func(
     alibi_slopes: Tensor | None = None,
     deterministic: bool = False,
     return_attn_probs: bool = False,
+    *,
+    learnable_sink: Tensor | None = None,
 ) -> Result:
     """Attention as :func:`flash_attn_sm120.flash_attn_func` computes it.
 
@@ -34,12 +36,14 @@ def flash_attn_func(
         dropout_p, alibi_slopes: not supported yet: NotImplementedError unless 0 and None.
         window_size: ``(left, right)``; a negative side is unbounded.
         return_attn_probs: return ``(out, lse, S_dmask)``.
+        learnable_sink: as there; FlashAttention-2 has none.
     """
     _refuse("flash_attn_func", dropout_p, alibi_slopes)
     out, lse = interface.flash_attn_func(
         padded(q),
         padded(k),
         padded(v),
+        learnable_sink=learnable_sink,
         softmax_scale=scale_of(q, softmax_scale),
         causal=causal,
         window_size=unbounded(window_size),
@@ -130,6 +134,8 @@ def flash_attn_varlen_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
     block_table: Tensor | None = None,
+    *,
+    learnable_sink: Tensor | None = None,
 ) -> Result:
     """Attention of packed sequences, as :func:`flash_attn_sm120.flash_attn_varlen_func`.
 
@@ -140,8 +146,8 @@ def flash_attn_varlen_func(
             for: without a bound the call is the same, in a larger grid.
         block_table: ``(batch, max_pages)`` int32; of ``cu_seqlens_k`` the differences are used,
             which takes a small kernel. Without gradients.
-        dropout_p, alibi_slopes, window_size, return_attn_probs: as in :func:`flash_attn_func`; the
-            lse is ``(heads_q, total_q)``.
+        dropout_p, alibi_slopes, window_size, return_attn_probs, learnable_sink: as in
+            :func:`flash_attn_func`; the lse is ``(heads_q, total_q)``.
     """
     _refuse("flash_attn_varlen_func", dropout_p, alibi_slopes)
     keys: dict[str, Any] = {"cu_seqlens_k": cu_seqlens_k}
@@ -151,9 +157,10 @@ def flash_attn_varlen_func(
         padded(q),
         padded(k),
         padded(v),
+        learnable_sink=learnable_sink,
         cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=_bound(max_seqlen_q),
-        max_seqlen_k=_bound(max_seqlen_k),
+        max_seqlen_q=bound(max_seqlen_q),
+        max_seqlen_k=bound(max_seqlen_k),
         softmax_scale=scale_of(q, softmax_scale),
         causal=causal,
         window_size=unbounded(window_size),
@@ -289,7 +296,7 @@ def _refuse(function: str, dropout_p: float, alibi_slopes: Tensor | None) -> Non
         raise NotImplementedError(f"fa2.{function} does not support {', '.join(asked)} yet")
 
 
-def _bound(max_seqlen: int | Tensor | None) -> int | None:
+def bound(max_seqlen: int | Tensor | None) -> int | None:
     if isinstance(max_seqlen, Tensor):
         return None if max_seqlen.is_cuda else int(max_seqlen)
     return max_seqlen

@@ -16,7 +16,7 @@ KERNELS = sorted(
 )
 PYTHON = sorted(
     path
-    for folder in ("flash_attn_sm120", "emulator", "tests", "benchmarks")
+    for folder in ("flash_attn_sm120", "emulator", "tests", "benchmarks", "hub")
     for path in ROOT.glob(f"{folder}/**/*.py")
 )
 

@@ -25,6 +25,7 @@ import overhead  # noqa: E402
 import paged  # noqa: E402
 import varlen  # noqa: E402
 import versus  # noqa: E402
+import video  # noqa: E402
 from harness import OURS, Contestant  # noqa: E402
 
 import flash_attn_sm120  # noqa: E402
@@ -265,6 +266,27 @@ def test_a_dry_run_of_pages(monkeypatch, capsys):
     assert "absent in 3 cells: contiguous" not in said and "absent in 3 cells: seqused" not in said
 
 
+def test_a_dry_run_of_video(monkeypatch, capsys, tmp_path):
+    preset = harness.Preset(2, 2, 64)
+    monkeypatch.setattr(video, "CALLS", [("tiny", preset, 1, 40, 40), ("text", preset, 2, 40, 9)])
+    file = tmp_path / "records.jsonl"
+    run(monkeypatch, video, "--output", str(file))
+    said = capsys.readouterr().out
+    assert re.search(r"^\| tiny \| 2 +\| 64 \| 1 \| 40 +\| 40 ", said, re.M)
+    _, *records = map(json.loads, file.read_text().splitlines())
+    assert [r["seqlen_k"] for r in records if r["contestant"] == OURS] == [40, 9]
+    assert all("ms" in r for r in records if r["contestant"] == OURS)
+    monkeypatch.setattr(harness, "free_bytes", lambda device: 0)
+    run(monkeypatch, video)
+    assert "absent in 2 cells: ours: does not fit" in capsys.readouterr().out
+
+
+def test_calls_of_video_are_of_the_sizes_that_models_have():
+    for _, preset, batch, queries, keys in video.CALLS:
+        assert 24 <= preset.heads_q == preset.heads_kv <= 48 and preset.head_dim in (64, 128)
+        assert batch in (1, 2) and 30_000 <= queries <= 120_000 and keys in (queries, 512)
+
+
 @pytest.mark.parametrize("size", paged.PAGE_SIZES)
 def test_pages_hold_the_rows_of_each_sequence(size):
     problem = harness.Cell(harness.Preset(2, 2, 8), 70, False, 3, torch.bfloat16).problem("cpu")
@@ -315,7 +337,7 @@ def test_layers_are_right_and_distinct(monkeypatch, call):
 def test_without_a_gpu_they_say_so(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    for module in (forward, backward, decode, varlen, paged):
+    for module in (forward, backward, decode, varlen, paged, video):
         monkeypatch.setattr(sys, "argv", [module.__name__])
         with pytest.raises(SystemExit, match="no CUDA device here"):
             module.main()

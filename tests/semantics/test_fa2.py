@@ -18,12 +18,12 @@ pytestmark = pytest.mark.quick
 
 TAIL = "dropout_p softmax_scale causal window_size softcap alibi_slopes deterministic return_attn_probs"
 SIGNATURES = {
-    "flash_attn_func": "q k v " + TAIL,
+    "flash_attn_func": "q k v " + TAIL + " learnable_sink",
     "flash_attn_qkvpacked_func": "qkv " + TAIL,
     "flash_attn_kvpacked_func": "q kv " + TAIL,
     "flash_attn_varlen_func": "q k v cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k "
     + TAIL
-    + " block_table",
+    + " block_table learnable_sink",
     "flash_attn_varlen_qkvpacked_func": "qkv cu_seqlens max_seqlen " + TAIL,
     "flash_attn_varlen_kvpacked_func": "q kv cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k "
     + TAIL,
@@ -34,6 +34,8 @@ SIGNATURES = {
 def test_signatures(name):
     parameters = inspect.signature(getattr(fa2, name)).parameters
     assert list(parameters) == SIGNATURES[name].split()
+    by_keyword = [n for n, p in parameters.items() if p.kind.name == "KEYWORD_ONLY"]
+    assert by_keyword in ([], ["learnable_sink"])  # what FlashAttention-2 has not got
     assert parameters["window_size"].default == (-1, -1)
     defaults = [parameters[option].default for option in TAIL.split()]
     assert defaults == [0.0, None, False, (-1, -1), 0.0, None, False, False]
@@ -74,6 +76,18 @@ def test_dense(device, window):
     assert mask.shape == (0,) and mask.dtype == q.dtype  # as FlashAttention-2's without dropout
     alone = fa2.flash_attn_func(q, k, v, softmax_scale=0.3, window_size=theirs, softcap=5.0)
     assert_all_equal([alone], [out])
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=lambda device: device.name)
+def test_sink(device):
+    q, k, v = make(device)
+    sink = randn(device, 4)
+    expected, _ = flash_attn_sm120.flash_attn_func(q, k, v, learnable_sink=sink)
+    assert_all_equal([fa2.flash_attn_func(q, k, v, learnable_sink=sink)], [expected])
+    ends_q, ends_k = on(device, [0, 9, 18]), on(device, [0, 13, 26])
+    rows = [x.flatten(0, 1) for x in (q, k, v)]
+    packed = fa2.flash_attn_varlen_func(*rows, ends_q, ends_k, 9, 13, learnable_sink=sink)
+    torch.testing.assert_close(packed.view_as(expected), expected, atol=1e-2, rtol=1e-2)
 
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=lambda device: device.name)
