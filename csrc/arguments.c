@@ -263,6 +263,30 @@ struct fa_combine_params fa_arguments_of_parts(const struct fa_parts *parts, int
     };
 }
 
+struct fa_scatter_params fa_arguments_of_scatter(const struct fa_scatter *scatter)
+{
+    const struct fa_tensor *tensors = scatter->tensors;
+    const struct fa_tensor *k = &tensors[FA_SCATTER_K], *v = &tensors[FA_SCATTER_V];
+    const int chunk = fa_chunk_elements(k->dtype);
+    return (struct fa_scatter_params){
+        .k = k->data,
+        .v = v->data,
+        .k_cache = tensors[FA_SCATTER_K_CACHE].data,
+        .v_cache = tensors[FA_SCATTER_V_CACHE].data,
+        .slots = tensors[FA_SCATTER_SLOTS].data,
+        .slot_stride = tensors[FA_SCATTER_SLOTS].stride[0],
+        .k_stride = fa_tensor_strides(k),
+        .v_stride = fa_tensor_strides(v),
+        .k_cache_stride = fa_tensor_strides(&tensors[FA_SCATTER_K_CACHE]),
+        .v_cache_stride = fa_tensor_strides(&tensors[FA_SCATTER_V_CACHE]),
+        .heads = scatter->heads,
+        .slot_count = scatter->slots,
+        .page_size = divisor_of(scatter->page_size),
+        .chunks = divisor_of((int)k->shape[2] / chunk),
+        .chunks_v = divisor_of((int)v->shape[2] / chunk),
+    };
+}
+
 static struct fa_fill_params fill_params(const struct fa_problem *problem,
                                          const struct fa_plan *plan, float *workspace)
 {

@@ -6,6 +6,7 @@
 #include "plan.h"
 #include "parts.h"
 #include "problem.h"
+#include "scatter.h"
 
 /* The arguments of all kernels of a call. */
 struct fa_forward_arguments {
@@ -34,5 +35,8 @@ void *fa_arguments_of(union fa_arguments *arguments, enum fa_job job);
 
 /* Of kernels/combine.cu for a call of its own; the parts of a row have so many slices. */
 struct fa_combine_params fa_arguments_of_parts(const struct fa_parts *parts, int slices);
+
+/* Of kernels/kv_scatter.cu. */
+struct fa_scatter_params fa_arguments_of_scatter(const struct fa_scatter *scatter);
 
 #endif

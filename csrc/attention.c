@@ -4,6 +4,7 @@
 #include "cpu/backward.h"
 #include "cpu/combine.h"
 #include "cpu/forward.h"
+#include "cpu/scatter.h"
 #include "cpu/sequence.h"
 #include "cpu_threads.h"
 #include "launch.h"
@@ -73,4 +74,14 @@ int fa_attention_combine(struct fa_state *state, const struct fa_parts *parts)
         return -1;
     fa_cpu_threads_begin(&threads, count);
     return fa_cpu_threads_end(&threads, fa_cpu_combine(parts, &threads));
+}
+
+int fa_attention_scatter(struct fa_state *state, const struct fa_scatter *scatter)
+{
+    if (scatter->tensors[FA_SCATTER_K].device_type == FA_DEVICE_CUDA)
+        return fa_launch_scatter(state, scatter);
+    Py_BEGIN_ALLOW_THREADS
+    fa_cpu_scatter(scatter);
+    Py_END_ALLOW_THREADS
+    return 0;
 }

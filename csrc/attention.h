@@ -5,6 +5,7 @@
 
 #include "parts.h"
 #include "problem.h"
+#include "scatter.h"
 #include "state.h"
 
 /* Fills out, and lse where it is wanted. 0, or -1 with the exception set. */
@@ -16,5 +17,8 @@ int fa_attention_backward(struct fa_state *state, const struct fa_problem *probl
 
 /* Parts put together: out and lse. 0 or -1. */
 int fa_attention_combine(struct fa_state *state, const struct fa_parts *parts);
+
+/* Rows of K and V to their slots. 0 or -1. */
+int fa_attention_scatter(struct fa_state *state, const struct fa_scatter *scatter);
 
 #endif

@@ -157,32 +157,67 @@ int fa_launch(struct fa_state *state, const struct fa_problem *problem,
     return status;
 }
 
-int fa_launch_combine(struct fa_state *state, const struct fa_parts *parts)
+/* ---- a kernel alone -------------------------------------------------------------------------- */
+
+/* What a kernel is launched for without a plan. */
+struct request {
+    const struct fa_tensor *tensor; /* whose device it is */
+    const void *call;
+    int (*recheck)(const void *call);
+};
+
+static int launch_alone(struct fa_state *state, const struct request *request,
+                        const struct fa_step *step, void *params)
 {
-    const struct fa_tensor *out = &parts->out;
     struct fa_driver *driver = &state->driver;
-    struct fa_step step =
-        fa_plan_combine((int)out->dtype, (int)parts->out_parts.dtype, (int)out->shape[3]);
-    const int slices =
-        fa_plan_fit_combine(fa_parts_rows(parts), (int)parts->out_parts.shape[0], &step);
-    if (step.blocks == 0)
-        return 0;
+    const int ordinal = request->tensor->device_id;
     if (fa_settings_read(&state->settings) < 0 ||
         fa_driver_open(driver, state->settings.driver) < 0)
         return -1;
-    struct fa_cuda_device *device = fa_driver_device(driver, out->device_id);
-    struct fa_combine_params params = fa_arguments_of_parts(parts, slices);
+    struct fa_cuda_device *device = fa_driver_device(driver, ordinal);
     void *stream;
-    if (!device || fa_tensor_stream(&state->dlpack, out, &stream) < 0)
+    if (!device || fa_tensor_stream(&state->dlpack, request->tensor, &stream) < 0)
         return -1;
     int status = -1;
     bool pushed;
     if (fa_driver_enter(driver, device, &pushed) == 0) {
         const CUkernel kernel =
-            fa_kernel_table_get(&state->kernels, driver, &step.variant, 0, out->device_id, stream);
-        if (kernel && fa_parts_recheck(parts) == 0)
-            status = enqueue(driver, kernel, &step, stream, &params);
+            fa_kernel_table_get(&state->kernels, driver, &step->variant, 0, ordinal, stream);
+        if (kernel && request->recheck(request->call) == 0)
+            status = enqueue(driver, kernel, step, stream, params);
         fa_driver_leave(driver, pushed);
     }
     return status;
+}
+
+static int recheck_parts(const void *parts) { return fa_parts_recheck(parts); }
+
+int fa_launch_combine(struct fa_state *state, const struct fa_parts *parts)
+{
+    const struct fa_tensor *out = &parts->out;
+    const struct request request = {out, parts, recheck_parts};
+    struct fa_step step =
+        fa_plan_combine((int)out->dtype, (int)parts->out_parts.dtype, (int)out->shape[3]);
+    const int slices =
+        fa_plan_fit_combine(fa_parts_rows(parts), (int)parts->out_parts.shape[0], &step);
+    struct fa_combine_params params = fa_arguments_of_parts(parts, slices);
+    return step.blocks == 0 ? 0 : launch_alone(state, &request, &step, &params);
+}
+
+static int recheck_scatter(const void *scatter) { return fa_scatter_recheck(scatter); }
+
+int fa_launch_scatter(struct fa_state *state, const struct fa_scatter *scatter)
+{
+    const struct fa_tensor *k = &scatter->tensors[FA_SCATTER_K];
+    const struct request request = {k, scatter, recheck_scatter};
+    const struct fa_step step = {
+        .variant = {.kernel = FA_KERNEL_KV_SCATTER, .dtype = (int)k->dtype},
+        .blocks = scatter->tokens,
+        .threads = FA_APPEND_THREADS,
+    };
+    struct fa_scatter_params params;
+    if (scatter->tokens == 0 || scatter->slots == 0)
+        return 0;
+    params = fa_arguments_of_scatter(scatter);
+    return launch_alone(state, &request, &step, &params);
 }

@@ -4,6 +4,7 @@
 
 #include "parts.h"
 #include "problem.h"
+#include "scatter.h"
 #include "state.h"
 
 /* Plans and launches a CUDA call on the caller's current stream; does not wait for it. In the
@@ -14,5 +15,8 @@ int fa_launch(struct fa_state *state, const struct fa_problem *problem,
 
 /* The same for parts that another call has made. */
 int fa_launch_combine(struct fa_state *state, const struct fa_parts *parts);
+
+/* And for rows that go to their slots. */
+int fa_launch_scatter(struct fa_state *state, const struct fa_scatter *scatter);
 
 #endif

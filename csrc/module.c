@@ -157,6 +157,21 @@ static PyObject *combine(PyObject *module, PyObject *const *arguments, Py_ssize_
     return is_done ? Py_NewRef(Py_None) : NULL;
 }
 
+static PyObject *scatter(PyObject *module, PyObject *const *arguments, Py_ssize_t count)
+{
+    struct fa_state *state = PyModule_GetState(module);
+    struct fa_scatter call = {0};
+    if (count != FA_SCATTER_TENSORS) {
+        PyErr_Format(PyExc_TypeError, "scatter() takes %d positional arguments, got %d",
+                     FA_SCATTER_TENSORS, (int)count);
+        return NULL;
+    }
+    const bool is_done = fa_scatter_read(&state->dlpack, arguments, &call) == 0 &&
+                         fa_attention_scatter(state, &call) == 0;
+    fa_scatter_release(&call);
+    return is_done ? Py_NewRef(Py_None) : NULL;
+}
+
 static PyObject *explain_direction(PyObject *module, const struct method *method,
                                    enum fa_direction direction, PyObject *const *arguments,
                                    Py_ssize_t count, PyObject *kwnames)
@@ -254,6 +269,9 @@ static PyMethodDef METHODS[] = {
     {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL,
      "combine($module, out_parts, lse_parts, out, lse, cu_seqlens, seqused, /)\n--\n\n"
      "Puts parts together, into out and lse; the last three may be None."},
+    {"scatter", (PyCFunction)(void (*)(void))scatter, METH_FASTCALL,
+     "scatter($module, k, v, k_cache, v_cache, slots, /)\n--\n\n"
+     "Writes rows of k and v to their slots in caches of pages; a negative slot is none."},
     FAST_METHOD(explain, "explain($module, q, k, v, /, *" CALL_OPTIONS PLAN_OPTIONS ")\n--\n\n"
                          "The plan of the forward of a call: a dict."),
     FAST_METHOD(explain_backward,

@@ -14,6 +14,7 @@
     X(COMBINE, "combine")                                                                          \
     X(VARLEN_FILL, "varlen_fill")                                                                  \
     X(KV_APPEND, "kv_append")                                                                      \
+    X(KV_SCATTER, "kv_scatter")                                                                    \
     X(BACKWARD, "backward")                                                                        \
     X(BACKWARD_PREPROCESS, "backward_preprocess")                                                  \
     X(BACKWARD_POSTPROCESS, "backward_postprocess")                                                \
@@ -31,7 +32,8 @@ enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
 #define FA_ALL_KERNELS  ((1 << FA_KERNEL_COUNT) - 1)
 /* Not what goes over all rows of out, nor what is of no other use. */
 #define FA_READ_LENGTHS                                                                            \
-    (FA_ALL_KERNELS & ~(FA_ONLY(COMBINE) | FA_ONLY(VARLEN_FILL) | FA_ONLY(KV_APPEND)))
+    (FA_ALL_KERNELS &                                                                              \
+     ~(FA_ONLY(COMBINE) | FA_ONLY(VARLEN_FILL) | FA_ONLY(KV_APPEND) | FA_ONLY(KV_SCATTER)))
 
 /* How a field stands in a variant's name, behind its code. */
 enum fa_code {

@@ -417,6 +417,18 @@ def emulator() -> Emulator:
 # ---- tensors -------------------------------------------------------------------------------------
 
 
+def _view(name: str) -> Any:
+    """A method that returns the same memory, with the same rights."""
+    method = getattr(torch.Tensor, name)
+
+    def view(self: EmulatedTensor, *args: Any) -> EmulatedTensor:
+        tensor = method(self, *args)
+        tensor.writable = self.writable
+        return tensor
+
+    return view
+
+
 class EmulatedTensor(torch.Tensor):
     """A CPU tensor that tells DLPack's consumers that it is on CUDA device 0, the emulated one.
 
@@ -434,16 +446,11 @@ class EmulatedTensor(torch.Tensor):
         tensor.writable = True
         return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
 
-    def detach(self) -> EmulatedTensor:
-        """The same memory, with the same rights."""
-        tensor = super().detach()
-        tensor.writable = self.writable
-        return tensor
-
-    def unsqueeze(self, dim: int) -> EmulatedTensor:
-        tensor = super().unsqueeze(dim)
-        tensor.writable = self.writable
-        return tensor
+    detach = _view("detach")
+    unsqueeze = _view("unsqueeze")
+    transpose = _view("transpose")
+    narrow = _view("narrow")
+    __getitem__ = _view("__getitem__")
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return (2, 0)  # kDLCUDA

@@ -175,6 +175,7 @@ def combine(
     seqused: Any | None,
     /,
 ) -> None: ...
+def scatter(k: Any, v: Any, k_cache: Any, v_cache: Any, slots: Any, /) -> None: ...
 def explain(
     q: Any,
     k: Any,

@@ -196,6 +196,20 @@ struct fa_append_params {
 
 FA_STATIC_ASSERT(sizeof(struct fa_append_params) == 424, "host and device disagree on the layout");
 
+/* The single argument of kernels/kv_scatter.cu: each token's rows of K and V go to its slot. */
+struct fa_scatter_params {
+    const void *k, *v;       /* [tokens, heads, head_dim or head_dim_v] */
+    void *k_cache, *v_cache; /* [pages, page_size, heads, head_dim or head_dim_v] */
+    const int *slots;        /* [tokens]; those that are no row of the caches are dropped */
+    fa_int64 slot_stride;
+    struct fa_strides k_stride, v_stride, k_cache_stride, v_cache_stride;
+    int heads;
+    int slot_count;                                /* pages * page_size */
+    struct fa_divisor page_size, chunks, chunks_v; /* chunks: as in fa_append_params */
+};
+
+FA_STATIC_ASSERT(sizeof(struct fa_scatter_params) == 192, "host and device disagree on the layout");
+
 /* The single argument of kernels/backward.cu, backward_preprocess.cu and backward_sink.cu.
  *
  * Blocks add to an accumulator in fp32, in the layout of the C fragments of ptx.cuh: [batch, heads,

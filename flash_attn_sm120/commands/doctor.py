@@ -40,9 +40,16 @@ def _transformers_is_open(transformers: Any) -> bool:
     return bool(transformers.registered())
 
 
+def _vllm_is_open(vllm: Any) -> bool:
+    """vLLM opens it in each of its processes, where this package is installed."""
+    found = metadata.entry_points(group="vllm.general_plugins")
+    return any(entry.value == f"{vllm.__name__}:register" for entry in found)
+
+
 DOORS = (
     Door("PyTorch's attention", "torch", "sdpa", "activate()", _sdpa_is_open),
     Door("Transformers", "transformers", "transformers", "register()", _transformers_is_open),
+    Door("vLLM", "vllm", "vllm", "register()", _vllm_is_open),
 )
 
 

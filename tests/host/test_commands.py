@@ -9,7 +9,7 @@ from importlib import metadata
 import pytest
 import torch
 
-from flash_attn_sm120 import flash_attn_func, sdpa
+from flash_attn_sm120 import flash_attn_func, sdpa, vllm
 from flash_attn_sm120.__main__ import COMMANDS, main
 from flash_attn_sm120.commands import check, demo, doctor
 from helpers.children import run_command
@@ -90,6 +90,19 @@ def test_doctor_says_whether_a_door_is_open(monkeypatch):
     assert doctor.state(missing) == "not possible, no-such-package is not installed"
     monkeypatch.setattr(sdpa, "_OLDEST_TRIED", (99, 0))
     assert doctor.state(door) == f"{version}, which has not been tried; open"
+
+
+def test_doctor_asks_for_the_entry_point_of_vllm(monkeypatch):
+    """vLLM itself is not imported: that takes long."""
+    before = "vllm" in sys.modules
+    group = "vllm.general_plugins"
+    entry = metadata.EntryPoint("ours", "flash_attn_sm120.vllm:register", group)
+    other = metadata.EntryPoint("ours", "other:register", group)
+    for found in ([], [other], [entry]):
+        monkeypatch.setattr(metadata, "entry_points", lambda *, group, found=found: found)
+        (door,) = (door for door in doctor.DOORS if door.package == "vllm")
+        assert door.is_open(vllm) == (found == [entry])
+    assert ("vllm" in sys.modules) == before
 
 
 def test_help_says_what_each_command_is_for():

@@ -96,6 +96,12 @@ def test_wheel_holds_sources_and_types(wheel):
         "flash_attn_sm120/py.typed",
         "flash_attn_sm120/_C.pyi",
     } <= names
+    with zipfile.ZipFile(wheel) as archive:
+        (points,) = (name for name in names if name.endswith("/entry_points.txt"))
+        assert archive.read(points).decode().split() == [
+            "[vllm.general_plugins]",
+            *["flash_attn_sm120", "=", "flash_attn_sm120.vllm:register"],
+        ]
     assert not [
         name for name in names if name.startswith(("tests", "benchmarks", "csrc", "kernels/"))
     ]
@@ -158,7 +164,7 @@ def test_wheel_ships_cubins_where_asked(checkout, tmp_path, monkeypatch):
     monkeypatch.setattr(common_kernels, "COMMON_HEAD_DIMS", ((64, 64),))
     kernels = common_kernels.common_kernels(120)
     # packed sequences and caches are not among the common calls
-    packed = {"varlen_fill", "kv_append"}
+    packed = {"varlen_fill", "kv_append", "kv_scatter"}
     assert {kernel.kernel for kernel in kernels} | packed == {
         x.stem for x in (ROOT / "kernels").glob("*.cu")
     }
