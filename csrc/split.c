@@ -24,7 +24,7 @@
 /* Shorter parts never pay, nor do those of fewer keys in all, and more parts than these are more
  * than any machine has use for. */
 #define MIN_PART_KEYS 64
-#define MIN_KEYS      256
+#define MIN_KEYS      512
 #define MAX_PARTS     256
 
 /* So many times a multiprocessor may be filled with parts, one after the other. */
