@@ -364,7 +364,7 @@ BROKEN = {
         "tile.cuh", "return x + __shfl_xor_sync(0xffffffff, x, 2);", "return x;", ""
     ),
     "an element of P is rounded into the wrong half": Broken(
-        "softmax.cuh", "pack(weight0, weight1)", "pack(weight1, weight0)", ""
+        "softmax.cuh", "pack(p0, p1)", "pack(p1, p0)", ""
     ),
     "a part without its last tile": Broken(
         "forward.cuh",
@@ -526,8 +526,8 @@ BROKEN_TMA = {
         "K_layout::BYTES, params.v_map", "K_layout::BYTES, params.k_map", "", file="kv_source.cuh"
     ),
     "head and batch are swapped": broken_ring(
-        "walk.head_kv, walk.batch);",
-        "walk.batch, walk.head_kv);",
+        "params.k_map, mbarrier, row, walk.head_kv, walk.entry);",
+        "params.k_map, mbarrier, row, walk.entry, walk.head_kv);",
         "",
         file="kv_source.cuh",
         sizes=(1, 140, 400, 2, 2, 64, 64),
