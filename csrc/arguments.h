@@ -33,7 +33,7 @@ int fa_arguments_make(struct fa_driver *driver, const struct fa_problem *problem
 /* The one that a job's kernel takes. */
 void *fa_arguments_of(union fa_arguments *arguments, enum fa_job job);
 
-/* Of kernels/combine.cu for a call of its own; the parts of a row have so many slices. */
+/* The parameters of combine.cu for fa_launch_combine(); the parts of a row are in `slices`. */
 struct fa_combine_params fa_arguments_of_parts(const struct fa_parts *parts, int slices);
 
 /* Of kernels/kv_scatter.cu. */

@@ -57,7 +57,7 @@ def _strategies(
 ) -> Any:
     """Pairs of the results' and the inputs' placements: all, batch, heads.
 
-    A call with lengths has no batch to share: each device would need lengths of its own.
+    A call with lengths has no batch to share: the devices would need different lengths.
     """
     named = {name: x for name, x in by_name(tuple(lengths)).items() if x is not None}
     slopes = named.pop(SLOPES, None)

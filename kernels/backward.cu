@@ -33,7 +33,7 @@
  *   ALIBI                  1: scores fall with the distance of the key
  *   DETERMINISTIC          1: ordered accumulation: blocks add to dQ in the order of their keys
  *   DQ_DIRECT              1: one block has all keys, and stores dQ instead of adding to it
- *   VARLEN                 1: every sequence has lengths of its own
+ *   VARLEN                 1: sequences differ in length
  *   DQ_BUFFERS             accumulators of dQ: block n of keys adds to number n % DQ_BUFFERS. With
  *                          ordered accumulation, alternate buffers let adjacent blocks overlap */
 #include "params.h"
@@ -118,7 +118,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
                 }
         }
 
-        /* The sign of P^T, which has none of its own, tells group 1 what is dropped. */
+        /* P^T is never negative: a minus sign tells group 1 that an element is dropped. */
         if (DROPOUT)
             for_each_dropped_of_transposed<N_FRAGS, M_FRAGS>(
                 stream, query, key, [&](int n, int m, int e) {

@@ -16,7 +16,7 @@
  *   SOFTCAP                1: scores are capped by a tanh
  *   DROPOUT                1: weights are dropped
  *   ALIBI                  1: scores fall with the distance of the key
- *   VARLEN                 1: every sequence has lengths of its own
+ *   VARLEN                 1: sequences differ in length
  *   PAGED                  1: K and V lie in pages, of which every sequence has a list */
 #include "params.h"
 

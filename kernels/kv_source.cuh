@@ -82,9 +82,9 @@ template <> struct copied_source<false> {
     }
 };
 
-/* The rows of a tile that a thread copies, see copy_place, each in a page of its own. The COLS
- * threads that share these rows find one each, and pass it to the others: entries of the table then
- * take a register, and not one for each row. */
+/* The rows of a tile that a thread copies, see copy_place, which may lie in different pages. The
+ * COLS threads that share these rows find one each, and pass it to the others: entries of the table
+ * then take a register, and not one for each row. */
 template <int COLS> struct paged_rows {
     enum {
         STEP = THREADS / COLS,

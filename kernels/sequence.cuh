@@ -1,7 +1,7 @@
 /* The sequence that a block works on: its lengths, and where its rows begin. Kernels read lengths
  * here and nowhere else.
  *
- *   VARLEN   1: every sequence has lengths of its own, see fa_lengths in params.h */
+ *   VARLEN   1: sequences differ in length, see fa_lengths in params.h */
 #ifndef FA_SEQUENCE_CUH
 #define FA_SEQUENCE_CUH
 
