@@ -474,7 +474,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const fa_int64 pair = static_cast<fa_int64>(seq.batch) * params.heads_kv + block.head_kv;
         semaphore = params.dkv_semaphores + pair * params.n_blocks + block.n_block;
         while (semaphore_load(semaphore) != block.q_split)
-            clear_dQ(block, 0, 0);
+            ;
     }
     if (is_group_0)
         store_gradient<HEAD_DIM_V>(dKV_rmem, params.dv, params.dv_stride, params.dv_accum, block,

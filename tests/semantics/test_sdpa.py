@@ -639,7 +639,8 @@ def test_what_is_left_to_torch(device, counted, why):
     outs = []
     for module in (sdpa, F):
         torch.manual_seed(0)
-        outs.append(module.scaled_dot_product_attention(x, x, x, **options))
+        with registry.sdpa_kernel(registry.SDPBackend.MATH):  # cuDNN raises where dropout_p is 1
+            outs.append(module.scaled_dot_product_attention(x, x, x, **options))
     assert_all_equal(outs[:1], outs[1:])
     if why == "attn_mask" and device is CPU:
         assert not outs[0][:, :, 0].any()
