@@ -138,6 +138,7 @@ struct fa_plan_error {
 struct fa_plan_target {
     struct fa_device device;
     int limits_arch;                  /* as in struct fa_settings */
+    int tensor_repeat;                /* the same; 0 like 1 */
     const struct fa_tile_list *tiles; /* rows that come before those of tiles.c */
 };
 

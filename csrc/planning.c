@@ -132,6 +132,7 @@ static int set_target(struct fa_state *state, int ordinal, int arch, struct fa_p
     if (fa_settings_read(&state->settings) < 0)
         return -1;
     target->limits_arch = state->settings.limits_arch;
+    target->tensor_repeat = state->settings.tensor_repeat;
     target->tiles = &state->tiles;
     if (arch) {
         target->device = fa_device_of_arch(arch);

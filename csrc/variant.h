@@ -40,6 +40,7 @@ enum fa_code {
     FA_TYPE,   /* as the name of an enum fa_dtype */
     FA_NUMBER, /* as a number */
     FA_FLAG,   /* by the code alone, where it is 1 */
+    FA_FACTOR, /* as a number, unless it is 1 */
 };
 
 /* X(field, the constant's name in the kernel source, the kernels that have it, its code and how the
@@ -74,7 +75,8 @@ enum fa_code {
     X(split, "SPLIT", FA_FORWARDS, "_split", FA_FLAG)                                              \
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)                     \
     X(varlen, "VARLEN", FA_READ_LENGTHS, "_varlen", FA_FLAG)                                       \
-    X(paged, "PAGED", FA_FORWARDS, "_paged", FA_FLAG)
+    X(paged, "PAGED", FA_FORWARDS, "_paged", FA_FLAG)                                              \
+    X(tensor_repeat, "TENSOR_REPEAT", FA_MAIN, "_repeat", FA_FACTOR)
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */

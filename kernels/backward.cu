@@ -34,6 +34,7 @@
  *   DETERMINISTIC          1: ordered accumulation: blocks add to dQ in the order of their keys
  *   DQ_DIRECT              1: one block has all keys, and stores dQ instead of adding to it
  *   VARLEN                 1: sequences differ in length
+ *   TENSOR_REPEAT          how often each mma is issued: 1, see product.cuh
  *   DQ_BUFFERS             accumulators of dQ: block n of keys adds to number n % DQ_BUFFERS. With
  *                          ordered accumulation, alternate buffers let adjacent blocks overlap */
 #include "params.h"
@@ -156,8 +157,8 @@ __device__ __forceinline__ float2 load_delta(const query_tile &tile, int query,
                                              const fa_backward_params &params)
 {
     const float2 delta = ld_shared_2(tile.lse_smem + (TILE_M + query + 2 * quad_lane()) * 4);
-    const float keep = params.dropout.keep;
-    return DROPOUT ? make_float2(delta.x * keep, delta.y * keep) : delta;
+    const float unit = (DROPOUT ? params.dropout.keep : 1.0f) * TENSOR_REPEAT;
+    return make_float2(delta.x * unit, delta.y * unit);
 }
 
 /* Products 2 and 4 of warp group 1: dS^T in the place of P^T, and dK. `word_smem` is the address of
@@ -477,9 +478,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
             ;
     }
     if (is_group_0)
-        store_gradient<HEAD_DIM_V>(dKV_rmem, params.dv, params.dv_stride, params.dv_accum, block,
-                                   warp_key, (DROPOUT ? params.dropout.scale : 1.0f) / P_SCALE,
-                                   params);
+        store_gradient<HEAD_DIM_V>(
+            dKV_rmem, params.dv, params.dv_stride, params.dv_accum, block, warp_key,
+            (DROPOUT ? params.dropout.scale : 1.0f) / (P_SCALE * TENSOR_REPEAT), params);
     else
         store_gradient<HEAD_DIM>(dKV_rmem, params.dk, params.dk_stride, params.dk_accum, block,
                                  warp_key, params.softmax_scale / P_SCALE, params);

@@ -17,7 +17,8 @@
  *   DROPOUT                1: weights are dropped
  *   ALIBI                  1: scores fall with the distance of the key
  *   VARLEN                 1: sequences differ in length
- *   PAGED                  1: K and V lie in pages, of which every sequence has a list */
+ *   PAGED                  1: K and V lie in pages, of which every sequence has a list
+ *   TENSOR_REPEAT          how often each mma is issued: 1, see product.cuh */
 #include "params.h"
 
 #include "ptx.cuh"

@@ -105,6 +105,7 @@ __device__ __forceinline__ void store_split(const fa_forward_params &params,
             float inverse = l == 0.0f ? 0.0f : 1.0f / l; /* 0: no keys */
             if (DROPOUT)
                 inverse *= params.dropout.scale;
+            inverse *= 1.0f / TENSOR_REPEAT;
             const int row = block.lane_row + 16 * m + 8 * half;
             if (row >= block.row_count() || left_out.has(m, half))
                 continue;
@@ -147,6 +148,7 @@ __device__ __forceinline__ void store_rows(const fa_forward_params &params,
             float inverse = l == 0.0f ? 0.0f : rescale * (1.0f / l); /* 0: no keys */
             if (DROPOUT)
                 inverse *= params.dropout.scale;
+            inverse *= 1.0f / TENSOR_REPEAT;
             element *out_row = out_gmem + block.row_offset(params.out_stride, row);
             store_row<O_FRAGS>(out_row, O_rmem[m], half, inverse, stores);
             if (lse_gmem && stores)
