@@ -171,6 +171,34 @@ static struct fa_alibi alibi_of(const struct fa_problem *problem)
     };
 }
 
+static struct fa_block_list block_list_of(const struct fa_tensor *counts,
+                                          const struct fa_tensor *indices)
+{
+    if (!counts->object)
+        return (struct fa_block_list){0};
+    return (struct fa_block_list){
+        .counts = counts->data,
+        .indices = indices->data,
+        .count = fa_block_list_strides(counts),
+        .index = fa_block_list_strides(indices),
+        .most = (int)indices->shape[3],
+    };
+}
+
+/* `own`: rows that a tile of the kernel takes of a block that is a row of the lists, `other`: of
+ * one that is listed. */
+static struct fa_block_lists block_lists_of(const struct fa_block_lists_read *lists, int row_tiles,
+                                            int tiles)
+{
+    return (struct fa_block_lists){
+        .partial = block_list_of(&lists->counts, &lists->indices),
+        .full = block_list_of(&lists->full_counts, &lists->full_indices),
+        .blocks = lists->blocks,
+        .row_tiles = divisor_of(row_tiles),
+        .tiles = divisor_of(tiles),
+    };
+}
+
 /* Where the tiles of all sequences are listed; NULL: they are not. */
 static struct fa_listed_tile *list_of(const struct fa_plan *plan, float *workspace)
 {
@@ -399,22 +427,30 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
 {
     const int page_size = problem->shape.page_size;
     const int box_rows = page_size ? fa_page_box_rows(plan->tile_n, page_size) : plan->tile_n;
-    arguments->main.forward = forward_params(problem, plan, workspace);
+    const struct fa_variant *variant = &plan->steps[plan->main].variant;
+    struct fa_forward_tma_params *main = &arguments->main.dense;
+    main->forward = forward_params(problem, plan, workspace);
+    if (variant->block_sparse) {
+        const struct fa_block_lists_read *lists = &problem->key_blocks;
+        const int rows = variant->pack_gqa ? fa_heads_per_kv(&problem->shape) : 1;
+        arguments->main.lists = block_lists_of(lists, lists->block_q * rows / plan->tile_m,
+                                               lists->block_k / plan->tile_n);
+    }
     if (plan->splits > 1)
         arguments->combine = combine_params(problem, plan, workspace);
     if (problem->shape.is_varlen)
         arguments->fill = fill_params(problem, plan, workspace);
     if (problem->append.k.object) {
         arguments->append = append_params(problem, plan, workspace);
-        read_appended(&arguments->append, &arguments->main.forward);
+        read_appended(&arguments->append, &main->forward);
     }
-    if (plan->steps[plan->main].variant.kernel != FA_KERNEL_FORWARD_TMA)
+    if (variant->kernel != FA_KERNEL_FORWARD_TMA)
         return 0;
     const struct fa_tensor k = used_rows(problem, &problem->k);
     const struct fa_tensor v = used_rows(problem, &problem->v);
-    if (encode_tensor_map(driver, &k, box_rows, &arguments->main.k_map) < 0)
+    if (encode_tensor_map(driver, &k, box_rows, &main->k_map) < 0)
         return -1;
-    return encode_tensor_map(driver, &v, box_rows, &arguments->main.v_map);
+    return encode_tensor_map(driver, &v, box_rows, &main->v_map);
 }
 
 /* ---- backward -------------------------------------------------------------------------------- */
@@ -521,8 +557,14 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     const int keys = plan->n_blocks * plan->tile_n;
     const float scale = scale_of_dS(shape, plan);
     const float scale_of_P = 1 / (fa_keep_probability(shape) * tensor_repeat(plan));
-    arguments->main = backward_params(problem, gradients, plan, workspace);
-    arguments->main.dropout = dropout_of(problem);
+    struct fa_backward_params *main = &arguments->main.dense;
+    *main = backward_params(problem, gradients, plan, workspace);
+    main->dropout = dropout_of(problem);
+    if (variant->block_sparse) {
+        const struct fa_block_lists_read *lists = &problem->query_blocks;
+        arguments->main.lists =
+            block_lists_of(lists, lists->block_k / plan->tile_n, lists->block_q / plan->tile_m);
+    }
     arguments->dq = postprocess_params(workspace + at->dq_accum, variant->dq_buffers, queries,
                                        scale, &gradients->dq);
     arguments->dq.batch = shape->batch;
@@ -534,9 +576,9 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
         postprocess_params(workspace + at->dv_accum, 1, keys, scale_of_P, &gradients->dv);
     if (!variant->tma)
         return 0;
-    if (encode_queries_map(driver, &problem->q, plan->tile_m, &arguments->main.q_map) < 0)
+    if (encode_queries_map(driver, &problem->q, plan->tile_m, &main->q_map) < 0)
         return -1;
-    return encode_queries_map(driver, &gradients->dout, plan->tile_m, &arguments->main.dout_map);
+    return encode_queries_map(driver, &gradients->dout, plan->tile_m, &main->dout_map);
 }
 
 /* ---- the interface --------------------------------------------------------------------------- */

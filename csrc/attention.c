@@ -2,6 +2,7 @@
 
 #include "cpu/append.h"
 #include "cpu/backward.h"
+#include "cpu/block_map.h"
 #include "cpu/combine.h"
 #include "cpu/forward.h"
 #include "cpu/scatter.h"
@@ -16,7 +17,8 @@ static int begin(const struct fa_problem *problem, const struct fa_gradients *gr
 {
     const int count = fa_cpu_thread_count();
     if (count < 0 || fa_problem_recheck(problem, gradients, NULL) < 0 ||
-        fa_check_sequences(problem) < 0)
+        fa_check_sequences(problem) < 0 ||
+        fa_block_map_check(gradients ? &problem->query_blocks : &problem->key_blocks) < 0)
         return -1;
     fa_cpu_threads_begin(threads, count);
     return 0;

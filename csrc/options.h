@@ -37,7 +37,9 @@ struct fa_window {
     X(dropout_seed, PyObject *, object, NULL, "None")                                              \
     X(num_splits, int, count, 0, "0")                                                              \
     X(pack_gqa, enum fa_pack_gqa, choice, FA_PACK_AUTO, "None")                                    \
-    X(deterministic, bool, flag, false, "False")
+    X(deterministic, bool, flag, false, "False")                                                   \
+    X(key_blocks, PyObject *, object, NULL, "None")                                                \
+    X(query_blocks, PyObject *, object, NULL, "None")
 
 /* Those of the forward alone. */
 #define FA_RESULT_OPTIONS(X)                                                                       \

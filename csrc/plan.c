@@ -35,6 +35,7 @@ struct fa_variant fa_plan_variant(const struct fa_plan_input *input)
         .alibi = input->alibi,
         .varlen = input->varlen,
         .paged = input->paged,
+        .block_sparse = input->block_q != 0,
     };
 }
 

@@ -40,12 +40,14 @@ struct fa_plan_input {
     int may_split;             /* varlen and num_splits 0: fa_plan_may_split; else 0 */
     int pack_gqa;              /* enum fa_pack_gqa */
     int deterministic;
-    int varlen;      /* lengths are on the device, and differ from sequence to sequence */
-    int paged;       /* K and V lie in pages */
-    int leftpad;     /* the first key of a sequence is not row 0 of its pages */
-    int append;      /* new rows of K and V are appended to them first */
-    int box_rows;    /* where paged: of a box of the TMA, of FA_TMA_KEY_STEP at most */
-    int tma_strides; /* tensor maps can describe K and V; in the backward Q and dO */
+    int varlen;           /* lengths are on the device, and differ from sequence to sequence */
+    int paged;            /* K and V lie in pages */
+    int leftpad;          /* the first key of a sequence is not row 0 of its pages */
+    int append;           /* new rows of K and V are appended to them first */
+    int box_rows;         /* where paged: of a box of the TMA, of FA_TMA_KEY_STEP at most */
+    int block_q, block_k; /* queries and keys of listed blocks; 0: none are listed */
+    int own_lists;        /* query heads have lists of their own */
+    int tma_strides;      /* tensor maps can describe K and V; in the backward Q and dO */
 };
 
 /* What grids and the workspace are as large as. A plan for sequences of any lengths serves calls of

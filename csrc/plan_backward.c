@@ -412,6 +412,8 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
 int fa_plan_backward(const struct fa_plan_input *input, const struct fa_plan_target *target,
                      struct fa_plan *plan, struct fa_plan_error *error)
 {
+    if (input->block_q)
+        return fa_plan_refuse(error, true, "listed blocks have no backward on CUDA yet");
     struct fa_step *first = fa_plan_add(plan, (struct fa_step){0});
     set_main(input, target, plan);
     set_group_limit(input, &target->device, plan);

@@ -97,6 +97,18 @@ static void make_room_for_dropout(struct fa_tile *tile)
     tile->stages = 3;
 }
 
+/* Tiles that whole listed blocks have. */
+static void divide_blocks(const struct fa_plan_input *input, struct fa_tile *tile)
+{
+    while (tile->warps > 1 && input->block_q % (tile->warps * tile->warp_m) != 0)
+        tile->warps /= 2;
+    if (input->block_q % tile->warp_m != 0)
+        tile->warp_m = 16;
+    while (tile->tile_n > 16 && input->block_k % tile->tile_n != 0)
+        tile->tile_n /= 2;
+    tile->sub_n = MIN(tile->sub_n, tile->tile_n);
+}
+
 /* Every kernel keeps within 99 KB wherever it runs, so that what is tested anywhere holds on
  * 12.x. */
 static int smem_limit(const struct fa_device *device)
@@ -115,6 +127,8 @@ static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
         if (!serves(&rows[i], input, device))
             continue;
         *tile = rows[i].tile;
+        if (input->block_q)
+            divide_blocks(input, tile);
         if (tile->kernel == FA_KERNEL_FORWARD_TMA &&
             !tma_can_implement(input, device, tile, smem_per_block, why_not_tma)) {
             tile->kernel = FA_KERNEL_FORWARD;
@@ -158,6 +172,11 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
         make_room_for_dropout(tile);
     if (input->varlen && !is_own)
         shrink_ring(input, tile);
+    if (input->block_q) { /* again: dropout's tile is another */
+        divide_blocks(input, tile);
+        fa_plan_because(plan, "blocks",
+                        "a walk over lists: the tiles of listed blocks are read, and no others");
+    }
     const bool is_tma = tile->kernel == FA_KERNEL_FORWARD_TMA;
     fa_plan_because(plan, "kernel",
                     is_asked ? "forward_tma: mma.sync fed by the TMA, as the tile's row asks"
@@ -198,6 +217,8 @@ static const char *why_not_packed(const struct fa_plan_input *input)
 {
     if (fa_plan_heads_per_kv(input) == 1)
         return "not packed: each KV head has one query head";
+    if (input->own_lists)
+        return "not packed: query heads have lists of blocks of their own";
     if (input->dropout)
         return "not packed: a random number is drawn for weights of rows that are queries";
     if (rows(input, input->seqlen_q, true) > FA_MAX_SIZE)
@@ -556,6 +577,9 @@ int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_targ
                     struct fa_plan *plan, struct fa_plan_error *error)
 {
     struct fa_tile tile;
+    if (input->block_q % 16 != 0 || input->block_k % 16 != 0)
+        return fa_plan_refuse(
+            error, true, "on CUDA block sizes must be multiples of 16, of queries and of keys");
     if (!choose_tile(input, target, plan, &tile))
         return fa_plan_refuse(error, true,
                               "no tile fits the shared memory of this device at these head dims");

@@ -50,6 +50,17 @@ static int planned_box_rows(int page_size)
     return rows < FA_TMA_KEY_STEP ? MIN(rows, FA_MIN_BOX_ROWS) : rows;
 }
 
+/* Whether any of the lists differ from head to head. */
+static bool has_own_lists(const struct fa_block_lists_read *lists)
+{
+    const struct fa_tensor *const all[] = {&lists->counts, &lists->indices, &lists->full_counts,
+                                           &lists->full_indices};
+    for (int i = 0; i < 4; i++)
+        if (all[i]->object && all[i]->shape[1] > 1)
+            return true;
+    return false;
+}
+
 struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
                                        enum fa_direction direction, const struct fa_tensor *dout)
 {
@@ -57,6 +68,8 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
     const struct fa_options *options = &problem->options;
     const bool is_forward = direction == FA_FORWARD;
     const int keys = planned_keys(problem);
+    const struct fa_block_lists_read *lists =
+        is_forward ? &problem->key_blocks : &problem->query_blocks;
     const struct fa_tensor *first = is_forward ? &problem->k : &problem->q;
     const struct fa_tensor *second = is_forward ? &problem->v : dout;
     return (struct fa_plan_input){
@@ -87,6 +100,9 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .leftpad = shape->page_size && problem->leftpad_k.object,
         .append = problem->append.k.object != NULL,
         .box_rows = planned_box_rows(shape->page_size),
+        .block_q = lists->block_q,
+        .block_k = lists->block_k,
+        .own_lists = has_own_lists(lists),
         .tma_strides =
             has_map(shape, is_forward, first) && (!second || has_map(shape, is_forward, second)),
     };

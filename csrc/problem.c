@@ -345,6 +345,21 @@ static int read_alibi_slopes(struct fa_dlpack *dlpack, struct fa_problem *proble
     return check_device(&problem->q, slopes, NAME);
 }
 
+/* Lists of blocks, which are those of one length for all sequences. */
+static int read_blocks(struct fa_dlpack *dlpack, struct fa_problem *problem)
+{
+    const struct fa_options *options = &problem->options;
+    if ((options->key_blocks || options->query_blocks) && problem->shape.is_varlen)
+        return fa_raise(PyExc_NotImplementedError,
+                        "block sparsity is not supported with packed sequences, lengths on the "
+                        "device, pages and caches");
+    return fa_block_lists_read(dlpack, options->key_blocks, "key_blocks", true, &problem->q,
+                               &problem->shape, &problem->key_blocks) < 0
+               ? -1
+               : fa_block_lists_read(dlpack, options->query_blocks, "query_blocks", false,
+                                     &problem->q, &problem->shape, &problem->query_blocks);
+}
+
 /* Sizes of a result, and how many there are: of out [batch, seqlen_q, heads_q, head_dim_v], where q
  * is packed [total_q, heads_q, head_dim_v]; of lse [batch, heads_q, seqlen_q] or [heads_q,
  * total_q]. */
@@ -427,8 +442,8 @@ struct named_tensor {
 };
 
 /* All tensors of a call, some of which may not be there (yet). */
-#define FORWARD_TENSORS 18
-#define MAX_TENSORS     24
+#define FORWARD_TENSORS 26
+#define MAX_TENSORS     32
 static int tensors_of(const struct fa_problem *problem, const struct fa_gradients *gradients,
                       struct named_tensor tensors[MAX_TENSORS])
 {
@@ -451,6 +466,14 @@ static int tensors_of(const struct fa_problem *problem, const struct fa_gradient
         {&problem->append.v, "v"},
         {&problem->append.cos, "rotary_cos"},
         {&problem->append.sin, "rotary_sin"},
+        {&problem->key_blocks.counts, "counts of key blocks"},
+        {&problem->key_blocks.indices, "indices of key blocks"},
+        {&problem->key_blocks.full_counts, "counts of full key blocks"},
+        {&problem->key_blocks.full_indices, "indices of full key blocks"},
+        {&problem->query_blocks.counts, "counts of query blocks"},
+        {&problem->query_blocks.indices, "indices of query blocks"},
+        {&problem->query_blocks.full_counts, "counts of full query blocks"},
+        {&problem->query_blocks.full_indices, "indices of full query blocks"},
     };
     memcpy(tensors, forward, sizeof forward);
     if (!gradients)
@@ -556,7 +579,7 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
         return -1;
     set_shape(problem, (int)batch);
     if (read_sink(dlpack, problem) < 0 || read_alibi_slopes(dlpack, problem) < 0 ||
-        read_dropout_seed(dlpack, read, problem) < 0)
+        read_dropout_seed(dlpack, read, problem) < 0 || read_blocks(dlpack, problem) < 0)
         return -1;
     for (int i = 0; i < 4; i++) {
         if (!tensors[i]->object)
@@ -589,11 +612,15 @@ void fa_problem_release(struct fa_problem *problem)
                                         &problem->seqused_k, &problem->page_table,
                                         &problem->leftpad_k, &problem->append.k, &problem->append.v,
                                         &problem->append.cos, &problem->append.sin},
-            FORWARD_TENSORS);
+            18);
+    fa_block_lists_release(&problem->key_blocks);
+    fa_block_lists_release(&problem->query_blocks);
 }
 
 int fa_problem_check_differentiable(const struct fa_problem *problem)
 {
+    if (problem->options.key_blocks && !problem->options.query_blocks)
+        return fa_raise(PyExc_ValueError, "the backward of key_blocks needs query_blocks");
     if (!problem->page_table.object)
         return 0;
     return fa_raise(PyExc_NotImplementedError, "page_table has no backward: K and V are a cache");

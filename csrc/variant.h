@@ -76,6 +76,7 @@ enum fa_code {
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)                     \
     X(varlen, "VARLEN", FA_READ_LENGTHS, "_varlen", FA_FLAG)                                       \
     X(paged, "PAGED", FA_FORWARDS, "_paged", FA_FLAG)                                              \
+    X(block_sparse, "BLOCK_SPARSE", FA_MAIN, "_blocks", FA_FLAG)                                   \
     X(tensor_repeat, "TENSOR_REPEAT", FA_MAIN, "_repeat", FA_FACTOR)
 
 struct fa_variant {

@@ -82,7 +82,7 @@ class _Attention(Function):
         by_operator = (
             torch.is_grad_enabled()
             or is_followed(q, k, v, sink, dout, dlse)
-            or profiler._is_profiler_enabled
+            or (profiler._is_profiler_enabled and "key_blocks" not in ctx.options)
         )
         run = ops.backward if by_operator else ops.run_backward
         dq, dk, dv, dsink = run(ctx.options, dout, dlse, q, k, v, sink, out, lse, *lengths)

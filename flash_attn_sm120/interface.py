@@ -11,7 +11,7 @@ from torch._C import _is_any_autocast_enabled
 from torch.autograd import profiler
 from torch.compiler import is_dynamo_compiling
 
-from flash_attn_sm120 import _C, autograd, ops
+from flash_attn_sm120 import _C, autograd, block_mask, ops
 from flash_attn_sm120.dropout import draw_seed
 from flash_attn_sm120.following import is_followed
 from flash_attn_sm120.plan import ScalarOptions, Tensor, VarlenOptions, Window
@@ -134,6 +134,12 @@ def flash_attn_func(
         RuntimeError: the driver or the compiler; ``out`` or ``lse`` where a gradient is wanted or
             torch follows the call.
     """
+    blocks = None
+    if block_sparse_tensors is not None:
+        blocks = block_mask.read(
+            block_sparse_tensors, block_sparse_tensors_bwd, q.shape[1], k.shape[1]
+        )
+        mask_mod = mask_mod or blocks.mask_mod
     if (
         qv is not None
         or gather_kv_indices is not None
@@ -142,8 +148,7 @@ def flash_attn_func(
         or mask_mod is not None
         or aux_tensors is not None
         or aux_scalars is not None
-        or block_sparse_tensors is not None
-        or block_sparse_tensors_bwd is not None
+        or (block_sparse_tensors_bwd is not None and blocks is None)
         or unsupported
     ):
         _reject_unsupported(
@@ -155,14 +160,13 @@ def flash_attn_func(
             mask_mod=mask_mod,
             aux_tensors=aux_tensors,
             aux_scalars=aux_scalars,
-            block_sparse_tensors=block_sparse_tensors,
-            block_sparse_tensors_bwd=block_sparse_tensors_bwd,
+            block_sparse_tensors_bwd=None if blocks else block_sparse_tensors_bwd,
             **unsupported,
         )
     if dropout_p and dropout_seed is None:
         dropout_seed = draw_seed(q)
     if seqused_k is not None or max_seqlen_k is not None or page_table is not None:
-        return flash_attn_varlen_func(
+        return flash_attn_varlen_func(  # which refuses blocks
             q,
             k,
             v,
@@ -180,15 +184,20 @@ def flash_attn_func(
             num_splits=num_splits,
             pack_gqa=pack_gqa,
             deterministic=deterministic,
+            block_sparse_tensors=block_sparse_tensors,
             return_lse=return_lse,
             out=out,
             lse=lse,
         )
+    wants_gradients = is_grad_enabled() and _any_requires_grad(
+        q, k, v, learnable_sink, alibi_slopes
+    )
     if not (
-        is_dynamo_compiling()
+        wants_gradients
+        or blocks is not None
+        or is_dynamo_compiling()
         or _is_any_autocast_enabled()
         or profiler._is_profiler_enabled
-        or (is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink, alibi_slopes))
     ):
         results = _C.forward_if_plain(
             q,
@@ -222,6 +231,8 @@ def flash_attn_func(
         "pack_gqa": pack_gqa,
         "deterministic": deterministic,
     }
+    if blocks is not None:
+        options.update(blocks.options(k.shape[1], wants_gradients))  # type: ignore[typeddict-item]
     others = {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}
     if dropout_seed is not None:
         others["dropout_seed"] = dropout_seed
@@ -450,6 +461,13 @@ def _attend(
         if in_place
         else profiler._is_profiler_enabled and isinstance(q, torch.Tensor)
     )
+    if by_operator and "key_blocks" in options:
+        if is_followed(q, k, v, learnable_sink, *lengths.values()):
+            raise NotImplementedError(
+                f"{function} with block_sparse_tensors is not supported yet where torch follows "
+                "the call (compile, func, modes, subclasses): torch.compiler.disable() it"
+            )
+        by_operator = False
     if not by_operator and _is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v, lengths.get("page_table"))
     alibi_slopes = lengths.get("alibi_slopes")

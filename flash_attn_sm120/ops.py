@@ -64,6 +64,10 @@ def to_schema(window_size: Any = None, **options: Any) -> dict[str, Any]:
     Raises:
         TypeError: a tensor where a number is wanted, or a window that is no pair.
     """
+    if "key_blocks" in options:
+        raise NotImplementedError(
+            "block_sparse_tensors has no second derivative, and no gradient that torch follows yet"
+        )
     if window_size is None:
         window_size = (None, None)
     if len(window_size) != 2:

@@ -28,6 +28,8 @@ class ScalarOptions(TypedDict, total=False):
     num_splits: int
     pack_gqa: bool | None
     deterministic: bool
+    key_blocks: Any
+    query_blocks: Any
 
 
 class VarlenOptions(ScalarOptions, total=False):

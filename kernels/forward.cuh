@@ -17,6 +17,7 @@
 #ifndef FA_FORWARD_CUH
 #define FA_FORWARD_CUH
 
+#include "forward_walk.cuh"
 #include "nonfinite.cuh"
 #include "row_alibi.cuh"
 #include "softmax.cuh"
@@ -44,50 +45,6 @@ __device__ __forceinline__ void load_queries(unsigned (&Q_rmem)[M_FRAGS][D_STEPS
             }
         }
 }
-
-/* The tiles of keys that a block goes through, from the last to the first. Any row sees keys of the
- * tiles [begin, end), every row all keys of [inner_begin, inner_end).
- *
- *   key 0  |  left edge  |          unmasked          |  right edge  |  seqlen_k
- *        begin      inner_begin                   inner_end         end
- *   i =  count  <-- unmasked_end <---------------- right_end  <----- 0
- *
- * The right edge is masked by the length and the right diagonal, the left edge by the left diagonal
- * alone. m is found at the right edge, so if START_KEYS is 1 the first unmasked tile counts as one
- * of the edge: then every row has seen a key. With ALiBi the edge goes on to the diagonal, where
- * scores are largest: from there on m is large enough, unless slopes are negative. */
-struct tile_ranges {
-    int end, count; /* tile i of the walk is number end - 1 - i of the sequence */
-    int inner_begin, inner_end;
-
-    __device__ __forceinline__ tile_ranges(const forward_block &block, const fa_divisor &splits)
-    {
-        int begin = block.keys_of(block.block_row).begin / TILE_N;
-        end = max(begin, ceil_div(block.keys_of(block.last_row).end, TILE_N));
-        inner_begin = min(ceil_div(block.keys_of(block.last_row).begin, TILE_N), end);
-        inner_end =
-            max((block.edge_of(block.block_row) + TILE_N - START_KEYS) / TILE_N, inner_begin);
-        if (SPLIT) { /* of all these the tiles of one split, which may be none */
-            take_split(begin, end, block.split, splits);
-            inner_begin = min(max(inner_begin, begin), end);
-            inner_end = min(max(inner_end, inner_begin), end);
-        }
-        count = end - begin;
-    }
-
-    /* Where the iterations of the walk change. */
-    __device__ __forceinline__ int unmasked_end() const { return end - inner_begin; }
-    __device__ __forceinline__ int right_end() const { return min(end - inner_end + 1, count); }
-
-    /* Makes [begin, end) one of its splits, which differ by one tile at most. */
-    static __device__ __forceinline__ void take_split(int &begin, int &end, int split,
-                                                      const fa_divisor &splits)
-    {
-        const divided share = divide(end - begin, splits);
-        begin += split * share.quotient + min(split, share.rest);
-        end = begin + share.quotient + (split < share.rest);
-    }
-};
 
 /* O / l and lse of one split for combine.cu. The lanes of a quad write 32 contiguous bytes. */
 __device__ __forceinline__ void store_split(const fa_forward_params &params,
@@ -184,13 +141,14 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
         const forward_block block(params);
         if (VARLEN && !block.has_rows())
             return;
-        const tile_ranges tiles(block, params.parts);
+        forward_walk<> tiles(block, params.parts);
         const int unmasked_end = is_exact ? 0 : tiles.unmasked_end();
         int masked_end = is_exact ? tiles.count : tiles.right_end();
 
         /* ---- 2. Start the ring. A producer warp only loads. */
-        ring.start({block.seq.k_entry(), block.seq.k_begin, block.head_kv, tiles.end, tiles.count},
-                   block.seq);
+        ring.start(
+            {block.seq.k_entry(), block.seq.k_begin, block.head_kv, tiles.order(), tiles.count},
+            block.seq);
         if (ring.is_producer()) {
             ring.feed();
             flagged = 0;
@@ -202,8 +160,9 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                 ring.clear_tail(block.seq.seqlen_k());
             const row_alibi alibi(block);
 
-            /* Right edge, unmasked tiles, left edge: both edges are the same code. */
-            for (int i = 0; i < tiles.count; masked_end = tiles.count) {
+            /* Right edge, unmasked tiles, left edge: both edges are the same code. Listed tiles
+             * alternate as they come. */
+            for (int i = 0; i < tiles.count; masked_end = tiles.masked_end_from(i)) {
                 /* ---- 3. Masked iterations. Sub-tiles that no row of the warp sees are skipped. */
 #pragma unroll 1
                 for (; i < masked_end; i++) {
@@ -219,7 +178,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
 
 #pragma unroll 1
                     for (int n = 0; n < TILE_N; n += SUB_N) {
-                        const int tile_key = (tiles.end - 1 - i) * TILE_N, key = tile_key + n;
+                        const int tile_key = tiles.key(i), key = tile_key + n;
                         const int row = not_before(block.lane_row);
                         if (key + SUB_N <= block.keys_of(block.warp_row).begin ||
                             key >= block.keys_of(block.warp_row + WARP_M - 1).end)
@@ -240,8 +199,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                             return block.keys_of(row + r) - lane_key;
                         });
                         const row_set updated =
-                            is_exact ? row_set{~0u}
-                                     : rows_to_update(block, row, tile_key, tiles.end * TILE_N);
+                            is_exact ? row_set{~0u} : tiles.rows_to_update(block, row, tile_key);
                         update_row_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2, updated);
                         exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, updated,
                                      stream, coords_of);
@@ -252,17 +210,20 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                             add_values(O_rmem, P_rmem, V_sub_smem);
                     }
                     ring.advance();
+                    tiles.advance();
                 }
 
                 /* ---- 4. Unmasked iterations: no mask, no row max. */
 #pragma unroll 1
                 for (; i < unmasked_end; i++) {
+                    if (BLOCK_SPARSE && !tiles.is_inner())
+                        break;
                     ring.wait_own();
                     ring.wait_all(); /* barrier, as above */
                     ring.refill(i);
 #pragma unroll SUB_UNROLL
                     for (int n = 0; n < TILE_N; n += SUB_N) {
-                        const int key = (tiles.end - 1 - i) * TILE_N + n + 2 * quad_lane();
+                        const int key = tiles.key(i) + n + 2 * quad_lane();
                         const auto coords_of = [&](int r, int c) {
                             return block.coords(block.lane_row + r, key + c);
                         };
@@ -277,6 +238,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                         add_values(O_rmem, P_rmem, ring.V_smem + n * V_layout::ROW_BYTES);
                     }
                     ring.advance();
+                    tiles.advance();
                 }
             }
 

@@ -2,6 +2,7 @@
 #ifndef FA_FORWARD_BLOCK_CUH
 #define FA_FORWARD_BLOCK_CUH
 
+#include "block_list.cuh"
 #include "division.cuh"
 #include "score.cuh"
 #include "tile.cuh"
@@ -10,7 +11,8 @@
  *
  * Blocks that run at the same time should share K and V in the L2: so group_heads (batch, head)
  * pairs go through all their query blocks together, heads fastest. With a right diagonal the last
- * queries see the most keys: these blocks start first, and the short ones fill the gaps at the end.
+ * queries see the most keys: these blocks start first, and the short ones fill the gaps at the end;
+ * so it is of most lists of blocks.
  * The splits of a block, which are equally long, start together. With a list of tiles, sequence by
  * sequence, a group is of heads alone, and goes through the list.
  *
@@ -43,7 +45,7 @@ struct forward_block {
         const divided by_heads = divide(pair, params.heads);
         head = by_heads.rest;
         int number = by_heads.quotient;
-        int tile = MASK_RIGHT ? params.m_blocks.number - 1 - rank : rank;
+        int tile = MASK_RIGHT || BLOCK_SPARSE ? params.m_blocks.number - 1 - rank : rank;
         if (VARLEN && params.list) { /* queries are packed: lse asks for the head, not the pair */
             number = ld_global(&params.list[rank].sequence);
             tile = ld_global(&params.list[rank].tile);
@@ -60,6 +62,11 @@ struct forward_block {
         mask = attention_mask(seq);
     }
 
+    /* Query heads that share a block share its list. */
+    __device__ __forceinline__ listed_tiles listed() const
+    {
+        return listed_tiles(params, seq.batch, head, block_row / TILE_M);
+    }
     __device__ __forceinline__ int row_count() const
     {
         return PACK_GQA ? seq.seqlen_q() * params.heads_per_kv.number : seq.seqlen_q();

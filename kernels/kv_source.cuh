@@ -5,17 +5,36 @@
 #ifndef FA_KV_SOURCE_CUH
 #define FA_KV_SOURCE_CUH
 
-#include "division.cuh"
-#include "sequence.cuh"
+#include "block_list.cuh"
 #include "tile.cuh"
 
-/* The tiles that a block goes through: of one KV head, from tile_end - 1 downwards. */
-struct tile_walk {
-    int entry, first_row; /* of K and V: the entry of the batch, and the row in it that has key 0 */
-    int head_kv, tile_end, tiles;
+/* The order of the tiles that a block goes through. */
+template <bool IS_SPARSE = BLOCK_SPARSE> struct tile_order;
+
+/* From tile end - 1 of the sequence downwards. */
+template <> struct tile_order<false> {
+    int end;
 
     /* The first key of the i-th tile. */
-    __device__ __forceinline__ int key(int i) const { return (tile_end - 1 - i) * TILE_N; }
+    __device__ __forceinline__ int key(int i) const { return (end - 1 - i) * TILE_N; }
+};
+
+/* Those listed, from number `begin` on. */
+template <> struct tile_order<true> {
+    listed_tiles tiles;
+    int begin;
+
+    __device__ __forceinline__ int key(int i) const { return tiles.tile(begin + i) * TILE_N; }
+};
+
+/* The tiles that a block goes through, of one KV head. */
+struct tile_walk {
+    int entry, first_row; /* of K and V: the entry of the batch, and the row in it that has key 0 */
+    int head_kv;
+    tile_order<> order;
+    int tiles;
+
+    __device__ __forceinline__ int key(int i) const { return order.key(i); }
 };
 
 /* ---- pages ----------------------------------------------------------------------------------- */
@@ -48,10 +67,10 @@ struct page_list {
 
 /* ---- for cp.async ---------------------------------------------------------------------------- */
 
-template <bool IS_PAGED = PAGED> struct copied_source;
+template <bool IS_PAGED = PAGED, bool IS_SPARSE = BLOCK_SPARSE> struct copied_source;
 
 /* Strided tensors: pointers that each thread moves from tile to tile. */
-template <> struct copied_source<false> {
+template <> struct copied_source<false, false> {
     const fa_forward_params &params;
     const element *K_gmem, *V_gmem; /* this thread's first chunks of the tile that is copied next */
     fa_int64 K_stride, V_stride;    /* from row to row */
@@ -79,6 +98,36 @@ template <> struct copied_source<false> {
     {
         K_gmem -= TILE_N * K_stride;
         V_gmem -= TILE_N * V_stride;
+    }
+};
+
+/* The same of listed tiles, which come in any order: any of them may have the last key. */
+template <> struct copied_source<false, true> {
+    copied_source<false, false> rows;
+    listed_walk walk;
+    int seqlen_k;
+
+    __device__ __forceinline__ explicit copied_source(const fa_forward_params &params)
+        : rows{params}
+    {
+    }
+    template <class walk_t>
+    __device__ __forceinline__ void start(const walk_t &first,
+                                          const sequence<fa_forward_params> &seq)
+    {
+        rows.start(first, seq);
+        walk = listed_walk(first.order.tiles, first.order.begin);
+        seqlen_k = seq.seqlen_k();
+    }
+    __device__ __forceinline__ int keys() const { return seqlen_k - walk.tile * TILE_N; }
+    __device__ __forceinline__ void copy_K(unsigned smem, int) const { rows.copy_K(smem, keys()); }
+    __device__ __forceinline__ void copy_V(unsigned smem, int) const { rows.copy_V(smem, keys()); }
+    __device__ __forceinline__ void advance()
+    {
+        const int from = walk.tile;
+        walk.advance();
+        rows.K_gmem += (walk.tile - from) * TILE_N * rows.K_stride;
+        rows.V_gmem += (walk.tile - from) * TILE_N * rows.V_stride;
     }
 };
 
@@ -160,7 +209,7 @@ template <class layout> struct paged_tensor {
 
 /* Pages of any size. The table is read a tile ahead. Keys are counted from row 0 of the pages,
  * where key 0 of the sequence need not be. */
-template <> struct copied_source<true> {
+template <> struct copied_source<true, false> {
     enum { SAME_ROWS = K_layout::COLS == V_layout::COLS };
     const fa_forward_params &params;
     page_list list{params.pages};

@@ -82,6 +82,27 @@ struct fa_dropout {
     float keep, scale;    /* 1 - the probability, and its inverse */
 };
 
+/* Blocks that a block of the other side meets; counts NULL: none. */
+struct fa_block_list {
+    const int *counts;  /* [batch, heads_q, rows]: how many */
+    const int *indices; /* [batch, heads_q, rows, most]: which, the first `count` of a row */
+    struct fa_strides
+        count; /* from batch to batch, row to row (seqlen), head to head: 0 where all */
+    struct fa_strides index; /* have the same */
+    int most;
+};
+
+/* The lists of a call, see kernels/block_list.cuh: rows are blocks of queries that list blocks of
+ * keys, in the backward blocks of keys that list blocks of queries. Whatever the lists hold, kernels
+ * clamp it. Read only where BLOCK_SPARSE, of which these are the last parameters: others have not
+ * got them. */
+struct fa_block_lists {
+    struct fa_block_list partial, full; /* full: all of their pairs are seen, but for the masks */
+    int blocks;                         /* that there are to list */
+    struct fa_divisor row_tiles;        /* tiles of the kernel in a block that is a row, */
+    struct fa_divisor tiles;            /* and in one that is listed */
+};
+
 /* The single argument of kernels/forward.cu. */
 struct fa_forward_params {
     const void *q; /* [batch, seqlen_q, heads_q, head_dim] */
@@ -127,6 +148,12 @@ struct fa_forward_tma_params {
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "384, then maps");
+
+/* The single argument of both where BLOCK_SPARSE; forward.cu has no maps. */
+struct fa_sparse_forward_params {
+    struct fa_forward_tma_params dense;
+    struct fa_block_lists lists;
+};
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
  * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
@@ -267,6 +294,13 @@ struct fa_backward_params {
 };
 
 FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 832, "432, padding, maps, then the rest");
+
+/* The single argument of kernels/backward.cu where BLOCK_SPARSE. m_blocks is then that of whole
+ * blocks of queries. */
+struct fa_sparse_backward_params {
+    struct fa_backward_params dense;
+    struct fa_block_lists lists;
+};
 
 /* The single argument of kernels/backward_postprocess.cu. */
 struct fa_postprocess_params {

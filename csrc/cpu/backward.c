@@ -26,6 +26,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "block_map.h"
 #include "rows.h"
 #include "scores.h"
 
@@ -54,6 +55,7 @@ struct task {
     double *S, *dP;     /* [TILE, visible keys]: scores and their gradients; for dQ alone */
     struct row *of_row; /* [TILE], within [heads_q, rows of all sequences] of the call */
     struct row *of_call;
+    const struct fa_block_map *map;
 };
 
 /* ---- Tiles ----------------------------------------------------------------------------------- */
@@ -165,6 +167,12 @@ static struct range keys_of(const struct task *task, int64_t row)
     return intersection(visible_keys(shape, &task->sequence, task->rows.begin + row), task->keys);
 }
 
+/* Whether a row of the tile and a key are in a block that the call lists. */
+static bool is_listed(const struct task *task, int64_t row, int64_t key)
+{
+    return fa_is_listed(task->map, task->sequence.number, task->head, task->rows.begin + row, key);
+}
+
 /* m of a row of the tile and a key. */
 static float factor_of(const struct task *task, int64_t row, int64_t key)
 {
@@ -233,6 +241,10 @@ static void compute_scores(struct task *task, struct range visible)
                 const float *k = task->K + (key - tile.begin) * width;
                 const float *v = task->V + (key - tile.begin) * width_v;
                 const double bias = bias_of_pair(task, row, key);
+                task->S[first + key] = -INFINITY;
+                task->dP[first + key] = 0;
+                if (!is_listed(task, row, key))
+                    continue;
                 task->S[first + key] = score_of(shape, task->Q + row * width, k, bias);
                 task->dP[first + key] =
                     factor_of(task, row, key) * fa_dot(task->dO + row * width_v, v, width_v);
@@ -262,6 +274,8 @@ static void add_to_dQ(struct task *task, struct range visible, float *dQ)
         struct range keys = keys_of(task, row);
         for (int64_t key = keys.begin; has_weight(of_row) && key < keys.end; key++) {
             const double score = task->S[first + key], dp = task->dP[first + key];
+            if (!is_listed(task, row, key))
+                continue;
             const double bias = bias_of_pair(task, row, key);
             const struct pair pair = pair_of(&task->problem->shape, of_row, score, bias, dp);
             const float *k = task->K + (key - task->keys.begin) * width;
@@ -281,6 +295,8 @@ static void add_pairs(struct task *task, float *dK, float *dV)
         struct range keys = keys_of(task, row);
         for (int64_t i = keys.begin; has_weight(of_row) && i < keys.end; i++) {
             const int64_t key = i - task->keys.begin;
+            if (!is_listed(task, row, i))
+                continue;
             const double bias = bias_of_pair(task, row, i);
             const double score = score_of(shape, q, task->K + key * width, bias);
             const float factor = factor_of(task, row, i);
@@ -368,6 +384,7 @@ struct call {
     struct lengths longest;
     struct row *rows;
     void (*compute)(struct task *task, int64_t index);
+    struct fa_block_map map;
 };
 
 static int run_task(void *context, int64_t index, struct fa_worker *worker)
@@ -379,6 +396,7 @@ static int run_task(void *context, int64_t index, struct fa_worker *worker)
         .worker = worker,
         .longest = call->longest,
         .of_call = call->rows,
+        .map = &call->map,
         .width = fa_width(call->problem->shape.head_dim),
         .width_v = fa_width(call->problem->shape.head_dim_v),
     };
@@ -408,11 +426,13 @@ int fa_cpu_backward(const struct fa_problem *problem, const struct fa_gradients 
     const struct lengths longest = fa_longest(problem);
     const int64_t rows = tile_count(longest.q) * shape->batch * shape->heads_q;
     const int64_t keys = tile_count(longest.k) * shape->batch * shape->heads_kv;
-    struct call call = {problem, gradients, longest, NULL, compute_dq};
+    struct call call = {problem, gradients, longest, NULL, compute_dq, {0}};
     call.rows = malloc((size_t)(shape->heads_q * fa_shape_rows_q(shape)) * sizeof *call.rows);
-    if (call.rows == NULL)
-        return FA_OUT_OF_MEMORY;
-    int status = fa_parallel_for(rows, threads, run_task, &call);
+    int status =
+        call.rows ? fa_block_map_make(&problem->query_blocks, false, &call.map) : FA_OUT_OF_MEMORY;
+    if (status)
+        goto done;
+    status = fa_parallel_for(rows, threads, run_task, &call);
     if (status)
         goto done;
     call.compute = compute_dk_dv;
@@ -422,6 +442,7 @@ int fa_cpu_backward(const struct fa_problem *problem, const struct fa_gradients 
     call.compute = compute_dsink;
     status = fa_parallel_for(shape->heads_q, threads, run_task, &call);
 done:
+    fa_block_map_release(&call.map);
     free(call.rows);
     return status;
 }

@@ -11,7 +11,8 @@
  * scores, so that every step is a whole pass over the keys; K and V pass through a tile of KEYS
  * rows in fp32, converted once for all rows of the block.
  *
- * What a row sees is an interval of keys. The passes walk that interval and nothing else, which is
+ * What a row sees is an interval of keys, or those of it that listed blocks have. The passes walk
+ * that interval and nothing else, and scores of blocks that are not listed are -inf, which is
  * why whatever lies in masked keys (NaN, inf) cannot reach the output, and what lies in visible
  * ones does. */
 #include "forward.h"
@@ -20,6 +21,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "block_map.h"
 #include "rows.h"
 #include "scores.h"
 
@@ -41,6 +43,7 @@ struct block { /* what one task works on */
     float *part;             /* [width_v]: one tile's share of a row of O */
     struct dropout dropout;
     struct softmax *softmax; /* [rows] */
+    const struct fa_block_map *map;
     struct fa_worker *worker;
 };
 
@@ -55,6 +58,12 @@ static double *scores_of(const struct block *block, int64_t row)
 static struct range keys_of(const struct block *block, int64_t row)
 {
     return visible_keys(&block->problem->shape, &block->sequence, row);
+}
+
+/* Whether a pair within a row's keys is in a block that the call lists. */
+static bool is_listed(const struct block *block, int64_t row, int64_t key)
+{
+    return fa_is_listed(block->map, block->sequence.number, block->head, row, key);
 }
 
 /* The keys of the block that pass through the tile next, from key `from` on. */
@@ -84,7 +93,8 @@ static void compute_scores(struct block *block)
             for (int64_t key = keys.begin; key < keys.end; key++) {
                 const float *k = block->tile + (key - tile.begin) * block->width;
                 const double bias = bias_of(alibi, row, key);
-                scores[key - block->keys.begin] = score_of(&problem->shape, q, k, bias);
+                scores[key - block->keys.begin] =
+                    is_listed(block, row, key) ? score_of(&problem->shape, q, k, bias) : -INFINITY;
             }
         }
     }
@@ -113,6 +123,8 @@ static void weigh_tile(struct block *block, struct range tile, int64_t row)
         block->part[d] = 0;
     for (int64_t key = keys.begin; key < keys.end; key++) {
         const float *v = block->tile + (key - tile.begin) * width;
+        if (!is_listed(block, row, key))
+            continue;
         const float weight = weight_of(softmax, scores[key - block->keys.begin]);
         fa_add_scaled(block->part, weight * dropout_factor(&block->dropout, row, key), v, width);
     }
@@ -146,6 +158,7 @@ static void store(const struct block *block)
 struct call {
     const struct fa_problem *problem;
     int64_t row_blocks; /* of the longest sequence */
+    struct fa_block_map map;
 };
 
 /* Block `index` of [batch, heads_q, row_blocks]; it has no rows where its sequence is shorter. */
@@ -156,6 +169,7 @@ static struct block locate(const struct call *call, int64_t index)
     const int64_t head_index = index / call->row_blocks;
     struct block block = {
         .problem = problem,
+        .map = &call->map,
         .sequence = fa_sequence(problem, head_index / shape->heads_q),
         .head = head_index % shape->heads_q,
         .width = fa_width(shape->head_dim),
@@ -218,9 +232,13 @@ static void fill_rows(const struct fa_problem *problem)
 int fa_cpu_forward(const struct fa_problem *problem, struct fa_threads *threads)
 {
     const struct fa_shape *shape = &problem->shape;
-    struct call call = {problem, (fa_longest(problem).q + ROWS - 1) / ROWS};
+    struct call call = {problem, (fa_longest(problem).q + ROWS - 1) / ROWS, {0}};
     const int64_t tasks = shape->batch * call.row_blocks * shape->heads_q;
     if (shape->is_varlen)
         fill_rows(problem);
-    return fa_parallel_for(tasks, threads, compute_block, &call);
+    int status = fa_block_map_make(&problem->key_blocks, true, &call.map);
+    if (status == 0)
+        status = fa_parallel_for(tasks, threads, compute_block, &call);
+    fa_block_map_release(&call.map);
+    return status;
 }

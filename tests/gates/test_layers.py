@@ -22,9 +22,9 @@ LAYERS = (
     "../kernels/philox",
     "device settings shape split tiles variant",
     "driver plan plan_backward plan_forward",
-    "following kernel_table options overlap plan_cache tensor tile_rows",
+    "block_lists following kernel_table options overlap plan_cache tensor tile_rows",
     "parts problem scatter state",
-    "append cpu/append cpu/backward cpu/combine cpu/forward cpu/rows cpu/scatter cpu/scores "
+    "append cpu/append cpu/backward cpu/block_map cpu/combine cpu/forward cpu/rows cpu/scatter cpu/scores "
     "cpu/sequence cpu_threads arguments device_check launch planning",
     "attention explain",
     "module",

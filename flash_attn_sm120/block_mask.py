@@ -1,0 +1,141 @@
+"""Block sparsity: which blocks of queries and keys a call computes, as torch's ``BlockMask`` and
+FlashAttention-4's ``BlockSparseTensorsTorch`` have it, and a ``create_block_mask`` without a dense
+mask in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+
+class BlockLists(NamedTuple):
+    """For each block of the one side the blocks of the other, as csrc/block_lists.h has them."""
+
+    block_q: int
+    block_k: int
+    counts: torch.Tensor  # (batch, heads_q, rows) int32; batch and heads may be 1
+    indices: torch.Tensor  # (batch, heads_q, rows, most) int32: the first counts of a row
+    full_counts: torch.Tensor | None = None
+    full_indices: torch.Tensor | None = None
+
+
+class Blocks(NamedTuple):
+    """What a call makes of its ``block_sparse_tensors``."""
+
+    of_keys: BlockLists  # those that each block of queries sees
+    of_queries: BlockLists | None  # those that see each block of keys
+    mask_mod: Callable[..., Any] | None  # of partial blocks; None: all of them is seen
+
+    def options(self, seqlen_k: int, wants_gradients: bool) -> dict[str, BlockLists]:
+        """Those of _C: lists of queries, which the backward needs, are made if there are none."""
+        options = {"key_blocks": self.of_keys}
+        if wants_gradients:
+            options["query_blocks"] = self.of_queries or transposed(self.of_keys, seqlen_k)
+        return options
+
+
+def read(tensors: Any, backward: Any, seqlen_q: int, seqlen_k: int) -> Blocks:
+    """The lists of a call of so many queries and keys.
+
+    Args:
+        tensors: a torch ``BlockMask``, or any object with the fields ``mask_block_cnt``,
+            ``mask_block_idx``, ``full_block_cnt``, ``full_block_idx`` and ``block_size`` of
+            FlashAttention-4's ``BlockSparseTensorsTorch``.
+        backward: the same fields, of the blocks of queries of each block of keys; None: those of
+            ``tensors``, or made of it.
+        seqlen_q, seqlen_k: of the call.
+
+    Raises:
+        TypeError: neither.
+        ValueError: of another shape.
+    """
+    if hasattr(tensors, "kv_num_blocks"):
+        blocks = _of_block_mask(tensors, seqlen_q, seqlen_k)
+    else:
+        blocks = Blocks(_of_fields("block_sparse_tensors", tensors, seqlen_q, seqlen_k), None, None)
+    if backward is None:
+        return blocks
+    lists = _of_fields("block_sparse_tensors_bwd", backward, seqlen_q, seqlen_k)
+    return blocks._replace(of_queries=lists)
+
+
+def _of_block_mask(mask: Any, seqlen_q: int, seqlen_k: int) -> Blocks:
+    lengths = tuple(mask.seq_lengths)
+    if lengths != (seqlen_q, seqlen_k):
+        raise ValueError(
+            f"block_sparse_tensors is a BlockMask of (queries, keys) {lengths}, the call has "
+            f"{(seqlen_q, seqlen_k)}"
+        )
+    size = mask.BLOCK_SIZE
+
+    def lists(*tensors: Any) -> BlockLists:
+        return BlockLists(*size, *(_in_rows(x) for x in tensors))
+
+    of_keys = lists(
+        mask.kv_num_blocks, mask.kv_indices, mask.full_kv_num_blocks, mask.full_kv_indices
+    )
+    of_queries = None
+    if mask.q_num_blocks is not None:
+        of_queries = lists(
+            mask.q_num_blocks, mask.q_indices, mask.full_q_num_blocks, mask.full_q_indices
+        )
+    return Blocks(of_keys, of_queries, None if _sees_all(mask.mask_mod) else mask.mask_mod)
+
+
+def _sees_all(mask_mod: Any) -> bool:
+    """Whether it is the one of a BlockMask that was made without."""
+    return mask_mod is None or getattr(mask_mod, "__name__", "") == "noop_mask"
+
+
+def _of_fields(name: str, tensors: Any, seqlen_q: int, seqlen_k: int) -> BlockLists:
+    counts, indices = (getattr(tensors, f"mask_block_{x}", None) for x in ("cnt", "idx"))
+    if counts is None or indices is None:
+        raise TypeError(
+            f"{name} must be a torch BlockMask, or have the fields mask_block_cnt and "
+            f"mask_block_idx, got {type(tensors).__name__}"
+        )
+    size = getattr(tensors, "block_size", None) or (128, 128)
+    full = (getattr(tensors, f"full_block_{x}", None) for x in ("cnt", "idx"))
+    return BlockLists(*size, *(_in_rows(x) for x in (counts, indices, *full)))
+
+
+def _in_rows(x: torch.Tensor | None) -> torch.Tensor | None:
+    """As kernels read it: contiguous in the last dimension."""
+    return x if x is None or x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
+
+
+# ---- the transpose -------------------------------------------------------------------------------
+
+
+def transposed(lists: BlockLists, seqlen_k: int) -> BlockLists:
+    """The blocks of queries that list each block of the keys, without a wait for the device."""
+    columns = -(-seqlen_k // lists.block_k)
+    counts, indices = _transpose(lists.counts, lists.indices, columns)
+    if lists.full_counts is None or lists.full_indices is None:
+        return BlockLists(lists.block_q, lists.block_k, counts, indices)
+    full = _transpose(lists.full_counts, lists.full_indices, columns)
+    return BlockLists(lists.block_q, lists.block_k, counts, indices, *full)
+
+
+def _transpose(
+    counts: torch.Tensor, indices: torch.Tensor, columns: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    is_listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
+    # Behind the last column goes what is not listed; whatever the indices are, they stay within.
+    column = torch.where(is_listed, indices.clamp(0, max(columns - 1, 0)), columns).long()
+    dense = torch.zeros((*column.shape[:-1], columns + 1), dtype=torch.uint8, device=indices.device)
+    dense.scatter_(-1, column, 1)
+    return _lists_of(dense[..., :columns].transpose(-2, -1))
+
+
+def _lists_of(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Counts and indices of a map of blocks (..., rows, columns), those that it has first."""
+    counts = dense.sum(dim=-1, dtype=torch.int32)
+    indices = dense.argsort(dim=-1, descending=True, stable=True).to(torch.int32)
+    return counts, indices.contiguous()
+
+
+# ---- creation ------------------------------------------------------------------------------------

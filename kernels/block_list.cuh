@@ -1,0 +1,116 @@
+/* Block sparsity: which tiles a block of either direction goes through where a call lists blocks of
+ * [queries, keys]. What is not listed is not read.
+ *
+ * A listed block has one tile of the kernel or several. A row of the lists is a block of the side
+ * whose tile a thread block holds: queries in the forward, keys in the backward. It lists blocks of
+ * the other side, partial ones, then full ones, in any order; tiles are counted through both:
+ *
+ *   | partial block | partial block | full block | full block | full block |
+ *   0   1   2   3   4  ...      partial_tiles           ...             count
+ *
+ *   BLOCK_SPARSE   1: the call lists blocks, see fa_block_lists in params.h */
+#ifndef FA_BLOCK_LIST_CUH
+#define FA_BLOCK_LIST_CUH
+
+#include "division.cuh"
+#include "sequence.cuh"
+
+static_assert(!BLOCK_SPARSE || !VARLEN, "no list has rows of packed sequences");
+
+/* The parameters that a kernel takes: its own, or those of BLOCK_SPARSE, which begin with them. */
+template <class own_t, class sparse_t, bool IS_SPARSE = BLOCK_SPARSE> struct choose_params {
+    using type = own_t;
+};
+template <class own_t, class sparse_t> struct choose_params<own_t, sparse_t, true> {
+    using type = sparse_t;
+};
+template <class own_t, class sparse_t>
+using params_or_sparse = typename choose_params<own_t, sparse_t>::type;
+
+__device__ __forceinline__ const fa_block_lists &lists_of(const fa_forward_params &params)
+{
+    return reinterpret_cast<const fa_sparse_forward_params &>(params).lists;
+}
+__device__ __forceinline__ const fa_block_lists &lists_of(const fa_backward_params &params)
+{
+    return reinterpret_cast<const fa_sparse_backward_params &>(params).lists;
+}
+
+__device__ __forceinline__ fa_int64 list_offset(const fa_strides &stride, int batch, int head,
+                                                int row)
+{
+    return batch * stride.batch + head * stride.head + row * stride.seqlen;
+}
+
+/* How many blocks a row lists: no more than it has room for. */
+__device__ __forceinline__ int read_count(const fa_block_list &list, int batch, int head, int row)
+{
+    if (!list.counts)
+        return 0;
+    return clamp(ld_global(list.counts + list_offset(list.count, batch, head, row)), 0, list.most);
+}
+
+/* The tiles that the thread block goes through whose own tile is number `tile` of a query head. */
+struct listed_tiles {
+    const fa_block_lists *lists;
+    const int *partial, *full; /* the indices of the row */
+    int partial_blocks, blocks;
+
+    listed_tiles() = default;
+
+    template <class params_t>
+    __device__ __forceinline__ listed_tiles(const params_t &params, int batch, int head, int tile)
+        : lists(&lists_of(params))
+    {
+        const fa_block_lists &lists = lists_of(params);
+        const int row = divide(tile, lists.row_tiles).quotient;
+        partial = lists.partial.indices + list_offset(lists.partial.index, batch, head, row);
+        full = lists.full.indices + list_offset(lists.full.index, batch, head, row);
+        partial_blocks = same_in_warp(read_count(lists.partial, batch, head, row));
+        blocks = partial_blocks + same_in_warp(read_count(lists.full, batch, head, row));
+    }
+
+    __device__ __forceinline__ int count() const { return blocks * lists->tiles.number; }
+    __device__ __forceinline__ int partial_tiles() const
+    {
+        return partial_blocks * lists->tiles.number;
+    }
+    /* What the list has for the i-th tile, for tile_of() to look at when it has come; any number
+     * where there is none. */
+    __device__ __forceinline__ int read_entry(int i) const
+    {
+        const int block = divide(i, lists->tiles).quotient;
+        if (block >= blocks)
+            return 0;
+        return ld_global(block < partial_blocks ? partial + block
+                                                : full + (block - partial_blocks));
+    }
+    /* The number of the i-th tile. */
+    __device__ __forceinline__ int tile_of(int entry, int i) const
+    {
+        return clamp(entry, 0, lists->blocks - 1) * lists->tiles.number +
+               divide(i, lists->tiles).rest;
+    }
+    __device__ __forceinline__ int tile(int i) const { return tile_of(read_entry(i), i); }
+};
+
+/* A walk over the tiles from number `i` on; the list is read a tile ahead. */
+struct listed_walk {
+    listed_tiles tiles;
+    int i, tile; /* the current one */
+    int entry;   /* of the next */
+
+    listed_walk() = default;
+    __device__ __forceinline__ listed_walk(const listed_tiles &tiles, int begin)
+        : tiles(tiles), i(begin), tile(tiles.tile(begin)), entry(tiles.read_entry(begin + 1))
+    {
+    }
+    __device__ __forceinline__ void advance()
+    {
+        i++;
+        tile = tiles.tile_of(entry, i);
+        entry = tiles.read_entry(i + 1);
+    }
+};
+
+#endif
