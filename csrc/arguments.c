@@ -162,6 +162,13 @@ static struct fa_alibi alibi_of(const struct fa_problem *problem)
     };
 }
 
+static struct fa_bias bias_of(const struct fa_problem *problem)
+{
+    if (!problem->bias.object)
+        return (struct fa_bias){0};
+    return (struct fa_bias){problem->bias.data, fa_bias_strides(&problem->bias)};
+}
+
 /* Where the tiles of all sequences are listed; NULL: they are not. */
 static struct fa_listed_tile *list_of(const struct fa_plan *plan, float *workspace)
 {
@@ -207,6 +214,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .list = list_of(plan, workspace),
         .dropout = dropout_of(problem),
         .alibi = alibi_of(problem),
+        .bias = bias_of(problem),
     };
 }
 
@@ -505,6 +513,11 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     const float keep = fa_keep_probability(shape), scale = shape->softmax_scale / keep;
     arguments->main = backward_params(problem, gradients, plan, workspace);
     arguments->main.dropout = dropout_of(problem);
+    arguments->main.bias = bias_of(problem);
+    if (gradients->dbias.object) {
+        arguments->main.dbias = gradients->dbias.data;
+        arguments->main.dbias_stride = fa_bias_strides(&gradients->dbias);
+    }
     arguments->dq = postprocess_params(workspace + at->dq_accum, variant->dq_buffers, queries,
                                        scale, &gradients->dq);
     arguments->dq.batch = shape->batch;

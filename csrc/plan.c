@@ -33,6 +33,10 @@ struct fa_variant fa_plan_variant(const struct fa_plan_input *input)
         .softcap = input->softcap,
         .dropout = input->dropout,
         .alibi = input->alibi,
+        .bias = input->bias,
+        .bias_fp32 = input->bias_fp32,
+        .bias_pairs = input->bias_pairs,
+        .bias_gradient = input->bias_gradient,
         .varlen = input->varlen,
         .paged = input->paged,
     };
