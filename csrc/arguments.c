@@ -199,6 +199,13 @@ static struct fa_block_lists block_lists_of(const struct fa_block_lists_read *li
     };
 }
 
+static struct fa_bias bias_of(const struct fa_problem *problem)
+{
+    if (!problem->bias.object)
+        return (struct fa_bias){0};
+    return (struct fa_bias){problem->bias.data, fa_bias_strides(&problem->bias)};
+}
+
 /* Where the tiles of all sequences are listed; NULL: they are not. */
 static struct fa_listed_tile *list_of(const struct fa_plan *plan, float *workspace)
 {
@@ -244,6 +251,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .list = list_of(plan, workspace),
         .dropout = dropout_of(problem),
         .alibi = alibi_of(problem),
+        .bias = bias_of(problem),
     };
 }
 
@@ -560,6 +568,11 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     struct fa_backward_params *main = &arguments->main.dense;
     *main = backward_params(problem, gradients, plan, workspace);
     main->dropout = dropout_of(problem);
+    main->bias = bias_of(problem);
+    if (gradients->dbias.object) {
+        main->dbias = gradients->dbias.data;
+        main->dbias_stride = fa_bias_strides(&gradients->dbias);
+    }
     if (variant->block_sparse) {
         const struct fa_block_lists_read *lists = &problem->query_blocks;
         arguments->main.lists =

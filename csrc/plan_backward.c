@@ -59,7 +59,7 @@ static int n_blocks_of(const struct fa_plan_input *input, const struct fa_backwa
 /* A step of score.cuh that leaves fewer of them to a sub-tile. */
 static bool takes_registers(const struct fa_plan_input *input)
 {
-    return input->softcap || input->dropout;
+    return input->softcap || input->dropout || input->bias;
 }
 
 static struct fa_variant variant_of(const struct fa_plan_input *input,
@@ -113,6 +113,13 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
         fa_plan_because(plan, "sub_m", "16 queries at a time: the tanh of a cap takes registers");
     else if (input->dropout)
         fa_plan_because(plan, "sub_m", "16 queries at a time: random numbers take registers");
+    else if (input->bias)
+        fa_plan_because(plan, "sub_m", "16 queries at a time: a bias takes registers");
+    if (input->bias_gradient)
+        fa_plan_because(plan, "attn_bias",
+                        input->bias_shared
+                            ? "blocks add to its gradient in any order, where scores share it"
+                            : "each element of its gradient is one block's");
     if (variant->dq_direct)
         fa_plan_because(plan, "dq_accum",
                         "none: one tile holds all keys, so that a tile of dQ is one block's");
@@ -409,11 +416,24 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
 
 /* ---- the interface --------------------------------------------------------------------------- */
 
+static const char *why_no_bias_gradient(const struct fa_plan_input *input)
+{
+    if (input->bias_gradient && input->deterministic && input->bias_shared)
+        return "the gradient of an attn_bias that several scores share (of size 1 in a dimension) "
+               "is not supported with deterministic=True on CUDA: expand() it";
+    if (input->bias_gradient && input->softcap)
+        return "the gradient of attn_bias is not supported with softcap on CUDA";
+    return NULL;
+}
+
 int fa_plan_backward(const struct fa_plan_input *input, const struct fa_plan_target *target,
                      struct fa_plan *plan, struct fa_plan_error *error)
 {
     if (input->block_q)
         return fa_plan_refuse(error, true, "listed blocks have no backward on CUDA yet");
+    const char *why_not = why_no_bias_gradient(input);
+    if (why_not)
+        return fa_plan_refuse(error, true, why_not);
     struct fa_step *first = fa_plan_add(plan, (struct fa_step){0});
     set_main(input, target, plan);
     set_group_limit(input, &target->device, plan);

@@ -71,6 +71,10 @@ enum fa_code {
     X(softcap, "SOFTCAP", FA_MAIN, "_cap", FA_FLAG)                                                \
     X(dropout, "DROPOUT", FA_MAIN, "_drop", FA_FLAG)                                               \
     X(alibi, "ALIBI", FA_MAIN, "_alibi", FA_FLAG)                                                  \
+    X(bias, "BIAS", FA_MAIN, "_bias", FA_FLAG)                                                     \
+    X(bias_fp32, "BIAS_FP32", FA_MAIN, "32", FA_FLAG)                                              \
+    X(bias_pairs, "BIAS_PAIRS", FA_FORWARDS, "x2", FA_FLAG)                                        \
+    X(bias_gradient, "BIAS_GRADIENT", FA_BACKWARDS, "_dbias", FA_FLAG)                             \
     X(pack_gqa, "PACK_GQA", FA_FORWARDS, "_pack", FA_FLAG)                                         \
     X(split, "SPLIT", FA_FORWARDS, "_split", FA_FLAG)                                              \
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)                     \

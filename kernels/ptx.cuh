@@ -54,6 +54,20 @@ __device__ __forceinline__ unsigned short ld_global(const unsigned short *gmem)
     return x;
 }
 
+/* Two neighbours, at a multiple of their size. */
+__device__ __forceinline__ unsigned ld_global_pair(const unsigned short *gmem)
+{
+    unsigned x;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(x) : "l"(gmem));
+    return x;
+}
+__device__ __forceinline__ float2 ld_global_pair(const float *gmem)
+{
+    float2 x;
+    asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(gmem));
+    return x;
+}
+
 /* Shared memory is addressed with 32 bits: one register, and constant offsets cost nothing. */
 __device__ __forceinline__ unsigned smem_address(const void *pointer)
 {
@@ -193,6 +207,12 @@ template <int ID, int COUNT> __device__ __forceinline__ bool barrier_or(bool x)
 
 /* ---- between blocks ------------------------------------------------------------------------- */
 
+/* Adds to global memory: atomic, and unordered among blocks. */
+__device__ __forceinline__ void red_add(float *sum, float x)
+{
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(sum), "f"(x) : "memory");
+}
+
 /* Adds four floats to global memory: atomic, and unordered among blocks. */
 __device__ __forceinline__ void red_add_4(float *sums, const float (&x)[4])
 {
@@ -202,7 +222,7 @@ __device__ __forceinline__ void red_add_4(float *sums, const float (&x)[4])
                      : "memory");
     else
         for (int i = 0; i < 4; i++)
-            asm volatile("red.global.add.f32 [%0], %1;" ::"l"(sums + i), "f"(x[i]) : "memory");
+            red_add(sums + i, x[i]);
 }
 
 __device__ __forceinline__ int atomic_add(int *counter, int x)
