@@ -328,7 +328,8 @@ static void add_to_dbias(const struct task *task, int64_t batch)
         struct range keys = keys_of(task, row);
         float *of_row = of_head + (task->rows.begin + row) * stride.seqlen;
         for (int64_t key = keys.begin; has_weight(&task->of_row[row]) && key < keys.end; key++)
-            of_row[key] += pair_in_tiles(task, row, key, factor_of(task, row, key)).dbias;
+            if (is_listed(task, row, key))
+                of_row[key] += pair_in_tiles(task, row, key, factor_of(task, row, key)).dbias;
     }
 }
 
