@@ -231,6 +231,14 @@ static PyObject *use_tiles(PyObject *module, PyObject *rows)
     Py_RETURN_NONE;
 }
 
+static PyObject *use_backward_tiles(PyObject *module, PyObject *rows)
+{
+    struct fa_state *state = PyModule_GetState(module);
+    if (fa_use_backward_tiles(rows, &state->tiles) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *tiles(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
     return fa_tiles();
@@ -294,6 +302,8 @@ static PyMethodDef METHODS[] = {
      "counts($module, /)\n--\n\nHow many plans calls have made, and kernels loaded, so far."},
     {"use_tiles", use_tiles, METH_O,
      "use_tiles($module, rows, /)\n--\n\nPuts rows before those of csrc/tiles.c."},
+    {"use_backward_tiles", use_backward_tiles, METH_O,
+     "use_backward_tiles($module, rows, /)\n--\n\nThe same of the backward."},
     {"tiles", tiles, METH_NOARGS, "tiles($module, /)\n--\n\nThe rows of csrc/tiles.c."},
     {"tile_fields", tile_fields, METH_NOARGS,
      "tile_fields($module, /)\n--\n\nThe names of a row's numbers."},

@@ -8,16 +8,6 @@
 
 /* ---- the tile -------------------------------------------------------------------------------- */
 
-static const struct fa_backward_tile *choose_tile(const struct fa_plan_input *input)
-{
-    const int head_dim = MAX(input->head_dim, input->head_dim_v);
-    const int varlen_k = input->varlen ? input->seqlen_k : INT32_MAX;
-    const struct fa_backward_tile *tile = FA_BACKWARD_TILES;
-    while (tile->head_dim < head_dim || (tile->varlen_k != FA_ANY && tile->varlen_k < varlen_k))
-        tile++; /* the last one serves all */
-    return tile;
-}
-
 /* How many warps of a group share rows of dQ: of the ways to cut half a tile into 16 rows by 16
  * dims and more, the one with the fewest products, padding included, and then with the fewest
  * operands to read. */
@@ -89,6 +79,25 @@ static int backward_smem(const struct fa_plan_input *input, const struct fa_vari
         .bytes;
 }
 
+/* The first of `count` rows that serves the call, and fits the shared memory; else NULL. */
+static const struct fa_backward_tile *first_that_serves(const struct fa_backward_tile *rows,
+                                                        size_t count,
+                                                        const struct fa_plan_input *input,
+                                                        const struct fa_device *device)
+{
+    const int head_dim = MAX(input->head_dim, input->head_dim_v);
+    const int varlen_k = input->varlen ? input->seqlen_k : INT32_MAX;
+    const int most_smem = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
+    for (const struct fa_backward_tile *tile = rows; tile < rows + count; tile++) {
+        const struct fa_variant variant = variant_of(input, device, tile);
+        if (tile->head_dim >= head_dim &&
+            (tile->varlen_k == FA_ANY || tile->varlen_k >= varlen_k) &&
+            backward_smem(input, &variant, tile_n_of(tile)) <= most_smem)
+            return tile;
+    }
+    return NULL;
+}
+
 static void explain_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
                          const struct fa_backward_tile *tile, const struct fa_variant *variant,
                          struct fa_plan *plan)
@@ -106,7 +115,8 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
                             : "it needs Q and dO at strides that are multiples of 16 bytes, from a "
                               "row up to 2^40: neither expanded nor flipped");
     fa_plan_because(plan, "tile",
-                    tile->varlen_k == FA_ANY
+                    !tile ? "first row of use_backward_tiles() that serves the call and fits"
+                    : tile->varlen_k == FA_ANY
                         ? "row of csrc/tiles.c for the larger head dim"
                         : "row of csrc/tiles.c for the larger head dim, and for few keys");
     if (input->softcap)
@@ -136,13 +146,19 @@ static void set_main(const struct fa_plan_input *input, const struct fa_plan_tar
                      struct fa_plan *plan)
 {
     enum { REGISTERS_PER_SM = 64 << 10, REGISTERS_PER_THREAD = 256 };
-    const struct fa_backward_tile *tile = choose_tile(input);
+    const struct fa_tile_list *own = target->tiles;
+    const struct fa_device *device = &target->device;
+    const struct fa_backward_tile *tile =
+        first_that_serves(own->backward_rows, own->backward_count, input, device);
+    const bool is_own = tile != NULL;
+    if (!is_own) /* the last one serves all */
+        tile = first_that_serves(FA_BACKWARD_TILES, FA_BACKWARD_TILE_COUNT, input, device);
     const struct fa_variant variant = variant_of(input, &target->device, tile);
     const int threads = tile->warps * 32;
     plan->tile_m = tile->tile_m;
     plan->tile_n = tile_n_of(tile);
     plan->smem_bytes = backward_smem(input, &variant, plan->tile_n);
-    explain_main(input, target, tile, &variant, plan);
+    explain_main(input, target, is_own ? NULL : tile, &variant, plan);
     int by_smem;
     const int smem_request = fa_device_smem_request(&target->device, target->limits_arch,
                                                     plan->smem_bytes, threads, &by_smem);

@@ -1,5 +1,6 @@
 """The benchmarks' own logic, in dry runs on the CPU: what they say where something cannot run."""
 
+import functools
 import itertools
 import json
 import re
@@ -17,6 +18,7 @@ if not BENCHMARKS.is_dir():
 sys.path.insert(0, str(BENCHMARKS))
 
 import backward  # noqa: E402
+import balance  # noqa: E402
 import decode  # noqa: E402
 import forward  # noqa: E402
 import grid  # noqa: E402
@@ -213,6 +215,34 @@ def test_a_dry_run_of_packed_sequences(monkeypatch, capsys, tmp_path, direction)
     monkeypatch.setattr(varlen, "flash_attn_varlen_func", exhausted)
     run(monkeypatch, varlen, "--presets", "hd64-gqa", *direction)
     assert f"absent in 4 cells: ours: {SHORT}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_a_dry_run_of_the_balance(monkeypatch, capsys, tmp_path, is_backward):
+    call = balance.Call(harness.Preset(2, 1, 16), 32, True, is_backward, {4: 0.9})
+    monkeypatch.setattr(balance, "CALLS", (call,))
+    output = tmp_path / "balance.jsonl"
+    argv = ["balance.py", "--device", "cpu", "--rounds", "2", "--repeat", "4"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--output", str(output)])
+    balance.main()
+    records = harness.read_records(output)[1]
+    assert len(records) == 1 + is_backward and all(r["share"] > 0 for r in records)
+    row = balance.table(records, [4]).splitlines()[-1]
+    assert str(call) in row and "0.90" in row
+
+
+def test_tiles_of_the_balance_are_those_of_its_kernels(monkeypatch):
+    """A candidate is found by the plan that it leads to; the plan's own is among them."""
+    explain = functools.partial(flash_attn_sm120.explain, arch=120)
+    explain_backward = functools.partial(flash_attn_sm120.explain_backward, arch=120)
+    monkeypatch.setattr(balance, "explain", explain)
+    monkeypatch.setattr(balance, "explain_backward", explain_backward)
+    for call in balance.CALLS[4:13:4]:
+        problem = call.problem("cpu")
+        rows = balance.candidates(call, problem)
+        own = balance.plan_of(call, problem)
+        assert own.variant in rows and len(rows) > 20
+        assert "tiles.c" in own.reasons["tile"]
 
 
 def test_mixes_are_what_they_are_called():
