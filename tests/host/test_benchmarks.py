@@ -25,6 +25,7 @@ import grid  # noqa: E402
 import harness  # noqa: E402
 import overhead  # noqa: E402
 import paged  # noqa: E402
+import parallel  # noqa: E402
 import varlen  # noqa: E402
 import versus  # noqa: E402
 import video  # noqa: E402
@@ -364,10 +365,55 @@ def test_layers_are_right_and_distinct(monkeypatch, call):
         check(harness.CUDNN, inputs.peer(harness.CUDNN).call())
 
 
+def test_a_dry_run_of_models(monkeypatch, capsys):
+    """And the door that it opens is closed again."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    import models
+
+    run(monkeypatch, models)
+    said = capsys.readouterr().out
+    for what in ("prompt", "decoding, batch 1", "training step"):
+        assert len(re.findall(rf"^\| {what} +\| .*%", said, re.M)) == (3 if "dec" in what else 5)
+        assert f"attention's share, {what}: sdpa " in said
+    assert "greedy tokens as by SDPA" in said
+    assert models.door.registered() == ()
+    assert not {models.EXACT, models.NONE} & models.AttentionInterface._global_mapping.keys()
+
+
+def test_wrong_logits_of_a_model_are_found(monkeypatch):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    import models
+
+    with models.register():
+        model = models.make_model("cpu").eval()
+        read = models.Decoder.read
+
+        def wrong(self, tokens):
+            shift = model.config._attn_implementation == models.OURS and tokens.shape[1] == 1
+            return read(self, tokens).roll(int(shift), -1)
+
+        monkeypatch.setattr(models.Decoder, "read", wrong)
+        with pytest.raises(harness.WrongResult, match="sm120_attention: tensor 0"):
+            models.greedy(model, models.SIZES["cpu"], "cpu")
+
+
+def test_a_dry_run_of_ranks(monkeypatch, capsys):
+    run(monkeypatch, parallel)
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^\| [12] +\| (zigzag|in order)", said, re.M)) == 6
+
+
+def test_a_wrong_part_of_a_rank_is_found():
+    right = tuple(torch.randn(2, 8) for _ in range(4))
+    parallel.check(right, right)
+    with pytest.raises(harness.WrongResult, match="dk: relative error"):
+        parallel.check((*right[:2], right[2] * 1.1, right[3]), right)
+
+
 def test_without_a_gpu_they_say_so(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    for module in (forward, backward, decode, varlen, paged, video):
+    for module in (forward, backward, decode, varlen, paged, parallel, video):
         monkeypatch.setattr(sys, "argv", [module.__name__])
         with pytest.raises(SystemExit, match="no CUDA device here"):
             module.main()
