@@ -922,3 +922,36 @@ def test_other_names_go_to_transformers():
 
 def test_rows_are_named():
     assert Rows() == (None, None, None)
+
+
+# ---- in CUDA graphs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_decoding_in_a_graph_whose_cache_grows(cuda, model_type):
+    """A static cache is as long at each step as its own counter says, on the device."""
+    eager, ours = (x.to("cuda", torch.bfloat16) for x in make_pair(model_type, ATTENTION))
+    text = torch.randint(3, VOCABULARY, (2, 48), device="cuda")
+    named = inspect.signature(type(ours).forward).parameters
+    name = "cache" if "cache" in named else "past_key_values"  # before Transformers 5.24
+    cache = transformers.StaticCache(config=ours.config, max_cache_len=64)
+    token = text[:, :1].clone()
+
+    def step():
+        return ours(token, **{name: cache}).logits[:, 0]
+
+    with torch.no_grad():
+        expected = eager(text).logits
+        ours(text[:, :16], **{name: cache})
+        step()  # compiles
+        cache.reset()
+        ours(text[:, :16], **{name: cache})
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+        for i in range(16, 48):
+            token.copy_(text[:, i : i + 1])
+            graph.replay()
+            error = (logits - expected[:, i]).float().norm() / expected[:, i].float().norm()
+            assert error < 0.1, i
