@@ -518,43 +518,48 @@ def test_a_compiled_mask_with_gaps_is_found(compiled):
         follow(input_ids=tokens(), attention_mask=gaps, use_cache=False)
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- masks that are no windows --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [ATTENTION, FLASH])
 def test_chunks(name):
-    """Trap 4: within one chunk they are causal; beyond, they are not taken for it."""
+    """Within one chunk they are causal; beyond, Transformers refuses them for FlashAttention."""
     options = {"attention_chunk_size": 32, "layer_types": ["chunked_attention", "full_attention"]}
     options |= {"num_local_experts": 2, "intermediate_size_mlp": 96, "moe_layers": []}
     eager, ours = make_pair("llama4_text", name, **options, attn_temperature_tuning=False)
-    for batch in ("no mask", "left"):
-        inputs = BATCHES[batch]()
-        assert_close(*(real(logits(x, **inputs), inputs) for x in (ours, eager)))
-    for model in (eager, ours):
-        model.config.attention_chunk_size = 8
-    with pytest.raises((NotImplementedError, ValueError), match="chunked"):
-        logits(ours, **BATCHES["no mask"]())
+    for chunk_size in (32, 8):
+        for model in (eager, ours):
+            model.config.attention_chunk_size = chunk_size
+        for batch in ("no mask", "left"):
+            inputs = BATCHES[batch]()
+            if name == FLASH and chunk_size == 8:
+                with pytest.raises(ValueError, match="chunked"):
+                    logits(ours, **inputs)
+            else:
+                assert_close(*(real(logits(x, **inputs), inputs) for x in (ours, eager)))
 
 
 UNIONS = {
     "or_mask_function": lambda: {"or_mask_function": lambda b, h, q, k: q >= k},
     "and_mask_function": lambda: {"and_mask_function": lambda b, h, q, k: q - k < 3},
-    "block_sequence_ids": lambda: {"block_sequence_ids": torch.zeros(2, SEQLEN, dtype=torch.long)},
+    "block_sequence_ids": lambda: {"block_sequence_ids": torch.arange(2 * SEQLEN).view(2, -1) // 4},
 }
 
 
 @pytest.mark.parametrize("union", UNIONS)
 @pytest.mark.parametrize("name", [ATTENTION, FLASH])
-def test_unions_of_masks_are_refused(name, union):
-    """Trap 4: images that see their later tokens, and masks by the caller."""
+def test_unions_of_masks(name, union):
+    """Images that see their later tokens, and masks by the caller."""
     config = configuration("llama")
-    config._attn_implementation = name
+    config.attention_chunk_size = 8 if name == ATTENTION else 64
     for create in (masking_utils.create_causal_mask, masking_utils.create_chunked_causal_mask):
-        config.attention_chunk_size = 64
-        with pytest.raises(
-            NotImplementedError, match=r"not the mask function '(or_masks|.*lambda)"
-        ):
-            create(config, torch.empty(2, SEQLEN, 0), None, None, **UNIONS[union]())
+        for attention_mask in (None, LEFT):
+            shown = []
+            for implementation in (name, "sdpa"):
+                config._attn_implementation = implementation
+                inputs = torch.empty(2, SEQLEN, 0), attention_mask, None
+                shown.append(create(config, *inputs, **UNIONS[union]()))
+            assert torch.equal(shown[0].seen, shown[1]) and shown[0].window_size == (None, None)
 
 
 def sliding_window_overlay(sliding_window):
@@ -562,26 +567,48 @@ def sliding_window_overlay(sliding_window):
     return lambda b, h, q, k: k > q + sliding_window
 
 
-def test_a_stranger_by_a_known_name_is_refused():
-    with pytest.raises(NotImplementedError, match=r"function 'sliding_window_overlay.<locals>"):
-        door.mask(1, 5, 5, mask_function=sliding_window_overlay(4))
+def test_a_stranger_by_a_known_name_is_asked_for_every_pair():
+    shown = door.mask(1, 5, 5, mask_function=sliding_window_overlay(2))
+    assert torch.equal(shown.seen[0, 0], torch.ones(5, 5).triu(3).bool())
 
 
-def test_masks_of_4_dimensions_are_refused():
-    """Trap 4: the mask function never sees them."""
-    _, ours = make_pair("llama", ATTENTION)
-    inputs = {"input_ids": tokens(), "attention_mask": torch.zeros(2, 1, SEQLEN, SEQLEN)}
-    with pytest.raises(NotImplementedError, match="no attention_mask of 4 dimensions"):
-        ours(**inputs)
+@pytest.mark.parametrize("kind", ["bool", "float", "longer"])
+def test_masks_of_4_dimensions(kind):
+    """The mask function never sees them."""
+    eager, ours = make_pair("llama", ATTENTION)
+    seen = torch.ones(2, 1, SEQLEN, SEQLEN).tril().bool()
+    seen[1, :, :, 3] = seen[1, :, 4, 5] = False
+    lowest = torch.finfo(torch.float32).min
+    added = torch.zeros(seen.shape).masked_fill(~seen, lowest)
+    given = seen if kind == "bool" else added
+    if kind == "longer":
+        given = torch.nn.functional.pad(added, (0, 3), value=lowest)
+    ids = tokens()
+    expected, out = eager(ids, attention_mask=added), ours(ids, attention_mask=given)
+    assert_same_results(eager, ours, expected.logits, out.logits)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "bert"])
-def test_gaps_are_refused(model_type):
-    _, ours = make_pair(model_type, ATTENTION)
+def test_gaps(model_type):
+    eager, ours = make_pair(model_type, ATTENTION)
     gaps = LEFT.clone()
     gaps[1, 7] = 0
-    with pytest.raises(NotImplementedError, match="not within it"):
-        ours(tokens(), attention_mask=gaps)
+    assert_same(eager, ours, {"input_ids": tokens(), "attention_mask": gaps})
+
+
+def test_gaps_with_a_cache():
+    """Queries that stand before keys which are not filled yet, and the steps after a gap."""
+    eager, ours = make_pair("llama", ATTENTION)
+    gaps = LEFT.clone()
+    gaps[1, 7] = 0
+    inputs = {"attention_mask": gaps, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    ids = tokens()
+    for cache in ("dynamic", "static"):
+        options = {**inputs, "cache_implementation": cache}
+        assert torch.equal(*(x.generate(ids, **options) for x in (eager, ours)))
+
+
+# ---- what is refused -----------------------------------------------------------------------------
 
 
 def test_dropout_in_training():
