@@ -8,8 +8,26 @@
 
 /* ---- the tile -------------------------------------------------------------------------------- */
 
+static int tile_n_of(const struct fa_backward_tile *tile) { return tile->warps / 2 * tile->warp_n; }
+
+/* The first row that whole listed blocks have tiles of; those of few keys come last. NULL: none. */
+static const struct fa_backward_tile *tile_of_blocks(const struct fa_plan_input *input)
+{
+    const int head_dim = MAX(input->head_dim, input->head_dim_v);
+    for (int i = 0; i < 2 * FA_BACKWARD_TILE_COUNT; i++) {
+        const struct fa_backward_tile *tile = &FA_BACKWARD_TILES[i % FA_BACKWARD_TILE_COUNT];
+        const bool is_late = tile->varlen_k != FA_ANY;
+        if (tile->head_dim >= head_dim && is_late == (i >= FA_BACKWARD_TILE_COUNT) &&
+            input->block_q % tile->tile_m == 0 && input->block_k % tile_n_of(tile) == 0)
+            return tile;
+    }
+    return NULL;
+}
+
 static const struct fa_backward_tile *choose_tile(const struct fa_plan_input *input)
 {
+    if (input->block_q)
+        return tile_of_blocks(input);
     const int head_dim = MAX(input->head_dim, input->head_dim_v);
     const int varlen_k = input->varlen ? input->seqlen_k : INT32_MAX;
     const struct fa_backward_tile *tile = FA_BACKWARD_TILES;
@@ -49,8 +67,6 @@ static int dq_buffers_of(const struct fa_plan_input *input)
     return input->deterministic && are_few && !input->varlen ? 2 : 1;
 }
 
-static int tile_n_of(const struct fa_backward_tile *tile) { return tile->warps / 2 * tile->warp_n; }
-
 static int n_blocks_of(const struct fa_plan_input *input, const struct fa_backward_tile *tile)
 {
     return CEIL_DIV(input->seqlen_k, tile_n_of(tile));
@@ -76,7 +92,8 @@ static struct fa_variant variant_of(const struct fa_plan_input *input,
     variant.stages = tile->stages;
     variant.tma = device->has_tma && input->tma_strides;
     variant.deterministic = input->deterministic;
-    variant.dq_direct = n_blocks_of(input, tile) == 1 && (input->all_see_keys || input->varlen);
+    variant.dq_direct =
+        n_blocks_of(input, tile) == 1 && !input->block_q && (input->all_see_keys || input->varlen);
     variant.dq_buffers = variant.dq_direct ? 1 : dq_buffers_of(input);
     return variant;
 }
@@ -109,6 +126,9 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
                     tile->varlen_k == FA_ANY
                         ? "row of csrc/tiles.c for the larger head dim"
                         : "row of csrc/tiles.c for the larger head dim, and for few keys");
+    if (input->block_q)
+        fa_plan_because(plan, "blocks",
+                        "a walk over lists: a block of keys goes through listed queries alone");
     if (input->softcap)
         fa_plan_because(plan, "sub_m", "16 queries at a time: the tanh of a cap takes registers");
     else if (input->dropout)
@@ -382,7 +402,10 @@ static int blocks_of(const struct fa_plan *plan, const struct fa_step *step, str
 int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_extent *extent,
                          struct fa_plan *plan, struct fa_plan_error *error)
 {
-    plan->m_blocks = CEIL_DIV(extent->seqlen_q, plan->tile_m);
+    /* Listed blocks are whole: the last one has tiles behind the last query. */
+    const int rows = input->block_q ? CEIL_DIV(extent->seqlen_q, input->block_q) * input->block_q
+                                    : extent->seqlen_q;
+    plan->m_blocks = CEIL_DIV(rows, plan->tile_m);
     plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
     plan->list_places = extent->is_packed_k ? fa_plan_list_places(extent->batch, extent->rows_k,
                                                                   plan->tile_n, plan->n_blocks)
@@ -412,8 +435,15 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
 int fa_plan_backward(const struct fa_plan_input *input, const struct fa_plan_target *target,
                      struct fa_plan *plan, struct fa_plan_error *error)
 {
-    if (input->block_q)
-        return fa_plan_refuse(error, true, "listed blocks have no backward on CUDA yet");
+    if (input->block_q && !choose_tile(input))
+        return fa_plan_refuse(
+            error, true,
+            "on CUDA the backward takes listed blocks of a multiple of 64 queries "
+            "and keys");
+    if (input->block_q && input->deterministic)
+        return fa_plan_refuse(error, true,
+                              "deterministic is not supported with listed blocks: they add to dQ "
+                              "in no order");
     struct fa_step *first = fa_plan_add(plan, (struct fa_step){0});
     set_main(input, target, plan);
     set_group_limit(input, &target->device, plan);
