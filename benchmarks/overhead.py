@@ -18,7 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from backward import by_autograd, by_operator
 from harness import FLASH, OURS, Contestant, Problem, by_backend
 
 import flash_attn_sm120
+from flash_attn_sm120 import sdpa
 from flash_attn_sm120._measure import synchronize
 from flash_attn_sm120.fa2 import flash_attn_with_kvcache
 
@@ -38,6 +40,8 @@ from flash_attn_sm120.fa2 import flash_attn_with_kvcache
 # the call *is* the work, so the work is made as small as it gets.
 SHAPE = {"cuda": (1, 128, 4, 64), "cpu": (1, 1, 1, 8)}
 CALLS = 200
+
+HOOKED = "ours, by sdpa.activate()"
 
 # A subprocess: a variant that this process has loaded cannot be met for the first time again.
 FIRST_CALL = """
@@ -92,6 +96,10 @@ def forwards(device: str) -> list[Contestant]:
         Contestant(FLASH, lambda: F.scaled_dot_product_attention(qt, qt, qt), **by_backend(FLASH)),
     ]
     if device == "cuda":
+        hooked = {"context": by_hook, "cannot": (RuntimeError,)}
+        calls.append(
+            Contestant(HOOKED, lambda: F.scaled_dot_product_attention(qt, qt, qt), **hooked)
+        )
         op = torch.ops.aten._scaled_dot_product_flash_attention
         calls.append(Contestant("aten flash op", lambda: op(qt, qt, qt)))
         problem = varlen.Packed(rows, rows, rows, False, [q.shape[1]] * len(q), ends)
@@ -99,6 +107,17 @@ def forwards(device: str) -> list[Contestant]:
             Contestant("varlen_attn", lambda: varlen.varlen_attn(problem, rows, rows, rows))
         )
     return calls
+
+
+@contextmanager
+def by_hook() -> Iterator[None]:
+    """SDPA's FlashAttention is ours."""
+    handle = sdpa.activate()
+    try:
+        with by_backend(FLASH)["context"]():
+            yield
+    finally:
+        handle.remove()
 
 
 def backwards(device: str) -> list[Contestant]:

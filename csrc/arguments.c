@@ -7,6 +7,13 @@
 
 /* ---- parts of an argument -------------------------------------------------------------------- */
 
+/* How often the main kernel issues an mma: its products are so many times too large, see
+ * kernels/product.cuh. A power of two, so nothing is rounded. */
+static float tensor_repeat(const struct fa_plan *plan)
+{
+    return (float)plan->steps[plan->main].variant.tensor_repeat;
+}
+
 /* The numbers that take a score s to the exponent of 2, as kernels/params.h has them. They keep
  * away from the ends of fp32: 0 times the infinite value of a masked score is NaN, the smallest
  * number times any other score rounds away; and no score is near a cap of 2^100, which then
@@ -14,14 +21,16 @@
 struct scales {
     float scale_log2, masked_score, scale_in_cap;
 };
-static struct scales scales_of(const struct fa_shape *shape)
+/* A kernel whose mma are repeated has scores that are so many times too large. */
+static struct scales scales_of(const struct fa_shape *shape, const struct fa_plan *plan)
 {
+    const float softmax_scale = shape->softmax_scale / tensor_repeat(plan);
     const double log2_e = 1.4426950408889634;
     struct scales scales = {0};
-    float factor = shape->softmax_scale;
+    float factor = softmax_scale;
     if (shape->softcap != 0) {
         factor = fminf(shape->softcap, 0x1p100f);
-        scales.scale_in_cap = fmaxf(fminf(shape->softmax_scale / factor, FLT_MAX), -FLT_MAX);
+        scales.scale_in_cap = fmaxf(fminf(softmax_scale / factor, FLT_MAX), -FLT_MAX);
     }
     const float scale_log2 = (float)(factor * log2_e);
     scales.scale_log2 = scale_log2 != 0 ? scale_log2 : FLT_TRUE_MIN;
@@ -190,6 +199,13 @@ static struct fa_block_lists block_lists_of(const struct fa_block_lists_read *li
     };
 }
 
+static struct fa_bias bias_of(const struct fa_problem *problem)
+{
+    if (!problem->bias.object)
+        return (struct fa_bias){0};
+    return (struct fa_bias){problem->bias.data, fa_bias_strides(&problem->bias)};
+}
+
 /* Where the tiles of all sequences are listed; NULL: they are not. */
 static struct fa_listed_tile *list_of(const struct fa_plan *plan, float *workspace)
 {
@@ -202,7 +218,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
                                                const struct fa_plan *plan, float *workspace)
 {
     const struct fa_shape *shape = &problem->shape;
-    const struct scales scales = scales_of(shape);
+    const struct scales scales = scales_of(shape, plan);
     const struct fa_variant *variant = &plan->steps[plan->main].variant;
     const bool is_split = plan->splits > 1;
     return (struct fa_forward_params){
@@ -235,6 +251,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .list = list_of(plan, workspace),
         .dropout = dropout_of(problem),
         .alibi = alibi_of(problem),
+        .bias = bias_of(problem),
     };
 }
 
@@ -446,13 +463,21 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
 
 /* ---- backward -------------------------------------------------------------------------------- */
 
+/* What products of dS have to be multiplied by to be dQ and dK. Where mma are repeated dS is itself
+ * one of their products. */
+static float scale_of_dS(const struct fa_shape *shape, const struct fa_plan *plan)
+{
+    const float repeat = tensor_repeat(plan);
+    return shape->softmax_scale / (fa_keep_probability(shape) * repeat * repeat);
+}
+
 static struct fa_backward_params backward_params(const struct fa_problem *problem,
                                                  const struct fa_gradients *gradients,
                                                  const struct fa_plan *plan, float *workspace)
 {
     const struct fa_shape *shape = &problem->shape;
     const struct fa_workspace *at = &plan->workspace;
-    const struct scales scales = scales_of(shape);
+    const struct scales scales = scales_of(shape, plan);
     const int64_t zero_chunks = (at->size - at->zeros) / 4;
     return (struct fa_backward_params){
         .q = problem->q.data,
@@ -497,7 +522,7 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .scale_log2 = scales.scale_log2,
         .masked_score = scales.masked_score,
         .scale_in_cap = scales.scale_in_cap,
-        .softmax_scale = shape->softmax_scale / fa_keep_probability(shape),
+        .softmax_scale = scale_of_dS(shape, plan),
         .dq = gradients->dq.data,
         .dq_stride = fa_tensor_strides(&gradients->dq),
         .zero_share = CEIL_DIV(zero_chunks, MAX(plan->steps[0].blocks, 1)),
@@ -538,10 +563,16 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     const struct fa_shape *shape = &problem->shape;
     const int queries = (shape->is_varlen ? plan->query_tiles : plan->m_blocks) * plan->tile_m;
     const int keys = plan->n_blocks * plan->tile_n;
-    const float keep = fa_keep_probability(shape), scale = shape->softmax_scale / keep;
+    const float scale = scale_of_dS(shape, plan);
+    const float scale_of_P = 1 / (fa_keep_probability(shape) * tensor_repeat(plan));
     struct fa_backward_params *main = &arguments->main.dense;
     *main = backward_params(problem, gradients, plan, workspace);
     main->dropout = dropout_of(problem);
+    main->bias = bias_of(problem);
+    if (gradients->dbias.object) {
+        main->dbias = gradients->dbias.data;
+        main->dbias_stride = fa_bias_strides(&gradients->dbias);
+    }
     if (variant->block_sparse) {
         const struct fa_block_lists_read *lists = &problem->query_blocks;
         arguments->main.lists =
@@ -554,7 +585,8 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     arguments->dq.tile_m = plan->tile_m;
     arguments->dq.lengths = lengths_of(problem);
     arguments->dk = postprocess_params(workspace + at->dk_accum, 1, keys, scale, &gradients->dk);
-    arguments->dv = postprocess_params(workspace + at->dv_accum, 1, keys, 1 / keep, &gradients->dv);
+    arguments->dv =
+        postprocess_params(workspace + at->dv_accum, 1, keys, scale_of_P, &gradients->dv);
     if (!variant->tma)
         return 0;
     if (encode_queries_map(driver, &problem->q, plan->tile_m, &main->q_map) < 0)

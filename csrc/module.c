@@ -78,7 +78,7 @@ static PyObject *run_if_plain(PyObject *module, const struct method *method,
         arguments[0],       arguments[1],          arguments[2],          options->learnable_sink,
         options->out,       options->lse,          options->cu_seqlens_q, options->cu_seqlens_k,
         options->seqused_q, options->seqused_k,    options->page_table,   options->k,
-        options->v,         options->dropout_seed, options->alibi_slopes};
+        options->v,         options->dropout_seed, options->alibi_slopes, options->attn_bias};
     const int is_plain =
         fa_following_is_plain_call(&state->following, tensors, sizeof tensors / sizeof *tensors);
     PyObject *result = NULL;
@@ -136,8 +136,10 @@ static PyObject *backward(PyObject *module, PyObject *const *arguments, Py_ssize
                           &problem, &gradients) == 0 &&
         fa_gradients_allocate(&state->dlpack, &problem, &gradients) == 0 &&
         fa_attention_backward(state, &problem, &gradients) == 0)
-        result = PyTuple_Pack(4, gradients.dq.object, gradients.dk.object, gradients.dv.object,
-                              gradients.dsink.object ? gradients.dsink.object : Py_None);
+        result = PyTuple_Pack(gradients.dbias.object ? 5 : 4, gradients.dq.object,
+                              gradients.dk.object, gradients.dv.object,
+                              gradients.dsink.object ? gradients.dsink.object : Py_None,
+                              gradients.dbias.object);
     fa_gradients_release(&gradients);
     fa_problem_release(&problem);
     return result;
@@ -229,6 +231,14 @@ static PyObject *use_tiles(PyObject *module, PyObject *rows)
     Py_RETURN_NONE;
 }
 
+static PyObject *use_backward_tiles(PyObject *module, PyObject *rows)
+{
+    struct fa_state *state = PyModule_GetState(module);
+    if (fa_use_backward_tiles(rows, &state->tiles) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
 static PyObject *tiles(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
     return fa_tiles();
@@ -242,10 +252,11 @@ static PyObject *tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(un
 /* ---- the method table ------------------------------------------------------------------------ */
 
 /* Signatures as inspect.signature() reads them. */
-#define CALL_OPTIONS   FA_CALL_OPTIONS(FA_OPTION_SIGNATURE)
-#define RESULT_OPTIONS FA_RESULT_OPTIONS(FA_OPTION_SIGNATURE)
-#define PLAN_OPTIONS   FA_PLAN_OPTIONS(FA_OPTION_SIGNATURE)
-#define CACHE_OPTIONS  FA_CACHE_OPTIONS(FA_OPTION_SIGNATURE)
+#define CALL_OPTIONS     FA_CALL_OPTIONS(FA_OPTION_SIGNATURE)
+#define RESULT_OPTIONS   FA_RESULT_OPTIONS(FA_OPTION_SIGNATURE)
+#define GRADIENT_OPTIONS FA_GRADIENT_OPTIONS(FA_OPTION_SIGNATURE)
+#define PLAN_OPTIONS     FA_PLAN_OPTIONS(FA_OPTION_SIGNATURE)
+#define CACHE_OPTIONS    FA_CACHE_OPTIONS(FA_OPTION_SIGNATURE)
 #define FAST_METHOD(name, doc)                                                                     \
     {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS, doc}
 
@@ -264,18 +275,23 @@ static PyMethodDef METHODS[] = {
                 "cache_forward_if_plain($module, q, k_cache, v_cache, /, *" CALL_OPTIONS
                     RESULT_OPTIONS CACHE_OPTIONS
                 ")\n--\n\nThe same, or NotImplemented, as forward_if_plain()."),
-    FAST_METHOD(backward, "backward($module, dout, q, k, v, out, lse, dlse, /, *" CALL_OPTIONS
-                          ")\n--\n\n(dq, dk, dv, dsink) of a call; dlse and dsink may be None."),
+    FAST_METHOD(
+        backward,
+        "backward($module, dout, q, k, v, out, lse, dlse, /, *" CALL_OPTIONS GRADIENT_OPTIONS
+        ")\n--\n\n(dq, dk, dv, dsink) of a call, and dbias where bias_gradient asks for it; dlse "
+        "and dsink may be None."),
     {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL,
      "combine($module, out_parts, lse_parts, out, lse, cu_seqlens, seqused, /)\n--\n\n"
      "Puts parts together, into out and lse; the last three may be None."},
     {"scatter", (PyCFunction)(void (*)(void))scatter, METH_FASTCALL,
      "scatter($module, k, v, k_cache, v_cache, slots, /)\n--\n\n"
      "Writes rows of k and v to their slots in caches of pages; a negative slot is none."},
-    FAST_METHOD(explain, "explain($module, q, k, v, /, *" CALL_OPTIONS PLAN_OPTIONS ")\n--\n\n"
+    FAST_METHOD(explain, "explain($module, q, k, v, /, *" CALL_OPTIONS GRADIENT_OPTIONS PLAN_OPTIONS
+                         ")\n--\n\n"
                          "The plan of the forward of a call: a dict."),
     FAST_METHOD(explain_backward,
-                "explain_backward($module, q, k, v, /, *" CALL_OPTIONS PLAN_OPTIONS ")\n--\n\n"
+                "explain_backward($module, q, k, v, /, *" CALL_OPTIONS GRADIENT_OPTIONS PLAN_OPTIONS
+                ")\n--\n\n"
                 "The plan of the backward of a call: a dict."),
     {"follow", follow, METH_VARARGS,
      "follow($module, plain_types, questions, forward_ad, /)\n--\n\n"
@@ -286,6 +302,8 @@ static PyMethodDef METHODS[] = {
      "counts($module, /)\n--\n\nHow many plans calls have made, and kernels loaded, so far."},
     {"use_tiles", use_tiles, METH_O,
      "use_tiles($module, rows, /)\n--\n\nPuts rows before those of csrc/tiles.c."},
+    {"use_backward_tiles", use_backward_tiles, METH_O,
+     "use_backward_tiles($module, rows, /)\n--\n\nThe same of the backward."},
     {"tiles", tiles, METH_NOARGS, "tiles($module, /)\n--\n\nThe rows of csrc/tiles.c."},
     {"tile_fields", tile_fields, METH_NOARGS,
      "tile_fields($module, /)\n--\n\nThe names of a row's numbers."},

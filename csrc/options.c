@@ -201,8 +201,10 @@ static bool takes(enum fa_method_kind kind, int option)
 {
     if (option < FA_OPTION_return_lse)
         return true;
-    if (option < FA_OPTION_arch)
+    if (option < FA_OPTION_bias_gradient)
         return kind == FA_METHOD_FORWARD || kind == FA_METHOD_CACHE;
+    if (option < FA_OPTION_arch)
+        return kind == FA_METHOD_BACKWARD || kind == FA_METHOD_EXPLAIN;
     return kind == (option < FA_OPTION_k ? FA_METHOD_EXPLAIN : FA_METHOD_CACHE);
 }
 

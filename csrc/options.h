@@ -32,6 +32,7 @@ struct fa_window {
     X(window_size, struct fa_window, window, FA_NO_WINDOW, "(None, None)")                         \
     X(learnable_sink, PyObject *, object, NULL, "None")                                            \
     X(alibi_slopes, PyObject *, object, NULL, "None")                                              \
+    X(attn_bias, PyObject *, object, NULL, "None")                                                 \
     X(softcap, float, softcap, 0, "0.0")                                                           \
     X(dropout_p, double, probability, 0, "0.0")                                                    \
     X(dropout_seed, PyObject *, object, NULL, "None")                                              \
@@ -46,6 +47,9 @@ struct fa_window {
     X(return_lse, bool, flag, false, "False")                                                      \
     X(out, PyObject *, object, NULL, "None")                                                       \
     X(lse, PyObject *, object, NULL, "None")
+
+/* Those of the backward, and of what explains. */
+#define FA_GRADIENT_OPTIONS(X) X(bias_gradient, bool, flag, false, "False")
 
 /* And those of the two that explain. */
 #define FA_PLAN_OPTIONS(X) X(arch, int, arch, 0, "None")
@@ -62,7 +66,9 @@ struct fa_window {
     X(cache_leftpad, PyObject *, object, NULL, "None")                                             \
     X(rotary_interleaved, bool, flag, true, "True")
 
-#define FA_OPTIONS(X) FA_CALL_OPTIONS(X) FA_RESULT_OPTIONS(X) FA_PLAN_OPTIONS(X) FA_CACHE_OPTIONS(X)
+#define FA_OPTIONS(X)                                                                              \
+    FA_CALL_OPTIONS(X)                                                                             \
+    FA_RESULT_OPTIONS(X) FA_GRADIENT_OPTIONS(X) FA_PLAN_OPTIONS(X) FA_CACHE_OPTIONS(X)
 
 struct fa_options {
 #define FA_FIELD(name, type, reader, value, text) type name;

@@ -33,6 +33,10 @@ struct fa_variant fa_plan_variant(const struct fa_plan_input *input)
         .softcap = input->softcap,
         .dropout = input->dropout,
         .alibi = input->alibi,
+        .bias = input->bias,
+        .bias_fp32 = input->bias_fp32,
+        .bias_pairs = input->bias_pairs,
+        .bias_gradient = input->bias_gradient,
         .varlen = input->varlen,
         .paged = input->paged,
         .block_sparse = input->block_q != 0,
@@ -83,6 +87,12 @@ int fa_plan_make(const struct fa_plan_input *input, const struct fa_plan_target 
             error, true,
             "float32 is supported on the CPU alone; on CUDA q, k and v must be float16 "
             "or bfloat16");
-    return input->direction == FA_FORWARD ? fa_plan_forward(input, target, plan, error)
-                                          : fa_plan_backward(input, target, plan, error);
+    if ((input->direction == FA_FORWARD ? fa_plan_forward(input, target, plan, error)
+                                        : fa_plan_backward(input, target, plan, error)) < 0)
+        return -1;
+    plan->steps[plan->main].variant.tensor_repeat = MAX(target->tensor_repeat, 1);
+    if (target->tensor_repeat > 1)
+        fa_plan_because(plan, "tensor_repeat",
+                        "FA_SM120_TENSOR_REPEAT: each mma is issued several times, for measuring");
+    return 0;
 }

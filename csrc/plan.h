@@ -35,6 +35,11 @@ struct fa_plan_input {
     int softcap;               /* whether scores are capped */
     int dropout;               /* whether weights are dropped */
     int alibi;                 /* whether they fall with distance */
+    int bias;                  /* whether a bias is added to them */
+    int bias_fp32;             /* in fp32, not in the type of the others */
+    int bias_pairs;            /* forward: kernels may read aligned pairs of it */
+    int bias_shared;           /* whether several scores share one of its elements */
+    int bias_gradient;         /* backward: whether its gradient is wanted */
     int sink;                  /* whether there is one */
     int num_splits;            /* 0: as the plan chooses; else at most as many parts of the keys */
     int may_split;             /* varlen and num_splits 0: fa_plan_may_split; else 0 */
@@ -140,6 +145,7 @@ struct fa_plan_error {
 struct fa_plan_target {
     struct fa_device device;
     int limits_arch;                  /* as in struct fa_settings */
+    int tensor_repeat;                /* the same; 0 like 1 */
     const struct fa_tile_list *tiles; /* rows that come before those of tiles.c */
 };
 

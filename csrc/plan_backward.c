@@ -8,34 +8,6 @@
 
 /* ---- the tile -------------------------------------------------------------------------------- */
 
-static int tile_n_of(const struct fa_backward_tile *tile) { return tile->warps / 2 * tile->warp_n; }
-
-/* The first row that whole listed blocks have tiles of; those of few keys come last. NULL: none. */
-static const struct fa_backward_tile *tile_of_blocks(const struct fa_plan_input *input)
-{
-    const int head_dim = MAX(input->head_dim, input->head_dim_v);
-    for (int i = 0; i < 2 * FA_BACKWARD_TILE_COUNT; i++) {
-        const struct fa_backward_tile *tile = &FA_BACKWARD_TILES[i % FA_BACKWARD_TILE_COUNT];
-        const bool is_late = tile->varlen_k != FA_ANY;
-        if (tile->head_dim >= head_dim && is_late == (i >= FA_BACKWARD_TILE_COUNT) &&
-            input->block_q % tile->tile_m == 0 && input->block_k % tile_n_of(tile) == 0)
-            return tile;
-    }
-    return NULL;
-}
-
-static const struct fa_backward_tile *choose_tile(const struct fa_plan_input *input)
-{
-    if (input->block_q)
-        return tile_of_blocks(input);
-    const int head_dim = MAX(input->head_dim, input->head_dim_v);
-    const int varlen_k = input->varlen ? input->seqlen_k : INT32_MAX;
-    const struct fa_backward_tile *tile = FA_BACKWARD_TILES;
-    while (tile->head_dim < head_dim || (tile->varlen_k != FA_ANY && tile->varlen_k < varlen_k))
-        tile++; /* the last one serves all */
-    return tile;
-}
-
 /* How many warps of a group share rows of dQ: of the ways to cut half a tile into 16 rows by 16
  * dims and more, the one with the fewest products, padding included, and then with the fewest
  * operands to read. */
@@ -67,6 +39,8 @@ static int dq_buffers_of(const struct fa_plan_input *input)
     return input->deterministic && are_few && !input->varlen ? 2 : 1;
 }
 
+static int tile_n_of(const struct fa_backward_tile *tile) { return tile->warps / 2 * tile->warp_n; }
+
 static int n_blocks_of(const struct fa_plan_input *input, const struct fa_backward_tile *tile)
 {
     return CEIL_DIV(input->seqlen_k, tile_n_of(tile));
@@ -75,7 +49,7 @@ static int n_blocks_of(const struct fa_plan_input *input, const struct fa_backwa
 /* A step of score.cuh that leaves fewer of them to a sub-tile. */
 static bool takes_registers(const struct fa_plan_input *input)
 {
-    return input->softcap || input->dropout;
+    return input->softcap || input->dropout || input->bias;
 }
 
 static struct fa_variant variant_of(const struct fa_plan_input *input,
@@ -106,6 +80,30 @@ static int backward_smem(const struct fa_plan_input *input, const struct fa_vari
         .bytes;
 }
 
+/* Whether whole listed blocks have such tiles. */
+static bool divides_blocks(const struct fa_plan_input *input, const struct fa_backward_tile *tile)
+{
+    return input->block_q % tile->tile_m == 0 && input->block_k % tile_n_of(tile) == 0;
+}
+
+/* The first of `count` rows that serves sequences of up to `varlen_k` keys, and fits the shared
+ * memory; else NULL. */
+static const struct fa_backward_tile *
+first_that_serves(const struct fa_backward_tile *rows, size_t count,
+                  const struct fa_plan_input *input, int varlen_k, const struct fa_device *device)
+{
+    const int head_dim = MAX(input->head_dim, input->head_dim_v);
+    const int most_smem = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
+    for (const struct fa_backward_tile *tile = rows; tile < rows + count; tile++) {
+        const struct fa_variant variant = variant_of(input, device, tile);
+        if (tile->head_dim >= head_dim && divides_blocks(input, tile) &&
+            (tile->varlen_k == FA_ANY || tile->varlen_k >= varlen_k) &&
+            backward_smem(input, &variant, tile_n_of(tile)) <= most_smem)
+            return tile;
+    }
+    return NULL;
+}
+
 static void explain_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
                          const struct fa_backward_tile *tile, const struct fa_variant *variant,
                          struct fa_plan *plan)
@@ -123,7 +121,8 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
                             : "it needs Q and dO at strides that are multiples of 16 bytes, from a "
                               "row up to 2^40: neither expanded nor flipped");
     fa_plan_because(plan, "tile",
-                    tile->varlen_k == FA_ANY
+                    !tile ? "first row of use_backward_tiles() that serves the call and fits"
+                    : tile->varlen_k == FA_ANY
                         ? "row of csrc/tiles.c for the larger head dim"
                         : "row of csrc/tiles.c for the larger head dim, and for few keys");
     if (input->block_q)
@@ -133,6 +132,13 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
         fa_plan_because(plan, "sub_m", "16 queries at a time: the tanh of a cap takes registers");
     else if (input->dropout)
         fa_plan_because(plan, "sub_m", "16 queries at a time: random numbers take registers");
+    else if (input->bias)
+        fa_plan_because(plan, "sub_m", "16 queries at a time: a bias takes registers");
+    if (input->bias_gradient)
+        fa_plan_because(plan, "attn_bias",
+                        input->bias_shared
+                            ? "blocks add to its gradient in any order, where scores share it"
+                            : "each element of its gradient is one block's");
     if (variant->dq_direct)
         fa_plan_because(plan, "dq_accum",
                         "none: one tile holds all keys, so that a tile of dQ is one block's");
@@ -145,17 +151,34 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
                             : "blocks add to dQ in the order of their keys");
 }
 
+/* Rows of the caller's come first, which *is_own tells. NULL: whole listed blocks have no tiles. */
+static const struct fa_backward_tile *choose_tile(const struct fa_plan_input *input,
+                                                  const struct fa_plan_target *target, bool *is_own)
+{
+    const struct fa_tile_list *own = target->tiles;
+    const int varlen_k = input->varlen ? input->seqlen_k : INT32_MAX;
+    const struct fa_backward_tile *tile = first_that_serves(own->backward_rows, own->backward_count,
+                                                            input, varlen_k, &target->device);
+    *is_own = tile != NULL;
+    if (!tile) /* the last one serves all but listed blocks */
+        tile = first_that_serves(FA_BACKWARD_TILES, FA_BACKWARD_TILE_COUNT, input, varlen_k,
+                                 &target->device);
+    if (!tile) /* rows of few keys are of smaller tiles */
+        tile =
+            first_that_serves(FA_BACKWARD_TILES, FA_BACKWARD_TILE_COUNT, input, 0, &target->device);
+    return tile;
+}
+
 static void set_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
-                     struct fa_plan *plan)
+                     const struct fa_backward_tile *tile, bool is_own, struct fa_plan *plan)
 {
     enum { REGISTERS_PER_SM = 64 << 10, REGISTERS_PER_THREAD = 256 };
-    const struct fa_backward_tile *tile = choose_tile(input);
     const struct fa_variant variant = variant_of(input, &target->device, tile);
     const int threads = tile->warps * 32;
     plan->tile_m = tile->tile_m;
     plan->tile_n = tile_n_of(tile);
     plan->smem_bytes = backward_smem(input, &variant, plan->tile_n);
-    explain_main(input, target, tile, &variant, plan);
+    explain_main(input, target, is_own ? NULL : tile, &variant, plan);
     int by_smem;
     const int smem_request = fa_device_smem_request(&target->device, target->limits_arch,
                                                     plan->smem_bytes, threads, &by_smem);
@@ -432,20 +455,34 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
 
 /* ---- the interface --------------------------------------------------------------------------- */
 
+static const char *why_no_bias_gradient(const struct fa_plan_input *input)
+{
+    if (input->bias_gradient && input->deterministic && input->bias_shared)
+        return "the gradient of an attn_bias that several scores share (of size 1 in a dimension) "
+               "is not supported with deterministic=True on CUDA: expand() it";
+    if (input->bias_gradient && input->softcap)
+        return "the gradient of attn_bias is not supported with softcap on CUDA";
+    return NULL;
+}
+
 int fa_plan_backward(const struct fa_plan_input *input, const struct fa_plan_target *target,
                      struct fa_plan *plan, struct fa_plan_error *error)
 {
-    if (input->block_q && !choose_tile(input))
-        return fa_plan_refuse(
-            error, true,
-            "on CUDA the backward takes listed blocks of a multiple of 64 queries "
-            "and keys");
+    const char *why_not = why_no_bias_gradient(input);
+    if (why_not)
+        return fa_plan_refuse(error, true, why_not);
     if (input->block_q && input->deterministic)
         return fa_plan_refuse(error, true,
                               "deterministic is not supported with listed blocks: they add to dQ "
                               "in no order");
+    bool is_own;
+    const struct fa_backward_tile *tile = choose_tile(input, target, &is_own);
+    if (!tile)
+        return fa_plan_refuse(error, true,
+                              "on CUDA the backward takes listed blocks of a multiple of 64 keys, "
+                              "and of a multiple of 32 to 128 queries, more at small head dims");
     struct fa_step *first = fa_plan_add(plan, (struct fa_step){0});
-    set_main(input, target, plan);
+    set_main(input, target, tile, is_own, plan);
     set_group_limit(input, &target->device, plan);
     const struct fa_extent extent = fa_plan_extent(input);
     plan->splits = 1;

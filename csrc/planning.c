@@ -91,6 +91,11 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .softcap = shape->softcap != 0,
         .dropout = shape->dropout != 0,
         .alibi = problem->alibi_slopes.object != NULL,
+        .bias = problem->bias.object != NULL,
+        .bias_fp32 = problem->bias.object && problem->bias.dtype == FA_FLOAT32,
+        .bias_pairs = is_forward && fa_bias_has_pairs(&problem->bias),
+        .bias_shared = fa_bias_is_shared(problem),
+        .bias_gradient = !is_forward && problem->bias.object && options->bias_gradient,
         .sink = problem->sink.object != NULL,
         .num_splits = is_forward ? options->num_splits : 0,
         .pack_gqa = is_forward ? (int)options->pack_gqa : FA_PACK_AUTO,
@@ -148,6 +153,7 @@ static int set_target(struct fa_state *state, int ordinal, int arch, struct fa_p
     if (fa_settings_read(&state->settings) < 0)
         return -1;
     target->limits_arch = state->settings.limits_arch;
+    target->tensor_repeat = state->settings.tensor_repeat;
     target->tiles = &state->tiles;
     if (arch) {
         target->device = fa_device_of_arch(arch);

@@ -360,6 +360,60 @@ static int read_blocks(struct fa_dlpack *dlpack, struct fa_problem *problem)
                                      &problem->q, &problem->shape, &problem->query_blocks);
 }
 
+/* A bias is never copied: it may be as large as all scores. */
+static int read_bias(struct fa_dlpack *dlpack, struct fa_problem *problem)
+{
+    static const char NAME[] = "attn_bias";
+    static const char *const MEANINGS[] = {"q's batch", "q's heads", "q's seqlen"};
+    struct fa_tensor *bias = &problem->bias;
+    const struct fa_shape *shape = &problem->shape;
+    const int sizes[] = {shape->batch, shape->heads_q, shape->seqlen_q};
+    if (!problem->options.attn_bias)
+        return 0;
+    if (shape->is_varlen)
+        return fa_raise(PyExc_NotImplementedError,
+                        "%s is not supported with lengths or pages on the device: all sequences of "
+                        "a batch have those of q and k",
+                        NAME);
+    if (fa_tensor_read(dlpack, problem->options.attn_bias, NAME, 4, bias) < 0)
+        return -1;
+    if (bias->dtype != FA_FLOAT32 && bias->dtype != shape->dtype)
+        return fa_raise(PyExc_TypeError, "%s must be float32, or %s like q, got %s", NAME,
+                        fa_dtype_name(shape->dtype), fa_dtype_name(bias->dtype));
+    for (int i = 0; i < 3; i++)
+        if (bias->shape[i] != 1 && bias->shape[i] != sizes[i])
+            return fa_raise(PyExc_ValueError,
+                            "%s must have size 1 or %s %d in dimension %d, got %lld", NAME,
+                            MEANINGS[i], sizes[i], i, (long long)bias->shape[i]);
+    if (check_size(bias, NAME, 3, "k's seqlen", shape->seqlen_k) < 0 ||
+        check_device(&problem->q, bias, NAME) < 0)
+        return -1;
+    return fa_tensor_has_contiguous_rows(bias)
+               ? 0
+               : fa_raise(PyExc_ValueError,
+                          "%s is read in place, never copied: it must be contiguous in its last "
+                          "dimension, got stride %lld",
+                          NAME, (long long)bias->stride[3]);
+}
+
+bool fa_bias_has_pairs(const struct fa_tensor *bias)
+{
+    if (!bias->object)
+        return false;
+    const struct fa_strides stride = fa_bias_strides(bias);
+    const uintptr_t pair_bytes = 2 * (uintptr_t)fa_element_bytes(bias->dtype);
+    const int64_t odd = bias->shape[3] | stride.batch | stride.head | stride.seqlen;
+    return (odd & 1) == 0 && (uintptr_t)bias->data % pair_bytes == 0;
+}
+
+bool fa_bias_is_shared(const struct fa_problem *problem)
+{
+    const struct fa_shape *shape = &problem->shape;
+    const int64_t *sizes = problem->bias.shape;
+    return problem->bias.object &&
+           (sizes[0] < shape->batch || sizes[1] < shape->heads_q || sizes[2] < shape->seqlen_q);
+}
+
 /* Sizes of a result, and how many there are: of out [batch, seqlen_q, heads_q, head_dim_v], where q
  * is packed [total_q, heads_q, head_dim_v]; of lse [batch, heads_q, seqlen_q] or [heads_q,
  * total_q]. */
@@ -442,8 +496,8 @@ struct named_tensor {
 };
 
 /* All tensors of a call, some of which may not be there (yet). */
-#define FORWARD_TENSORS 26
-#define MAX_TENSORS     32
+#define FORWARD_TENSORS 27
+#define MAX_TENSORS     34
 static int tensors_of(const struct fa_problem *problem, const struct fa_gradients *gradients,
                       struct named_tensor tensors[MAX_TENSORS])
 {
@@ -454,6 +508,7 @@ static int tensors_of(const struct fa_problem *problem, const struct fa_gradient
         {&problem->sink, "learnable_sink"},
         {&problem->dropout_seed, "dropout_seed"},
         {&problem->alibi_slopes, "alibi_slopes"},
+        {&problem->bias, "attn_bias"},
         {&problem->out, "out"},
         {&problem->lse, "lse"},
         {&problem->cu_seqlens_q, "cu_seqlens_q"},
@@ -479,8 +534,9 @@ static int tensors_of(const struct fa_problem *problem, const struct fa_gradient
     if (!gradients)
         return FORWARD_TENSORS;
     const struct named_tensor backward[] = {
-        {&gradients->dout, "dout"}, {&gradients->dlse, "dlse"}, {&gradients->dq, "dq"},
-        {&gradients->dk, "dk"},     {&gradients->dv, "dv"},     {&gradients->dsink, "dsink"},
+        {&gradients->dout, "dout"},   {&gradients->dlse, "dlse"}, {&gradients->dq, "dq"},
+        {&gradients->dk, "dk"},       {&gradients->dv, "dv"},     {&gradients->dsink, "dsink"},
+        {&gradients->dbias, "dbias"},
     };
     memcpy(tensors + FORWARD_TENSORS, backward, sizeof backward);
     return MAX_TENSORS;
@@ -579,7 +635,8 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
         return -1;
     set_shape(problem, (int)batch);
     if (read_sink(dlpack, problem) < 0 || read_alibi_slopes(dlpack, problem) < 0 ||
-        read_dropout_seed(dlpack, read, problem) < 0 || read_blocks(dlpack, problem) < 0)
+        read_bias(dlpack, problem) < 0 || read_dropout_seed(dlpack, read, problem) < 0 ||
+        read_blocks(dlpack, problem) < 0)
         return -1;
     for (int i = 0; i < 4; i++) {
         if (!tensors[i]->object)
@@ -605,14 +662,14 @@ static void release(struct fa_tensor *const *tensors, int count)
 
 void fa_problem_release(struct fa_problem *problem)
 {
-    release((struct fa_tensor *const[]){&problem->q, &problem->k, &problem->v, &problem->sink,
-                                        &problem->dropout_seed, &problem->alibi_slopes,
-                                        &problem->out, &problem->lse, &problem->cu_seqlens_q,
-                                        &problem->cu_seqlens_k, &problem->seqused_q,
-                                        &problem->seqused_k, &problem->page_table,
-                                        &problem->leftpad_k, &problem->append.k, &problem->append.v,
-                                        &problem->append.cos, &problem->append.sin},
-            18);
+    release(
+        (struct fa_tensor *const[]){
+            &problem->q, &problem->k, &problem->v, &problem->sink, &problem->dropout_seed,
+            &problem->alibi_slopes, &problem->bias, &problem->out, &problem->lse,
+            &problem->cu_seqlens_q, &problem->cu_seqlens_k, &problem->seqused_q,
+            &problem->seqused_k, &problem->page_table, &problem->leftpad_k, &problem->append.k,
+            &problem->append.v, &problem->append.cos, &problem->append.sin},
+        19);
     fa_block_lists_release(&problem->key_blocks);
     fa_block_lists_release(&problem->query_blocks);
 }
@@ -657,6 +714,17 @@ static int allocate_gradient(struct fa_dlpack *dlpack, const struct fa_problem *
     return status < 0 ? -1 : check_apart(problem, gradients, gradient, name);
 }
 
+/* Zero where nothing is added to it. */
+static int allocate_dbias(struct fa_dlpack *dlpack, const struct fa_problem *problem,
+                          struct fa_gradients *gradients)
+{
+    struct fa_tensor *dbias = &gradients->dbias;
+    if (fa_tensor_zeros(dlpack, &problem->q, "dbias", FA_FLOAT32, 4, problem->bias.shape, dbias) <
+        0)
+        return -1;
+    return check_apart(problem, gradients, dbias, "dbias");
+}
+
 int fa_gradients_allocate(struct fa_dlpack *dlpack, const struct fa_problem *problem,
                           struct fa_gradients *gradients)
 {
@@ -667,6 +735,9 @@ int fa_gradients_allocate(struct fa_dlpack *dlpack, const struct fa_problem *pro
         if (allocate_gradient(dlpack, problem, gradients, inputs[i], names[i], inputs[i]->dtype,
                               inputs[i]->ndim, inputs[i]->shape, outputs[i]) < 0)
             return -1;
+    if (problem->options.bias_gradient && problem->bias.object &&
+        allocate_dbias(dlpack, problem, gradients) < 0)
+        return -1;
     if (!problem->sink.object)
         return 0;
     /* Where no query meets a key the sink alone makes the lse, and what flows into that flows on
@@ -697,6 +768,7 @@ int fa_problem_recheck(const struct fa_problem *problem, const struct fa_gradien
 void fa_gradients_release(struct fa_gradients *gradients)
 {
     release((struct fa_tensor *const[]){&gradients->dout, &gradients->dlse, &gradients->dq,
-                                        &gradients->dk, &gradients->dv, &gradients->dsink},
-            6);
+                                        &gradients->dk, &gradients->dv, &gradients->dsink,
+                                        &gradients->dbias},
+            7);
 }

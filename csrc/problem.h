@@ -29,6 +29,8 @@ struct fa_problem {
     struct fa_tensor lse; /* [batch, heads_q, seqlen_q] fp32; object NULL where not wanted */
     /* fp32 [heads_q] or [batch, heads_q]; object NULL where there are none */
     struct fa_tensor alibi_slopes;
+    /* [batch or 1, heads_q or 1, seqlen_q or 1, seqlen_k], fp32 or like q; object NULL: none */
+    struct fa_tensor bias;
     /* int32, rows contiguous; object NULL where there are none */
     struct fa_tensor cu_seqlens_q, cu_seqlens_k; /* [batch + 1]: where sequences begin and end */
     struct fa_tensor seqused_q, seqused_k;       /* [batch]: how many of their rows are used */
@@ -59,6 +61,21 @@ static inline int fa_append_blocks(const struct fa_append *append)
     return append->k.shape[1] > 0 ? (int)append->k.shape[1] : 1;
 }
 
+/* The strides of a bias or its gradient: 0 where scores of a dimension share it. */
+static inline struct fa_strides fa_bias_strides(const struct fa_tensor *bias)
+{
+    const int64_t *shape = bias->shape, *stride = bias->stride;
+    return (struct fa_strides){.batch = shape[0] == 1 ? 0 : stride[0],
+                               .head = shape[1] == 1 ? 0 : stride[1],
+                               .seqlen = shape[2] == 1 ? 0 : stride[2]};
+}
+
+/* Whether keys 2i and 2i + 1 of any row of a bias are an aligned pair. */
+bool fa_bias_has_pairs(const struct fa_tensor *bias);
+
+/* Whether several scores share an element of the bias: its gradient is a sum then. */
+bool fa_bias_is_shared(const struct fa_problem *problem);
+
 /* What the backward has beside the problem, whose out and lse it is given. */
 struct fa_gradients {
     struct fa_tensor dout;       /* [batch, seqlen_q, heads_q, head_dim_v] */
@@ -66,6 +83,7 @@ struct fa_gradients {
                                   * through the lse */
     struct fa_tensor dq, dk, dv; /* like q, k, v; allocated */
     struct fa_tensor dsink;      /* [heads_q] fp32; object NULL where there is no sink */
+    struct fa_tensor dbias;      /* like the bias, fp32, contiguous; object NULL: not wanted */
 };
 
 /* Tensors that kernels could not read in place are copied; or, for a plan, only taken to lie as
@@ -114,8 +132,8 @@ int fa_problem_check_differentiable(const struct fa_problem *problem);
 int fa_gradients_read(struct fa_dlpack *dlpack, PyObject *dout, PyObject *out, PyObject *lse,
                       PyObject *dlse, struct fa_problem *problem, struct fa_gradients *gradients);
 
-/* Allocates dq, dk, dv, and dsink where there is a sink. Of a problem without queries or without
- * keys they are final: nothing is left to compute. 0 or -1. */
+/* Allocates dq, dk, dv, dsink where there is a sink, and dbias where it is wanted. Of a problem
+ * without queries or without keys they are final: nothing is left to compute. 0 or -1. */
 int fa_gradients_allocate(struct fa_dlpack *dlpack, const struct fa_problem *problem,
                           struct fa_gradients *gradients);
 

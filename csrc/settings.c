@@ -1,25 +1,35 @@
 #include "settings.h"
 
 #include <Python.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-/* A variable that knows one value; 0 where it is unset. */
-static int read_number(const char *variable, int known, int *number)
+/* Whether `value` is one of those that `known` separates by "|". */
+static bool is_known(const char *known, const char *value)
+{
+    const size_t length = strlen(value);
+    for (; *known; known += *known == '|') {
+        const size_t size = strcspn(known, "|");
+        if (size == length && strncmp(known, value, size) == 0)
+            return true;
+        known += size;
+    }
+    return false;
+}
+
+/* A variable that knows some numbers; 0 where it is unset. */
+static int read_number(const char *variable, const char *known, int *number)
 {
     const char *value = getenv(variable);
-    char expected[16];
     *number = 0;
     if (!value || !*value)
         return 0;
-    snprintf(expected, sizeof expected, "%d", known);
-    if (strcmp(value, expected) != 0) {
-        PyErr_Format(PyExc_ValueError, "%s must be %d or unset, got \"%s\"", variable, known,
+    if (!is_known(known, value)) {
+        PyErr_Format(PyExc_ValueError, "%s must be %s or unset, got \"%s\"", variable, known,
                      value);
         return -1;
     }
-    *number = known;
+    *number = atoi(value);
     return 0;
 }
 
@@ -38,9 +48,10 @@ int fa_settings_read(struct fa_settings *settings)
 {
     if (settings->ready)
         return 0;
-    if (read_number("FA_SM120_LIMITS", 120, &settings->limits_arch) < 0 ||
-        read_number("FA_SM120_PLAN_AS", 120, &settings->plan_as) < 0 ||
-        read_number("FA_SM120_CHECK", 1, &settings->check) < 0 ||
+    if (read_number("FA_SM120_LIMITS", "120", &settings->limits_arch) < 0 ||
+        read_number("FA_SM120_PLAN_AS", "120", &settings->plan_as) < 0 ||
+        read_number("FA_SM120_TENSOR_REPEAT", "1|2|4", &settings->tensor_repeat) < 0 ||
+        read_number("FA_SM120_CHECK", "1", &settings->check) < 0 ||
         read_path("FA_SM120_DRIVER", settings->driver, sizeof settings->driver) < 0)
         return -1;
     settings->ready = true;

@@ -46,16 +46,16 @@ PyObject *fa_tiles(void)
     return rows;
 }
 
-static int read_ints(PyObject *row, struct fa_tile_row *into)
+/* A row's numbers, of which there are `count`, or `with_above`. */
+static int read_ints(PyObject *row, Py_ssize_t count, Py_ssize_t with_above, int *fields)
 {
-    int *fields = (int *)into; /* `above`, which may be missing, comes last */
-    const Py_ssize_t count = PyTuple_Check(row) ? PyTuple_Size(row) : 0;
-    if (count != (Py_ssize_t)FIELD_COUNT && count != (Py_ssize_t)(FIELD_COUNT + ABOVE_COUNT)) {
-        PyErr_Format(PyExc_TypeError, "a tile row must be a tuple of %d ints, got %R",
-                     (int)FIELD_COUNT, row);
+    const Py_ssize_t size = PyTuple_Check(row) ? PyTuple_Size(row) : 0;
+    if (size != count && size != with_above) {
+        PyErr_Format(PyExc_TypeError, "a tile row must be a tuple of %d ints, got %R", (int)count,
+                     row);
         return -1;
     }
-    for (Py_ssize_t i = 0; i < count; i++) {
+    for (Py_ssize_t i = 0; i < size; i++) {
         const long long value = PyLong_AsLongLong(PyTuple_GetItem(row, i));
         const bool is_huge =
             value == -1 && PyErr_Occurred() && PyErr_ExceptionMatches(PyExc_OverflowError);
@@ -88,9 +88,11 @@ static const char *why_impossible(const struct fa_tile *tile)
     return NULL;
 }
 
-static int read_row(PyObject *row, struct fa_tile_row *into)
+static int read_row(PyObject *row, void *memory)
 {
-    if (read_ints(row, into) < 0)
+    struct fa_tile_row *into = memory;
+    /* `above`, which may be missing, comes last. */
+    if (read_ints(row, FIELD_COUNT, FIELD_COUNT + ABOVE_COUNT, (int *)into) < 0)
         return -1;
     const char *why = why_impossible(&into->tile);
     if (!why)
@@ -99,33 +101,84 @@ static int read_row(PyObject *row, struct fa_tile_row *into)
     return -1;
 }
 
-int fa_use_tiles(PyObject *rows, struct fa_tile_list *list)
+/* The rules of kernels/backward_tile.cuh. */
+static const char *why_impossible_backward(const struct fa_backward_tile *tile)
 {
-    struct fa_tile_list read = {.version = list->version + 1};
-    const Py_ssize_t count = PySequence_Size(rows);
-    if (count < 0)
+    if (tile->warps < 4 || tile->warps > 16 || tile->warps % 4 || tile->warp_n < 16 ||
+        tile->warp_n % 16)
+        return "warps must be 4 to 16 in groups of four, warp_n a multiple of 16";
+    if (tile->sub_m < 16 || tile->sub_m % 16 || tile->tile_m < 32 || tile->tile_m % 32 ||
+        tile->tile_m / 2 % tile->sub_m || tile->tile_m / tile->sub_m > 11)
+        return "sub_m must be a multiple of 16, and tile_m one of 2 * sub_m, 11 of them at most";
+    return tile->stages == 1 || tile->stages == 2 ? NULL : "stages must be 1 or 2";
+}
+
+static int read_backward_row(PyObject *row, void *memory)
+{
+    struct fa_backward_tile *into = memory;
+    enum { COUNT = sizeof *into / sizeof(int) };
+    if (read_ints(row, COUNT, COUNT, (int *)into) < 0)
         return -1;
-    read.rows = calloc((size_t)count + 1, sizeof *read.rows);
-    if (!read.rows) {
+    const char *why = why_impossible_backward(into);
+    if (!why)
+        return 0;
+    PyErr_Format(PyExc_ValueError, "%s in the tile row %R", why, row);
+    return -1;
+}
+
+/* An array of rows of `size` bytes; NULL with the exception set. */
+static void *read_rows(PyObject *rows, size_t size, int (*read)(PyObject *row, void *into),
+                       size_t *count)
+{
+    const Py_ssize_t length = PySequence_Size(rows);
+    if (length < 0)
+        return NULL;
+    char *array = calloc((size_t)length + 1, size);
+    if (!array) {
         PyErr_NoMemory();
-        return -1;
+        return NULL;
     }
-    for (; read.count < (size_t)count; read.count++) {
-        PyObject *row = PySequence_GetItem(rows, (Py_ssize_t)read.count);
-        const int status = row ? read_row(row, &read.rows[read.count]) : -1;
+    for (*count = 0; *count < (size_t)length; ++*count) {
+        PyObject *row = PySequence_GetItem(rows, (Py_ssize_t)*count);
+        const int status = row ? read(row, array + *count * size) : -1;
         Py_XDECREF(row);
         if (status < 0) {
-            fa_tile_rows_clear(&read);
-            return -1;
+            free(array);
+            return NULL;
         }
     }
-    fa_tile_rows_clear(list);
-    *list = read;
+    return array;
+}
+
+int fa_use_tiles(PyObject *rows, struct fa_tile_list *list)
+{
+    size_t count;
+    struct fa_tile_row *read = read_rows(rows, sizeof *read, read_row, &count);
+    if (!read)
+        return -1;
+    free(list->rows);
+    list->rows = read;
+    list->count = count;
+    list->version++;
+    return 0;
+}
+
+int fa_use_backward_tiles(PyObject *rows, struct fa_tile_list *list)
+{
+    size_t count;
+    struct fa_backward_tile *read = read_rows(rows, sizeof *read, read_backward_row, &count);
+    if (!read)
+        return -1;
+    free(list->backward_rows);
+    list->backward_rows = read;
+    list->backward_count = count;
+    list->version++;
     return 0;
 }
 
 void fa_tile_rows_clear(struct fa_tile_list *list)
 {
     free(list->rows);
+    free(list->backward_rows);
     *list = (struct fa_tile_list){0};
 }

@@ -16,6 +16,9 @@ PyObject *fa_tiles(void);
  * with TypeError or ValueError set and the list as it was. */
 int fa_use_tiles(PyObject *rows, struct fa_tile_list *list);
 
+/* The same of the rows for the backward: tuples in the order of struct fa_backward_tile. */
+int fa_use_backward_tiles(PyObject *rows, struct fa_tile_list *list);
+
 void fa_tile_rows_clear(struct fa_tile_list *list);
 
 #endif

@@ -52,13 +52,6 @@ struct fa_tile_row {
 };
 #undef FA_INT
 
-/* The first row that serves a call is taken, if it fits the device's shared memory. */
-struct fa_tile_list {
-    struct fa_tile_row *rows;
-    size_t count;
-    unsigned version; /* how often the rows were replaced: plans with other ones are void */
-};
-
 extern const struct fa_tile_row FA_TILES[];
 extern const size_t FA_TILE_COUNT;
 
@@ -77,5 +70,15 @@ struct fa_backward_tile {
 
 #define FA_BACKWARD_TILE_COUNT 6
 extern const struct fa_backward_tile FA_BACKWARD_TILES[FA_BACKWARD_TILE_COUNT];
+
+/* Rows that come before those above. The first row that serves a call is taken, if it fits the
+ * device's shared memory. */
+struct fa_tile_list {
+    struct fa_tile_row *rows;
+    size_t count;
+    struct fa_backward_tile *backward_rows;
+    size_t backward_count;
+    unsigned version; /* how often the rows were replaced: plans with other ones are void */
+};
 
 #endif

@@ -40,6 +40,7 @@ enum fa_code {
     FA_TYPE,   /* as the name of an enum fa_dtype */
     FA_NUMBER, /* as a number */
     FA_FLAG,   /* by the code alone, where it is 1 */
+    FA_FACTOR, /* as a number, unless it is 1 */
 };
 
 /* X(field, the constant's name in the kernel source, the kernels that have it, its code and how the
@@ -70,12 +71,17 @@ enum fa_code {
     X(softcap, "SOFTCAP", FA_MAIN, "_cap", FA_FLAG)                                                \
     X(dropout, "DROPOUT", FA_MAIN, "_drop", FA_FLAG)                                               \
     X(alibi, "ALIBI", FA_MAIN, "_alibi", FA_FLAG)                                                  \
+    X(bias, "BIAS", FA_MAIN, "_bias", FA_FLAG)                                                     \
+    X(bias_fp32, "BIAS_FP32", FA_MAIN, "32", FA_FLAG)                                              \
+    X(bias_pairs, "BIAS_PAIRS", FA_FORWARDS, "x2", FA_FLAG)                                        \
+    X(bias_gradient, "BIAS_GRADIENT", FA_BACKWARDS, "_dbias", FA_FLAG)                             \
     X(pack_gqa, "PACK_GQA", FA_FORWARDS, "_pack", FA_FLAG)                                         \
     X(split, "SPLIT", FA_FORWARDS, "_split", FA_FLAG)                                              \
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)                     \
     X(varlen, "VARLEN", FA_READ_LENGTHS, "_varlen", FA_FLAG)                                       \
     X(paged, "PAGED", FA_FORWARDS, "_paged", FA_FLAG)                                              \
-    X(block_sparse, "BLOCK_SPARSE", FA_MAIN, "_blocks", FA_FLAG)
+    X(block_sparse, "BLOCK_SPARSE", FA_MAIN, "_blocks", FA_FLAG)                                   \
+    X(tensor_repeat, "TENSOR_REPEAT", FA_MAIN, "_repeat", FA_FACTOR)
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */

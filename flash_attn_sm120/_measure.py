@@ -148,7 +148,7 @@ def round_robin(
     contestants: Sequence[Timed], device: str, rounds: int, flush: Tensor
 ) -> list[list[float]]:
     """Milliseconds of each contestant in each round, every call behind a write of ``flush``."""
-    events = [[(_event(device), _event(device)) for _ in range(rounds)] for _ in contestants]
+    events = [[(event(device), event(device)) for _ in range(rounds)] for _ in contestants]
     synchronize(device)
     flush.zero_()  # a head start for the host: it then stays ahead of the GPU
     for i in range(rounds):
@@ -184,7 +184,7 @@ class HostEvent:
         return (end.seconds - self.seconds) * 1e3
 
 
-def _event(device: str) -> _Event:
+def event(device: str) -> _Event:
     if device == "cpu":
         return HostEvent()
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]

@@ -51,7 +51,7 @@ def written_in_place(*tensors: Any) -> None:
 
 
 class _Attention(Function):
-    """Keeps q, k, v, out, lse (sink, lengths, seed) for the backward, which recomputes all else."""
+    """Keeps q, k, v, out, lse (sink, lengths, seed, bias), and recomputes all else."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -85,7 +85,14 @@ class _Attention(Function):
             or (profiler._is_profiler_enabled and "key_blocks" not in ctx.options)
         )
         run = ops.backward if by_operator else ops.run_backward
-        dq, dk, dv, dsink = run(ctx.options, dout, dlse, q, k, v, sink, out, lse, *lengths)
+        bias = ops.by_name(tuple(lengths)).get(ops.BIAS)  # the last of them, where there is one
+        wants_bias = bias is not None and ctx.needs_input_grad[-1]
+        dq, dk, dv, dsink, *dbias = run(
+            ctx.options,
+            *(dout, dlse, q, k, v, sink, out, lse),
+            *lengths,
+            bias_gradient=wants_bias,
+        )
         _, _, _, wants_q, wants_k, wants_v, wants_sink, *_ = ctx.needs_input_grad
         return (
             None,
@@ -95,7 +102,8 @@ class _Attention(Function):
             dk if wants_k else None,
             dv if wants_v else None,
             dsink.to(sink.dtype) if wants_sink and dsink is not None else None,
-            *(None for _ in lengths),
+            *(None for _ in lengths[wants_bias:]),
+            *(x if bias is None else x.to(bias.dtype) for x in dbias),
         )
 
     @staticmethod
@@ -204,6 +212,11 @@ def autocast(q: Any, k: Any, v: Any, page_table: Any = None) -> tuple[Any, Any, 
     return _autocast(q), k, v
 
 
+def autocast_bias(bias: Any) -> Any:
+    """A bias in the dtype of the others; in float32 it stays what it is."""
+    return bias if getattr(bias, "dtype", None) is torch.float32 else _autocast(bias)
+
+
 def _autocast(x: Any) -> Any:
     if not isinstance(x, torch.Tensor):
         return x
@@ -218,7 +231,10 @@ def _under_autocast(op: Any, key: str) -> Callable[..., Any]:
     keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
 
     def forward(q: Any, k: Any, v: Any, sink: Any, *lengths: Any, **options: Any) -> Any:
-        q, k, v = autocast(q, k, v, ops.by_name(lengths).get("page_table"))
+        others = ops.by_name(lengths)
+        q, k, v = autocast(q, k, v, others.get("page_table"))
+        if others.get(ops.BIAS) is not None:
+            lengths = (*lengths[:-1], autocast_bias(lengths[-1]))
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(q, k, v, sink, *lengths, **options)
 

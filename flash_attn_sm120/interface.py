@@ -46,6 +46,7 @@ def flash_attn_func(
     max_seqlen_k: int | None = None,
     page_table: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    attn_bias: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     **unsupported: Any,
@@ -100,6 +101,12 @@ def flash_attn_func(
             * abs(i + seqlen_k - seqlen_q - j)`` added to the score of query ``i`` and key ``j``
             after ``softcap``. Of negative slopes CUDA computes most rows twice. Slopes have no
             gradient, as in FlashAttention-2.
+        attn_bias: ``(batch or 1, heads_q or 1, seqlen_q or 1, seqlen_k)`` float32, or in the dtype
+            of ``q``: added to the scores after ``softmax_scale``, ``softcap`` and
+            ``alibi_slopes``, before the mask. It is read in place, with any strides, 0 included,
+            and a contiguous last dimension. A key with -inf, or less than -2.35e38 as
+            ``torch.finfo(torch.bfloat16).min``, is hidden from the query. Gradients reach it; with
+            ``softcap`` on the CPU alone. Not with lengths or pages.
         out: ``(batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``, to write the result
             to. Any strides with a contiguous, 16-byte-aligned last dimension are written in place;
             others are refused, and so is memory that overlaps an input or itself.
@@ -120,11 +127,14 @@ def flash_attn_func(
         one with a score of +inf gets out NaN and lse +inf.
         numpy arrays give numpy arrays; producers other than torch and numpy give torch tensors.
 
-    Gradients of torch tensors reach ``q``, ``k``, ``v`` and ``learnable_sink``; the backward keeps
-    those, ``out`` and the log-sum-exp, and has no derivative of its own, nor has the forward a
-    forward-mode one. Calls that torch follows (compile, export, vmap, modes, DTensor) are those of
-    the operator ``torch.ops.flash_attn_sm120.forward``. Under ``torch.autocast``, ``q``, ``k`` and
-    ``v`` are cast to its dtype, as for ``torch.nn.functional.scaled_dot_product_attention``.
+    Gradients of torch tensors reach ``q``, ``k``, ``v``, ``learnable_sink`` and ``attn_bias``. That
+    of a bias with a dimension of size 1 is summed in any order on CUDA, and refused with
+    ``deterministic``. The backward keeps those, ``out`` and the log-sum-exp, and has no derivative
+    of its own, nor has the forward a forward-mode one. Calls that torch follows (compile, export,
+    vmap, modes, DTensor) are those of the operator ``torch.ops.flash_attn_sm120.forward``. Under
+    ``torch.autocast``, ``q``, ``k`` and ``v`` are cast to its dtype, as for
+    ``torch.nn.functional.scaled_dot_product_attention``, and so is an ``attn_bias`` that is not in
+    float32.
 
     Raises:
         TypeError: not a tensor, or a dtype other than the above.
@@ -188,9 +198,10 @@ def flash_attn_func(
             return_lse=return_lse,
             out=out,
             lse=lse,
+            attn_bias=attn_bias,
         )
     wants_gradients = is_grad_enabled() and _any_requires_grad(
-        q, k, v, learnable_sink, alibi_slopes
+        q, k, v, learnable_sink, alibi_slopes, attn_bias
     )
     if not (
         wants_gradients
@@ -208,6 +219,7 @@ def flash_attn_func(
             window_size=window_size,
             learnable_sink=learnable_sink,
             alibi_slopes=alibi_slopes,
+            attn_bias=attn_bias,
             softcap=softcap,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
@@ -236,6 +248,8 @@ def flash_attn_func(
     others = {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}
     if dropout_seed is not None:
         others["dropout_seed"] = dropout_seed
+    if attn_bias is not None:
+        others["attn_bias"] = attn_bias
     return _attend(
         "flash_attn_func", q, k, v, learnable_sink, others, options, return_lse, out, lse
     )
@@ -277,6 +291,7 @@ def flash_attn_varlen_func(
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    attn_bias: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     **unsupported: Any,
@@ -322,6 +337,7 @@ def flash_attn_varlen_func(
         min_seqlen_k, scheduler_metadata, seqlen_k_per_split, qv, gather_kv_indices, score_mod,
             score_mod_bwd, mask_mod, block_sparse_tensors, aux_tensors, aux_scalars: as in
             FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
+        attn_bias: of dense calls alone: all but the default raise NotImplementedError.
         disable_scheduler_metadata: no call makes any.
         unsupported: parameters of FlashAttention's other functions: NotImplementedError by name,
             unless they ask for nothing.
@@ -358,6 +374,7 @@ def flash_attn_varlen_func(
         or block_sparse_tensors is not None
         or aux_tensors is not None
         or aux_scalars is not None
+        or attn_bias is not None
         or scheduler_metadata is not None
         or seqlen_k_per_split is not None
         or unsupported
@@ -373,6 +390,7 @@ def flash_attn_varlen_func(
             block_sparse_tensors=block_sparse_tensors,
             aux_tensors=aux_tensors,
             aux_scalars=aux_scalars,
+            attn_bias=attn_bias,
             scheduler_metadata=scheduler_metadata,
             seqlen_k_per_split=seqlen_k_per_split,
             **unsupported,
@@ -448,7 +466,7 @@ def _attend(
     k: Tensor,
     v: Tensor,
     learnable_sink: Tensor | None,
-    lengths: dict[str, Tensor | None],  # pages, slopes, a seed; empty where the call has none
+    lengths: dict[str, Tensor | None],  # pages, slopes, a seed, a bias; empty where it has none
     options: ScalarOptions,
     return_lse: bool,
     out: Tensor | None,
@@ -470,11 +488,13 @@ def _attend(
         by_operator = False
     if not by_operator and _is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v, lengths.get("page_table"))
-    alibi_slopes = lengths.get("alibi_slopes")
+        if "attn_bias" in lengths:
+            lengths["attn_bias"] = autograd.autocast_bias(lengths["attn_bias"])
+    others = lengths.get("alibi_slopes"), lengths.get("attn_bias")
     by_autograd = (
         not by_operator
         and is_grad_enabled()
-        and _any_requires_grad(q, k, v, learnable_sink, alibi_slopes)
+        and _any_requires_grad(q, k, v, learnable_sink, *others)
     )
     if not (by_operator or by_autograd):
         results = _C.forward(
@@ -501,20 +521,23 @@ def _attend(
     return ops.attend(q, k, v, learnable_sink, lengths, options, return_lse)
 
 
-def _any_requires_grad(q: Any, k: Any, v: Any, learnable_sink: Any, alibi_slopes: Any) -> bool:
+def _any_requires_grad(
+    q: Any, k: Any, v: Any, learnable_sink: Any, alibi_slopes: Any, attn_bias: Any = None
+) -> bool:
     return (
         getattr(q, "requires_grad", None) is True
         or getattr(k, "requires_grad", None) is True
         or getattr(v, "requires_grad", None) is True
         or getattr(learnable_sink, "requires_grad", None) is True
         or getattr(alibi_slopes, "requires_grad", None) is True
+        or getattr(attn_bias, "requires_grad", None) is True
     )
 
 
 # Parameters of FlashAttention-2, -3 and -4 that are not supported yet, and what asks for nothing.
 _NOT_YET = {
     **dict.fromkeys(("qv", "gather_kv_indices", "score_mod", "score_mod_bwd", "mask_mod")),
-    **dict.fromkeys(("aux_tensors", "aux_scalars")),
+    **dict.fromkeys(("aux_tensors", "aux_scalars", "attn_bias")),
     **dict.fromkeys(("block_sparse_tensors", "block_sparse_tensors_bwd")),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "seqused_q")),
     **dict.fromkeys(("block_table", "cache_seqlens")),

@@ -131,6 +131,8 @@ def prebuild(
 
     def write(variant: tuple[str, str, tuple[str, ...]]) -> Path:
         kernel, name, options = variant
+        if any(re.fullmatch("-DTENSOR_REPEAT=(?!1$).*", option) for option in options):
+            raise RuntimeError(f"{name} is for measuring: unset FA_SM120_TENSOR_REPEAT")
         job = _Job(kernel, name, options, arch, sources(kernel))
         path = directory / job.prebuilt_name(str(major))
         path.write_bytes(_run_nvrtc(job).code)

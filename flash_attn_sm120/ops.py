@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 # The tensors of lengths, in the operators' order; any of them may be None. After them, or alone in
 # a call without lengths, come the slopes of ALiBi and the seed of dropout, which have no gradient
-# either.
+# either; and in a call without lengths a bias, which has one.
 LENGTHS = ("cu_seqlens_q", "cu_seqlens_k", "seqused_q", "seqused_k", "page_table")
-SLOPES, SEED = "alibi_slopes", "dropout_seed"
+SLOPES, SEED, BIAS = _OTHERS = ("alibi_slopes", "dropout_seed", "attn_bias")
 
 # The options of csrc/options.h in types that operators have; a window is two of them.
 _OPTIONS = (
@@ -36,26 +36,41 @@ _OPTIONS = (
 )
 _BOUNDS = "SymInt? max_seqlen_q=None, SymInt? max_seqlen_k=None"
 _INPUTS = "Tensor q, Tensor k, Tensor v, Tensor? learnable_sink"
-_OTHERS = f", Tensor? {SLOPES}=None, Tensor? {SEED}=None"
 
 # The package's own name, so that another of this project may be loaded beside it.
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 LIBRARY: Any = torch.library.Library(NAMESPACE, "DEF")  # type: ignore[no-untyped-call]
-for _prefix, _lengths, _options in (
-    ("", "", _OPTIONS),
-    ("varlen_", "".join(f", Tensor? {name}" for name in LENGTHS), f"{_BOUNDS}, {_OPTIONS}"),
-):
-    LIBRARY.define(
-        f"{_prefix}forward({_INPUTS}{_lengths}{_OTHERS}, *, {_options}) -> (Tensor out, Tensor lse)"
-    )
-    LIBRARY.define(  # dsink has no elements where there is no sink
-        f"{_prefix}backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse{_lengths}"
-        f"{_OTHERS}, *, {_options}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink)"
-    )
 
+
+def _define() -> None:
+    dense = "".join(f", Tensor? {name}=None" for name in _OTHERS)
+    with_bias = f", Tensor? {SLOPES}, Tensor? {SEED}, Tensor {BIAS}"
+    varlen = "".join(f", Tensor? {name}" for name in LENGTHS) + dense.rpartition(",")[0]
+    results = "Tensor dq, Tensor dk, Tensor dv, Tensor dsink"  # no elements where there is no sink
+    for prefix, others, options in (("", dense, ""), ("varlen_", varlen, f"{_BOUNDS}, ")):
+        LIBRARY.define(
+            f"{prefix}forward({_INPUTS}{others}, *, {options}{_OPTIONS}) "
+            "-> (Tensor out, Tensor lse)"
+        )
+    for prefix, others, options, dbias in (
+        ("", dense, "", ""),
+        ("varlen_", varlen, f"{_BOUNDS}, ", ""),
+        ("bias_", with_bias, "", ", Tensor dbias"),
+    ):
+        LIBRARY.define(
+            f"{prefix}backward(Tensor dout, Tensor? dlse, {_INPUTS}, Tensor out, Tensor lse"
+            f"{others}, *, {options}{_OPTIONS}) -> ({results}{dbias})"
+        )
+
+
+_define()
 _OPS: Any = getattr(torch.ops, NAMESPACE)
 FORWARD, VARLEN_FORWARD = FORWARDS = (_OPS.forward.default, _OPS.varlen_forward.default)
-BACKWARD, VARLEN_BACKWARD = BACKWARDS = (_OPS.backward.default, _OPS.varlen_backward.default)
+BACKWARD, VARLEN_BACKWARD, BIAS_BACKWARD = BACKWARDS = (
+    _OPS.backward.default,
+    _OPS.varlen_backward.default,
+    _OPS.bias_backward.default,  # which has the gradient of the bias, too
+)
 
 
 def to_schema(window_size: Any = None, **options: Any) -> dict[str, Any]:
@@ -118,30 +133,35 @@ def backward(
     out: Tensor,
     lse: Tensor,
     *lengths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(dq, dk, dv, dsink)`` by the operator; dsink has no elements without a sink."""
+    bias_gradient: bool = False,
+) -> tuple[Tensor, ...]:
+    """``(dq, dk, dv, dsink)`` by the operator, and dbias; dsink has no elements without a sink."""
     op = VARLEN_BACKWARD if len(lengths) >= len(LENGTHS) else BACKWARD
-    gradients: tuple[Tensor, Tensor, Tensor, Tensor] = op(
+    if bias_gradient:
+        op = BIAS_BACKWARD
+    gradients: tuple[Tensor, ...] = op(
         dout, dlse, q, k, v, learnable_sink, out, lse, *lengths, **to_schema(**options)
     )
     return gradients
 
 
 def has_lengths(lengths: dict[str, Any]) -> bool:
-    """Whether a call has lengths, not slopes or a seed alone."""
-    return any(name not in (SLOPES, SEED) for name in lengths)
+    """Whether a call has lengths, not slopes, a seed or a bias alone."""
+    return any(name not in _OTHERS for name in lengths)
 
 
 def in_order(lengths: dict[str, Any]) -> tuple[Any, ...]:
-    """Lengths, slopes and a seed as the operators take them; none where a call has none."""
-    others = (lengths.get(SLOPES), lengths.get(SEED))
+    """Lengths, slopes, a seed and a bias as the operators take them; none where a call has none."""
+    others = tuple(map(lengths.get, _OTHERS))
     count = 2 if others[1] is not None else int(SLOPES in lengths)
+    if others[2] is not None:
+        count = 3
     return (*(map(lengths.get, LENGTHS) if has_lengths(lengths) else ()), *others[:count])
 
 
 def by_name(lengths: tuple[Any, ...]) -> dict[str, Any]:
-    """Lengths, slopes and a seed as _C takes them: the inverse of :func:`in_order`."""
-    names = (*(LENGTHS if len(lengths) >= len(LENGTHS) else ()), SLOPES, SEED)
+    """Lengths, slopes, a seed and a bias as _C takes them: the inverse of :func:`in_order`."""
+    names = (*(LENGTHS if len(lengths) >= len(LENGTHS) else ()), *_OTHERS)
     return dict(zip(names, lengths, strict=False))
 
 
@@ -185,14 +205,17 @@ def run_backward(
     out: Tensor,
     lse: Tensor,
     *lengths: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """``(dq, dk, dv, dsink)``, straight from C; dsink is None without a sink.
+    bias_gradient: bool = False,
+) -> tuple[Any, ...]:
+    """``(dq, dk, dv, dsink)``, straight from C, and dbias; dsink is None without a sink.
 
     torch.use_deterministic_algorithms(True) asks for reproducible gradients of every operation.
     """
     if torch.are_deterministic_algorithms_enabled():
         options = {**options, "deterministic": True}
     named = by_name(lengths)
+    if bias_gradient:
+        named["bias_gradient"] = True
     return _C.backward(
         dout, q, k, v, out, lse, dlse, learnable_sink=learnable_sink, **named, **options
     )
@@ -205,9 +228,11 @@ def _forward(*tensors: Any, **options: Any) -> Any:
     return run_forward(from_schema(**options), *tensors)
 
 
-def _backward(dout: Tensor, *tensors: Any, **options: Any) -> Any:
-    dq, dk, dv, dsink = run_backward(from_schema(**options), dout, *tensors)
-    return dq, dk, dv, _no_sink(dout) if dsink is None else dsink
+def _backward(bias_gradient: bool, dout: Tensor, *tensors: Any, **options: Any) -> Any:
+    dq, dk, dv, dsink, *dbias = run_backward(
+        from_schema(**options), dout, *tensors, bias_gradient=bias_gradient
+    )
+    return dq, dk, dv, _no_sink(dout) if dsink is None else dsink, *dbias
 
 
 def _no_sink(like: Tensor) -> Tensor:
@@ -218,7 +243,7 @@ for _device in ("CPU", "CUDA"):
     for _op in FORWARDS:
         LIBRARY.impl(_op, _forward, _device)
     for _op in BACKWARDS:
-        LIBRARY.impl(_op, _backward, _device)
+        LIBRARY.impl(_op, partial(_backward, _op is BIAS_BACKWARD), _device)
 
 
 # ---- shapes without data -------------------------------------------------------------------------
@@ -235,6 +260,7 @@ def _fake_forward(
 ) -> Any:
     named = by_name(lengths)
     _check_dropout(q, dropout_p, named.pop(SEED, None))
+    _check_bias(named.pop(BIAS, None), q, k)
     _check(q, k, v, sink, named)
     *batch, rows, heads, _head_dim = q.shape
     out = q.new_empty((*batch, rows, heads, v.shape[-1]))
@@ -255,10 +281,17 @@ def _fake_backward(
     return *(x.new_empty(x.shape) for x in (q, k, v)), dsink
 
 
+def _fake_bias_backward(*tensors: Any, **options: Any) -> Any:
+    dbias = tensors[-1].new_empty(tensors[-1].shape, dtype=torch.float32)
+    return *_fake_backward(*tensors, **options), dbias
+
+
 for _op in FORWARDS:
     torch.library.register_fake(_op, _fake_forward, lib=LIBRARY)
-for _op in BACKWARDS:
-    torch.library.register_fake(_op, _fake_backward, lib=LIBRARY)
+for _op, _fake in zip(
+    BACKWARDS, (_fake_backward, _fake_backward, _fake_bias_backward), strict=True
+):
+    torch.library.register_fake(_op, _fake, lib=LIBRARY)
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -372,6 +405,25 @@ def _check_slopes(slopes: Tensor | None, q: Tensor, lengths: dict[str, Tensor | 
     )
 
 
+def _check_bias(bias: Tensor | None, q: Tensor, k: Tensor) -> None:
+    if bias is None:
+        return
+    _require(bias.dim() == 4, f"{BIAS} must have 4 dimensions, got {bias.dim()}")
+    if bias.dtype not in (torch.float32, q.dtype):
+        raise TypeError(f"{BIAS} must be float32, or {q.dtype} like q, got {bias.dtype}")
+    _require(bias.device == q.device, f"{BIAS} must be on q's device, got {bias.device}")
+    for dim, (meaning, like) in enumerate(
+        (("batch", q.shape[0]), ("heads", q.shape[2]), ("seqlen", q.shape[1]))
+    ):
+        got = bias.shape[dim]
+        _require(
+            got in (1, like),
+            f"{BIAS} must have size 1 or q's {meaning} {like} in dimension {dim}, got {got}",
+        )
+    got, keys = bias.shape[3], k.shape[1]
+    _require(got == keys, f"{BIAS} must have k's seqlen {keys} in dimension 3, got {got}")
+
+
 def _require(condition: Any, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -409,6 +461,10 @@ def _vmap(
         )
     count, size = len(kinds), info.batch_size
     named = by_name(tensors[count:])
+    if named.get(BIAS) is not None:
+        raise NotImplementedError(
+            "vmap with attn_bias is not supported yet: make the mapped dimension part of the batch"
+        )
     slopes, slopes_dim = named.get(SLOPES), by_name(in_dims[count:]).get(SLOPES)
     lengths = in_order({name: x for name, x in named.items() if name != SLOPES})
     if any(in_dim is not None for in_dim in in_dims[count : count + len(lengths)]):

@@ -28,8 +28,8 @@ class ScalarOptions(TypedDict, total=False):
     num_splits: int
     pack_gqa: bool | None
     deterministic: bool
-    key_blocks: Any
-    query_blocks: Any
+    key_blocks: tuple[Any, ...] | None
+    query_blocks: tuple[Any, ...] | None
 
 
 class VarlenOptions(ScalarOptions, total=False):
@@ -46,11 +46,13 @@ class CallOptions(VarlenOptions, total=False):
     learnable_sink: Tensor | None
     dropout_seed: Tensor | None
     alibi_slopes: Tensor | None
+    attn_bias: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     seqused_q: Tensor | None
     seqused_k: Tensor | None
     page_table: Tensor | None
+    bias_gradient: bool  # of the backward alone
 
 
 class Kernel(NamedTuple):
@@ -149,11 +151,11 @@ def explain(
         arch: plan for this compute capability (120, 90, ...) instead of the device of ``q``, which
             needs no GPU.
         options: ``softmax_scale``, ``causal``, ``window_size``, ``learnable_sink``,
-            ``alibi_slopes``, ``softcap``, ``dropout_p``, ``dropout_seed``, ``num_splits``,
-            ``pack_gqa``, ``deterministic``, as in
-            :func:`flash_attn_func`; ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``,
-            ``max_seqlen_k``, ``seqused_q``, ``seqused_k``, ``page_table``, as in
-            :func:`flash_attn_varlen_func`: their contents are not read.
+            ``alibi_slopes``, ``attn_bias``, ``softcap``, ``dropout_p``, ``dropout_seed``,
+            ``num_splits``, ``pack_gqa``, ``deterministic``, as in :func:`flash_attn_func`;
+            ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``, ``seqused_q``,
+            ``seqused_k``, ``page_table``, as in :func:`flash_attn_varlen_func`: their contents are
+            not read.
 
     Raises:
         The exceptions of :func:`flash_attn_func`.
@@ -168,7 +170,7 @@ def explain_backward(
 
     Args:
         q, k, v, arch, options: as in :func:`explain`; ``num_splits`` and ``pack_gqa`` concern the
-            forward alone.
+            forward alone. ``bias_gradient``: whether the gradient of ``attn_bias`` is wanted, too.
 
     Raises:
         The exceptions of :func:`flash_attn_func`.

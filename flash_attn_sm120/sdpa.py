@@ -202,15 +202,18 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """``torch.nn.functional.scaled_dot_product_attention``, computed here where that is possible.
 
-    It takes what torch's own FlashAttention does not: ``is_causal`` (aligned top left) where the
-    lengths differ, a ``value`` of another head dim, and float32 on the CPU. Gradients, autocast,
-    torch.compile and the rest of docs/torch.md are those of :func:`flash_attn_func`.
+    It takes what torch's own FlashAttention does not: masks, ``is_causal`` (aligned top left) where
+    the lengths differ, a ``value`` of another head dim, and float32 on the CPU. Gradients,
+    autocast, torch.compile and the rest of docs/torch.md are those of :func:`flash_attn_func`.
 
     Args:
         query: ``(..., heads, seqlen_q, head_dim)`` of 2 dimensions or more, as torch takes it.
         key: ``(..., heads, seqlen_k, head_dim)``.
         value: ``(..., heads, seqlen_k, head_dim_v)``. Dimensions before the last two broadcast.
-        attn_mask: calls with a mask are computed by torch.
+        attn_mask: True where a query sees a key, or what is added to the scores, in float32 or the
+            dtype of ``query``; of any shape that broadcasts to ``(..., heads, seqlen_q,
+            seqlen_k)``. It reaches kernels as the ``attn_bias`` of :func:`flash_attn_func`, and is
+            not expanded before, but for single keys. A query that sees no key gets 0.
         dropout_p: the probability with which a weight counts nothing; the seed is drawn from
             torch's generator on the device of ``query``. Of 1 torch computes the call.
         is_causal: query ``i`` sees the keys ``j <= i``.
@@ -220,11 +223,12 @@ def scaled_dot_product_attention(
     Returns:
         ``(..., heads, seqlen_q, head_dim_v)``.
 
-    torch also computes calls without elements, head dims of more than 256, float64, float32 on
-    CUDA, nested tensors, other devices, and GPUs before compute capability 8.0. :func:`stats`
-    counts them, with the reason; calls in compiled code are not counted.
+    torch also computes, or refuses, masks of other types or dimensions or with ``is_causal``, calls
+    without elements, head dims of more than 256, float64, float32 on CUDA, nested tensors, other
+    devices, and GPUs before compute capability 8.0. :func:`stats` counts them, with the reason;
+    calls in compiled code are not counted.
     """
-    why = _why_left(query, key, value, attn_mask, dropout_p)
+    why = _why_left(query, key, value, attn_mask, dropout_p, is_causal)
     if not torch.compiler.is_compiling():
         name = "scaled_dot_product_attention"
         _count(*((_left, f"{name}: {why}") if why else (_taken, name)))
@@ -243,6 +247,7 @@ def scaled_dot_product_attention(
         scale = query.shape[-1] ** -0.5  # before it is padded
     seqlen_q, seqlen_k, head_dim_v = query.shape[-2], key.shape[-2], value.shape[-1]
     q, k, v, shape = _to_heads(query, key, value, enable_gqa)
+    bias = None if attn_mask is None else _to_bias(attn_mask, q, seqlen_k, shape[:-1])
     out: Tensor = flash_attn_func(
         _padded(q).transpose(1, 2),
         _padded(k).transpose(1, 2),
@@ -250,6 +255,7 @@ def scaled_dot_product_attention(
         softmax_scale=scale,
         causal=is_causal and seqlen_q == seqlen_k,
         dropout_p=dropout_p,
+        attn_bias=bias,
         # causal is aligned bottom right, and this top left
         window_size=(None, seqlen_q - seqlen_k if is_causal else None),
     )[0]
@@ -260,11 +266,19 @@ def scaled_dot_product_attention(
 
 
 def _why_left(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, dropout_p: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
 ) -> str:
     """Why torch is to compute a call; empty where we do."""
     if attn_mask is not None:
-        return "attn_mask"
+        has_dims = 2 <= attn_mask.dim() <= max(query.dim(), key.dim(), value.dim())
+        is_known = attn_mask.dtype in (torch.bool, torch.float32, query.dtype)
+        if is_causal or attn_mask.is_nested or not has_dims or not is_known:
+            return "attn_mask"
     if not 0 <= dropout_p < 1:
         return "dropout_p"
     if query.is_nested or key.is_nested or value.is_nested:
@@ -311,6 +325,25 @@ def _to_heads(
         tensors = [x.reshape(-1, *x.shape[-3:]) for x in tensors]
     q, k, v = tensors
     return q, k, v, (*batch, heads)[-ndim:] if ndim else ()
+
+
+def _to_bias(mask: Tensor, query: Tensor, seqlen_k: int, batch: tuple[int, ...]) -> Tensor:
+    """A mask as a bias of (batch, heads, seqlen_q, seqlen_k), each 1 where it is one for all.
+
+    ``query`` has its heads already; ``batch``: the dimensions that have become one.
+    """
+    if mask.dtype is torch.bool:
+        mask = torch.where(mask, query.new_zeros(()), -torch.inf)
+    mask = mask[(None,) * (max(len(batch), 1) + 3 - mask.dim())]
+    if mask.dim() > 4:
+        if any(n != 1 for n in mask.shape[:-3]):
+            mask = mask.expand(*batch, -1, -1, -1)
+        mask = mask.flatten(0, -4)
+    if mask.requires_grad and torch.are_deterministic_algorithms_enabled():
+        mask = mask.expand(*query.shape[:3], seqlen_k)  # whose backward sums in order
+    elif mask.shape[-1] != seqlen_k:
+        mask = mask.expand(-1, -1, -1, seqlen_k)
+    return mask if mask.stride(-1) == 1 else mask.contiguous()
 
 
 def _broadcast(shapes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

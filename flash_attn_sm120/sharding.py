@@ -8,7 +8,7 @@ from typing import Any
 from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.experimental import register_sharding
 
-from flash_attn_sm120.ops import BACKWARDS, FORWARDS, SLOPES, by_name
+from flash_attn_sm120.ops import BACKWARDS, BIAS, FORWARDS, SLOPES, by_name
 
 Placements = dict[str, Any]  # of a device, by kind of tensor
 
@@ -60,6 +60,8 @@ def _strategies(
     A call with lengths has no batch to share: the devices would need different lengths.
     """
     named = {name: x for name, x in by_name(tuple(lengths)).items() if x is not None}
+    if BIAS in named:
+        raise NotImplementedError("attn_bias is not supported yet for DTensor")
     slopes = named.pop(SLOPES, None)
     _check(*qkv, has_batch=not named)
     inputs = [kind for kind, x in zip(kinds, tensors, strict=True) if x is not None]

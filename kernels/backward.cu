@@ -31,35 +31,45 @@
  *   SOFTCAP                1: scores are capped by a tanh
  *   DROPOUT                1: weights are dropped
  *   ALIBI                  1: scores fall with the distance of the key
+ *   BIAS, BIAS_FP32        1: a bias is added to them; 1: in fp32, 0: in the type of the others
+ *   BIAS_GRADIENT          1: its gradient is wanted
  *   DETERMINISTIC          1: ordered accumulation: blocks add to dQ in the order of their keys
  *   DQ_DIRECT              1: one block has all keys, and stores dQ instead of adding to it
  *   VARLEN                 1: sequences differ in length
  *   BLOCK_SPARSE           1: blocks of queries and keys are listed, and no others are read
+ *   TENSOR_REPEAT          how often each mma is issued: 1, see product.cuh
  *   DQ_BUFFERS             accumulators of dQ: block n of keys adds to number n % DQ_BUFFERS. With
  *                          ordered accumulation, alternate buffers let adjacent blocks overlap */
 #include "params.h"
 
+#include "backward_bias.cuh"
 #include "backward_products.cuh"
 #include "backward_queries.cuh"
 #include "score.cuh"
 
 /* Masked scores may be set before product 1, which adds to them, where no step of score.cuh comes
- * between it and the mask: then nothing delays the exponentials. */
-constexpr bool MASKS_FIRST = !SOFTCAP;
+ * between it and the mask: then nothing delays the exponentials. A bias is masked instead of its
+ * score: what it holds where a query does not see a key, counts for nothing. */
+constexpr bool MASKS_BIAS = BIAS, MASKS_FIRST = !SOFTCAP && !BIAS;
 
-/* The mask of S^T [WARP_N, SUB_M], whose rows are keys. `key` and `query` are those of
+/* The mask of S^T [WARP_N, SUB_M], or of its bias; rows are keys. `key` and `query` are those of
  * S_rmem[0][0][0]. */
 __device__ __forceinline__ void mask_sub_tile(float (&S_rmem)[N_FRAGS][M_FRAGS][4],
                                               const sequence<fa_backward_params> &seq, int key,
                                               int query)
 {
     const attention_mask mask(seq);
-    mask_scores<true, MASK_LEFT>(S_rmem, seq.params.masked_score, [&](int row) -> range {
+    const float masked_score = MASKS_BIAS ? -INF : seq.params.masked_score;
+    mask_scores<true, MASK_LEFT>(S_rmem, masked_score, [&](int row) -> range {
         const int row_key = key + row;
         return {row_key < seq.seqlen_k() ? mask.queries_of(row_key).begin - query : SUB_M,
                 mask.queries_of(row_key).end - query};
     });
 }
+
+/* min(x, limit), but NaN where x is. Where all biases of a query are large numbers, as -1e9, its
+ * lse has no bits for the sum: still no weight may be more than 1. */
+__device__ __forceinline__ float at_most(float x, float limit) { return x > limit ? limit : x; }
 
 /* Products 1 and 3 of warp group 0: P^T to shared memory, and dV. `word_smem` is the address of
  * this lane's first word of P^T, `key` that word's key. MASKED: some query of the tile does not see
@@ -90,12 +100,17 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
         set_to_zero(S_rmem);
         if (MASKED && MASKS_FIRST)
             mask_sub_tile(S_rmem, seq, key, query);
+        float bias_rmem[N_FRAGS][M_FRAGS][4];
+        if (BIAS)
+            load_bias(bias_rmem, seq, tile.head, key, query);
+        if (MASKED && MASKS_BIAS)
+            mask_sub_tile(bias_rmem, seq, key, query);
         mma_ABt<Q_layout, D_STEPS, M_FRAGS>(S_rmem, K_rmem,
                                             not_before(tile.Q_smem + columns_first<Q_layout>()) +
                                                 m0 * Q_layout::ROW_BYTES);
         softcap(S_rmem, params.scale_in_cap);
         score_mod(S_rmem, coords_of);
-        if (MASKED && !MASKS_FIRST)
+        if (MASKED && !MASKS_FIRST && !MASKS_BIAS)
             mask_sub_tile(S_rmem, seq, key, query);
 
         /* P^T = 2^(S^T * scale_log2 - lse_log2), and for group 1, which computes dS^T from it, P^T
@@ -110,10 +125,13 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
                 for (int e = 0; e < 4; e++) {
                     const float s = S_rmem[n][m][e];
                     const int row = 16 * n + 8 * (e / 2), column = 8 * m + e % 2;
-                    const float exponent =
+                    float exponent =
                         ALIBI ? with_alibi(s, params.scale_log2, slope, distance + (column - row))
                               : s * params.scale_log2;
-                    const float p = exp2_approx(exponent - (e % 2 ? lse.y : lse.x));
+                    if (BIAS)
+                        exponent += bias_rmem[n][m][e];
+                    exponent -= e % 2 ? lse.y : lse.x;
+                    const float p = exp2_approx(BIAS ? at_most(exponent, P_SHIFT) : exponent);
                     S_rmem[n][m][e] = p;
                     P_group_1[n][m][e] = SOFTCAP ? p * (1.0f - fminf(s * s, 1.0f)) : p;
                 }
@@ -157,17 +175,20 @@ __device__ __forceinline__ float2 load_delta(const query_tile &tile, int query,
                                              const fa_backward_params &params)
 {
     const float2 delta = ld_shared_2(tile.lse_smem + (TILE_M + query + 2 * quad_lane()) * 4);
-    const float keep = params.dropout.keep;
-    return DROPOUT ? make_float2(delta.x * keep, delta.y * keep) : delta;
+    const float unit = (DROPOUT ? params.dropout.keep : 1.0f) * TENSOR_REPEAT;
+    return make_float2(delta.x * unit, delta.y * unit);
 }
 
 /* Products 2 and 4 of warp group 1: dS^T in the place of P^T, and dK. `word_smem` is the address of
- * this lane's first word of them, `operand_smem` that of its row for ldmatrix. */
+ * this lane's first word of them, `key` that word's key, `operand_smem` the address of its row for
+ * ldmatrix. */
 __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][4],
                                            const unsigned (&V_rmem)[N_FRAGS][MAX_STEPS][4],
                                            const query_tile &tile, unsigned word_smem,
-                                           unsigned operand_smem, const fa_backward_params &params)
+                                           unsigned operand_smem, int key,
+                                           const sequence<fa_backward_params> &seq)
 {
+    const fa_backward_params &params = seq.params;
     tile.wait_Q(); /* delta comes with it */
     tile.wait_dO();
 #pragma unroll
@@ -209,6 +230,9 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
                     dS[1] *= p.y;
                 }
             }
+
+        if (BIAS_GRADIENT)
+            add_to_dbias(dS_rmem, seq, tile.head, key, tile.query0 + m0 + 2 * quad_lane());
 
         /* dS^T to shared memory: the warp's own part, so the warp alone has to have read P^T. */
         pack_operand(P_rmem, dS_rmem);
@@ -382,7 +406,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
         /* ---- 3. Products 1 and 3 in group 0: P^T and dV. 2 and 4 in group 1: dS^T and dK. */
         if (!is_group_0)
-            compute_dK(dKV_rmem, KV_rmem, tile, word_smem, operand_smem, params);
+            compute_dK(dKV_rmem, KV_rmem, tile, word_smem, operand_smem, key0 + lane_row, seq);
         else if (masked)
             compute_dV<true>(dKV_rmem, KV_rmem, tile, word_smem, key0 + lane_row, seq);
         else
@@ -477,12 +501,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const fa_int64 pair = static_cast<fa_int64>(seq.batch) * params.heads_kv + block.head_kv;
         semaphore = params.dkv_semaphores + pair * params.n_blocks + block.n_block;
         while (semaphore_load(semaphore) != block.q_split)
-            clear_dQ(block, 0, 0);
+            ;
     }
     if (is_group_0)
-        store_gradient<HEAD_DIM_V>(dKV_rmem, params.dv, params.dv_stride, params.dv_accum, block,
-                                   warp_key, (DROPOUT ? params.dropout.scale : 1.0f) / P_SCALE,
-                                   params);
+        store_gradient<HEAD_DIM_V>(
+            dKV_rmem, params.dv, params.dv_stride, params.dv_accum, block, warp_key,
+            (DROPOUT ? params.dropout.scale : 1.0f) / (P_SCALE * TENSOR_REPEAT), params);
     else
         store_gradient<HEAD_DIM>(dKV_rmem, params.dk, params.dk_stride, params.dk_accum, block,
                                  warp_key, params.softmax_scale / P_SCALE, params);

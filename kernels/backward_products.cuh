@@ -3,6 +3,7 @@
 #define FA_BACKWARD_PRODUCTS_CUH
 
 #include "backward_tile.cuh"
+#include "product.cuh"
 
 /* This lane's row for an ldmatrix of four 8x8 matrices, in the order [rows 0-7, rows 8-15] of chunk
  * 0, then of chunk 1: an A operand, or, transposed, a B operand whose k are rows. */
@@ -28,16 +29,9 @@ __device__ __forceinline__ void mma_ABt(float (&C_rmem)[FRAGS_M][MAX_FRAGS][4],
 {
 #pragma unroll
     for (int k = 0; k < STEPS; k++)
-#pragma unroll
-        for (int n = 0; n < FRAGS; n += 2) {
-            unsigned B_rmem[4]; /* [2 columns of fragments][2 halves of the 16 k] */
+        mma_step<FRAGS>(C_rmem, A_rmem, k, [&](unsigned (&B_rmem)[4], int n) {
             ldmatrix_x4(B_rmem, layout::moved(B_smem, 8 * n, 2 * k));
-#pragma unroll
-            for (int m = 0; m < FRAGS_M; m++) {
-                mma_m16n8k16(C_rmem[m][n], A_rmem[m][k], B_rmem[0], B_rmem[1]);
-                mma_m16n8k16(C_rmem[m][n + 1], A_rmem[m][k], B_rmem[2], B_rmem[3]);
-            }
-        }
+        });
 }
 
 /* C [16 * FRAGS_M, 8 * FRAGS] += A [16 * FRAGS_M, 16 * STEPS] * B [16 * STEPS, 8 * FRAGS], where B
@@ -52,17 +46,10 @@ __device__ __forceinline__ void mma_AB(float (&C_rmem)[FRAGS_M][MAX_FRAGS][4],
     const unsigned part_smem = layout::moved(B_smem, 0, frag0);
 #pragma unroll
     for (int k = 0; k < STEPS; k++)
-#pragma unroll
-        for (int n = 0; n < FRAGS; n += 2) {
-            unsigned B_rmem[4]; /* [2 columns of fragments][2 halves of the 16 k] */
+        mma_step<FRAGS>(C_rmem, A_rmem, k, [&](unsigned (&B_rmem)[4], int n) {
             ldmatrix_x4_trans(B_rmem, IS_ALIGNED ? layout::moved(part_smem, 16 * k, n)
                                                  : layout::moved(B_smem, 16 * k, frag0 + n));
-#pragma unroll
-            for (int m = 0; m < FRAGS_M; m++) {
-                mma_m16n8k16(C_rmem[m][n], A_rmem[m][k], B_rmem[0], B_rmem[1]);
-                mma_m16n8k16(C_rmem[m][n + 1], A_rmem[m][k], B_rmem[2], B_rmem[3]);
-            }
-        }
+        });
 }
 
 template <int FRAGS_M, int FRAGS_N>

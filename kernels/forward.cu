@@ -16,9 +16,12 @@
  *   SOFTCAP                1: scores are capped by a tanh
  *   DROPOUT                1: weights are dropped
  *   ALIBI                  1: scores fall with the distance of the key
+ *   BIAS, BIAS_FP32        1: a bias is added to them; 1: in fp32, 0: in the type of the others
+ *   BIAS_PAIRS             1: pairs of it, of an even and the next key, are aligned
  *   VARLEN                 1: sequences differ in length
  *   PAGED                  1: K and V lie in pages, of which every sequence has a list
- *   BLOCK_SPARSE           1: blocks of queries and keys are listed, and no others are read */
+ *   BLOCK_SPARSE           1: blocks of queries and keys are listed, and no others are read
+ *   TENSOR_REPEAT          how often each mma is issued: 1, see product.cuh */
 #include "params.h"
 
 #include "ptx.cuh"

@@ -20,6 +20,7 @@
 #include "forward_walk.cuh"
 #include "nonfinite.cuh"
 #include "row_alibi.cuh"
+#include "row_bias.cuh"
 #include "softmax.cuh"
 
 /* Q [WARP_M, HEAD_DIM] from global memory into the layout of the mma's A operand. Missing rows
@@ -62,6 +63,7 @@ __device__ __forceinline__ void store_split(const fa_forward_params &params,
             float inverse = l == 0.0f ? 0.0f : 1.0f / l; /* 0: no keys */
             if (DROPOUT)
                 inverse *= params.dropout.scale;
+            inverse *= 1.0f / TENSOR_REPEAT;
             const int row = block.lane_row + 16 * m + 8 * half;
             if (row >= block.row_count() || left_out.has(m, half))
                 continue;
@@ -104,6 +106,7 @@ __device__ __forceinline__ void store_rows(const fa_forward_params &params,
             float inverse = l == 0.0f ? 0.0f : rescale * (1.0f / l); /* 0: no keys */
             if (DROPOUT)
                 inverse *= params.dropout.scale;
+            inverse *= 1.0f / TENSOR_REPEAT;
             element *out_row = out_gmem + block.row_offset(params.out_stride, row);
             store_row<O_FRAGS>(out_row, O_rmem[m], half, inverse, stores);
             if (lse_gmem && stores)
@@ -157,6 +160,8 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
             if (VARLEN)
                 ring.clear_tail(block.seq.seqlen_k());
             const row_alibi alibi(block);
+            const row_bias bias(block);
+            bias_fragments loaded; /* [WARP_M, SUB_N] */
 
             /* Right edge, unmasked tiles, left edge: both edges are the same code. Listed tiles
              * alternate as they come. */
@@ -189,10 +194,12 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                         };
                         float S_rmem[M_FRAGS][S_FRAGS][4];        /* [WARP_M, SUB_N] */
                         unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4]; /* the same */
+                        bias.load<true>(loaded, lane_key);
                         scores(S_rmem, Q_rmem, K_sub_smem);
                         softcap(S_rmem, params.scale_in_cap);
                         score_mod(S_rmem, coords_of);
                         alibi.add_to(S_rmem, lane_key, params.scale_log2);
+                        bias.add_to(S_rmem, loaded, params.scale_log2);
                         mask_scores<MASK_LEFT, true>(S_rmem, masked_score(params), [&](int r) {
                             return block.keys_of(row + r) - lane_key;
                         });
@@ -211,7 +218,8 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                     tiles.advance();
                 }
 
-                /* ---- 4. Unmasked iterations: no mask, no row max. */
+                /* ---- 4. Unmasked iterations: no mask, and no row max, unless it may be
+                 * anywhere. */
 #pragma unroll 1
                 for (; i < unmasked_end; i++) {
                     if (BLOCK_SPARSE && !tiles.is_inner())
@@ -227,10 +235,15 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                         };
                         float S_rmem[M_FRAGS][S_FRAGS][4];        /* [WARP_M, SUB_N] */
                         unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4]; /* the same */
+                        bias.load<false>(loaded, key);
                         scores(S_rmem, Q_rmem, ring.K_smem + n * K_layout::ROW_BYTES);
                         softcap(S_rmem, params.scale_in_cap);
                         score_mod(S_rmem, coords_of);
                         alibi.add_to(S_rmem, key, params.scale_log2);
+                        bias.add_to(S_rmem, loaded, params.scale_log2);
+                        if (BIAS)
+                            update_row_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2,
+                                           row_set{~0u});
                         exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, row_set{0},
                                      stream, coords_of);
                         add_values(O_rmem, P_rmem, ring.V_smem + n * V_layout::ROW_BYTES);

@@ -58,6 +58,13 @@ struct fa_alibi {
     fa_int64 batch_stride, head_stride; /* batch_stride: 0 where all sequences have the same */
 };
 
+/* What is added to scores; read only where BIAS. Keys lie one after the other; strides are 0 where
+ * the size is 1. */
+struct fa_bias {
+    const void *data; /* [batch or 1, heads_q or 1, seqlen_q or 1, seqlen_k] */
+    struct fa_strides stride;
+};
+
 /* One tile of a list, see kernels/tile_list.cuh: of which sequence, and which of its tiles. */
 struct fa_listed_tile {
     int sequence, tile;
@@ -93,8 +100,8 @@ struct fa_block_list {
 };
 
 /* The lists of a call, see kernels/block_list.cuh: rows are blocks of queries that list blocks of
- * keys, in the backward blocks of keys that list blocks of queries. Whatever the lists hold, kernels
- * clamp it. Read only where BLOCK_SPARSE, of which these are the last parameters: others have not
+ * keys, in the backward blocks of keys that list blocks of queries. Whatever lists hold is clamped.
+ * Read only where BLOCK_SPARSE, of which these are the last parameters: others have not
  * got them. */
 struct fa_block_lists {
     struct fa_block_list partial, full; /* full: all of their pairs are seen, but for the masks */
@@ -132,9 +139,10 @@ struct fa_forward_params {
     const struct fa_listed_tile *list;
     struct fa_dropout dropout; /* read only where DROPOUT */
     struct fa_alibi alibi;
+    struct fa_bias bias;
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 384, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 416, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -147,7 +155,7 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "384, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 704, "416, padding, then maps");
 
 /* The single argument of both where BLOCK_SPARSE; forward.cu has no maps. */
 struct fa_sparse_forward_params {
@@ -291,9 +299,12 @@ struct fa_backward_params {
     int head_dim, tile_n;      /* of q and k, and keys of a tile: for backward_preprocess.cu */
     struct fa_dropout dropout; /* read only where DROPOUT */
     struct fa_alibi alibi;
+    struct fa_bias bias;
+    float *dbias; /* like bias, contiguous; zero before; where BIAS_GRADIENT */
+    struct fa_strides dbias_stride;
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 832, "432, padding, maps, then the rest");
+FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 896, "432, padding, maps, then the rest");
 
 /* The single argument of kernels/backward.cu where BLOCK_SPARSE. m_blocks is then that of whole
  * blocks of queries. */

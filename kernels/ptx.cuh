@@ -54,6 +54,20 @@ __device__ __forceinline__ unsigned short ld_global(const unsigned short *gmem)
     return x;
 }
 
+/* Two neighbours, at a multiple of their size. */
+__device__ __forceinline__ unsigned ld_global_pair(const unsigned short *gmem)
+{
+    unsigned x;
+    asm volatile("ld.global.u32 %0, [%1];" : "=r"(x) : "l"(gmem));
+    return x;
+}
+__device__ __forceinline__ float2 ld_global_pair(const float *gmem)
+{
+    float2 x;
+    asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "l"(gmem));
+    return x;
+}
+
 /* Shared memory is addressed with 32 bits: one register, and constant offsets cost nothing. */
 __device__ __forceinline__ unsigned smem_address(const void *pointer)
 {
@@ -193,6 +207,12 @@ template <int ID, int COUNT> __device__ __forceinline__ bool barrier_or(bool x)
 
 /* ---- between blocks ------------------------------------------------------------------------- */
 
+/* Adds to global memory: atomic, and unordered among blocks. */
+__device__ __forceinline__ void red_add(float *sum, float x)
+{
+    asm volatile("red.global.add.f32 [%0], %1;" ::"l"(sum), "f"(x) : "memory");
+}
+
 /* Adds four floats to global memory: atomic, and unordered among blocks. */
 __device__ __forceinline__ void red_add_4(float *sums, const float (&x)[4])
 {
@@ -202,7 +222,7 @@ __device__ __forceinline__ void red_add_4(float *sums, const float (&x)[4])
                      : "memory");
     else
         for (int i = 0; i < 4; i++)
-            asm volatile("red.global.add.f32 [%0], %1;" ::"l"(sums + i), "f"(x[i]) : "memory");
+            red_add(sums + i, x[i]);
 }
 
 __device__ __forceinline__ int atomic_add(int *counter, int x)
@@ -324,6 +344,16 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const unsigned (&a)[
     asm("mma.sync.aligned.m16n8k16.row.col.f32." FA_PTX_TYPE "." FA_PTX_TYPE ".f32 "
         "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* The same in fp16, accumulated in fp16: GeForce cards take half as long for it. */
+__device__ __forceinline__ void mma_m16n8k16_fp16(unsigned (&c)[2], const unsigned (&a)[4],
+                                                  unsigned b0, unsigned b1)
+{
+    asm("mma.sync.aligned.m16n8k16.row.col.f16.f16.f16.f16 "
+        "{%0, %1}, {%2, %3, %4, %5}, {%6, %7}, {%0, %1};"
+        : "+r"(c[0]), "+r"(c[1])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 

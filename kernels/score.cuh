@@ -4,7 +4,8 @@
  *                 SOFTCAP, of scale_in_cap
  *   2. softcap    c * tanh(s / c)
  *   3. score_mod  no variant has one yet
- *   4. ALiBi      s * scale_log2 - slope * |distance|: in powers of two from here on
+ *   4. biases     in powers of two from here on: s * scale_log2 - slope * |distance| with ALiBi,
+ *                 then + bias * log2(e), see bias.cuh
  *   5. mask       -inf where the query does not see the key
  *   6. softmax    p = 2^(s * scale_log2 - m), see softmax.cuh
  *   7. dropout    weights become 0; what is left counts 1 / (1 - p) times as much, see philox.h
@@ -67,10 +68,13 @@ __device__ __forceinline__ float with_alibi(float s, float scale, float slope, f
     return fmaf(s, scale, -slope * fabsf(distance));
 }
 
+/* Whether step 4 applies the scale. */
+constexpr bool SCALES_EARLY = ALIBI || BIAS;
+
 /* A masked score as the steps from here on have it. */
 template <class params_t> __device__ __forceinline__ float masked_score(const params_t &params)
 {
-    return ALIBI ? -INF : params.masked_score;
+    return SCALES_EARLY ? -INF : params.masked_score;
 }
 
 /* ---- 5. `visible` gives the range of columns that a row of S sees; BEGIN and END: whether it may

@@ -3,7 +3,8 @@
  * It is the online softmax without the online part: m need not be the row max so far, it only has
  * to keep p in range, as any m cancels in O / l. So unmasked tiles keep the m of the masked ones
  * before them: no maximum, no rescaling of O, no branch. out_of_range() finds the rows for which
- * that was not enough. A sum is never too small: m belongs to a key that the row has seen.
+ * that was not enough. A sum is never too small: m belongs to a key that the row has seen. Where
+ * BIAS the keys at the edge may be those that weigh least, or nothing: then every tile updates m.
  *
  * FlashAttention-4 goes half of this way: it keeps m while the row max has not grown by more than
  * rescale_threshold (2^8), and looks at every tile. */
@@ -69,10 +70,12 @@ __device__ __forceinline__ void clear(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
 
 /* The rows that update m at the tile whose first key is `key`, having seen fewer than START_KEYS
  * keys before their edge: those at it, or where SPLIT at that of their split, before the key
- * `split_end`. */
+ * `split_end`. All, where BIAS. */
 __device__ __forceinline__ row_set rows_to_update(const forward_block &block, int row, int key,
                                                   int split_end)
 {
+    if (BIAS)
+        return {~0u};
     unsigned rows = 0;
 #pragma unroll
     for (int r = 0; r < 2 * M_FRAGS; r++)
@@ -83,8 +86,8 @@ __device__ __forceinline__ row_set rows_to_update(const forward_block &block, in
 }
 
 /* P = 2^(S * scale - m) [WARP_M, SUB_N], as the A operand of the next mma, and l += its row sums.
- * Rows in `scaled` are pre-multiplied by scale, with ALiBi all are. S is in use until its weights
- * have been dropped. */
+ * Rows in `scaled` are pre-multiplied by scale, and all where SCALES_EARLY. S is in use until its
+ * weights have been dropped. */
 template <class F>
 __device__ __forceinline__ void
 exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4], float (&l_rmem)[M_FRAGS][2],
@@ -95,7 +98,7 @@ exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4], float (&l_rmem)[M_FRAG
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) { /* row g, then row g + 8 */
-            const float row_scale = ALIBI || scaled.has(m, half) ? 1.0f : scale;
+            const float row_scale = SCALES_EARLY || scaled.has(m, half) ? 1.0f : scale;
 #pragma unroll
             for (int n = 0; n < S_FRAGS; n++) {
                 const float p0 = exp2_approx(S_rmem[m][n][2 * half] * row_scale - m_rmem[m][half]);
@@ -182,7 +185,7 @@ __device__ __forceinline__ void update_row_max(float (&O_rmem)[M_FRAGS][O_FRAGS]
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float &s = S_rmem[m][n][2 * half + e];
-                    s *= updates && !ALIBI ? scale : 1.0f;
+                    s *= updates && !SCALES_EARLY ? scale : 1.0f;
                     row_max = fmaxf(row_max, s + MAX_OFFSET);
                 }
             /* The four lanes of a quad share the row. */

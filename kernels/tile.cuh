@@ -4,6 +4,7 @@
 #define FA_TILE_CUH
 
 #include "layout.cuh"
+#include "product.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int TILE_M = WARPS * WARP_M;  /* queries per block */
@@ -85,16 +86,9 @@ __device__ __forceinline__ void scores(float (&S_rmem)[M_FRAGS][S_FRAGS][4],
 
 #pragma unroll
     for (int d = 0; d < D_STEPS; d++)
-#pragma unroll
-        for (int n = 0; n < S_FRAGS; n += 2) {
-            unsigned K_rmem[4]; /* [2 key columns][2 halves of the 16 dims] */
+        mma_step<S_FRAGS>(S_rmem, Q_rmem, d, [&](unsigned (&K_rmem)[4], int n) {
             ldmatrix_x4(K_rmem, K_layout::moved(K_smem, 8 * n, 2 * d));
-#pragma unroll
-            for (int m = 0; m < M_FRAGS; m++) {
-                mma_m16n8k16(S_rmem[m][n], Q_rmem[m][d], K_rmem[0], K_rmem[1]);
-                mma_m16n8k16(S_rmem[m][n + 1], Q_rmem[m][d], K_rmem[2], K_rmem[3]);
-            }
-        }
+        });
 }
 
 /* O [WARP_M, HEAD_DIM_V] += P [WARP_M, SUB_N] * V [SUB_N, HEAD_DIM_V] */
@@ -104,17 +98,9 @@ __device__ __forceinline__ void add_values(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
 {
 #pragma unroll
     for (int k = 0; k < S_FRAGS / 2; k++)
-#pragma unroll
-        for (int n = 0; n < O_FRAGS; n += 2) {
-            unsigned V_rmem[4]; /* [2 dim columns][2 halves of the 16 keys] */
+        mma_step<O_FRAGS>(O_rmem, P_rmem, k, [&](unsigned (&V_rmem)[4], int n) {
             ldmatrix_x4_trans(V_rmem, V_layout::moved(V_smem, 16 * k, n));
-#pragma unroll
-            for (int m = 0; m < M_FRAGS; m++) {
-                mma_m16n8k16(O_rmem[m][n], P_rmem[m][k], V_rmem[0], V_rmem[1]);
-                if (n + 1 < O_FRAGS)
-                    mma_m16n8k16(O_rmem[m][n + 1], P_rmem[m][k], V_rmem[2], V_rmem[3]);
-            }
-        }
+        });
 }
 
 /* The sum of what the four lanes of a quad have, which share a row. */

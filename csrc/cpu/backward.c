@@ -1,26 +1,27 @@
 /* The gradients of attention as they are defined. From out, its lse and their gradients, for every
  * pair of a query i of one head and a key j that i sees:
  *
- *     s_ij  = softcap(scale * q_i . k_j) + ALiBi
+ *     s_ij  = softcap(scale * q_i . k_j) + a_ij       a_ij: ALiBi, bias
  *     p_ij  = exp(s_ij - lse_i)                       a weight of the softmax
  *     dp_ij = m_ij dout_i . v_j                       its gradient: m_ij is what dropout multiplies
  *                                                     p_ij by before it weighs v_j, else 1
  *     ds_ij = p_ij (dp_ij - delta_i) * scale          that of q_i . k_j; with softcap c times the
  *                                                     slope of tanh, 1 - (s_ij / c)^2 of the score
- *                                                     before ALiBi
+ *                                                     before a_ij is added
  *     delta_i = dout_i . out_i - dlse_i               what the softmax's normalisation takes off
  *             = sum_j p_ij dp_ij - dlse_i             the same without the rounding of out
  *
  *     dq_i = sum_j ds_ij k_j      dk_j = sum_i ds_ij q_i      dv_j = sum_i m_ij p_ij dout_i
  *     dsink = -sum_i exp(sink - lse_i) delta_i        a weight whose gradient dp is 0
+ *     dbias_ij = p_ij (dp_ij - delta_i)               summed over all pairs that share it
  *
  * where the sums over i go over all query heads that read the KV head, for dsink over the batch.
  *
  * The query rows come first: a task computes all pairs of a tile of rows, then the softmax and
  * delta of each row, then dq. After that a task computes a tile of dk and dv, while all queries
  * that see its keys pass in tiles. So every sum is one task's, in one order, at the price of
- * computing the pairs twice. Pairs that the mask hides are never touched: nothing in them (NaN,
- * inf) can reach a gradient. */
+ * computing the pairs twice, and a third time for dbias. Pairs that the mask hides are never
+ * touched: nothing in them (NaN, inf) can reach a gradient. */
 #include "backward.h"
 
 #include <stdlib.h>
@@ -47,7 +48,7 @@ struct task {
     struct lengths longest; /* of all sequences */
     int64_t head, head_kv;
     struct dropout dropout;  /* of the head */
-    struct alibi alibi;      /* of the head */
+    struct addends addends;  /* of the head */
     struct range rows, keys; /* the current tiles */
     float *Q, *dO;           /* [TILE, width], [TILE, width_v] */
     float *K, *V;            /* [TILE, width], [TILE, width_v] */
@@ -82,7 +83,7 @@ static void load_queries(struct task *task, int64_t head, struct range rows)
 {
     task->head = head;
     task->dropout = dropout_of(task->problem, task->sequence.number, head);
-    task->alibi = alibi_of(task->problem, &task->sequence, head);
+    task->addends = addends_of(task->problem, &task->sequence, head);
     task->rows = rows;
     task->of_row = rows_of_head(task, head) + rows.begin;
     fa_load_rows(&task->problem->q, task->sequence.q, rows, head, task->Q);
@@ -180,23 +181,24 @@ static float factor_of(const struct task *task, int64_t row, int64_t key)
 }
 
 /* What is added to the score of a row of the tile and a key of the sequence. */
-static double bias_of_pair(const struct task *task, int64_t row, int64_t key)
+static double addend_of_pair(const struct task *task, int64_t row, int64_t key)
 {
-    return bias_of(task->alibi, task->rows.begin + row, key);
+    return addend_of(&task->addends, task->rows.begin + row, key);
 }
 
-/* A pair's weight p and the gradient ds of q . k. */
+/* A pair's weight p, the gradient ds of q . k, and that of what is added to the score. */
 struct pair {
-    float p, ds;
+    float p, ds, dbias;
 };
 
 static struct pair pair_of(const struct fa_shape *shape, const struct row *row, double score,
-                           double bias, double dp)
+                           double addend, double dp)
 {
     const float p = weight_of(row->softmax, score);
-    const double capped = shape->softcap > 0 ? (score - bias) / shape->softcap : 0;
-    const double ds = p * (dp - row->delta) * (1 - capped * capped);
-    return (struct pair){p, (float)(shape->softmax_scale * ds)};
+    const bool is_capped = shape->softcap > 0 && score != -INFINITY;
+    const double capped = is_capped ? (score - addend) / shape->softcap : 0;
+    const double dbias = p * (dp - row->delta), ds = dbias * (1 - capped * capped);
+    return (struct pair){p, (float)(shape->softmax_scale * ds), (float)dbias};
 }
 
 /* ---- Sums ------------------------------------------------------------------------------------ */
@@ -240,12 +242,12 @@ static void compute_scores(struct task *task, struct range visible)
             for (int64_t key = keys.begin; key < keys.end; key++) {
                 const float *k = task->K + (key - tile.begin) * width;
                 const float *v = task->V + (key - tile.begin) * width_v;
-                const double bias = bias_of_pair(task, row, key);
+                const double addend = addend_of_pair(task, row, key);
                 task->S[first + key] = -INFINITY;
                 task->dP[first + key] = 0;
                 if (!is_listed(task, row, key))
                     continue;
-                task->S[first + key] = score_of(shape, task->Q + row * width, k, bias);
+                task->S[first + key] = score_of(shape, task->Q + row * width, k, addend);
                 task->dP[first + key] =
                     factor_of(task, row, key) * fa_dot(task->dO + row * width_v, v, width_v);
             }
@@ -276,35 +278,58 @@ static void add_to_dQ(struct task *task, struct range visible, float *dQ)
             const double score = task->S[first + key], dp = task->dP[first + key];
             if (!is_listed(task, row, key))
                 continue;
-            const double bias = bias_of_pair(task, row, key);
-            const struct pair pair = pair_of(&task->problem->shape, of_row, score, bias, dp);
+            const double addend = addend_of_pair(task, row, key);
+            const struct pair pair = pair_of(&task->problem->shape, of_row, score, addend, dp);
             const float *k = task->K + (key - task->keys.begin) * width;
             fa_add_scaled(dQ + row * width, pair.ds, k, width);
         }
     }
 }
 
-/* Adds what the pairs of the current tiles give to dK and dV. */
-static void add_pairs(struct task *task, float *dK, float *dV)
+/* That of a row and a key of the current tiles; `factor`: that of the pair. */
+static struct pair pair_in_tiles(const struct task *task, int64_t row, int64_t key, float factor)
 {
     const struct fa_shape *shape = &task->problem->shape;
     const int width = task->width, width_v = task->width_v;
+    const float *k = task->K + (key - task->keys.begin) * width;
+    const float *v = task->V + (key - task->keys.begin) * width_v;
+    const double addend = addend_of_pair(task, row, key);
+    const double score = score_of(shape, task->Q + row * width, k, addend);
+    const double dp = factor * fa_dot(task->dO + row * width_v, v, width_v);
+    return pair_of(shape, &task->of_row[row], score, addend, dp);
+}
+
+/* Adds what the pairs of the current tiles give to dK and dV. */
+static void add_pairs(struct task *task, float *dK, float *dV)
+{
+    const int width = task->width, width_v = task->width_v;
     for (int64_t row = 0; row < count_of(task->rows); row++) {
-        const struct row *of_row = &task->of_row[row];
         const float *q = task->Q + row * width, *dout = task->dO + row * width_v;
         struct range keys = keys_of(task, row);
-        for (int64_t i = keys.begin; has_weight(of_row) && i < keys.end; i++) {
+        for (int64_t i = keys.begin; has_weight(&task->of_row[row]) && i < keys.end; i++) {
             const int64_t key = i - task->keys.begin;
             if (!is_listed(task, row, i))
                 continue;
-            const double bias = bias_of_pair(task, row, i);
-            const double score = score_of(shape, q, task->K + key * width, bias);
             const float factor = factor_of(task, row, i);
-            const double dp = factor * fa_dot(dout, task->V + key * width_v, width_v);
-            const struct pair pair = pair_of(shape, of_row, score, bias, dp);
+            const struct pair pair = pair_in_tiles(task, row, i, factor);
             fa_add_scaled(dK + key * width, pair.ds, q, width);
             fa_add_scaled(dV + key * width_v, factor * pair.p, dout, width_v);
         }
+    }
+}
+
+/* And to the gradient of the bias. */
+static void add_to_dbias(const struct task *task, int64_t batch)
+{
+    const struct fa_tensor *dbias = &task->gradients->dbias;
+    const struct fa_strides stride = fa_bias_strides(dbias);
+    float *of_head = (float *)dbias->data + batch * stride.batch + task->head * stride.head;
+    for (int64_t row = 0; row < count_of(task->rows); row++) {
+        struct range keys = keys_of(task, row);
+        float *of_row = of_head + (task->rows.begin + row) * stride.seqlen;
+        for (int64_t key = keys.begin; has_weight(&task->of_row[row]) && key < keys.end; key++)
+            if (is_listed(task, row, key))
+                of_row[key] += pair_in_tiles(task, row, key, factor_of(task, row, key)).dbias;
     }
 }
 
@@ -357,6 +382,36 @@ static void compute_dk_dv(struct task *task, int64_t index)
     }
     fa_store_rows(&task->gradients->dk, task->sequence.k, keys, task->head_kv, task->sums);
     fa_store_rows(&task->gradients->dv, task->sequence.k, keys, task->head_kv, task->sums + dv);
+}
+
+/* Those of the dimension that entry `index` of a bias of so many entries is for. */
+static struct range sharing(int64_t entries, int64_t index, int64_t count)
+{
+    return entries == 1 ? (struct range){0, count} : (struct range){index, index + 1};
+}
+
+/* Entry `index` of [batch, heads] of the bias. */
+static void compute_dbias(struct task *task, int64_t index)
+{
+    const struct fa_shape *shape = &task->problem->shape;
+    const int64_t *entries = task->problem->bias.shape;
+    const struct range batches = sharing(entries[0], index / entries[1], shape->batch);
+    const struct range heads = sharing(entries[1], index % entries[1], shape->heads_q);
+    for (int64_t batch = batches.begin; batch < batches.end; batch++)
+        for (int64_t head = heads.begin; head < heads.end; head++) {
+            task->sequence = fa_sequence(task->problem, batch);
+            task->head_kv = head / fa_heads_per_kv(shape);
+            struct range rows = tile_from(all_rows(task), 0, TILE);
+            for (; is_next(task, rows); rows = tile_from(all_rows(task), rows.end, TILE)) {
+                const struct range visible = visible_to_any(shape, &task->sequence, rows);
+                load_queries(task, head, rows);
+                struct range tile = tile_from(visible, 0, TILE);
+                for (; is_next(task, tile); tile = tile_from(visible, tile.end, TILE)) {
+                    load_keys(task, tile);
+                    add_to_dbias(task, batch);
+                }
+            }
+        }
 }
 
 static void compute_dsink(struct task *task, int64_t head)
@@ -437,6 +492,13 @@ int fa_cpu_backward(const struct fa_problem *problem, const struct fa_gradients 
         goto done;
     call.compute = compute_dk_dv;
     status = fa_parallel_for(keys, threads, run_task, &call);
+    if (status)
+        goto done;
+    if (gradients->dbias.object) {
+        const int64_t *entries = problem->bias.shape;
+        call.compute = compute_dbias;
+        status = fa_parallel_for(entries[0] * entries[1], threads, run_task, &call);
+    }
     if (status || !problem->sink.object)
         goto done;
     call.compute = compute_dsink;

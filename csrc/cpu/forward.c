@@ -2,6 +2,7 @@
  *
  *     s_j = scale * q_i . k_j                     then softcap:  s_j = c * tanh(s_j / c)
  *                                                 then ALiBi:    s_j -= slope * |distance|
+ *                                                 then the bias: s_j += bias_ij
  *     p_j = exp(s_j) / sum_j exp(s_j)             over the keys that i sees (and the sink's exp)
  *     out_i = sum_j p_j v_j                       lse_i = log(sum_j exp(s_j))
  *
@@ -82,7 +83,7 @@ static bool is_next(const struct block *block, struct range tile)
 static void compute_scores(struct block *block)
 {
     const struct fa_problem *problem = block->problem;
-    const struct alibi alibi = alibi_of(problem, &block->sequence, block->head);
+    const struct addends addends = addends_of(problem, &block->sequence, block->head);
     struct range tile = next_tile(block, 0);
     for (; is_next(block, tile); tile = next_tile(block, tile.end)) {
         fa_load_rows(&problem->k, block->sequence.k, tile, block->head_kv, block->tile);
@@ -92,9 +93,10 @@ static void compute_scores(struct block *block)
             struct range keys = intersection(keys_of(block, row), tile);
             for (int64_t key = keys.begin; key < keys.end; key++) {
                 const float *k = block->tile + (key - tile.begin) * block->width;
-                const double bias = bias_of(alibi, row, key);
-                scores[key - block->keys.begin] =
-                    is_listed(block, row, key) ? score_of(&problem->shape, q, k, bias) : -INFINITY;
+                const double addend = addend_of(&addends, row, key);
+                scores[key - block->keys.begin] = is_listed(block, row, key)
+                                                      ? score_of(&problem->shape, q, k, addend)
+                                                      : -INFINITY;
             }
         }
     }

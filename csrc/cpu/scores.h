@@ -1,6 +1,6 @@
 /* What happens to a score, in the order of kernels/score.cuh: scale, softcap, score_mod (no call
- * has one yet), ALiBi, softmax, dropout. The mask is in sequence.h: what it hides has no score. The
- * backward recomputes with these what the forward computed, to the bit.
+ * has one yet), biases, softmax, dropout. The mask is in sequence.h: what it hides has no score.
+ * The backward recomputes with these what the forward computed, to the bit.
  *
  * Scores are fp64: what makes a weight is their difference to the row max, and in fp32 the rounding
  * of a large score would be a large part of that. Weights are fp32. */
@@ -20,38 +20,59 @@ static inline double softcapped(const struct fa_shape *shape, double score)
     return shape->softcap > 0 ? shape->softcap * tanh(score / shape->softcap) : score;
 }
 
-/* ALiBi of a head of a sequence; slope 0 where there is none. */
-struct alibi {
-    double slope;
-    int64_t diagonal; /* the key on that of query 0 */
+/* What is added to the scores of a head of a sequence. */
+struct addends {
+    double slope;                 /* of ALiBi; 0 where there is none */
+    int64_t diagonal;             /* the key on that of query 0 */
+    const struct fa_tensor *bias; /* NULL: none */
+    int64_t bias_begin;           /* where that of the head starts, in elements */
+    int64_t bias_stride;          /* from query to query */
 };
 
-static inline struct alibi alibi_of(const struct fa_problem *problem,
-                                    const struct sequence *sequence, int64_t head)
+static inline struct addends addends_of(const struct fa_problem *problem,
+                                        const struct sequence *sequence, int64_t head)
 {
-    const struct fa_tensor *slopes = &problem->alibi_slopes;
+    const struct fa_tensor *slopes = &problem->alibi_slopes, *bias = &problem->bias;
     const int64_t *stride = slopes->stride;
+    struct addends addends = {.diagonal = sequence->k.length - sequence->q.length};
     float slope = 0;
     if (slopes->object != NULL)
         fa_load_row(slopes,
                     slopes->ndim == 1 ? head * stride[0]
                                       : sequence->number * stride[0] + head * stride[1],
                     1, 1, &slope);
-    return (struct alibi){slope, sequence->k.length - sequence->q.length};
+    addends.slope = slope;
+    if (bias->object != NULL) {
+        const struct fa_strides strides = fa_bias_strides(bias);
+        addends.bias = bias;
+        addends.bias_begin = sequence->number * strides.batch + head * strides.head;
+        addends.bias_stride = strides.seqlen;
+    }
+    return addends;
 }
 
+/* A bias below it, as the lowest numbers of fp32 and bf16 are, is -inf in the powers of two that
+ * kernels have. */
+#define FA_LOWEST_BIAS (-2.35e38f)
+
 /* What is added to the score of a query and a key. */
-static inline double bias_of(struct alibi alibi, int64_t query, int64_t key)
+static inline double addend_of(const struct addends *addends, int64_t query, int64_t key)
 {
-    return -alibi.slope * (double)llabs(query + alibi.diagonal - key);
+    float bias = 0;
+    if (addends->bias)
+        fa_load_row(addends->bias, addends->bias_begin + query * addends->bias_stride + key, 1, 1,
+                    &bias);
+    if (bias < FA_LOWEST_BIAS)
+        bias = -INFINITY;
+    return bias - addends->slope * (double)llabs(query + addends->diagonal - key);
 }
 
 /* The score of two rows, if the query sees the key. */
 static inline double score_of(const struct fa_shape *shape, const float *q, const float *k,
-                              double bias)
+                              double addend)
 {
     const double score = shape->softmax_scale * fa_dot(q, k, fa_width(shape->head_dim));
-    return softcapped(shape, score) + bias;
+    return softcapped(shape, score) + addend;
 }
 
 /* The score of a head's sink, -inf where there is none: a score that takes its share of the softmax

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from flash_attn_sm120 import cache, common_kernels
-from flash_attn_sm120.tune import table, tune
+from flash_attn_sm120.tune import table, trial, tune
 from flash_attn_sm120.tune.candidates import CHOICES, QUICK_CHOICES
 from flash_attn_sm120.tune.grid import cells
 from flash_attn_sm120.tune.machine import Machine
@@ -50,4 +50,4 @@ def run(arguments: argparse.Namespace) -> int:
     choices = QUICK_CHOICES if arguments.quick else CHOICES
     where = arguments.output.absolute() if arguments.output else cache.directory() / "tune"
     wanted = cells(arguments.head_dims or common_kernels.COMMON_HEAD_DIMS)
-    return tune(Machine(), wanted, choices, where)
+    return tune(Machine(), wanted, choices, where, trial.in_child)

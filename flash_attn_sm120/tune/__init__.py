@@ -16,6 +16,9 @@ chooses. Those that are right are timed beside it (``contest.py``, on the GPU of
 
 Tiles that spill registers are not sought out: they compile, and lose against the clock.
 
+The command has every contest in a process of its own (``trial.py``): a tile that hangs or breaks
+the GPU is noted, and is not run again.
+
 Every cell is appended to ``<gpu>-<arch>.jsonl`` (``journal.py``) as soon as it is done.
 ``tiles.json`` (``table.py``) is made of all cells in that file, those of earlier runs included, and
 is loaded at import from then on.
@@ -23,14 +26,16 @@ is loaded at import from then on.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
 from flash_attn_sm120 import tuned_tiles
-from flash_attn_sm120.tune import table
+from flash_attn_sm120.tune import table, trial
 from flash_attn_sm120.tune.candidates import Choices
 from flash_attn_sm120.tune.contest import Contest
 from flash_attn_sm120.tune.grid import Cell
@@ -38,7 +43,13 @@ from flash_attn_sm120.tune.journal import Journal
 from flash_attn_sm120.tune.machine import Machine
 
 
-def tune(machine: Machine, wanted: Sequence[Cell], choices: Choices, where: Path) -> int:
+def tune(
+    machine: Machine,
+    wanted: Sequence[Cell],
+    choices: Choices,
+    where: Path,
+    run: Callable[[Contest, trial.Progress, trial.Note], dict[str, Any]] = trial.in_process,
+) -> int:
     """Measures the cells that are not in the journal yet, and writes the table.
 
     Returns:
@@ -56,7 +67,9 @@ def tune(machine: Machine, wanted: Sequence[Cell], choices: Choices, where: Path
                 bar.set_description(str(cell))
                 contest = Contest(machine, cell, choices)
                 if not journal.has(contest):
-                    record = contest.run(bar.set_postfix_str)
+                    contest.stopped = journal.broken(cell)
+                    note = functools.partial(journal.add_broken, cell)
+                    record = run(contest, bar.set_postfix_str, note)
                     journal.add(cell, record)
                     bar.write(table.summary(cell, record))
                     if any("WRONG" in why for why in record["stopped"].values()):

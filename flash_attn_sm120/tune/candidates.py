@@ -123,8 +123,14 @@ class Candidate(NamedTuple):
 
     def run(self, i: int) -> Any:
         """The output of the call ``i``."""
+        return self._call(i)[0]
+
+    def results(self, i: int) -> tuple[Any, Any]:
+        """And its lse."""
+        return self.run(i), self._call(i, return_lse=True)[1]
+
+    def _call(self, i: int, *, return_lse: bool = False) -> tuple[Any, Any]:
         _C.use_tiles(self.rows)
         call = self.calls[i]
-        return flash_attn_varlen_func(
-            call.q, call.k, call.v, **call.lengths, causal=call.causal, num_splits=1
-        )[0]
+        options: dict[str, Any] = {"causal": call.causal, "num_splits": 1, "return_lse": return_lse}
+        return flash_attn_varlen_func(call.q, call.k, call.v, **call.lengths, **options)

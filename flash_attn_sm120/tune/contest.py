@@ -30,6 +30,7 @@ FINAL_ROUNDS = 80
 # Two outputs in bf16 may differ by a unit in the last place, 2^-7 of a number; and here and there
 # by more, because other tiles round p relative to another row max.
 TOLERANCE = 2**-5  # of the largest element of an output row
+LSE_TOLERANCE = 2**-8  # lse is in fp32, a sum of p before they are rounded
 
 
 class Score(NamedTuple):
@@ -55,7 +56,8 @@ class Contest:
     """The candidates of a cell that are still in it, and why others are not."""
 
     def __init__(self, machine: Machine, cell: Cell, choices: Choices) -> None:
-        self.machine, self.cell = machine, cell
+        self.machine, self.cell, self.choices = machine, cell, choices
+        self.begin: Callable[[str], None] = lambda name: None  # told before a candidate's first run
         self.calls = tuple(self._call(seqlen) for seqlen in cell.bucket.seqlens)
         if cell.bucket.longest:
             self.calls += (self._packed_call(),)
@@ -67,6 +69,7 @@ class Contest:
     def run(self, progress: Callable[[str], None]) -> dict[str, Any]:
         """Measures the cell; what the journal says of it."""
         tried = [candidate.row for candidate in self.candidates]
+        self._drop_stopped()  # by the journal
         self.compile(progress)
         self.check()
         results = self.compete(progress) if self.candidates else []
@@ -111,19 +114,24 @@ class Contest:
     def check(self) -> None:
         """Runs all once; drops what fails, or differs from the fallback by more than rounding."""
         for i in range(len(self.calls)):
-            expected = self.fallback.run(i).float()
-            allowed = TOLERANCE * expected.abs().amax(-1)
+            out, lse = self.fallback.results(i)
+            expected, allowed = out.float(), TOLERANCE * out.float().abs().amax(-1)
             for candidate in self.candidates:
+                self.begin(candidate.name)
                 try:
-                    error = (candidate.run(i).float() - expected).abs().amax(-1)
-                    right = bool((error <= allowed).all())  # NaN is wrong, too
+                    own, own_lse = candidate.results(i)
+                    error = (own.float() - expected).abs().amax(-1)
+                    lse_error = (own_lse - lse).abs().max()
+                    # NaN is wrong, too
+                    right = bool((error <= allowed).all() and lse_error <= LSE_TOLERANCE)
                 except RuntimeError as failure:
                     self._stop(candidate.name, f"does not run: {failure}")
                     self.fallback.run(i).sum().item()  # raises if the GPU does nothing any more
                     continue
                 if not right:
-                    worst = error.max().item()
-                    self._stop(candidate.name, f"WRONG: differs from the fallback by {worst:.3g}")
+                    worst = f"{error.max().item():.3g}, in lse {lse_error.item():.3g}"
+                    self._stop(candidate.name, f"WRONG: differs from the fallback by {worst}")
+            self.begin("")
         self._drop_stopped()
 
     def measure(self, candidates: Sequence[Candidate], rounds: int) -> list[Score]:

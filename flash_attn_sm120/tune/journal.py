@@ -33,6 +33,15 @@ class Journal:
         own = (x for x in self.lines if x.get("cell") and x.get("machine") == self.identity)
         return list({record["cell"]: record for record in own}.values())
 
+    def broken(self, cell: Cell) -> dict[str, str]:
+        """Why candidates of a cell hang, or break their process, by name."""
+        own = (x for x in self.lines if x.get("broken") and x.get("machine") == self.identity)
+        return {x["broken"]: x["why"] for x in own if x["of"] == str(cell)}
+
+    def add_broken(self, cell: Cell, name: str, why: str) -> None:
+        """Appends a candidate that is not to be run again."""
+        self._append({"broken": name, "why": why, "of": str(cell), "machine": self.identity})
+
     def has(self, contest: Contest) -> bool:
         """Whether all candidates of a cell have been tried, against the same fallback."""
         for record in self.cells:
@@ -89,7 +98,7 @@ class Journal:
             try:
                 record = json.loads(line)
                 if not isinstance(record, dict) or not (
-                    self.KEYS.issubset(record) or "run" in record
+                    self.KEYS.issubset(record) or "run" in record or "broken" in record
                 ):
                     raise ValueError("it is no record of a cell")
             except ValueError as error:

@@ -53,6 +53,7 @@ class Machine:
             "sms": self.device["sms"],
             "flash_attn_sm120": __version__,
             "kernels": kernels.hexdigest()[:12],
+            "tensor_repeat": int(os.environ.get("FA_SM120_TENSOR_REPEAT") or 1),
             "limits": os.environ.get("FA_SM120_LIMITS") or None,
             "samples": "single calls, cold L2",
         }

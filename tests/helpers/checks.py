@@ -20,12 +20,15 @@ def check_forward(q, k, v, *, num_splits=0, pack_gqa=None, **options):
 
 
 def gradients_of(q, k, v, dout, dlse=None, **options):
-    """dq, dk, dv (and dsink) by forward and backward."""
+    """dq, dk, dv (dsink, dbias) by forward and backward."""
     out, lse = _C.forward(q, k, v, return_lse=True, **options)
-    *gradients, dsink = _C.backward(dout, q, k, v, out, lse, dlse, **options)
-    assert (dsink is None) == (options.get("learnable_sink") is None)
+    has_bias = options.get("attn_bias") is not None
+    gradients = _C.backward(dout, q, k, v, out, lse, dlse, bias_gradient=has_bias, **options)
+    assert (gradients[3] is None) == (options.get("learnable_sink") is None)
+    assert len(gradients) == 4 + has_bias
+    gradients = [x for x in gradients if x is not None]
     assert all(x.is_contiguous() for x in gradients)
-    return gradients if dsink is None else [*gradients, dsink]
+    return gradients
 
 
 def check_gradients(q, k, v, dout, dlse=None, *, deterministic=False, **options):

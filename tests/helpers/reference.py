@@ -22,6 +22,7 @@ def attention_reference(
     learnable_sink=None,
     dropout=None,
     alibi_slopes=None,
+    attn_bias=None,
     upcast=True,
 ):
     """(out, lse) of q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), as they are defined.
@@ -60,6 +61,9 @@ def attention_reference(
         if alibi_slopes is not None:
             bias = alibi_bias(alibi_slopes, rows + (seqlen_k - seqlen_q), seqlen_k)
             scores = (scores - bias).to(dtype)
+        if attn_bias is not None:
+            bias = attn_bias.expand(batch, heads_q, seqlen_q, seqlen_k)[:, :, rows]
+            scores = scores + bias.to(dtype)
         scores = scores.masked_fill(~visible, -math.inf)
         scores = torch.cat(
             [scores, sink.view(1, -1, 1, 1).expand(batch, -1, rows.numel(), 1)], dim=-1
@@ -75,21 +79,19 @@ def attention_reference(
     return out.transpose(1, 2), lse
 
 
-def gradient_reference(q, k, v, dout, dlse=None, *, learnable_sink=None, upcast=True, **kwargs):
-    """(dq, dk, dv), and dsink where there is a sink: autograd through attention_reference().
+def gradient_reference(q, k, v, dout, dlse=None, *, upcast=True, **kwargs):
+    """(dq, dk, dv), dsink where there is a sink, dbias where there is a bias: autograd through
+    attention_reference().
 
     With `upcast` everything is fp64, the gradients too; without, all is of the type of the inputs.
     """
-    inputs = [q, k, v] if learnable_sink is None else [q, k, v, learnable_sink]
+    names = [name for name in ("learnable_sink", "attn_bias") if kwargs.get(name) is not None]
+    inputs = [q, k, v, *(kwargs[name] for name in names)]
     inputs = [x.detach().as_subclass(torch.Tensor) for x in inputs]
     inputs = [(x.double() if upcast else x).requires_grad_() for x in inputs]
+    kwargs = kwargs | dict(zip(names, inputs[3:], strict=True))
     with torch.enable_grad():
-        out, lse = attention_reference(
-            *inputs[:3],
-            learnable_sink=None if learnable_sink is None else inputs[3],
-            upcast=upcast,
-            **kwargs,
-        )
+        out, lse = attention_reference(*inputs[:3], upcast=upcast, **kwargs)
     if not out.requires_grad:  # there are no queries
         return [torch.zeros_like(x) for x in inputs]
     results, gradients = [out], [dout]
@@ -125,6 +127,9 @@ def rounding_of_out(q, k, v, dout, *, learnable_sink=None, **kwargs):
     twice["softcap"] = 2 * kwargs.get("softcap", 0.0)
     if kwargs.get("alibi_slopes") is not None:
         twice["alibi_slopes"] = 2 * kwargs["alibi_slopes"]
+    if kwargs.get("attn_bias") is not None:
+        bias = kwargs["attn_bias"] = kwargs["attn_bias"].as_subclass(torch.Tensor).double()
+        twice["attn_bias"] = 2 * bias
     twice["learnable_sink"] = None if sink is None else 2 * sink
     _, lse2 = attention_reference(q, k, v, **twice)
     squared = torch.exp(lse2 - 2 * lse).nan_to_num(0).transpose(1, 2) * delta**2
@@ -133,6 +138,13 @@ def rounding_of_out(q, k, v, dout, *, learnable_sink=None, **kwargs):
         "dq": 3 * scale * max_finite(delta[..., None] * mean_k.abs()),
         "dk": 3 * scale * max_finite(variance.sqrt()),
     }
+    if kwargs.get("attn_bias") is not None:
+        one_for_each = torch.eye(k.shape[1]).double().to(k.device)[None, :, None]
+        weights, _ = attention_reference(
+            q, k, one_for_each.expand(*k.shape[:3], -1), **{**kwargs, "dropout": None}
+        )
+        squared = (weights * delta[..., None]).transpose(1, 2).square()
+        deviations["dbias"] = 3 * max_finite(squared.sum_to_size(bias.shape).sqrt())
     if sink is not None:
         weights = torch.exp(sink[:, None] - lse).nan_to_num(0).transpose(1, 2)
         deviations["dsink"] = 3 * max_finite((weights * delta).square().sum(dim=(0, 1)).sqrt())
@@ -194,7 +206,7 @@ def assert_close(out, lse, q, k, v, **kwargs):
     more than its arguments do), and by its own rounding. A score is a dot product, summed up in
     fp32, whose partial sums stay below |scale| * |q| * |k| (Cauchy-Schwarz). So
 
-        |lse - ref| <= 2^-18 * (1 + |scale| * max|q| * max|k|) + 2^-22 * |ref|
+        |lse - ref| <= 2^-18 * (1 + |scale| * max|q| * max|k| + max|bias|) + 2^-22 * |ref|
 
     where 2^-18 is 32 roundings of fp32: enough for the longest dot product and for exp2 and log2 as
     the hardware approximates them, far less than a wrong mask, scale or base costs.
@@ -210,9 +222,8 @@ def assert_close(out, lse, q, k, v, **kwargs):
         assert lse.shape == ref_lse.shape and lse.dtype == torch.float32, (
             f"lse is {lse.dtype} {tuple(lse.shape)}: {case}"
         )
-        assert_bounded(
-            lse, ref_lse, lse_bound(ref_lse, q, k, kwargs.get("softmax_scale")), f"lse, {case}"
-        )
+        bound = lse_bound(ref_lse, q, k, kwargs.get("softmax_scale"), kwargs.get("attn_bias"))
+        assert_bounded(lse, ref_lse, bound, f"lse, {case}")
 
 
 def assert_close_to(out, ref, pt, factor=2, case="", name="out", floor=0.0):
@@ -223,13 +234,15 @@ def assert_close_to(out, ref, pt, factor=2, case="", name="out", floor=0.0):
 
 
 def assert_gradients_close(gradients, q, k, v, dout, dlse=None, **kwargs):
-    """Holds dq, dk, dv (and dsink) against the reference for the same arguments: the rule for out."""
+    """Holds dq, dk, dv (dsink, dbias) against the reference for the same arguments: the rule for out."""
     ref = gradient_reference(q, k, v, dout, dlse, **kwargs)
     pt = gradient_reference(q, k, v, dout, dlse, upcast=False, **kwargs)
     floors = gradient_floors(q, k, v, dout, dlse, kwargs.get("softmax_scale"))
     inputs = {"dq": q, "dk": k, "dv": v}
     if kwargs.get("learnable_sink") is not None:
         inputs["dsink"] = kwargs["learnable_sink"]
+    if kwargs.get("attn_bias") is not None:
+        inputs["dbias"] = kwargs["attn_bias"]
     for name, deviation in rounding_of_out(q, k, v, dout, **kwargs).items():
         floors[name] += deviation
     assert len(gradients) == len(ref) == len(inputs)
@@ -237,7 +250,10 @@ def assert_gradients_close(gradients, q, k, v, dout, dlse=None, **kwargs):
         case = describe(q, k, v, kwargs | ({} if dlse is None else {"dlse": dlse}))
         gradient = gradient.detach().as_subclass(torch.Tensor)
         assert gradient.shape == x.shape and gradient.device == x.device, (name, case)
-        assert gradient.dtype == (torch.float32 if name == "dsink" else x.dtype), (name, case)
+        assert gradient.dtype == (torch.float32 if name in ("dsink", "dbias") else x.dtype), (
+            name,
+            case,
+        )
         factor = 3 if kwargs.get("softcap") else 2
         assert_close_to(gradient, *expected, factor, case, name, floors[name])
 
@@ -251,7 +267,7 @@ def gradient_floors(q, k, v, dout, dlse, scale):
     up to 1: all terms of dq are as good as one.
     """
     if not min(q.numel(), k.numel(), v.numel()):
-        return dict.fromkeys(("dq", "dk", "dv", "dsink"), 0.0)
+        return dict.fromkeys(("dq", "dk", "dv", "dsink", "dbias"), 0.0)
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else abs(scale)
     norm_q, norm_k, norm_v, norm_dout = (
         max_finite(x.double().norm(dim=-1)) for x in (q, k, v, dout)
@@ -264,14 +280,17 @@ def gradient_floors(q, k, v, dout, dlse, scale):
         "dk": 2**-20 * scale * ds * norm_q * math.sqrt(rows_per_key),
         "dv": 2**-20 * norm_dout * math.sqrt(rows_per_key),
         "dsink": 2**-20 * ds * math.sqrt(batch * rows),
+        "dbias": 2**-20 * ds * math.sqrt(batch * rows * q.shape[2]),
     }
 
 
-def lse_bound(ref, q, k, scale):
+def lse_bound(ref, q, k, scale, bias=None):
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     largest_score = (
         abs(scale) * max_finite(q.double().norm(dim=-1)) * max_finite(k.double().norm(dim=-1))
     )
+    if bias is not None:
+        largest_score += max_finite(bias)
     return 2**-18 * (1 + largest_score) + 2**-22 * ref.abs()
 
 

@@ -1,5 +1,6 @@
 """The benchmarks' own logic, in dry runs on the CPU: what they say where something cannot run."""
 
+import functools
 import itertools
 import json
 import re
@@ -17,12 +18,14 @@ if not BENCHMARKS.is_dir():
 sys.path.insert(0, str(BENCHMARKS))
 
 import backward  # noqa: E402
+import balance  # noqa: E402
 import decode  # noqa: E402
 import forward  # noqa: E402
 import grid  # noqa: E402
 import harness  # noqa: E402
 import overhead  # noqa: E402
 import paged  # noqa: E402
+import parallel  # noqa: E402
 import varlen  # noqa: E402
 import versus  # noqa: E402
 import video  # noqa: E402
@@ -215,6 +218,34 @@ def test_a_dry_run_of_packed_sequences(monkeypatch, capsys, tmp_path, direction)
     assert f"absent in 4 cells: ours: {SHORT}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_a_dry_run_of_the_balance(monkeypatch, capsys, tmp_path, is_backward):
+    call = balance.Call(harness.Preset(2, 1, 16), 32, True, is_backward, {4: 0.9})
+    monkeypatch.setattr(balance, "CALLS", (call,))
+    output = tmp_path / "balance.jsonl"
+    argv = ["balance.py", "--device", "cpu", "--rounds", "2", "--repeat", "4"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--output", str(output)])
+    balance.main()
+    records = harness.read_records(output)[1]
+    assert len(records) == 1 + is_backward and all(r["share"] > 0 for r in records)
+    row = balance.table(records, [4]).splitlines()[-1]
+    assert str(call) in row and "0.90" in row
+
+
+def test_tiles_of_the_balance_are_those_of_its_kernels(monkeypatch):
+    """A candidate is found by the plan that it leads to; the plan's own is among them."""
+    explain = functools.partial(flash_attn_sm120.explain, arch=120)
+    explain_backward = functools.partial(flash_attn_sm120.explain_backward, arch=120)
+    monkeypatch.setattr(balance, "explain", explain)
+    monkeypatch.setattr(balance, "explain_backward", explain_backward)
+    for call in balance.CALLS[4:13:4]:
+        problem = call.problem("cpu")
+        rows = balance.candidates(call, problem)
+        own = balance.plan_of(call, problem)
+        assert own.variant in rows and len(rows) > 20
+        assert "tiles.c" in own.reasons["tile"]
+
+
 def test_mixes_are_what_they_are_called():
     totals = {name: sum(lengths) for name, lengths in varlen.MIXES.items()}
     assert totals["lognormal, 16k"] == 16 << 10 and totals["lognormal, 128k"] == 128 << 10
@@ -334,10 +365,55 @@ def test_layers_are_right_and_distinct(monkeypatch, call):
         check(harness.CUDNN, inputs.peer(harness.CUDNN).call())
 
 
+def test_a_dry_run_of_models(monkeypatch, capsys):
+    """And the door that it opens is closed again."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    import models
+
+    run(monkeypatch, models)
+    said = capsys.readouterr().out
+    for what in ("prompt", "decoding, batch 1", "training step"):
+        assert len(re.findall(rf"^\| {what} +\| .*%", said, re.M)) == (3 if "dec" in what else 5)
+        assert f"attention's share, {what}: sdpa " in said
+    assert "greedy tokens as by SDPA" in said
+    assert models.door.registered() == ()
+    assert not {models.EXACT, models.NONE} & models.AttentionInterface._global_mapping.keys()
+
+
+def test_wrong_logits_of_a_model_are_found(monkeypatch):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    import models
+
+    with models.register():
+        model = models.make_model("cpu").eval()
+        read = models.Decoder.read
+
+        def wrong(self, tokens):
+            shift = model.config._attn_implementation == models.OURS and tokens.shape[1] == 1
+            return read(self, tokens).roll(int(shift), -1)
+
+        monkeypatch.setattr(models.Decoder, "read", wrong)
+        with pytest.raises(harness.WrongResult, match="sm120_attention: tensor 0"):
+            models.greedy(model, models.SIZES["cpu"], "cpu")
+
+
+def test_a_dry_run_of_ranks(monkeypatch, capsys):
+    run(monkeypatch, parallel)
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^\| [12] +\| (zigzag|in order)", said, re.M)) == 6
+
+
+def test_a_wrong_part_of_a_rank_is_found():
+    right = tuple(torch.randn(2, 8) for _ in range(4))
+    parallel.check(right, right)
+    with pytest.raises(harness.WrongResult, match="dk: relative error"):
+        parallel.check((*right[:2], right[2] * 1.1, right[3]), right)
+
+
 def test_without_a_gpu_they_say_so(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    for module in (forward, backward, decode, varlen, paged, video):
+    for module in (forward, backward, decode, varlen, paged, parallel, video):
         monkeypatch.setattr(sys, "argv", [module.__name__])
         with pytest.raises(SystemExit, match="no CUDA device here"):
             module.main()

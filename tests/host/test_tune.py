@@ -13,8 +13,9 @@ import torch
 from flash_attn_sm120 import _C, cache, common_kernels, explain, jit, tuned_tiles
 from flash_attn_sm120.__main__ import main
 from flash_attn_sm120.commands import tune as command
-from flash_attn_sm120.tune import candidates, contest, grid, journal, tune
+from flash_attn_sm120.tune import candidates, contest, grid, journal, trial, tune
 from flash_attn_sm120.tune.machine import Machine
+from helpers import trials
 from helpers.children import run_python
 from helpers.devices import CUDA, EMULATOR
 
@@ -283,6 +284,50 @@ def test_interrupted_at_once_it_leaves_the_table_alone(fake, tmp_path, monkeypat
     assert run(machine, tmp_path) == 130
     assert winners(tmp_path) == [(0, 2), (1, 2)]
     assert "use_tiles" in explain(*shape(64, 100), arch=120).reasons["tile"], "put back"
+
+
+@pytest.mark.parametrize(
+    "target, begun, said",
+    [
+        (trials.hangs, "slow", "HANGS"),
+        (trials.dies, "fatal", "ends with 7"),
+        (trials.fails, "sticky", "ILLEGAL_ADDRESS"),
+    ],
+)
+def test_a_child_that_ends_badly_names_its_candidate(target, begun, said):
+    outcome, name = trial.watch(target, (), lambda text: None, 5.0)
+    assert name == begun and said in outcome
+
+
+def test_a_child_that_ends_well_hands_over_its_record():
+    seen = []
+    assert trial.watch(trials.ends, (), seen.append, 60.0) == ({"gain": 1.0}, "")
+    assert seen == ["compiled 1 of 1"]
+
+
+def test_a_broken_candidate_costs_itself_alone(fake, tmp_path, monkeypatch):
+    """The contest goes on without it, and a second run does not try it again."""
+    begun = []
+
+    def watch(target, arguments, progress, limit_s):
+        cell, choices, stopped = arguments
+        inside = contest.Contest(machine, cell, choices)
+        inside.stopped = dict(stopped)
+        names = [c.name for c in inside.candidates if c.name not in stopped]
+        begun.append(names)
+        if any("n32x32_w4x16_s2" in name for name in names):
+            return "HANGS", next(name for name in names if "n32x32_w4x16_s2" in name)
+        return inside.run(progress), ""
+
+    machine = fake({"n32x32_w4x16_s2": 1.3, "n32x32_w4x16_s3": 1.1})
+    monkeypatch.setattr(trial, "watch", watch)
+    assert tune(machine, CELLS, CHOICES, tmp_path, trial.in_child) == 0
+    assert winners(tmp_path) == [(0, 3), (1, 3)]
+    assert len(begun) == 2 * len(CELLS)
+    stopped = [list(r["stopped"].values()) for r in records(tmp_path)]
+    assert stopped == [["HANGS"], ["HANGS"]]
+    again = journal.Journal(next(tmp_path.glob("*.jsonl")), machine)
+    assert all("n32x32_w4x16_s2" in name for cell in CELLS for name in again.broken(cell))
 
 
 def test_a_torn_line_is_ignored(fake, tmp_path):
@@ -618,6 +663,7 @@ def test_wheels_are_made_without_the_tuned_table(table, tmp_path, monkeypatch):
 
 def test_the_command(fake, tmp_path, monkeypatch, capsys):
     """From end to end: tunes, shows, tells, resets."""
+    monkeypatch.setattr(trial, "in_child", trial.in_process)
     monkeypatch.setattr(command, "Machine", lambda: fake({"n32x32_w4x16_s3": 1.07}))
     monkeypatch.setattr(grid, "BUCKETS", (grid.Bucket(0, 64, (40,)),))
     monkeypatch.setattr(command, "QUICK_CHOICES", CHOICES)

@@ -376,6 +376,17 @@ def test_blocks_that_take_turns_have_unequal_numbers_of_heads(device, make_qkv):
     assert_all_equal(gradients_of(q, k, v, dout, deterministic=True), first)
 
 
+@pytest.mark.parametrize("seqlen_q", [1, 70])
+@pytest.mark.parametrize("heads_per_kv", [4, 7])
+def test_blocks_that_wait_for_others_write_nothing(device, make_qkv, heads_per_kv, seqlen_q):
+    """One tile holds all keys, so that blocks store dQ; on a GPU they wait to add to dK and dV."""
+    q, k, v = make_qkv(1, seqlen_q, 15, heads_per_kv, 1)
+    dout = dout_for(device, q, v)
+    first = check(device, q, k, v, dout, deterministic=True)
+    for _ in range(20 if device == CUDA else 1):
+        assert_all_equal(gradients_of(q, k, v, dout, deterministic=True), first)
+
+
 @cases.mask(MASKS)
 def test_deterministic_runs_are_equal_beside_other_work(cuda, mask):
     """Blocks that wait for their turn share the GPU with products, and with blocks of another backward."""

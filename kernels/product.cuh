@@ -1,0 +1,44 @@
+/* The matrix product that all others are made of: what follows one or two ldmatrix.
+ *
+ * TENSOR_REPEAT is 1 in every kernel that is used. 2 or 4 make the tensor cores of an H100 as slow
+ * beside the rest of a multiprocessor as those of sm_120 are, to measure what a kernel is worth
+ * there (FA_SM120_TENSOR_REPEAT in docs/environment.md): each mma is issued so many times, into the
+ * same accumulators. Not one by one, as two mma on one accumulator wait for each other, but a group
+ * of independent ones as a whole. Products are then TENSOR_REPEAT times too large: scores have a
+ * scale that undoes it, and so have outputs. */
+#ifndef FA_PRODUCT_CUH
+#define FA_PRODUCT_CUH
+
+#include "ptx.cuh"
+
+/* C [16 * FRAGS_M, 8 * FRAGS] += A [16 * FRAGS_M, 16] * B [16, 8 * FRAGS], where A is step `k` of
+ * A_rmem. load(B, n) brings the columns of the fragments n and n + 1: of each both halves of the 16
+ * k. */
+template <int FRAGS, int FRAGS_M, int MAX_FRAGS, int STEPS, class F>
+__device__ __forceinline__ void mma_step(float (&C_rmem)[FRAGS_M][MAX_FRAGS][4],
+                                         const unsigned (&A_rmem)[FRAGS_M][STEPS][4], int k, F load)
+{
+    constexpr int LOADS = TENSOR_REPEAT > 1 && FRAGS_M == 1 && FRAGS > 2 ? 2 : 1; /* of a group */
+#pragma unroll
+    for (int n0 = 0; n0 < FRAGS; n0 += 2 * LOADS) {
+        unsigned B_rmem[LOADS][4];
+#pragma unroll
+        for (int i = 0; i < LOADS; i++)
+            if (n0 + 2 * i < FRAGS)
+                load(B_rmem[i], n0 + 2 * i);
+#pragma unroll
+        for (int repeat = 0; repeat < TENSOR_REPEAT; repeat++)
+#pragma unroll
+            for (int i = 0; i < LOADS; i++)
+#pragma unroll
+                for (int m = 0; m < FRAGS_M; m++) {
+                    const int n = n0 + 2 * i;
+                    if (n < FRAGS)
+                        mma_m16n8k16(C_rmem[m][n], A_rmem[m][k], B_rmem[i][0], B_rmem[i][1]);
+                    if (n + 1 < FRAGS)
+                        mma_m16n8k16(C_rmem[m][n + 1], A_rmem[m][k], B_rmem[i][2], B_rmem[i][3]);
+                }
+    }
+}
+
+#endif
