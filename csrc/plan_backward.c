@@ -66,7 +66,8 @@ static struct fa_variant variant_of(const struct fa_plan_input *input,
     variant.stages = tile->stages;
     variant.tma = device->has_tma && input->tma_strides;
     variant.deterministic = input->deterministic;
-    variant.dq_direct = n_blocks_of(input, tile) == 1 && (input->all_see_keys || input->varlen);
+    variant.dq_direct =
+        n_blocks_of(input, tile) == 1 && !input->block_q && (input->all_see_keys || input->varlen);
     variant.dq_buffers = variant.dq_direct ? 1 : dq_buffers_of(input);
     return variant;
 }
@@ -79,18 +80,23 @@ static int backward_smem(const struct fa_plan_input *input, const struct fa_vari
         .bytes;
 }
 
-/* The first of `count` rows that serves the call, and fits the shared memory; else NULL. */
-static const struct fa_backward_tile *first_that_serves(const struct fa_backward_tile *rows,
-                                                        size_t count,
-                                                        const struct fa_plan_input *input,
-                                                        const struct fa_device *device)
+/* Whether whole listed blocks have such tiles. */
+static bool divides_blocks(const struct fa_plan_input *input, const struct fa_backward_tile *tile)
+{
+    return input->block_q % tile->tile_m == 0 && input->block_k % tile_n_of(tile) == 0;
+}
+
+/* The first of `count` rows that serves sequences of up to `varlen_k` keys, and fits the shared
+ * memory; else NULL. */
+static const struct fa_backward_tile *
+first_that_serves(const struct fa_backward_tile *rows, size_t count,
+                  const struct fa_plan_input *input, int varlen_k, const struct fa_device *device)
 {
     const int head_dim = MAX(input->head_dim, input->head_dim_v);
-    const int varlen_k = input->varlen ? input->seqlen_k : INT32_MAX;
     const int most_smem = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
     for (const struct fa_backward_tile *tile = rows; tile < rows + count; tile++) {
         const struct fa_variant variant = variant_of(input, device, tile);
-        if (tile->head_dim >= head_dim &&
+        if (tile->head_dim >= head_dim && divides_blocks(input, tile) &&
             (tile->varlen_k == FA_ANY || tile->varlen_k >= varlen_k) &&
             backward_smem(input, &variant, tile_n_of(tile)) <= most_smem)
             return tile;
@@ -119,6 +125,9 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
                     : tile->varlen_k == FA_ANY
                         ? "row of csrc/tiles.c for the larger head dim"
                         : "row of csrc/tiles.c for the larger head dim, and for few keys");
+    if (input->block_q)
+        fa_plan_because(plan, "blocks",
+                        "a walk over lists: a block of keys goes through listed queries alone");
     if (input->softcap)
         fa_plan_because(plan, "sub_m", "16 queries at a time: the tanh of a cap takes registers");
     else if (input->dropout)
@@ -142,17 +151,28 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
                             : "blocks add to dQ in the order of their keys");
 }
 
+/* Rows of the caller's come first, which *is_own tells. NULL: whole listed blocks have no tiles. */
+static const struct fa_backward_tile *choose_tile(const struct fa_plan_input *input,
+                                                  const struct fa_plan_target *target, bool *is_own)
+{
+    const struct fa_tile_list *own = target->tiles;
+    const int varlen_k = input->varlen ? input->seqlen_k : INT32_MAX;
+    const struct fa_backward_tile *tile = first_that_serves(own->backward_rows, own->backward_count,
+                                                            input, varlen_k, &target->device);
+    *is_own = tile != NULL;
+    if (!tile) /* the last one serves all but listed blocks */
+        tile = first_that_serves(FA_BACKWARD_TILES, FA_BACKWARD_TILE_COUNT, input, varlen_k,
+                                 &target->device);
+    if (!tile) /* rows of few keys are of smaller tiles */
+        tile =
+            first_that_serves(FA_BACKWARD_TILES, FA_BACKWARD_TILE_COUNT, input, 0, &target->device);
+    return tile;
+}
+
 static void set_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
-                     struct fa_plan *plan)
+                     const struct fa_backward_tile *tile, bool is_own, struct fa_plan *plan)
 {
     enum { REGISTERS_PER_SM = 64 << 10, REGISTERS_PER_THREAD = 256 };
-    const struct fa_tile_list *own = target->tiles;
-    const struct fa_device *device = &target->device;
-    const struct fa_backward_tile *tile =
-        first_that_serves(own->backward_rows, own->backward_count, input, device);
-    const bool is_own = tile != NULL;
-    if (!is_own) /* the last one serves all */
-        tile = first_that_serves(FA_BACKWARD_TILES, FA_BACKWARD_TILE_COUNT, input, device);
     const struct fa_variant variant = variant_of(input, &target->device, tile);
     const int threads = tile->warps * 32;
     plan->tile_m = tile->tile_m;
@@ -405,7 +425,10 @@ static int blocks_of(const struct fa_plan *plan, const struct fa_step *step, str
 int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_extent *extent,
                          struct fa_plan *plan, struct fa_plan_error *error)
 {
-    plan->m_blocks = CEIL_DIV(extent->seqlen_q, plan->tile_m);
+    /* Listed blocks are whole: the last one has tiles behind the last query. */
+    const int rows = input->block_q ? CEIL_DIV(extent->seqlen_q, input->block_q) * input->block_q
+                                    : extent->seqlen_q;
+    plan->m_blocks = CEIL_DIV(rows, plan->tile_m);
     plan->n_blocks = CEIL_DIV(extent->seqlen_k, plan->tile_n);
     plan->list_places = extent->is_packed_k ? fa_plan_list_places(extent->batch, extent->rows_k,
                                                                   plan->tile_n, plan->n_blocks)
@@ -445,13 +468,21 @@ static const char *why_no_bias_gradient(const struct fa_plan_input *input)
 int fa_plan_backward(const struct fa_plan_input *input, const struct fa_plan_target *target,
                      struct fa_plan *plan, struct fa_plan_error *error)
 {
-    if (input->block_q)
-        return fa_plan_refuse(error, true, "listed blocks have no backward on CUDA yet");
     const char *why_not = why_no_bias_gradient(input);
     if (why_not)
         return fa_plan_refuse(error, true, why_not);
+    if (input->block_q && input->deterministic)
+        return fa_plan_refuse(error, true,
+                              "deterministic is not supported with listed blocks: they add to dQ "
+                              "in no order");
+    bool is_own;
+    const struct fa_backward_tile *tile = choose_tile(input, target, &is_own);
+    if (!tile)
+        return fa_plan_refuse(error, true,
+                              "on CUDA the backward takes listed blocks of a multiple of 64 keys, "
+                              "and of a multiple of 32 to 128 queries, more at small head dims");
     struct fa_step *first = fa_plan_add(plan, (struct fa_step){0});
-    set_main(input, target, plan);
+    set_main(input, target, tile, is_own, plan);
     set_group_limit(input, &target->device, plan);
     const struct fa_extent extent = fa_plan_extent(input);
     plan->splits = 1;

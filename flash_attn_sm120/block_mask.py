@@ -123,12 +123,16 @@ def transposed(lists: BlockLists, seqlen_k: int) -> BlockLists:
 def _transpose(
     counts: torch.Tensor, indices: torch.Tensor, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    return _lists_of(_map_of(counts, indices, columns).transpose(-2, -1))
+
+
+def _map_of(counts: torch.Tensor, indices: torch.Tensor, columns: int) -> torch.Tensor:
+    """(batch, heads, rows, columns) uint8: 1 for what is listed."""
     is_listed = torch.arange(indices.shape[-1], device=indices.device) < counts[..., None]
     # Behind the last column goes what is not listed; whatever the indices are, they stay within.
     column = torch.where(is_listed, indices.clamp(0, max(columns - 1, 0)), columns).long()
     dense = torch.zeros((*column.shape[:-1], columns + 1), dtype=torch.uint8, device=indices.device)
-    dense.scatter_(-1, column, 1)
-    return _lists_of(dense[..., :columns].transpose(-2, -1))
+    return dense.scatter_(-1, column, 1)[..., :columns]
 
 
 def _lists_of(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -139,3 +143,109 @@ def _lists_of(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 # ---- creation ------------------------------------------------------------------------------------
+
+# So many pairs of a query and a key are evaluated at a time: a bound of the memory that it takes.
+CHUNK_PAIRS = 1 << 24
+
+
+def create_block_mask(
+    mask_mod: Callable[..., torch.Tensor],
+    B: int | None,
+    H: int | None,
+    Q: int,
+    K: int,
+    block_size: int | tuple[int, int] = 128,
+    device: torch.device | str | None = None,
+) -> Any:
+    """torch's ``BlockMask`` of a ``mask_mod``, equal to that of torch's function of this name.
+
+    That one holds all pairs of queries and keys at a time, 1 GB at 32k tokens; this one evaluates
+    blocks of them, chunk by chunk, and keeps a byte per block.
+
+    Args:
+        mask_mod: ``mask_mod(b, h, q_idx, kv_idx)``, True where the query sees the key.
+        B, H: batch and query heads; None where the mask is the same for all.
+        Q, K: queries and keys.
+        block_size: of queries and keys; CUDA takes multiples of 16, the backward of 64 or 128.
+        device: of the lists and of ``mask_mod``'s indices; None: CUDA's where there is one.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    size = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    partial, full = _maps_of(mask_mod, (B or 1, H or 1, Q, K), size, torch.device(device))
+    return BlockMask.from_kv_blocks(  # type: ignore[no-untyped-call]
+        *_lists_of(partial),
+        *_lists_of(full),
+        BLOCK_SIZE=size,
+        mask_mod=mask_mod,
+        seq_lengths=(Q, K),
+    )
+
+
+def _maps_of(
+    mask_mod: Any, sizes: tuple[int, int, int, int], block: tuple[int, ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which blocks (batch, heads, rows, columns) are partial, and which full; tails are partial."""
+    batch, heads, queries, keys = sizes
+    rows, columns = -(-queries // block[0]), -(-keys // block[1])
+    partial = torch.zeros((batch, heads, rows, columns), dtype=torch.uint8, device=device)
+    full = torch.zeros_like(partial)
+    columns_at_a_time = max(1, min(columns, CHUNK_PAIRS // (block[0] * block[1])))
+    rows_at_a_time = max(1, CHUNK_PAIRS // (block[0] * block[1] * columns_at_a_time))
+    sees = _over_indices(mask_mod)
+    for pair in range(batch * heads):
+        b, h = divmod(pair, heads)
+        number = [torch.tensor(x, device=device) for x in (b, h)]
+        for m in range(0, rows, rows_at_a_time):
+            m_end = min(m + rows_at_a_time, rows)
+            for n in range(0, columns, columns_at_a_time):
+                n_end = min(n + columns_at_a_time, columns)
+                q = torch.arange(m * block[0], m_end * block[0], device=device)
+                k = torch.arange(n * block[1], n_end * block[1], device=device)
+                seen = sees(*number, q.clamp(max=queries - 1), k.clamp(max=keys - 1))
+                seen = seen & (q < queries)[:, None] & (k < keys)
+                counts = seen.view(m_end - m, block[0], n_end - n, block[1]).sum((1, 3))
+                is_full = counts == block[0] * block[1]
+                full[b, h, m:m_end, n:n_end] = is_full
+                partial[b, h, m:m_end, n:n_end] = (counts > 0) & ~is_full
+    return partial, full
+
+
+def _over_indices(mask_mod: Any) -> Callable[..., torch.Tensor]:
+    """``mask_mod`` of a batch and a head, for queries (n) and keys (m): (n, m)."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+    over_keys = torch.vmap(mask_mod, in_dims=(None, None, None, 0))
+    over_both = torch.vmap(over_keys, in_dims=(None, None, 0, None))
+
+    def evaluate(*indices: torch.Tensor) -> torch.Tensor:
+        with TransformGetItemToIndex():
+            seen: torch.Tensor = over_both(*indices)
+        return seen
+
+    return evaluate
+
+
+def as_mask_mod(
+    lists: BlockLists, mask_mod: Callable[..., Any] | None, seqlen_k: int
+) -> Callable[..., Any]:
+    """What lists of keys and a ``mask_mod`` of their partial blocks hide, as one ``mask_mod``."""
+    columns = -(-seqlen_k // lists.block_k)
+    partial = _map_of(lists.counts, lists.indices, columns).bool()
+    full = None
+    if lists.full_counts is not None and lists.full_indices is not None:
+        full = _map_of(lists.full_counts, lists.full_indices, columns).bool()
+
+    def seen(b: Any, h: Any, q: Any, k: Any) -> Any:
+        def has(dense: torch.Tensor) -> Any:
+            batch, heads = (
+                x if n > 1 else x * 0 for x, n in zip((b, h), dense.shape, strict=False)
+            )
+            return dense[batch, heads, q // lists.block_q, k // lists.block_k]
+
+        sees = has(partial) if mask_mod is None else has(partial) & mask_mod(b, h, q, k)
+        return sees if full is None else sees | has(full)
+
+    return seen

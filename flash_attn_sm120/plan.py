@@ -28,8 +28,8 @@ class ScalarOptions(TypedDict, total=False):
     num_splits: int
     pack_gqa: bool | None
     deterministic: bool
-    key_blocks: Any
-    query_blocks: Any
+    key_blocks: tuple[Any, ...] | None
+    query_blocks: tuple[Any, ...] | None
 
 
 class VarlenOptions(ScalarOptions, total=False):

@@ -36,6 +36,7 @@
  *   DETERMINISTIC          1: ordered accumulation: blocks add to dQ in the order of their keys
  *   DQ_DIRECT              1: one block has all keys, and stores dQ instead of adding to it
  *   VARLEN                 1: sequences differ in length
+ *   BLOCK_SPARSE           1: blocks of queries and keys are listed, and no others are read
  *   TENSOR_REPEAT          how often each mma is issued: 1, see product.cuh
  *   DQ_BUFFERS             accumulators of dQ: block n of keys adds to number n % DQ_BUFFERS. With
  *                          ordered accumulation, alternate buffers let adjacent blocks overlap */
@@ -313,8 +314,10 @@ __device__ __forceinline__ void clear_dQ(const backward_block &block, int m_begi
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    backward(const __grid_constant__ struct fa_backward_params params)
+    backward(const __grid_constant__ params_or_sparse<fa_backward_params, fa_sparse_backward_params>
+                 all_params)
 {
+    const fa_backward_params &params = reinterpret_cast<const fa_backward_params &>(all_params);
     extern __shared__ __align__(1024) char smem_begin[];
     const unsigned smem = smem_address(smem_begin);
     const int thread = read_thread_index();

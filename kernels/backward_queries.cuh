@@ -4,6 +4,7 @@
 #define FA_BACKWARD_QUERIES_CUH
 
 #include "backward_tile.cuh"
+#include "block_list.cuh"
 #include "query_tiles.cuh"
 #include "score.cuh"
 
@@ -49,10 +50,10 @@ struct backward_block {
  * heads that share its KV head, the tiles [m_begin, m_end) that see its keys. The q_splits blocks
  * that have the same keys divide these pairs among them; this one takes [begin, end) of them.
  */
-template <bool ORDERED> struct query_walk;
+template <bool ORDERED, bool IS_SPARSE = BLOCK_SPARSE> struct query_walk;
 
 /* Head by head, tiles upwards. */
-template <> struct query_walk<false> {
+template <> struct query_walk<false, false> {
     int m_begin, m_end;
     int begin, end;
     int head, m_block; /* the current pair */
@@ -78,7 +79,7 @@ template <> struct query_walk<false> {
 /* For ordered accumulation: whole heads, which alternate from tile to tile, and tiles downwards. So
  * all blocks that run together start with the same tile of dQ and go on at the same pace, and none
  * waits for long. */
-template <> struct query_walk<true> {
+template <> struct query_walk<true, false> {
     int head_begin, head_end;
     int begin, end;
     int head, m_block; /* the current pair */
@@ -98,6 +99,51 @@ template <> struct query_walk<true> {
     {
         head = head + 1 == head_end ? head_begin : head + 1;
         m_block -= head == head_begin;
+    }
+};
+
+/* Listed tiles, head by head: each query head has a list. */
+template <> struct query_walk<false, true> {
+    const backward_block *block;
+    int begin, end;
+    int head, m_block; /* the current pair */
+    int head_end;
+    listed_walk at;
+
+    __device__ __forceinline__ query_walk(const fa_backward_params &params,
+                                          const backward_block &block, int, int)
+        : block(&block)
+    {
+        head = block.head_kv * params.heads_per_kv;
+        head_end = head + params.heads_per_kv;
+        int tiles = 0;
+        for (int i = head; i < head_end; i++)
+            tiles += list_of(i).count();
+        begin = static_cast<fa_int64>(tiles) * block.q_split / params.q_splits;
+        end = static_cast<fa_int64>(tiles) * (block.q_split + 1) / params.q_splits;
+        start(begin);
+    }
+    __device__ __forceinline__ listed_tiles list_of(int query_head) const
+    {
+        return listed_tiles(block->seq.params, block->seq.batch, query_head, block->n_block);
+    }
+    /* At tile number `i` of the current head, or of those that follow. */
+    __device__ __forceinline__ void start(int i)
+    {
+        listed_tiles list = list_of(head);
+        while (i >= list.count() && head + 1 < head_end) {
+            i -= list.count();
+            list = list_of(++head);
+        }
+        at = listed_walk(list, i);
+        m_block = at.tile;
+    }
+    __device__ __forceinline__ void advance()
+    {
+        at.advance();
+        m_block = at.tile;
+        if (at.i >= at.tiles.count() && ++head < head_end)
+            start(0);
     }
 };
 

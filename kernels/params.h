@@ -100,8 +100,8 @@ struct fa_block_list {
 };
 
 /* The lists of a call, see kernels/block_list.cuh: rows are blocks of queries that list blocks of
- * keys, in the backward blocks of keys that list blocks of queries. Whatever the lists hold, kernels
- * clamp it. Read only where BLOCK_SPARSE, of which these are the last parameters: others have not
+ * keys, in the backward blocks of keys that list blocks of queries. Whatever lists hold is clamped.
+ * Read only where BLOCK_SPARSE, of which these are the last parameters: others have not
  * got them. */
 struct fa_block_lists {
     struct fa_block_list partial, full; /* full: all of their pairs are seen, but for the masks */
