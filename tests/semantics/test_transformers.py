@@ -29,6 +29,7 @@ from flash_attn_sm120 import __main__ as command_line
 from flash_attn_sm120 import fa2, interface
 from flash_attn_sm120 import transformers as door
 from flash_attn_sm120.transformers import ATTENTION, FLASH, Mask, Rows
+from helpers.children import run_ranks
 from helpers.language_models import (
     DECODERS,
     ENCODERS,
@@ -313,6 +314,53 @@ def test_trainer_with_lora(tmp_path):
         losses.append([step["loss"] for step in trainer.state.log_history if "loss" in step])
     assert losses[0][0] != losses[0][1]
     assert_close(*map(torch.tensor, losses[::-1]))
+
+
+ULYSSES = """
+import os
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo", init_method=os.environ["INIT"], rank=rank, world_size=size)
+
+import deepspeed
+from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+from flash_attn_sm120 import transformers as door
+from helpers.language_models import VOCABULARY, make_pair
+
+deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+door.register()
+eager, ours = make_pair("llama", door.ATTENTION)
+torch.manual_seed(0)
+tokens = torch.randint(3, VOCABULARY, (1, 24))
+expected = eager(tokens, use_cache=False).logits
+(expected * expected.sin()).sum().backward()
+UlyssesSPAttentionHF.register_with_transformers(
+    model_name_or_path=ours,
+    core_attn_implementation=door.ATTENTION,
+    sequence_parallel_size=size,
+    micro_batch_size=1,
+)
+places = torch.arange(24)[None].chunk(size, 1)[rank]
+own = tokens.chunk(size, 1)[rank]
+logits = ours(own, position_ids=places, use_cache=False).logits
+torch.testing.assert_close(logits, expected.chunk(size, 1)[rank], rtol=1e-4, atol=1e-4)
+(logits * logits.sin()).sum().backward()
+for x, y in zip(ours.parameters(), eager.parameters()):
+    dist.all_reduce(x.grad)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-3, atol=1e-3)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_ulysses_of_deepspeed(tmp_path):
+    """Each of two ranks has half of the rows, and within attention half of the heads."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    for done in run_ranks(ULYSSES, 2, tmp_path, DS_ACCELERATOR="cpu"):
+        assert done.returncode == 0, done.stderr
 
 
 # ---- generate ------------------------------------------------------------------------------------
