@@ -1,5 +1,5 @@
-/* The random numbers of dropout: Philox of Salmon et al., "Parallel Random Numbers: As Easy as 1, 2,
- * 3", 2011, in seven rounds. Plain C, like params.h: the CPU drops what the kernels drop.
+/* The random numbers of dropout: Philox of Salmon et al., "Parallel Random Numbers: As Easy as
+ * 1, 2, 3", 2011, in seven rounds. Plain C, like params.h: the CPU drops what the kernels drop.
  *
  * What is dropped is a function of seed, offset, batch, head, query and key alone:
  *
@@ -8,14 +8,14 @@
  *   draw    Philox2x32 of the counter (query, key): 8 bytes, for the weights of 2 queries and 4
  *           keys: bit 3 of a query and bits 3 and 4 of a key tell which
  *
- * A weight is dropped if its byte is below the threshold, which has 16 bits. Their lower half counts
- * where the byte equals the upper one, in one weight of 256: there all weights of a draw compare the
- * same 8 bits, of the counter before the last round. So two weights of a draw correlate by less than
- * 2^-18 / (p (1 - p)).
+ * A weight is dropped if its byte is below the threshold, which has 16 bits. Their lower half
+ * counts where the byte equals the upper one, in one weight of 256: there all weights of a draw
+ * compare the same 8 bits, of the counter before the last round. So two weights of a draw
+ * correlate, by less than 2^-18 / (p (1 - p)).
  *
  * A lane has all of these weights in its registers, in the forward, where rows are queries, and in
  * the backward, where rows are keys: none draws what another one needs. Eight bytes are compared as
- * two words, and their results make masks of the 16-bit weights by one PRMT for two. */
+ * two words, and their results make masks of the 16-bit weights: one PRMT for two. */
 #ifndef FA_PHILOX_H
 #define FA_PHILOX_H
 

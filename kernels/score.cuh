@@ -118,9 +118,9 @@ struct dropout_stream {
         threshold = params.dropout.threshold;
     }
 
-    /* Calls f(q, k, kept) for the weights of two draws whose keys, or queries, are neighbours, which
-     * are the halves of a word: `kept` has 16 ones for each that is not dropped. Of the keys of a
-     * draw there are KEYS, from `key` on, which need not be the first; `query` is. */
+    /* Calls f(q, k, kept) for the weights of two draws whose keys, or queries, are neighbours: the
+     * halves of a word. `kept` has 16 ones for each that is not dropped. Of the keys of a draw
+     * there are KEYS, from `key` on, which need not be the first; `query` is. */
     template <int KEYS, class F>
     __device__ __forceinline__ void for_each_pair(int query, int key, int next_query, int next_key,
                                                   F f) const
@@ -138,8 +138,8 @@ struct dropout_stream {
     }
 };
 
-/* Calls f(m, n, half, kept) for each word of P [queries, keys], in C fragments: columns 2t and 2t + 1
- * of row g + 8 * half. `query` and `key` are those of P[0][0][0] of this lane. */
+/* Calls f(m, n, half, kept) for each word of P [queries, keys], in C fragments: columns 2t and
+ * 2t + 1 of row g + 8 * half. `query` and `key` are those of P[0][0][0] of this lane. */
 template <int M_FRAGS, int N_FRAGS, class F>
 __device__ __forceinline__ void for_each_kept(const dropout_stream &stream, int query, int key, F f)
 {
