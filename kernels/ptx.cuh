@@ -335,8 +335,7 @@ __device__ __forceinline__ unsigned pack(float low, float high)
     return x;
 }
 
-/* A word of two halves, of ones where the upper bit of byte `i` of `low`, and of byte `j` of `high`,
- * is set. */
+/* Two halves of ones or zeros: the upper bit of byte `i` of `low`, and of byte `j` of `high`. */
 __device__ __forceinline__ unsigned byte_signs(unsigned low, unsigned high, int i, int j)
 {
     unsigned x;
