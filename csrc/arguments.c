@@ -162,6 +162,25 @@ static struct fa_alibi alibi_of(const struct fa_problem *problem)
     };
 }
 
+/* The captured tensors of a mod. */
+static void set_captured(const struct fa_mod *mod, struct fa_captured captured[FA_MAX_CAPTURED])
+{
+    for (int i = 0; i < mod->count; i++) {
+        const struct fa_tensor *tensor = &mod->captured[i];
+        captured[i].data = tensor->data;
+        for (int d = 0; d < tensor->ndim; d++) {
+            captured[i].stride[d] = tensor->stride[d];
+            captured[i].size[d] = (int)tensor->shape[d];
+        }
+    }
+}
+
+static void set_mods(const struct fa_problem *problem, struct fa_mods *mods)
+{
+    set_captured(&problem->score_mod, mods->score);
+    set_captured(&problem->mask_mod, mods->mask);
+}
+
 /* Where the tiles of all sequences are listed; NULL: they are not. */
 static struct fa_listed_tile *list_of(const struct fa_plan *plan, float *workspace)
 {
@@ -391,6 +410,7 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
     const int page_size = problem->shape.page_size;
     const int box_rows = page_size ? fa_page_box_rows(plan->tile_n, page_size) : plan->tile_n;
     arguments->main.forward = forward_params(problem, plan, workspace);
+    set_mods(problem, &arguments->mods);
     if (plan->splits > 1)
         arguments->combine = combine_params(problem, plan, workspace);
     if (problem->shape.is_varlen)
@@ -505,6 +525,7 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     const float keep = fa_keep_probability(shape), scale = shape->softmax_scale / keep;
     arguments->main = backward_params(problem, gradients, plan, workspace);
     arguments->main.dropout = dropout_of(problem);
+    set_mods(problem, &arguments->mods);
     arguments->dq = postprocess_params(workspace + at->dq_accum, variant->dq_buffers, queries,
                                        scale, &gradients->dq);
     arguments->dq.batch = shape->batch;

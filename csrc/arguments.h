@@ -11,12 +11,14 @@
 /* The arguments of all kernels of a call. */
 struct fa_forward_arguments {
     struct fa_forward_tma_params main; /* forward takes what forward_tma's begins with */
+    struct fa_mods mods;               /* of variants with mods: behind it */
     struct fa_combine_params combine;
     struct fa_fill_params fill;
     struct fa_append_params append;
 };
 struct fa_backward_arguments {
     struct fa_backward_params main; /* of the preprocess and of dsink, too */
+    struct fa_mods mods;            /* as in the forward */
     struct fa_postprocess_params dq, dk, dv;
 };
 union fa_arguments {

@@ -35,6 +35,8 @@ struct fa_variant fa_plan_variant(const struct fa_plan_input *input)
         .alibi = input->alibi,
         .varlen = input->varlen,
         .paged = input->paged,
+        .score_mod = input->score_mod,
+        .mask_mod = input->mask_mod,
     };
 }
 

@@ -35,6 +35,7 @@ struct fa_plan_input {
     int softcap;               /* whether scores are capped */
     int dropout;               /* whether weights are dropped */
     int alibi;                 /* whether they fall with distance */
+    int score_mod, mask_mod;   /* numbers of the texts that change and mask scores; 0: none */
     int sink;                  /* whether there is one */
     int num_splits;            /* 0: as the plan chooses; else at most as many parts of the keys */
     int may_split;             /* varlen and num_splits 0: fa_plan_may_split; else 0 */

@@ -59,7 +59,7 @@ static int n_blocks_of(const struct fa_plan_input *input, const struct fa_backwa
 /* A step of score.cuh that leaves fewer of them to a sub-tile. */
 static bool takes_registers(const struct fa_plan_input *input)
 {
-    return input->softcap || input->dropout;
+    return input->softcap || input->dropout || input->score_mod || input->mask_mod;
 }
 
 static struct fa_variant variant_of(const struct fa_plan_input *input,
@@ -111,6 +111,8 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
                         : "row of csrc/tiles.c for the larger head dim, and for few keys");
     if (input->softcap)
         fa_plan_because(plan, "sub_m", "16 queries at a time: the tanh of a cap takes registers");
+    else if (input->score_mod || input->mask_mod)
+        fa_plan_because(plan, "sub_m", "16 queries at a time: a mod takes registers");
     else if (input->dropout)
         fa_plan_because(plan, "sub_m", "16 queries at a time: random numbers take registers");
     if (variant->dq_direct)

@@ -306,6 +306,29 @@ static int read_sink(struct fa_dlpack *dlpack, struct fa_problem *problem)
     return check_device(&problem->q, sink, "learnable_sink");
 }
 
+static int read_mod(struct fa_dlpack *dlpack, const struct fa_problem *problem, PyObject *object,
+                    const char *name, struct fa_mod *mod)
+{
+    if (!object)
+        return 0;
+    if (problem->q.device_type == FA_DEVICE_CPU)
+        return fa_raise(PyExc_NotImplementedError, "%s of CPU tensors is evaluated by torch", name);
+    if (fa_mod_read(dlpack, object, name, mod) < 0)
+        return -1;
+    for (int i = 0; i < mod->count; i++)
+        if (check_device(&problem->q, &mod->captured[i], fa_mod_captured_name(name)) < 0)
+            return -1;
+    return 0;
+}
+
+static int read_mods(struct fa_dlpack *dlpack, struct fa_problem *problem)
+{
+    const struct fa_options *options = &problem->options;
+    return read_mod(dlpack, problem, options->score_mod, "score_mod", &problem->score_mod) < 0
+               ? -1
+               : read_mod(dlpack, problem, options->mask_mod, "mask_mod", &problem->mask_mod);
+}
+
 /* What is dropped depends on it alone; nothing is drawn here. */
 static int read_dropout_seed(struct fa_dlpack *dlpack, enum fa_read read,
                              struct fa_problem *problem)
@@ -476,7 +499,9 @@ static int check_apart(const struct fa_problem *problem, const struct fa_gradien
             return fa_tensor_recheck(tensors[i].tensor, tensors[i].name) < 0
                        ? -1
                        : fa_raise(PyExc_ValueError, "%s overlaps %s", name, tensors[i].name);
-    return 0;
+    return fa_mod_check_apart(&problem->score_mod, "score_mod", result, name) < 0
+               ? -1
+               : fa_mod_check_apart(&problem->mask_mod, "mask_mod", result, name);
 }
 
 int fa_problem_check_written(const struct fa_problem *problem, const struct fa_tensor *tensor,
@@ -556,7 +581,7 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
         return -1;
     set_shape(problem, (int)batch);
     if (read_sink(dlpack, problem) < 0 || read_alibi_slopes(dlpack, problem) < 0 ||
-        read_dropout_seed(dlpack, read, problem) < 0)
+        read_dropout_seed(dlpack, read, problem) < 0 || read_mods(dlpack, problem) < 0)
         return -1;
     for (int i = 0; i < 4; i++) {
         if (!tensors[i]->object)
@@ -590,10 +615,14 @@ void fa_problem_release(struct fa_problem *problem)
                                         &problem->leftpad_k, &problem->append.k, &problem->append.v,
                                         &problem->append.cos, &problem->append.sin},
             FORWARD_TENSORS);
+    fa_mod_release(&problem->score_mod);
+    fa_mod_release(&problem->mask_mod);
 }
 
 int fa_problem_check_differentiable(const struct fa_problem *problem)
 {
+    if (problem->score_mod.number && problem->shape.dropout)
+        return fa_raise(PyExc_NotImplementedError, "score_mod with dropout_p has no backward yet");
     if (!problem->page_table.object)
         return 0;
     return fa_raise(PyExc_NotImplementedError, "page_table has no backward: K and V are a cache");
@@ -664,7 +693,9 @@ int fa_problem_recheck(const struct fa_problem *problem, const struct fa_gradien
     for (int i = 0; i < count; i++)
         if (tensors[i].tensor->object && fa_tensor_recheck(tensors[i].tensor, tensors[i].name) < 0)
             return -1;
-    return 0;
+    return fa_mod_recheck(&problem->score_mod, "score_mod") < 0
+               ? -1
+               : fa_mod_recheck(&problem->mask_mod, "mask_mod");
 }
 
 void fa_gradients_release(struct fa_gradients *gradients)

@@ -2,6 +2,7 @@
 #ifndef FA_PROBLEM_H
 #define FA_PROBLEM_H
 
+#include "mods.h"
 #include "options.h"
 #include "shape.h"
 #include "tensor.h"
@@ -33,7 +34,8 @@ struct fa_problem {
     struct fa_tensor seqused_q, seqused_k;       /* [batch]: how many of their rows are used */
     struct fa_tensor page_table; /* [batch, pages of a sequence]: where its keys are in k and v */
     struct fa_tensor leftpad_k;  /* [batch]: used rows of k that come before its first key */
-    bool is_cache;               /* k and v are caches, and called so */
+    struct fa_mod score_mod, mask_mod;
+    bool is_cache; /* k and v are caches, and called so */
     struct fa_append append;
 };
 

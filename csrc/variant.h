@@ -40,6 +40,7 @@ enum fa_code {
     FA_TYPE,   /* as the name of an enum fa_dtype */
     FA_NUMBER, /* as a number */
     FA_FLAG,   /* by the code alone, where it is 1 */
+    FA_TEXT,   /* as the number of a text, in hexadecimal, where there is one */
 };
 
 /* X(field, the constant's name in the kernel source, the kernels that have it, its code and how the
@@ -74,7 +75,9 @@ enum fa_code {
     X(split, "SPLIT", FA_FORWARDS, "_split", FA_FLAG)                                              \
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)                     \
     X(varlen, "VARLEN", FA_READ_LENGTHS, "_varlen", FA_FLAG)                                       \
-    X(paged, "PAGED", FA_FORWARDS, "_paged", FA_FLAG)
+    X(paged, "PAGED", FA_FORWARDS, "_paged", FA_FLAG)                                              \
+    X(score_mod, "SCORE_MOD", FA_MAIN, "_score", FA_TEXT)                                          \
+    X(mask_mod, "MASK_MOD", FA_MAIN, "_mask", FA_TEXT)
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */
@@ -83,7 +86,7 @@ struct fa_variant {
 #undef FA_FIELD
 };
 
-#define FA_VARIANT_NAME_SIZE   128
+#define FA_VARIANT_NAME_SIZE   160
 #define FA_VARIANT_OPTION_SIZE 40
 #define FA_VARIANT_FIELD_COUNT (sizeof(struct fa_variant) / sizeof(int) - 1)
 

@@ -137,10 +137,7 @@ def flash_attn_func(
     if (
         qv is not None
         or gather_kv_indices is not None
-        or score_mod is not None
         or score_mod_bwd is not None
-        or mask_mod is not None
-        or aux_tensors is not None
         or aux_scalars is not None
         or block_sparse_tensors is not None
         or block_sparse_tensors_bwd is not None
@@ -150,10 +147,7 @@ def flash_attn_func(
             "flash_attn_func",
             qv=qv,
             gather_kv_indices=gather_kv_indices,
-            score_mod=score_mod,
             score_mod_bwd=score_mod_bwd,
-            mask_mod=mask_mod,
-            aux_tensors=aux_tensors,
             aux_scalars=aux_scalars,
             block_sparse_tensors=block_sparse_tensors,
             block_sparse_tensors_bwd=block_sparse_tensors_bwd,
@@ -180,9 +174,29 @@ def flash_attn_func(
             num_splits=num_splits,
             pack_gqa=pack_gqa,
             deterministic=deterministic,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            aux_tensors=aux_tensors,
             return_lse=return_lse,
             out=out,
             lse=lse,
+        )
+    if score_mod is not None or mask_mod is not None:
+        tensors = {"alibi_slopes": alibi_slopes, "dropout_seed": dropout_seed}
+        scalars = {
+            "softmax_scale": softmax_scale,
+            "causal": causal,
+            "window_size": window_size,
+            "softcap": softcap,
+            "dropout_p": dropout_p,
+            "num_splits": num_splits,
+            "pack_gqa": pack_gqa,
+            "deterministic": deterministic,
+        }
+        mods = {"score_mod": score_mod, "mask_mod": mask_mod}
+        return _attend_with_mods(
+            *("flash_attn_func", q, k, v, learnable_sink, mods, aux_tensors),
+            *(tensors, scalars, return_lse, out, lse),
         )
     if not (
         is_dynamo_compiling()
@@ -341,11 +355,8 @@ def flash_attn_varlen_func(
         qv is not None
         or min_seqlen_k is not None
         or gather_kv_indices is not None
-        or score_mod is not None
         or score_mod_bwd is not None
-        or mask_mod is not None
         or block_sparse_tensors is not None
-        or aux_tensors is not None
         or aux_scalars is not None
         or scheduler_metadata is not None
         or seqlen_k_per_split is not None
@@ -356,11 +367,8 @@ def flash_attn_varlen_func(
             qv=qv,
             min_seqlen_k=min_seqlen_k,
             gather_kv_indices=gather_kv_indices,
-            score_mod=score_mod,
             score_mod_bwd=score_mod_bwd,
-            mask_mod=mask_mod,
             block_sparse_tensors=block_sparse_tensors,
-            aux_tensors=aux_tensors,
             aux_scalars=aux_scalars,
             scheduler_metadata=scheduler_metadata,
             seqlen_k_per_split=seqlen_k_per_split,
@@ -368,6 +376,33 @@ def flash_attn_varlen_func(
         )
     if dropout_p and dropout_seed is None:
         dropout_seed = draw_seed(q)
+    if score_mod is not None or mask_mod is not None:
+        tensors = {
+            "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_k": cu_seqlens_k,
+            "seqused_q": seqused_q,
+            "seqused_k": seqused_k,
+            "page_table": page_table,
+            "alibi_slopes": alibi_slopes,
+            "dropout_seed": dropout_seed,
+        }
+        scalars = {
+            "max_seqlen_q": max_seqlen_q,
+            "max_seqlen_k": max_seqlen_k,
+            "softmax_scale": softmax_scale,
+            "causal": causal,
+            "window_size": window_size,
+            "softcap": softcap,
+            "dropout_p": dropout_p,
+            "num_splits": num_splits,
+            "pack_gqa": pack_gqa,
+            "deterministic": deterministic,
+        }
+        mods = {"score_mod": score_mod, "mask_mod": mask_mod}
+        return _attend_with_mods(
+            *("flash_attn_varlen_func", q, k, v, learnable_sink, mods, aux_tensors),
+            *(tensors, scalars, return_lse, out, lse),
+        )
     if not (
         is_dynamo_compiling()
         or _is_any_autocast_enabled()
@@ -429,6 +464,12 @@ def flash_attn_varlen_func(
     return _attend(
         "flash_attn_varlen_func", q, k, v, learnable_sink, lengths, options, return_lse, out, lse
     )
+
+
+def _attend_with_mods(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    from flash_attn_sm120.mods.attention import attend  # torch's tracer takes long to import
+
+    return attend(*arguments)
 
 
 def _attend(
@@ -495,8 +536,7 @@ def _any_requires_grad(q: Any, k: Any, v: Any, learnable_sink: Any, alibi_slopes
 
 # Parameters of FlashAttention-2, -3 and -4 that are not supported yet, and what asks for nothing.
 _NOT_YET = {
-    **dict.fromkeys(("qv", "gather_kv_indices", "score_mod", "score_mod_bwd", "mask_mod")),
-    **dict.fromkeys(("aux_tensors", "aux_scalars")),
+    **dict.fromkeys(("qv", "gather_kv_indices", "score_mod_bwd", "aux_scalars")),
     **dict.fromkeys(("block_sparse_tensors", "block_sparse_tensors_bwd")),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "seqused_q")),
     **dict.fromkeys(("block_table", "cache_seqlens")),

@@ -44,6 +44,8 @@ class CallOptions(VarlenOptions, total=False):
     learnable_sink: Tensor | None
     dropout_seed: Tensor | None
     alibi_slopes: Tensor | None
+    score_mod: Any
+    mask_mod: Any
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     seqused_q: Tensor | None

@@ -31,6 +31,7 @@
  *   SOFTCAP                1: scores are capped by a tanh
  *   DROPOUT                1: weights are dropped
  *   ALIBI                  1: scores fall with the distance of the key
+ *   SCORE_MOD, MASK_MOD    not 0: scores are changed, keys are hidden by a callable: see mods.cuh
  *   DETERMINISTIC          1: ordered accumulation: blocks add to dQ in the order of their keys
  *   DQ_DIRECT              1: one block has all keys, and stores dQ instead of adding to it
  *   VARLEN                 1: sequences differ in length
@@ -44,7 +45,7 @@
 
 /* Masked scores may be set before product 1, which adds to them, where no step of score.cuh comes
  * between it and the mask: then nothing delays the exponentials. */
-constexpr bool MASKS_FIRST = !SOFTCAP;
+constexpr bool MASKS_FIRST = !SOFTCAP && !HAS_MODS;
 
 /* The mask of S^T [WARP_N, SUB_M], whose rows are keys. `key` and `query` are those of
  * S_rmem[0][0][0]. */
@@ -53,11 +54,28 @@ __device__ __forceinline__ void mask_sub_tile(float (&S_rmem)[N_FRAGS][M_FRAGS][
                                               int query)
 {
     const attention_mask mask(seq);
-    mask_scores<true, MASK_LEFT>(S_rmem, seq.params.masked_score, [&](int row) -> range {
-        const int row_key = key + row;
-        return {row_key < seq.seqlen_k() ? mask.queries_of(row_key).begin - query : SUB_M,
-                mask.queries_of(row_key).end - query};
-    });
+    mask_scores<true, MASK_LEFT>(
+        S_rmem, HAS_MODS ? -INF : seq.params.masked_score, [&](int row) -> range {
+            const int row_key = key + row;
+            return {row_key < seq.seqlen_k() ? mask.queries_of(row_key).begin - query : SUB_M,
+                    mask.queries_of(row_key).end - query};
+        });
+}
+
+/* A hidden score may have any derivative, even NaN. */
+__device__ __forceinline__ float p_times_slope(float p, float slope)
+{
+    return p == 0.0f ? 0.0f : p * slope;
+}
+
+/* P^T between the groups: fp16, unless a score_mod's derivative may take it out of its range. */
+__device__ __forceinline__ unsigned pack_P(float low, float high)
+{
+    return SCORE_MOD ? pack(low, high) : pack_fp16(low, high);
+}
+__device__ __forceinline__ float2 unpack_P(unsigned x)
+{
+    return SCORE_MOD ? unpack(x) : unpack_fp16(x);
 }
 
 /* Products 1 and 3 of warp group 0: P^T to shared memory, and dV. `word_smem` is the address of
@@ -79,7 +97,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
         const int query = tile.query0 + m0 + 2 * quad_lane(); /* of S_rmem[0][0][0] */
         const auto coords_of = [&](int row, int column) -> score_coords {
-            return {tile.head, query + column, key + row};
+            return {seq.batch, tile.head, query + column, key + row};
         };
         const float distance = query + seq.seqlen_k() - seq.seqlen_q() - key; /* for ALiBi */
 
@@ -93,13 +111,14 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
                                             not_before(tile.Q_smem + columns_first<Q_layout>()) +
                                                 m0 * Q_layout::ROW_BYTES);
         softcap(S_rmem, params.scale_in_cap);
-        score_mod(S_rmem, coords_of);
+        float P_group_1[N_FRAGS][M_FRAGS][4]; /* first the derivative of a score_mod */
+        score_mod_and_slopes(S_rmem, P_group_1, params, coords_of);
         if (MASKED && !MASKS_FIRST)
             mask_sub_tile(S_rmem, seq, key, query);
+        mask_mod<true>(S_rmem, params, coords_of);
 
         /* P^T = 2^(S^T * scale_log2 - lse_log2), and for group 1, which computes dS^T from it, P^T
-         * times the derivative of the cap. A score_mod's derivative belongs there, too. */
-        float P_group_1[N_FRAGS][M_FRAGS][4];
+         * times the derivative of the cap and of a score_mod. */
 #pragma unroll
         for (int m = 0; m < M_FRAGS; m++) {
             const float2 lse = ld_shared_2(tile.lse_smem + (m0 + 8 * m + 2 * quad_lane()) * 4);
@@ -109,12 +128,14 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
                 for (int e = 0; e < 4; e++) {
                     const float s = S_rmem[n][m][e];
                     const int row = 16 * n + 8 * (e / 2), column = 8 * m + e % 2;
-                    const float exponent =
-                        ALIBI ? with_alibi(s, params.scale_log2, slope, distance + (column - row))
-                              : s * params.scale_log2;
+                    const float exponent = ALIBI ? with_alibi(s, scale_of_rest(params), slope,
+                                                              distance + (column - row))
+                                                 : s * scale_of_rest(params);
                     const float p = exp2_approx(exponent - (e % 2 ? lse.y : lse.x));
                     S_rmem[n][m][e] = p;
-                    P_group_1[n][m][e] = SOFTCAP ? p * (1.0f - fminf(s * s, 1.0f)) : p;
+                    P_group_1[n][m][e] = SCORE_MOD ? p_times_slope(p, P_group_1[n][m][e])
+                                         : SOFTCAP ? p * (1.0f - fminf(s * s, 1.0f))
+                                                   : p;
                 }
         }
 
@@ -134,7 +155,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
         for_each_word(dS_layout::moved(word_smem, 0, m0 / 8),
                       [&](unsigned smem, int n, int m, int half) {
                           const float *p = P_group_1[n][m] + 2 * half;
-                          st_shared(smem, pack_fp16(p[0], p[1]));
+                          st_shared(smem, pack_P(p[0], p[1]));
                       });
         barrier_arrive<THREADS>(P_FULL + m0 / SUB_M);
 
@@ -197,7 +218,7 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
                 ldmatrix_x4(P_rmem[n][m], dS_layout::moved(operand_smem, 16 * n, m0 / 8 + 2 * m));
 #pragma unroll
                 for (int r = 0; r < 4; r++) {
-                    const float2 p = unpack_fp16(P_rmem[n][m][r]);
+                    const float2 p = unpack_P(P_rmem[n][m][r]);
                     float *dS = dS_rmem[n][2 * m + r / 2] + r % 2 * 2;
                     if (DROPOUT) {
                         const float2 delta = load_delta(tile, m0 + 8 * (2 * m + r / 2), params);
@@ -289,7 +310,7 @@ __device__ __forceinline__ void clear_dQ(const backward_block &block, int m_begi
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    backward(const __grid_constant__ struct fa_backward_params params)
+    backward(const __grid_constant__ argument_of<fa_backward_params> params)
 {
     extern __shared__ __align__(1024) char smem_begin[];
     const unsigned smem = smem_address(smem_begin);

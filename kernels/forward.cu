@@ -17,7 +17,8 @@
  *   DROPOUT                1: weights are dropped
  *   ALIBI                  1: scores fall with the distance of the key
  *   VARLEN                 1: sequences differ in length
- *   PAGED                  1: K and V lie in pages, of which every sequence has a list */
+ *   PAGED                  1: K and V lie in pages, of which every sequence has a list
+ *   SCORE_MOD, MASK_MOD    not 0: scores are changed, keys are hidden by a callable: see mods.cuh */
 #include "params.h"
 
 #include "ptx.cuh"
@@ -25,9 +26,9 @@
 #include "forward.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    forward(const __grid_constant__ struct fa_forward_params params)
+    forward(const __grid_constant__ argument_of<fa_forward_params> params)
 {
     extern __shared__ __align__(128) char smem[];
-    cp_async_ring ring(params, smem);
-    attend(params, ring);
+    cp_async_ring ring(forward_of(params), smem);
+    attend(forward_of(params), ring);
 }

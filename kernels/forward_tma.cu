@@ -9,7 +9,7 @@
 #include "forward.cuh"
 
 extern "C" __global__ void __launch_bounds__(tma_ring::BLOCK_THREADS, 1)
-    forward_tma(const __grid_constant__ struct fa_forward_tma_params params)
+    forward_tma(const __grid_constant__ argument_of<fa_forward_tma_params> params)
 {
     extern __shared__ __align__(1024) char smem[]; /* the pattern of the widest swizzle */
     tma_ring ring(params, smem);

@@ -15,7 +15,10 @@
 
 FA_CONSTEXPR int fa_element_bytes(int dtype)
 {
-    return dtype == FA_INT64 ? 8 : dtype == FA_FLOAT32 || dtype == FA_INT32 ? 4 : 2;
+    return dtype >= FA_BYTES_1                        ? 1 << (dtype - FA_BYTES_1)
+           : dtype == FA_INT64                        ? 8
+           : dtype == FA_FLOAT32 || dtype == FA_INT32 ? 4
+                                                      : 2;
 }
 
 /* A chunk is what a thread copies with one cp.async, and a row of an ldmatrix matrix. */

@@ -22,7 +22,11 @@ enum fa_dtype {
     FA_FLOAT16,
     FA_BFLOAT16,
     FA_INT32 /* of lengths and pages alone */,
-    FA_INT64 /* of seeds */
+    FA_INT64 /* of seeds */,
+    FA_BYTES_1 /* from here on what a mod captured: elements of so many bytes */,
+    FA_BYTES_2,
+    FA_BYTES_4,
+    FA_BYTES_8
 };
 
 /* Outer strides of one [batch, seqlen, heads, head_dim] tensor. */
@@ -80,6 +84,19 @@ struct fa_dropout {
     const fa_int64 *seed; /* [2]: seed, offset */
     unsigned threshold;   /* 2^32 times the probability */
     float keep, scale;    /* 1 - the probability, and its inverse */
+};
+
+/* A tensor that a score_mod or mask_mod reads, of any type that its translation knows. */
+enum { FA_MAX_CAPTURED = 8, FA_CAPTURED_NDIM = 4 };
+struct fa_captured {
+    const void *data;
+    fa_int64 stride[FA_CAPTURED_NDIM];
+    int size[FA_CAPTURED_NDIM]; /* none is 0 */
+};
+
+/* Behind the parameters of kernels whose variant has a mod. */
+struct fa_mods {
+    struct fa_captured score[FA_MAX_CAPTURED], mask[FA_MAX_CAPTURED];
 };
 
 /* The single argument of kernels/forward.cu. */
