@@ -72,6 +72,10 @@ def _literal(x: Any, dtype: torch.dtype) -> str:
     return f"{x!r}f" if "e" in repr(x) or "." in repr(x) else f"{x!r}.0f"
 
 
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 def _infix(sign: str) -> str:
     return f"({{}} {sign} {{}})"
 
@@ -131,19 +135,18 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "tanh_backward": ("same", "({0} * (1.0f - {1} * {1}))"),
     "sigmoid_backward": ("same", "({0} * {1} * (1.0f - {1}))"),
 }
-_FLOAT_ONLY = frozenset(
-    "div fmod pow exp exp2 log log2 log1p sqrt rsqrt reciprocal sin cos tanh sigmoid erf".split()
+_FLOAT_ONLY = _words(
+    "div fmod pow exp exp2 log log2 log1p sqrt rsqrt reciprocal sin cos tanh sigmoid erf"
 )
-_SAME_VALUE = frozenset(
+_SAME_VALUE = _words(
     "detach alias clone lift_fresh_copy lift_fresh contiguous view _unsafe_view expand "
-    "view_as squeeze".split()
+    "view_as squeeze"
 )
-_SPECIAL: dict[str, str] = {
-    name: name
-    for name in "index select where clamp clamp_min clamp_max _to_copy scalar_tensor full full_like "
-    "zeros_like ones_like new_zeros new_full zeros ones bitwise_not gelu gelu_backward "
-    "threshold_backward masked_fill index_put _index_put_impl_ select_backward".split()
-}
+_SPECIAL = _words(
+    "index select where clamp clamp_min clamp_max _to_copy scalar_tensor full full_like zeros_like "
+    "ones_like new_zeros new_full zeros ones bitwise_not gelu gelu_backward threshold_backward "
+    "masked_fill index_put _index_put_impl_ select_backward"
+)
 SUPPORTED = tuple(sorted({*_TEXTS, *_SAME_VALUE, *_SPECIAL}))
 
 
@@ -396,7 +399,8 @@ def check_captured(name: str, captured: list[torch.Tensor]) -> None:
     for x in captured:
         if x.dim() > MAX_DIMS:
             raise NotImplementedError(
-                f"{name} captures a tensor of {x.dim()} dimensions, at most {MAX_DIMS} are supported"
+                f"{name} captures a tensor of {x.dim()} dimensions, at most {MAX_DIMS} are "
+                "supported"
             )
 
 
