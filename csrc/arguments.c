@@ -179,6 +179,8 @@ static void set_mods(const struct fa_problem *problem, struct fa_mods *mods)
 {
     set_captured(&problem->score_mod, mods->score);
     set_captured(&problem->mask_mod, mods->mask);
+    for (int i = 0; i < problem->score_mod.count; i++)
+        mods->gradients[i] = data_of(&problem->score_mod.gradients[i]);
 }
 
 /* Where the tiles of all sequences are listed; NULL: they are not. */
@@ -564,6 +566,7 @@ void *fa_arguments_of(union fa_arguments *arguments, enum fa_job job)
     case FA_JOB_DV: return &arguments->backward.dv;
     case FA_JOB_PREPROCESS:
     case FA_JOB_BACKWARD:
+    case FA_JOB_CAPTURED:
     case FA_JOB_DSINK: break;
     }
     return &arguments->backward.main;

@@ -9,9 +9,12 @@ struct fa_mod {
     int number; /* of the text; 0: there is no mod */
     int count;
     struct fa_tensor captured[FA_MAX_CAPTURED];
+    struct fa_tensor
+        gradients[FA_MAX_CAPTURED]; /* fp32, contiguous, to add to; object NULL: none */
 };
 
-/* Reads (number, captured tensor, ...). 0, or -1 with the exception set; fa_mod_release in both
+/* Reads (number, (captured tensor, ...), (gradient or None, ...)), the last of which may be empty,
+ * and is, but in the backward. 0, or -1 with the exception set; fa_mod_release in both
  * cases. */
 int fa_mod_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, struct fa_mod *mod);
 
@@ -24,6 +27,8 @@ int fa_mod_check_apart(const struct fa_mod *mod, const char *name, const struct 
 
 /* As fa_tensor_recheck. */
 int fa_mod_recheck(const struct fa_mod *mod, const char *name);
+
+bool fa_mod_has_gradients(const struct fa_mod *mod);
 
 void fa_mod_release(struct fa_mod *mod);
 

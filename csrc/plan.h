@@ -36,6 +36,7 @@ struct fa_plan_input {
     int dropout;               /* whether weights are dropped */
     int alibi;                 /* whether they fall with distance */
     int score_mod, mask_mod;   /* numbers of the texts that change and mask scores; 0: none */
+    int captured_gradients;    /* whether what score_mod captured gets any */
     int sink;                  /* whether there is one */
     int num_splits;            /* 0: as the plan chooses; else at most as many parts of the keys */
     int may_split;             /* varlen and num_splits 0: fa_plan_may_split; else 0 */
@@ -74,6 +75,7 @@ enum fa_job {
     FA_JOB_DK,
     FA_JOB_DV,
     FA_JOB_DSINK,
+    FA_JOB_CAPTURED,
 };
 
 /* One launch. */
@@ -105,7 +107,7 @@ struct fa_workspace {
     int64_t size;
 };
 
-#define FA_MAX_STEPS 6
+#define FA_MAX_STEPS 7
 struct fa_plan {
     struct fa_step steps[FA_MAX_STEPS]; /* in the order of their launches */
     int step_count;

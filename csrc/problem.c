@@ -306,12 +306,12 @@ static int read_sink(struct fa_dlpack *dlpack, struct fa_problem *problem)
     return check_device(&problem->q, sink, "learnable_sink");
 }
 
-static int read_mod(struct fa_dlpack *dlpack, const struct fa_problem *problem, PyObject *object,
-                    const char *name, struct fa_mod *mod)
+static int read_mod(struct fa_dlpack *dlpack, enum fa_read read, const struct fa_problem *problem,
+                    PyObject *object, const char *name, struct fa_mod *mod)
 {
     if (!object)
         return 0;
-    if (problem->q.device_type == FA_DEVICE_CPU)
+    if (problem->q.device_type == FA_DEVICE_CPU && read == FA_READ_DATA)
         return fa_raise(PyExc_NotImplementedError, "%s of CPU tensors is evaluated by torch", name);
     if (fa_mod_read(dlpack, object, name, mod) < 0)
         return -1;
@@ -321,12 +321,12 @@ static int read_mod(struct fa_dlpack *dlpack, const struct fa_problem *problem, 
     return 0;
 }
 
-static int read_mods(struct fa_dlpack *dlpack, struct fa_problem *problem)
+static int read_mods(struct fa_dlpack *dlpack, enum fa_read read, struct fa_problem *problem)
 {
     const struct fa_options *options = &problem->options;
-    return read_mod(dlpack, problem, options->score_mod, "score_mod", &problem->score_mod) < 0
+    return read_mod(dlpack, read, problem, options->score_mod, "score_mod", &problem->score_mod) < 0
                ? -1
-               : read_mod(dlpack, problem, options->mask_mod, "mask_mod", &problem->mask_mod);
+               : read_mod(dlpack, read, problem, options->mask_mod, "mask_mod", &problem->mask_mod);
 }
 
 /* What is dropped depends on it alone; nothing is drawn here. */
@@ -581,7 +581,7 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
         return -1;
     set_shape(problem, (int)batch);
     if (read_sink(dlpack, problem) < 0 || read_alibi_slopes(dlpack, problem) < 0 ||
-        read_dropout_seed(dlpack, read, problem) < 0 || read_mods(dlpack, problem) < 0)
+        read_dropout_seed(dlpack, read, problem) < 0 || read_mods(dlpack, read, problem) < 0)
         return -1;
     for (int i = 0; i < 4; i++) {
         if (!tensors[i]->object)
@@ -623,6 +623,10 @@ int fa_problem_check_differentiable(const struct fa_problem *problem)
 {
     if (problem->score_mod.number && problem->shape.dropout)
         return fa_raise(PyExc_NotImplementedError, "score_mod with dropout_p has no backward yet");
+    if (fa_mod_has_gradients(&problem->score_mod) && problem->options.deterministic)
+        return fa_raise(PyExc_NotImplementedError,
+                        "deterministic=True is not supported where a tensor that score_mod "
+                        "captures gets a gradient: its elements are summed up in any order");
     if (!problem->page_table.object)
         return 0;
     return fa_raise(PyExc_NotImplementedError, "page_table has no backward: K and V are a cache");

@@ -97,6 +97,8 @@ struct fa_captured {
 /* Behind the parameters of kernels whose variant has a mod. */
 struct fa_mods {
     struct fa_captured score[FA_MAX_CAPTURED], mask[FA_MAX_CAPTURED];
+    float *gradients[FA_MAX_CAPTURED]; /* of those of score_mod, contiguous; of
+                                        * backward_captured.cu alone */
 };
 
 /* The single argument of kernels/forward.cu. */

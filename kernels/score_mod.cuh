@@ -15,4 +15,14 @@ __device__ __forceinline__ float score_mod_slope(float, const score_coords &, co
     return 1.0f;
 }
 
+/* Adds to the gradients of captured tensors what a gradient of the result makes of them; or to
+ * `sums`, of elements that all scores of a head have in common, which the second function adds. */
+__device__ __forceinline__ void add_score_mod_gradients(float, float, const score_coords &,
+                                                        const fa_mods &, float *)
+{
+}
+__device__ __forceinline__ void add_score_mod_sums(const score_coords &, const fa_mods &, float *)
+{
+}
+
 #endif

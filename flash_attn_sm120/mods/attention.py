@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,8 @@ from flash_attn_sm120.mods.translate import check_captured, mask_text, score_tex
 MOST_TRACES = 512
 
 Mod = Callable[..., Any]
-Translated = tuple[Any, ...]  # (number of the text, captured tensor, ...), as _C takes it
+# (number of the text, captured tensors, their gradients), as _C takes it
+Translated = tuple[int, tuple[Any, ...], tuple[Any, ...]]
 
 
 def attend(
@@ -58,15 +59,15 @@ def attend(
         raise RuntimeError(
             f"{function}(..., out=, lse=) does not support automatic differentiation: use no_grad()"
         )
-    translated = {
-        name: translate(name, mod, *found[name], wants_gradient) for name, mod in called.items()
-    }
+    translated = {name: translate(name, mod, *found[name]) for name, mod in called.items()}
     if is_cpu:
         _check(q, k, v, learnable_sink, tensors, options)
         results = reference.attend(q, k, v, learnable_sink, called, tensors, options)
         return _into(results, return_lse, out, lse)
     if wants_gradient:
-        return _record(q, k, v, learnable_sink, tensors, options, translated, return_lse)
+        joint = {name: translate(name, mod, *found[name], True) for name, mod in called.items()}
+        both = translated, joint
+        return _record(q, k, v, learnable_sink, tensors, options, both, return_lse)
     results = _C.forward(
         q, k, v, learnable_sink=learnable_sink, return_lse=return_lse, out=out, lse=lse,
         **tensors, **options, **translated,
@@ -116,14 +117,14 @@ _traced: dict[Any, tuple[int, tuple[int, ...]]] = {}
 
 
 def translate(
-    name: str, mod: Mod, key: Any, tensors: list[torch.Tensor], gradient: bool
+    name: str, mod: Mod, key: Any, tensors: list[torch.Tensor], gradient: bool = False
 ) -> Translated:
     """Traces a mod, unless an equal one has been; ``tensors``: those that it captures."""
     is_joint = gradient and name == "score_mod"
     kept = _traced.get((name, key, is_joint)) if key is not None else None
     if kept is not None:
         number, order = kept
-        return (number, *[tensors[i] for i in order])
+        return number, tuple([tensors[i] for i in order]), ()
     graph = trace(name, mod)
     check_captured(name, graph.captured)
     if name == "mask_mod":
@@ -136,59 +137,87 @@ def translate(
         if len(_traced) >= MOST_TRACES:
             _traced.clear()
         _traced[name, key, is_joint] = number, tuple(order)
-    return (number, *graph.captured)
+    return number, tuple(graph.captured), ()
+
+
+def explain_mod(name: str, mod: Mod, aux_tensors: Any, gradient: bool) -> tuple[Translated, str]:
+    """What _C takes, and what was traced: the statements of the kernel."""
+    called = _with_aux(name, mod, aux_tensors)
+    translated = translate(name, called, *captured_by(called, aux_tensors), gradient)
+    text = headers.text(translated[0])
+    statements = [line.strip() for line in text.split("\n}\n")[0].splitlines()[2:]]
+    count = len(translated[1])
+    return translated, f"traced, with {count} captured tensors: {' '.join(statements)}"
 
 
 # ---- gradients -----------------------------------------------------------------------------------
 
 
 def _record(
-    q: Any, k: Any, v: Any, sink: Any, tensors: Any, options: Any, translated: Any, return_lse: bool
+    q: Any, k: Any, v: Any, sink: Any, tensors: Any, options: Any, both: Any, return_lse: bool
 ) -> tuple[Any, Any]:  # fmt: skip
-    captured = [x for numbers in translated.values() for x in numbers[1:]]
-    if any(x.requires_grad for x in captured):
-        raise NotImplementedError(
-            "a tensor that a mod captures gets a gradient on the CPU alone yet: detach() it, or "
-            "use no_grad()"
-        )
     if "alibi_slopes" in tensors and tensors["alibi_slopes"].requires_grad:
         raise NotImplementedError("alibi_slopes has no gradient: detach() it, or use no_grad()")
-    results = _Attention.apply(tensors, options, translated, return_lse, q, k, v, sink)
+    captured = both[1]["score_mod"][1] if "score_mod" in both[1] else ()
+    results = _Attention.apply(tensors, options, both, return_lse, q, k, v, sink, *captured)
     return results if return_lse else (results, None)
 
 
 class _Attention(Function):
-    """As autograd.py's, with mods."""
+    """As autograd.py's, with mods: what score_mod captured gets gradients, too."""
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
-        ctx, tensors, options, translated, return_lse, q, k, v, sink
+        ctx, tensors, options, both, return_lse, q, k, v, sink, *captured
     ) -> Any:
         out, lse = _C.forward(
-            q, k, v, learnable_sink=sink, return_lse=True, **tensors, **options, **translated
+            q, k, v, learnable_sink=sink, return_lse=True, **tensors, **options, **both[0]
         )
-        ctx.save_for_backward(q, k, v, sink, out, lse)
+        ctx.save_for_backward(q, k, v, sink, out, lse, *captured)
         ctx.set_materialize_grads(False)
-        ctx.call = tensors, options, translated
+        ctx.call = tensors, options, both[1]
         return (out, lse) if return_lse else out
 
     @staticmethod
     def backward(ctx, dout: Any, dlse: Any = None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        q, k, v, sink, out, lse = ctx.saved_tensors
-        tensors, options, translated = ctx.call
+        q, k, v, sink, out, lse, *captured = ctx.saved_tensors
+        tensors, options, joint = ctx.call
         if torch.are_deterministic_algorithms_enabled():
             options = {**options, "deterministic": True}
-        dout = torch.zeros_like(out) if dout is None else dout
-        dq, dk, dv, dsink = _C.backward(
-            dout, q, k, v, out, lse, dlse, learnable_sink=sink, **tensors, **options, **translated
-        )
-        dsink = None if dsink is None else dsink.to(sink.dtype)
         wants = ctx.needs_input_grad[4:]
-        grads = (dq, dk, dv, dsink)
+        dout = torch.zeros_like(out) if dout is None else dout
+        gradients, of_captured = run_backward(
+            dout, dlse, q, k, v, sink, out, lse, {**tensors, **options}, joint, wants[4:]
+        )
+        dq, dk, dv, dsink = gradients
+        dsink = None if dsink is None else dsink.to(sink.dtype)
+        given = (dq, dk, dv, dsink, *of_captured)
         return (
             None,
             None,
             None,
             None,
-            *(g if w else None for g, w in zip(grads, wants, strict=True)),
+            *(g if w else None for g, w in zip(given, wants, strict=True)),
         )
+
+
+def run_backward(
+    dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, out: Any, lse: Any,
+    options: dict[str, Any], joint: dict[str, Translated], wanted: Sequence[bool],
+) -> tuple[Any, list[Any]]:  # fmt: skip
+    """``((dq, dk, dv, dsink), gradients of what score_mod captured)``, straight from C."""
+    mods: dict[str, Any] = dict(joint)
+    captured: tuple[Any, ...] = ()
+    sums: tuple[Any, ...] = ()
+    if any(wanted):
+        number, captured, _ = joint["score_mod"]
+        sums = tuple(
+            q.new_empty(x.shape, dtype=torch.float32).zero_() if w else None
+            for x, w in zip(captured, wanted, strict=True)
+        )
+        mods["score_mod"] = number, captured, sums
+    gradients = _C.backward(dout, q, k, v, out, lse, dlse, learnable_sink=sink, **options, **mods)
+    of_captured = [
+        None if s is None else s.to(x.dtype) for x, s in zip(captured, sums, strict=True)
+    ]
+    return gradients, of_captured or [None] * len(wanted)

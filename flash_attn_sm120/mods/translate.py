@@ -411,13 +411,56 @@ def mask_text(trace: Trace) -> str:
 
 
 def score_text(trace: Trace, joint: Trace | None) -> str:
-    """Of the mod, and of its derivative where there is a graph of gradients."""
+    """Of the mod, of its derivative, and of the gradients of captured tensors; without a graph of
+    gradients of the mod alone."""
     body = Body("score_mod", trace)
     lines = [*body.lines, f"return {body.result.text};"]
     text = _function("float", "score_mod_of", f"float score, {_PLACE}", lines)
-    lines = ["return 1.0f;"]
+    lines, additions, sums = ["return 1.0f;"], [], []
     if joint is not None:
-        gradient = Body("score_mod", joint, "1.0f")
-        slope = gradient.result[0]
-        lines = [*gradient.lines, f"return {'0.0f' if slope is None else slope.text};"]
-    return text + "\n" + _function("float", "score_mod_slope", f"float score, {_PLACE}", lines)
+        slope = Body("score_mod", joint, "1.0f")
+        lines = [*slope.lines, f"return {_text_of(slope.result[0])};"]
+        additions, sums = _additions(joint)
+    place = "const score_coords &at, const fa_mods &mods, float *sums"
+    return "\n".join(
+        (
+            text,
+            _function("float", "score_mod_slope", f"float score, {_PLACE}", lines),
+            _function(
+                "void", "add_score_mod_gradients", f"float dout, float score, {place}", additions
+            ),
+            _function("void", "add_score_mod_sums", place, sums),
+        )
+    )
+
+
+def _text_of(slope: Number | None) -> str:
+    return "0.0f" if slope is None else slope.text
+
+
+def _additions(joint: Trace) -> tuple[list[str], list[str]]:
+    """Statements for each score, and for each head: additions at indices that only the head has
+    part in are summed up first, in one of ``sums`` each."""
+    body = Body("score_mod", joint, "dout")
+    lines, of_head = [], []
+    learned = [i for i, x in enumerate(joint.captured) if x.requires_grad]
+    for index, result in zip(learned, body.result[1:], strict=True):
+        for indices, value in _flat(result):
+            arguments = ", ".join((f"mods.gradients[{index}], mods.score[{index}], {{}}", *indices))
+            is_of_head = all(x in ("at.head", "at.batch") or x.isdigit() for x in indices)
+            if is_of_head and len(of_head) < MAX_CAPTURED:
+                lines.append(f"sums[{len(of_head)}] += {value};")
+                of_head.append(f"add_sum_to_captured({arguments.format(f'sums[{len(of_head)}]')});")
+            else:
+                lines.append(f"add_to_captured({arguments.format(value)});")
+    prefix = "const fa_captured *mod = mods.score;"
+    return [prefix, *body.lines, *lines], of_head
+
+
+def _flat(result: Any, before: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], str]]:
+    """What is added where, in all dimensions."""
+    if result is None:
+        return []
+    if isinstance(result, Number):
+        return [(before, result.text)]
+    return [pair for added in result for pair in _flat(added.value, (*before, *added.indices))]
