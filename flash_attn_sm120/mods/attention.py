@@ -60,9 +60,12 @@ def attend(
             f"{function}(..., out=, lse=) does not support automatic differentiation: use no_grad()"
         )
     translated = {name: translate(name, mod, *found[name]) for name, mod in called.items()}
+    for name, (_, read, _) in translated.items():
+        _check_devices(name, read, q)
     if is_cpu:
         _check(q, k, v, learnable_sink, tensors, options)
-        results = reference.attend(q, k, v, learnable_sink, called, tensors, options)
+        graphs = {name: trace(name, mod) for name, mod in called.items()}
+        results = reference.attend(q, k, v, learnable_sink, graphs, tensors, options)
         return _into(results, return_lse, out, lse)
     if wants_gradient:
         joint = {name: translate(name, mod, *found[name], True) for name, mod in called.items()}
@@ -99,6 +102,14 @@ def _check(q: Any, k: Any, v: Any, sink: Any, tensors: Any, options: Any) -> Non
     """What C checks of a call without mods, of no data: by the operators' rules for shapes."""
     lengths = {n: x for n, x in tensors.items() if n not in (ops.SEED,)}
     ops._check(q, k, v, sink, lengths)
+
+
+def _check_devices(name: str, captured: Sequence[Any], q: Any) -> None:
+    for x in captured:
+        if x.device != q.device:
+            raise ValueError(
+                f"a tensor that {name} captures must be on q's device, {q.device}, got {x.device}"
+            )
 
 
 def _into(results: Any, return_lse: bool, out: Any, lse: Any) -> tuple[Any, Any]:
@@ -180,7 +191,7 @@ class _Attention(Function):
 
     @staticmethod
     def backward(ctx, dout: Any, dlse: Any = None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        q, k, v, sink, out, lse, *captured = ctx.saved_tensors
+        q, k, v, sink, out, lse, *_ = ctx.saved_tensors
         tensors, options, joint = ctx.call
         if torch.are_deterministic_algorithms_enabled():
             options = {**options, "deterministic": True}

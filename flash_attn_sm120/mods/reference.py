@@ -1,18 +1,20 @@
 """Attention with mods in plain torch, in fp32: what calls of CPU tensors are, and what mods mean.
 
-Mods are the user's own callables here, mapped over blocks of indices; torch's autograd makes the
-gradients, those of captured tensors, too.
+Torch runs the traced graphs over blocks of indices; its autograd makes the gradients, those of
+captured tensors, too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import fx
 
-from flash_attn_sm120.mods.trace import TensorIndices
+from flash_attn_sm120.mods.trace import Trace
+from flash_attn_sm120.mods.translate import SAME_VALUE
 
 BLOCK_SCORES = 1 << 20  # of a block of query rows, of all heads
 
@@ -30,7 +32,7 @@ def attend(
     k: torch.Tensor,
     v: torch.Tensor,
     sink: torch.Tensor | None,
-    mods: dict[str, Callable[..., Any]],
+    mods: dict[str, Trace],
     tensors: dict[str, Any],
     options: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,13 +116,36 @@ def _attend_rows(
     return _weigh(s.masked_fill(~seen, -math.inf), v, sink)
 
 
-def _map(mod: Callable[..., Any], *grids: torch.Tensor) -> torch.Tensor:
-    shape = grids[0].shape
-    if not grids[0].numel():
-        return grids[0] if grids[0].is_floating_point() else grids[0].bool()
-    with TensorIndices():
-        values: torch.Tensor = torch.vmap(mod)(*(x.flatten() for x in grids))
-    return values.reshape(shape)
+def _map(graph: Trace, *grids: torch.Tensor) -> torch.Tensor:
+    """The graph over grids of numbers in place of single ones: all its operations are elementwise,
+    once captured tensors have all their indices."""
+    values: dict[fx.Node, Any] = {}
+    placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node, value in zip(placeholders, (*grids, *graph.captured), strict=True):
+        values[node] = value
+    for node in graph.graph.nodes:
+        if node.op == "get_attr":
+            values[node] = getattr(graph.graph.owning_module, str(node.target))
+        elif node.op == "call_function":
+            values[node] = _run(node, *fx.map_arg((node.args, node.kwargs), values.__getitem__))
+        elif node.op == "output":
+            result: torch.Tensor = fx.map_arg(node.args[0], values.__getitem__)
+    return result.expand(grids[0].shape)
+
+
+def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
+    name = node.target.overloadpacket.__name__  # type: ignore[union-attr]
+    if name in SAME_VALUE:
+        return args[0]
+    if name not in ("index", "select"):
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+    tensor, before = args[0] if isinstance(args[0], tuple) else (args[0], ())
+    indices = (*before, *(args[1] if name == "index" else (torch.tensor(args[2]),)))
+    if node.meta["val"].dim():
+        return tensor, indices
+    sizes = tensor.shape
+    inside = [(x.long() + n * (x < 0)).clamp(0, n - 1) for x, n in zip(indices, sizes, strict=True)]
+    return tensor[tuple(inside)]
 
 
 def _in_window(distance: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:

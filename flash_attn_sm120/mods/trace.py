@@ -46,13 +46,6 @@ class _Captures(TorchFunctionMode):
         return _call(func, args, kwargs)
 
 
-class TensorIndices(TorchFunctionMode):
-    """Tensors are indexed by numbers that are tensors: by default torch would read their values."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _call(func, args, kwargs or {})
-
-
 def _call(func: Any, args: Any, kwargs: Any) -> Any:
     if func is not torch.Tensor.__getitem__:
         return func(*args, **kwargs)

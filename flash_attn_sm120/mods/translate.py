@@ -138,7 +138,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
 _FLOAT_ONLY = _words(
     "div fmod pow exp exp2 log log2 log1p sqrt rsqrt reciprocal sin cos tanh sigmoid erf"
 )
-_SAME_VALUE = _words(
+SAME_VALUE = _words(
     "detach alias clone lift_fresh_copy lift_fresh contiguous view _unsafe_view expand "
     "view_as squeeze"
 )
@@ -147,7 +147,7 @@ _SPECIAL = _words(
     "ones_like new_zeros new_full zeros ones bitwise_not gelu gelu_backward threshold_backward "
     "masked_fill index_put _index_put_impl_ select_backward"
 )
-SUPPORTED = tuple(sorted({*_TEXTS, *_SAME_VALUE, *_SPECIAL}))
+SUPPORTED = tuple(sorted({*_TEXTS, *SAME_VALUE, *_SPECIAL}))
 
 
 class Body:
@@ -223,7 +223,7 @@ class Body:
         dtype = getattr(meta, "dtype", torch.float32)
         args = [self._value(x) for x in node.args]
         kwargs = {k: self._value(v) for k, v in node.kwargs.items()}
-        if name in _SAME_VALUE and (not isinstance(args[0], Number) or not meta.dim()):
+        if name in SAME_VALUE and (not isinstance(args[0], Number) or not meta.dim()):
             return args[0]
         special: Callable[..., Any] | None = getattr(self, f"_op_{name.strip('_')}", None)
         if name in _SPECIAL and special:
