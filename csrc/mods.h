@@ -1,5 +1,5 @@
 /* A score_mod or mask_mod as flash_attn_sm120/mods/ hands it over: the number of the text that is
- * compiled into the variant, and the tensors that this text reads. What it says only Python knows. */
+ * compiled into the variant, and the tensors that this text reads. Only Python knows the text. */
 #ifndef FA_MODS_H
 #define FA_MODS_H
 

@@ -107,9 +107,15 @@ def flash_attn_func(
             returned, whether or not ``return_lse`` asks for it.
         seqused_k, max_seqlen_k, page_table: lengths of the keys, and K and V in pages: the call is
             that of :func:`flash_attn_varlen_func`.
-        qv, gather_kv_indices, score_mod, score_mod_bwd, mask_mod,
-            aux_tensors, aux_scalars, block_sparse_tensors, block_sparse_tensors_bwd: as in
-            FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
+        score_mod: FlexAttention's ``(score, b, h, q_idx, kv_idx)``, which returns what takes the
+            place of a score, after ``softcap`` and before ALiBi and masks. Traced by torch and
+            compiled into the kernel; tensors that it captures are read in place, and get gradients.
+        mask_mod: FlexAttention's ``(b, h, q_idx, kv_idx)``: True where the query sees the key, if
+            ``causal`` and ``window_size`` let it, too.
+        aux_tensors: handed on to mods that take one argument more.
+        qv, gather_kv_indices, score_mod_bwd, aux_scalars, block_sparse_tensors,
+            block_sparse_tensors_bwd: as in FlashAttention-4, not supported yet: all but the default
+            raise NotImplementedError.
         unsupported: ``cu_seqlens_q`` and other parameters of FlashAttention's functions:
             NotImplementedError by name, unless they ask for nothing.
 
@@ -322,9 +328,11 @@ def flash_attn_varlen_func(
         out: like ``q`` with ``head_dim_v``, to write the result to.
         lse: ``(heads_q, total_q)``, or ``(batch, heads_q, seqlen_q)`` where q is not packed,
             float32, contiguous, to write the log-sum-exp to.
-        min_seqlen_k, scheduler_metadata, seqlen_k_per_split, qv, gather_kv_indices, score_mod,
-            score_mod_bwd, mask_mod, block_sparse_tensors, aux_tensors, aux_scalars: as in
-            FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
+        score_mod, mask_mod, aux_tensors: as there; indices count from the first ones of the
+            sequence, and ``b`` is its number.
+        min_seqlen_k, scheduler_metadata, seqlen_k_per_split, qv, gather_kv_indices,
+            score_mod_bwd, block_sparse_tensors, aux_scalars: as in FlashAttention-4, not supported
+            yet: all but the default raise NotImplementedError.
         disable_scheduler_metadata: no call makes any.
         unsupported: parameters of FlashAttention's other functions: NotImplementedError by name,
             unless they ask for nothing.

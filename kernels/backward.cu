@@ -31,7 +31,7 @@
  *   SOFTCAP                1: scores are capped by a tanh
  *   DROPOUT                1: weights are dropped
  *   ALIBI                  1: scores fall with the distance of the key
- *   SCORE_MOD, MASK_MOD    not 0: scores are changed, keys are hidden by a callable: see mods.cuh
+ *   SCORE_MOD, MASK_MOD    not 0: a callable changes scores, hides keys: see mods.cuh
  *   DETERMINISTIC          1: ordered accumulation: blocks add to dQ in the order of their keys
  *   DQ_DIRECT              1: one block has all keys, and stores dQ instead of adding to it
  *   VARLEN                 1: sequences differ in length

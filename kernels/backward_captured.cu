@@ -3,8 +3,8 @@
  * backward_preprocess.cu, whose lse and delta it reads; it computes s and dp again, as backward.cu
  * never has the score and ds in one warp.
  *
- * A block takes a tile of queries, a warp 16 of them at a time. Q and dO are in registers, and K and
- * V come from global memory, right into the operands of the mma, 8 keys at a time.
+ * A block takes a tile of queries, a warp 16 of them at a time. Q and dO are in registers, and K
+ * and V come from global memory, right into the operands of the mma, 8 keys at a time.
  *
  * Constants as in backward.cu. */
 #include "params.h"

@@ -18,7 +18,7 @@
  *   ALIBI                  1: scores fall with the distance of the key
  *   VARLEN                 1: sequences differ in length
  *   PAGED                  1: K and V lie in pages, of which every sequence has a list
- *   SCORE_MOD, MASK_MOD    not 0: scores are changed, keys are hidden by a callable: see mods.cuh */
+ *   SCORE_MOD, MASK_MOD    not 0: a callable changes scores, hides keys: see mods.cuh */
 #include "params.h"
 
 #include "ptx.cuh"

@@ -153,7 +153,8 @@ template <class T> __device__ __forceinline__ T larger(T a, T b) { return a > b 
 template <class T> __device__ __forceinline__ T sign_of(T x) { return (x > 0) - (x < 0); }
 template <class T> __device__ __forceinline__ T magnitude(T x) { return x < 0 ? -x : x; }
 __device__ __forceinline__ float magnitude(float x) { return fabsf(x); }
-__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
+__device__ __forceinline__ float exponential(float x) { return exp2f(x * LOG2_E); }
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 /* sqrt(2 / pi) * (x + 0.044715 x^3), and its derivative. */
 __device__ __forceinline__ float gelu_inner(float x)
@@ -167,7 +168,7 @@ __device__ __forceinline__ float gelu_inner_slope(float x)
 __device__ __forceinline__ float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678f)); }
 __device__ __forceinline__ float gelu_slope(float x)
 {
-    const float density = 0.39894228f * expf(-0.5f * x * x);
+    const float density = 0.39894228f * exponential(-0.5f * x * x);
     return 0.5f * (1.0f + erff(x * 0.70710678f)) + x * density;
 }
 __device__ __forceinline__ float gelu_by_tanh(float x)

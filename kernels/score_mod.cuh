@@ -1,5 +1,5 @@
-/* The empty hook of a score_mod. In variants with one, what flash_attn_sm120/mods/ makes of it takes
- * the place of this file: see mods.cuh. */
+/* The empty hook of a score_mod. In variants with one, what flash_attn_sm120/mods/ makes of it
+ * takes the place of this file: see mods.cuh. */
 #ifndef FA_SCORE_MOD_CUH
 #define FA_SCORE_MOD_CUH
 

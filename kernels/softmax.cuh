@@ -6,7 +6,8 @@
  * that was not enough. A sum is never too small: m belongs to a key that the row has seen.
  *
  * A mod may make scores grow at any key: then every tile looks, and m rises in the rows where the
- * row max has grown by more than MAX_GROWTH.
+ * row max has grown by more than
+ * rows_that_grew() allows.
  *
  * FlashAttention-4 goes half of this way: it keeps m while the row max has not grown by more than
  * rescale_threshold (2^8), and looks at every tile. */
@@ -86,8 +87,8 @@ __device__ __forceinline__ row_set rows_to_update(const forward_block &block, in
 }
 
 /* P = 2^(S * scale - m) [WARP_M, SUB_N], as the A operand of the next mma, and l += its row sums.
- * Rows in `scaled` are pre-multiplied by scale, with ALiBi or a mod all are. S is in use until its weights
- * have been dropped. */
+ * Rows in `scaled` are pre-multiplied by scale, with ALiBi or a mod all are. S is in use until its
+ * weights have been dropped. */
 template <class F>
 __device__ __forceinline__ void
 exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4], float (&l_rmem)[M_FRAGS][2],

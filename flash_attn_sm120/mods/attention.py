@@ -59,14 +59,16 @@ def attend(
         raise RuntimeError(
             f"{function}(..., out=, lse=) does not support automatic differentiation: use no_grad()"
         )
-    translated = {name: translate(name, mod, *found[name]) for name, mod in called.items()}
+    translated: dict[str, Any] = {
+        name: translate(name, mod, *found[name]) for name, mod in called.items()
+    }
     for name, (_, read, _) in translated.items():
         _check_devices(name, read, q)
     if is_cpu:
         _check(q, k, v, learnable_sink, tensors, options)
         graphs = {name: trace(name, mod) for name, mod in called.items()}
-        results = reference.attend(q, k, v, learnable_sink, graphs, tensors, options)
-        return _into(results, return_lse, out, lse)
+        computed = reference.attend(q, k, v, learnable_sink, graphs, tensors, options)
+        return _into(computed, return_lse, out, lse)
     if wants_gradient:
         joint = {name: translate(name, mod, *found[name], True) for name, mod in called.items()}
         both = translated, joint
@@ -143,11 +145,11 @@ def translate(
     else:
         text = score_text(graph, trace(name, mod, gradient=True) if is_joint else None)
     number = headers.register(text)
-    order = [next((i for i, t in enumerate(tensors) if t is x), -1) for x in graph.captured]
-    if key is not None and -1 not in order:
+    places = [next((i for i, t in enumerate(tensors) if t is x), -1) for x in graph.captured]
+    if key is not None and -1 not in places:
         if len(_traced) >= MOST_TRACES:
             _traced.clear()
-        _traced[name, key, is_joint] = number, tuple(order)
+        _traced[name, key, is_joint] = number, tuple(places)
     return number, tuple(graph.captured), ()
 
 
@@ -170,7 +172,8 @@ def _record(
     if "alibi_slopes" in tensors and tensors["alibi_slopes"].requires_grad:
         raise NotImplementedError("alibi_slopes has no gradient: detach() it, or use no_grad()")
     captured = both[1]["score_mod"][1] if "score_mod" in both[1] else ()
-    results = _Attention.apply(tensors, options, both, return_lse, q, k, v, sink, *captured)
+    record: Any = _Attention.apply
+    results = record(tensors, options, both, return_lse, q, k, v, sink, *captured)
     return results if return_lse else (results, None)
 
 

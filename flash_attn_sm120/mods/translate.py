@@ -47,7 +47,7 @@ class Number(NamedTuple):
 class View(NamedTuple):
     """A captured tensor, of which some first indices are given."""
 
-    index: int
+    number: int
     indices: tuple[str, ...]
     dtype: torch.dtype
 
@@ -99,7 +99,7 @@ _TEXTS: dict[str, tuple[str, str]] = {
     "sign": ("same", "sign_of({})"),
     "sgn": ("same", "sign_of({})"),
     "relu": ("same", "larger({}, {zero})"),
-    "exp": ("same", "expf({})"),
+    "exp": ("same", "exponential({})"),
     "exp2": ("same", "exp2f({})"),
     "log": ("same", "logf({})"),
     "log2": ("same", "log2f({})"),
@@ -213,13 +213,13 @@ class Body:
                 f"{self.name} captures a tensor of {view.dtype}: supported are "
                 f"{', '.join(str(x).removeprefix('torch.') for x in C_TYPES)}"
             )
-        arguments = ", ".join((f"mod[{view.index}]", *view.indices))
+        arguments = ", ".join((f"mod[{view.number}]", *view.indices))
         return self._let(f"captured<{MEMORY_TYPES[view.dtype]}>({arguments})", view.dtype)
 
     def _call(self, node: fx.Node) -> Any:
         target = node.target
         name = getattr(getattr(target, "overloadpacket", None), "__name__", str(target))
-        meta = node.meta.get("val")
+        meta: Any = node.meta.get("val")
         dtype = getattr(meta, "dtype", torch.float32)
         args = [self._value(x) for x in node.args]
         kwargs = {k: self._value(v) for k, v in node.kwargs.items()}
@@ -284,12 +284,12 @@ class Body:
             if not isinstance(index, Number) or index.dtype in (torch.bool, torch.float32):
                 raise NotImplementedError(f"{self.name} indexes by something else than integers")
         texts = tuple(index.text for index in indices)
-        return self._load(View(x.index, (*x.indices, *texts), x.dtype), meta.dim())
+        return self._load(View(x.number, (*x.indices, *texts), x.dtype), meta.dim())
 
     def _op_select(self, dtype: Any, meta: Any, /, x: Any, dim: int, index: int) -> Any:
         if not isinstance(x, View) or dim != 0:
             self._refuse("select of another dimension than the first", None)
-        return self._load(View(x.index, (*x.indices, str(index)), x.dtype), meta.dim())
+        return self._load(View(x.number, (*x.indices, str(index)), x.dtype), meta.dim())
 
     def _op_where(self, dtype: Any, meta: Any, /, condition: Any, a: Any, b: Any) -> Any:
         a, b = self._cast(a, dtype), self._cast(b, dtype)
@@ -416,7 +416,9 @@ def score_text(trace: Trace, joint: Trace | None) -> str:
     body = Body("score_mod", trace)
     lines = [*body.lines, f"return {body.result.text};"]
     text = _function("float", "score_mod_of", f"float score, {_PLACE}", lines)
-    lines, additions, sums = ["return 1.0f;"], [], []
+    lines = ["return 1.0f;"]
+    additions: list[str] = []
+    sums: list[str] = []
     if joint is not None:
         slope = Body("score_mod", joint, "1.0f")
         lines = [*slope.lines, f"return {_text_of(slope.result[0])};"]
@@ -442,7 +444,8 @@ def _additions(joint: Trace) -> tuple[list[str], list[str]]:
     """Statements for each score, and for each head: additions at indices that only the head has
     part in are summed up first, in one of ``sums`` each."""
     body = Body("score_mod", joint, "dout")
-    lines, of_head = [], []
+    lines: list[str] = []
+    of_head: list[str] = []
     learned = [i for i, x in enumerate(joint.captured) if x.requires_grad]
     for index, result in zip(learned, body.result[1:], strict=True):
         for indices, value in _flat(result):
