@@ -5,7 +5,7 @@
 #ifndef FA_MODS_CUH
 #define FA_MODS_CUH
 
-#include "ptx.cuh"
+#include "sink.cuh"
 
 /* Whose score it is: sequence, query head, and query and key of the sequence. */
 struct score_coords {
