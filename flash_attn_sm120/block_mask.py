@@ -135,6 +135,25 @@ def _map_of(counts: torch.Tensor, indices: torch.Tensor, columns: int) -> torch.
     return dense.scatter_(-1, column, 1)[..., :columns]
 
 
+def pairs_of(
+    lists: BlockLists, batch: int, query: torch.Tensor, key: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which pairs partial and full blocks have: ``(heads or 1, queries, keys)`` each."""
+    columns = -(-(int(key.numel())) // lists.block_k)
+    rows, keys = query.long() // lists.block_q, key.long() // lists.block_k
+    found = []
+    for counts, indices in (
+        (lists.counts, lists.indices),
+        (lists.full_counts, lists.full_indices),
+    ):
+        if counts is None or indices is None:
+            found.append(torch.zeros((), dtype=torch.bool, device=key.device))
+            continue
+        dense = _map_of(counts, indices, columns).bool()
+        found.append(dense[min(batch, dense.shape[0] - 1)][:, rows][:, :, keys])
+    return found[0], found[1]
+
+
 def _lists_of(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Counts and indices of a map of blocks (..., rows, columns), those that it has first."""
     counts = dense.sum(dim=-1, dtype=torch.int32)
