@@ -171,11 +171,11 @@ def create_block_mask(
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    size = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+    size = (block_size, block_size) if isinstance(block_size, int) else block_size
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     partial, full = _maps_of(mask_mod, (B or 1, H or 1, Q, K), size, torch.device(device))
-    return BlockMask.from_kv_blocks(  # type: ignore[no-untyped-call]
+    return BlockMask.from_kv_blocks(
         *_lists_of(partial),
         *_lists_of(full),
         BLOCK_SIZE=size,
@@ -185,7 +185,7 @@ def create_block_mask(
 
 
 def _maps_of(
-    mask_mod: Any, sizes: tuple[int, int, int, int], block: tuple[int, ...], device: torch.device
+    mask_mod: Any, sizes: tuple[int, int, int, int], block: tuple[int, int], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which blocks (batch, heads, rows, columns) are partial, and which full; tails are partial."""
     batch, heads, queries, keys = sizes
