@@ -26,6 +26,14 @@ group of warps a path belongs to. Of each group, the path with the fewest instru
 tensor instruction counts: the one of unmasked iterations. What one thread does for all, asking the
 TMA for the next tile, counts in both.
 
+A bound is not a prediction: warps wait for each other. `--shares` predicts the share of the
+mma.sync peak for the calls of balance.py, by mean value analysis: the warps of a sub-partition are
+customers that go round its pipes and issue slots, and wait outside of them for the latencies of
+LATENCY; each warp of a pair takes half of what the pair needs. It does so for both classes of 12.x
+cards, and for an H100 at TENSOR_REPEAT 2 and 4, where `--measured FILE`, the output of balance.py,
+says how far off it is: that is the error bar of the figures for 12.x. Prologues, epilogues and
+masked tiles are not in it.
+
 The unit of the forward is one tile of keys of one warp, that of the backward one tile of queries of
 two warps, one of each group, which share a sub-partition. Cycles are those of the SM sub-partition
 of these warps, all warps (or pairs) of a sub-partition needing the same. The bound is the slowest
@@ -51,10 +59,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import balance
 import harness
+import torch
+from harness import Cell
 
 from flash_attn_sm120 import common_kernels, jit
-from flash_attn_sm120.plan import Kernel, Plan
+from flash_attn_sm120.plan import Kernel, Plan, explain, explain_backward
 
 # ----------------------------------------------------------------------------------------- rates
 
@@ -110,6 +121,15 @@ RATES = (
     (r"[A-Z]MMA\b.*", "unknown", 0),  # a tensor instruction without a rate: an error, see price()
     (r".*", "other", 0),  # listed by name
 )  # fmt: skip
+# Cycles from an instruction to what needs its result. HMMA and LDSM were measured on a 5070 Ti
+# (sass-king [published]); of a barrier and of ex2 nothing is published for 12.x [assumed].
+LATENCY = {"tensor": 35, "shared": 33, "mufu": 20, "barrier": 30}
+
+# HMMA.16816.F32 on an H100, measured: 2495 FLOP / clock / SM; repeated it takes so many times as
+# long. What a balance is compared with.
+H100_HMMA = 4 * 4096 / 2495
+BALANCES = {"GeForce": 32.0, "PRO": 16.0, "x4": 4 * H100_HMMA, "x2": 2 * H100_HMMA}
+
 PIPES = tuple(dict.fromkeys(pipe for _, pipe, _ in RATES if pipe != "unknown"))
 
 REGISTERS_PER_SM, REGISTER_UNIT = 64 * 1024, 256  # given out to a warp in units [published]
@@ -420,6 +440,29 @@ class Figures:
         return cycles["tensor"] / max(cycles.values())
 
 
+def latency(figures: Figures, sub_tiles: int) -> float:
+    """Cycles per tile in which a warp waits for its own results: of each sub-tile two products, the
+    first of which needs its operands, and exponentials between them; of each tile a barrier."""
+    chain = LATENCY["shared"] + 2 * LATENCY["tensor"] + LATENCY["mufu"]
+    return sub_tiles * chain + figures.warps * LATENCY["barrier"]
+
+
+def predicted_share(figures: Figures, warps: int, waits: float, hmma_cycles: float) -> float:
+    """The tensor pipe's utilisation by the warps of a sub-partition, by mean value analysis.
+
+    `waits`: cycles of a unit that no pipe sees. `hmma_cycles`: what an HMMA takes.
+    """
+    of_unit = figures.cycles("PRO") | {"tensor": figures.counts()["tensor"] * hmma_cycles}
+    demands = {pipe: cycles / figures.warps for pipe, cycles in of_unit.items()}
+    queued = dict.fromkeys(demands, 0.0)
+    throughput = 0.0
+    for population in range(1, warps + 1):
+        times = {pipe: demand * (1 + queued[pipe]) for pipe, demand in demands.items()}
+        throughput = population / (waits / figures.warps + sum(times.values()))
+        queued = {pipe: throughput * time for pipe, time in times.items()}
+    return throughput * demands["tensor"]
+
+
 def analyse(plan: Plan, arch: str) -> Figures:
     """Compiles a plan's kernel for `arch`, such as "sm_120f", and counts its main loop.
 
@@ -517,6 +560,45 @@ def report_cycles(unit: str, figures: list[Figures]) -> None:
     print(harness.markdown(head, cycle_rows(figures, pipes)))
 
 
+def plan_of(call: balance.Call) -> Plan:
+    """On a 12.0 card; the memory is never touched."""
+    shapes = Cell(call.preset, call.seqlen, call.causal, 1, torch.bfloat16).shapes()[:3]
+    qkv = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+    of_direction = explain_backward if call.is_backward else explain
+    return of_direction(*qkv, causal=call.causal, arch=120)
+
+
+def share_rows(measured: dict[tuple[str, int], float]) -> Iterator[list[str]]:
+    """Predicted shares of the calls of balance.py at each balance, and what was measured."""
+    plans = [plan_of(call) for call in balance.CALLS]
+    kinds = dict(zip([plan.variant for plan in plans], plans, strict=True))
+    figures = dict(zip(kinds, analyse_all(list(kinds.values()), "sm_120f"), strict=True))
+    for call, plan in zip(balance.CALLS, plans, strict=True):
+        own, c = figures[plan.variant], constants(plan.main)
+        sub_tiles = c["TILE_M"] // c["SUB_M"] if call.is_backward else c["TILE_N"] // c["SUB_N"]
+        warps = plan.warps * own.blocks_per_sm // 4
+        predict = functools.partial(predicted_share, own, warps, latency(own, sub_tiles))
+        row = [str(call), *(f"{predict(BALANCES[chip]):.2f}" for chip in ("GeForce", "PRO"))]
+        for repeat in (4, 2):
+            share, found = predict(BALANCES[f"x{repeat}"]), measured.get((str(call), repeat))
+            row += [f"{share:.2f}", f"{found:.2f}" if found else ""]
+            row.append(f"{share / found - 1:+.0%}" if found else "")
+        yield row
+
+
+def report_shares(file: Path | None) -> None:
+    lines = harness.read_records(file)[1] if file else []
+    measured = {
+        (line["call"], line["repeat"]): line["share"]
+        for line in lines
+        if line.get("contestant") == harness.OURS
+    }
+    of_repeat = ("H100 x", "measured x", "error x")
+    head = ["call", "GeForce", "PRO", *(f"{x}{repeat}" for repeat in (4, 2) for x in of_repeat)]
+    print("\nPredicted share of the mma.sync peak; the H100 stands in for both classes:\n")
+    print(harness.markdown(head, share_rows(measured)))
+
+
 def record(records: harness.Records, figures: Figures) -> None:
     """One record for each kernel; cycles where the rates are those of its architecture."""
     fields = asdict(figures)
@@ -543,6 +625,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("head_dims", nargs="*", type=head_dims, metavar="D[,DV]")
     parser.add_argument("--arch", default="sm_120f", help="as NVRTC names it (default: sm_120f)")
     parser.add_argument("--listing", action="store_true", help="print each main loop, too")
+    parser.add_argument("--shares", action="store_true", help="predict shares of the peak alone")
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="of balance.py, beside them")
     parser.add_argument("--json", type=Path, metavar="FILE.jsonl")
     args = parser.parse_args()
     if not re.fullmatch(r"sm_\d+[af]?", args.arch):
@@ -552,6 +636,9 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
+    if args.shares or args.measured:
+        report_shares(args.measured)
+        return
     compute_capability = int(re.sub(r"\D", "", args.arch))
     dims = args.head_dims or common_kernels.COMMON_HEAD_DIMS
     plans = [

@@ -6,9 +6,19 @@ import argparse
 import os
 import sys
 
-from flash_attn_sm120.commands import check, demo, doctor, explain, info, prebuild, tune, warmup
+from flash_attn_sm120.commands import (
+    check,
+    demo,
+    doctor,
+    explain,
+    info,
+    prebuild,
+    report,
+    tune,
+    warmup,
+)
 
-COMMANDS = (info, check, demo, doctor, explain, warmup, tune, prebuild)
+COMMANDS = (info, check, demo, doctor, explain, report, warmup, tune, prebuild)
 PROGRAM = "python -m flash_attn_sm120"
 DESCRIPTION = """\
 FlashAttention for consumer Blackwell and every NVIDIA GPU since Ampere.

@@ -1,4 +1,5 @@
-"""torch's operators of FlashAttention, with torch's signatures and returns, computed here.
+"""torch's operators of FlashAttention, and those of calls with a mask, with torch's signatures and
+returns, computed here.
 
 sdpa.py puts them in the place of torch's own. test_sdpa.py holds the signatures against torch's
 schemas, and the returns against torch's kernels for tensors without data.
@@ -208,6 +209,75 @@ def _flash_backward(
     return _in_layout_of((query, key, value), gradients)
 
 
+def _efficient_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    compute_log_sumexp: bool,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Any, ...]:
+    """Where torch comes with a mask. Tensors are (batch, heads, seqlen, head_dim), the bias (batch,
+    heads, seqlen_q, seqlen_k)."""
+    _check_dense(query, value, attn_bias, dropout_p)
+    batch, heads, rows, _ = query.shape
+    out = query.new_empty((batch, rows, heads, value.shape[-1]))
+    drawn = draw_seed(query) if dropout_p else query.new_empty(2, dtype=torch.int64)
+    _, lse = _C.forward(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        out=out,
+        return_lse=compute_log_sumexp,
+        attn_bias=None if attn_bias is None else _without_copies(attn_bias),
+        softmax_scale=scale,
+        window_size=_top_left(query, key, is_causal),
+        **_dropout(dropout_p, drawn),
+    )
+    if lse is None:
+        lse = query.new_empty((batch, heads, 0), dtype=torch.float32)
+    padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32))
+    return out.transpose(1, 2), padded, *(x.clone() for x in drawn)
+
+
+def _efficient_backward(
+    grad_out_: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None,
+    out: Tensor,
+    logsumexp: Tensor,
+    philox_seed: Tensor,
+    philox_offset: Tensor,
+    dropout_p: float,
+    grad_input_mask: list[bool],
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+) -> tuple[Tensor | None, ...]:
+    _check_dense(query, value, attn_bias, dropout_p)
+    dout, q, k, v, out = (x.transpose(1, 2) for x in (grad_out_, query, key, value, out))
+    wants_bias = attn_bias is not None and grad_input_mask[3]
+    options: dict[str, Any] = {"bias_gradient": wants_bias}
+    if attn_bias is not None:  # whose gradient has all its elements, those that share memory, too
+        options["attn_bias"] = _in_rows(attn_bias) if wants_bias else _without_copies(attn_bias)
+    if dropout_p:
+        options.update(_dropout(dropout_p, torch.stack((philox_seed, philox_offset))))
+    dq, dk, dv, _, *dbias = _C.backward(
+        *(dout, q, k, v, out, logsumexp[..., : query.shape[2]], None),
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+        softmax_scale=scale,
+        window_size=_top_left(query, key, is_causal),
+        **options,
+    )
+    gradients = (x.transpose(1, 2) for x in (dq, dk, dv))
+    return *gradients, _in_padded_rows(dbias[0], attn_bias) if wants_bias else None
+
+
 def _gradients(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, **options: Any
 ) -> tuple[Tensor, ...]:
@@ -221,6 +291,8 @@ OPERATORS: dict[str, Callable[..., Any]] = {
     "_flash_attention_forward": _flash_forward,
     "_flash_attention_forward_no_dropout_inplace": _flash_forward_inplace,
     "_flash_attention_backward": _flash_backward,
+    "_scaled_dot_product_efficient_attention": _efficient_forward,
+    "_scaled_dot_product_efficient_attention_backward": _efficient_backward,
 }
 
 
@@ -238,8 +310,21 @@ def _check(
         raise NotTaken("dropout_p")
     if return_debug_mask:
         _leave("return_debug_mask", dropout_p)
-    head_dim = query.shape[-1]
-    if head_dim > 256 or head_dim % 8 or value.shape[-1] != head_dim:
+    if value.shape[-1] != query.shape[-1]:
+        raise NotTaken("head_dim")
+    _check_tensors(query, value)
+
+
+def _check_dense(query: Tensor, value: Tensor, bias: Tensor | None, dropout_p: float) -> None:
+    if not 0 <= dropout_p < 1:
+        raise NotTaken("dropout_p")
+    _check_tensors(query, value)
+    if bias is not None and (bias.dim() != 4 or bias.dtype not in (torch.float32, query.dtype)):
+        raise NotTaken("attn_bias")
+
+
+def _check_tensors(query: Tensor, value: Tensor) -> None:
+    if any(n > 256 or n % 8 for n in (query.shape[-1], value.shape[-1])):
         raise NotTaken("head_dim")
     if query.stride(-1) != 1:
         raise NotTaken("stride of the last dimension")
@@ -288,6 +373,30 @@ def _window(left: int | None, right: int | None) -> Window:
         None if left is None or left < 0 else left,
         None if right is None or right < 0 else right,
     )
+
+
+def _top_left(query: Tensor, key: Tensor, is_causal: bool) -> Window:
+    """Causal as these operators align it: torch's first query sees the first key."""
+    return (None, query.shape[2] - key.shape[2] if is_causal else None)
+
+
+def _without_copies(bias: Tensor) -> Tensor:
+    """Of dimensions in which all elements are the same memory one is left, but of keys."""
+    for dim in range(3):
+        if bias.stride(dim) == 0:
+            bias = bias.narrow(dim, 0, min(bias.shape[dim], 1))
+    return _in_rows(bias)
+
+
+def _in_rows(bias: Tensor) -> Tensor:
+    return bias if bias.stride(-1) == 1 else bias.contiguous()
+
+
+def _in_padded_rows(gradient: Tensor, bias: Any) -> Tensor:
+    """In the type of the bias, with rows of multiples of 16, as torch's own."""
+    *outer, keys = bias.shape
+    padded: Tensor = bias.new_empty((*outer, keys + -keys % 16))[..., :keys]
+    return padded.copy_(gradient)
 
 
 def _in_layout_of(inputs: Iterable[Tensor], gradients: Iterable[Any]) -> list[Tensor]:

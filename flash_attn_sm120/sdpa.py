@@ -1,9 +1,11 @@
-"""A door into torch's own attention: what torch computes by FlashAttention is computed here.
+"""A door into torch's own attention: what torch computes by FlashAttention is computed here, and so
+are calls with a mask.
 
-torch lets an implementation take the place of its FlashAttention-2, operator by operator. That
-reaches F.scaled_dot_product_attention on CUDA and all that stands on it: nn.MultiheadAttention,
-jagged nested tensors, varlen_attn, Transformers' and diffusers' default attention, eager, compiled
-or exported. torch's autograd and its shapes without data stay in use.
+torch lets an implementation take the place of its FlashAttention-2, operator by operator, and of
+the operators that it has for masks, too. That reaches F.scaled_dot_product_attention on CUDA and
+all that stands on it: nn.MultiheadAttention, jagged nested tensors, varlen_attn, Transformers' and
+diffusers' default attention, eager, compiled or exported. torch's autograd and its shapes without
+data stay in use.
 
 scaled_dot_product_attention() is for programs that call it by name, and takes more: it meets calls
 before torch has sorted out those that its own FlashAttention cannot compute.
@@ -86,6 +88,7 @@ class Handle:
 def activate() -> Handle:
     """Computes here what torch computes by FlashAttention on CUDA, until the handle's ``remove()``.
 
+    Calls with a mask, which torch hands to its memory-efficient attention, are computed here, too.
     The same as ``torch.nn.attention.activate_flash_attention_impl("SM120")``, which needs this
     module to be imported, and which ``restore_flash_attention_impl()`` undoes. Calls that are not
     taken go to the operator that was there before: debug masks, ALiBi slopes, head dims of more

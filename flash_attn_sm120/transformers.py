@@ -3,7 +3,8 @@
 Two functions stand behind a name. The mask function is asked once per forward for each kind of
 layer, and answers with a :class:`Mask`: a window, and where the rows of each sequence lie. The
 attention function, which every layer calls, hands that on. What cannot be said so (chunks, unions
-of masks, 4-dimensional masks, biases) raises NotImplementedError before anything is computed.
+of masks, padding within a sequence, 4-dimensional masks) is a bias of -inf, but in one graph, where
+chunks and unions raise NotImplementedError.
 
 Lengths stay on the device. Padding costs a copy of the padded side, packed sequences and static
 caches cost none.
@@ -154,6 +155,7 @@ class Mask(NamedTuple):
     lengths: tuple[int, int]  # rows of q and of k
     q: Rows = Rows()
     k: Rows = Rows()
+    seen: Tensor | None = None  # (batch or 1, heads or 1, q or 1, k): True, or added to the scores
     is_one_sequence: Tensor | None = None  # what the layer is to assert, unless it is given lengths
 
     @property
@@ -190,14 +192,28 @@ def mask(
     of a static cache, whose ``q_offset`` is a tensor, are not filled yet.
 
     Raises:
-        NotImplementedError: it is no window of whole sequences.
+        NotImplementedError: it is no window of whole sequences, in one graph.
     """
     if isinstance(attention_mask, Mask):  # made beforehand, for a compiled step
         return attention_mask
     lengths = (q_length, kv_length)
+
+    def every_pair() -> Mask:
+        """By a tensor, as scaled_dot_product_attention would be given it."""
+        seen = masking_utils.sdpa_mask(
+            *(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask),
+            allow_is_causal_skip=False,
+            use_vmap=use_vmap,
+            device=device,
+        )
+        return Mask((None, None), lengths, seen=seen)
+
     is_one_sequence = None
     if mask_function in _PLAIN or use_vmap or not _is_one_graph():
-        window_size, sequences = _window_of(mask_function, kv_offset + kv_length)
+        found = _window_of(mask_function, kv_offset + kv_length)
+        if found is None:
+            return every_pair()
+        window_size, sequences = found
         if sequences is not None:
             rows = _rows_of_sequences(sequences)
             return Mask(window_size, lengths, rows, rows)
@@ -213,7 +229,7 @@ def mask(
         valid = _rows_of_keys(attention_mask, kv_length, kv_offset)
         if is_self_attention:
             valid = valid & (torch.arange(kv_length, device=device) < end)
-        return _padded(window_size, lengths, valid, end)
+        return _padded(window_size, lengths, valid, end) or every_pair()
     if isinstance(end, Tensor):
         used = end.to(device, torch.int32).expand(batch_size).contiguous()
     elif end == kv_length:
@@ -221,10 +237,7 @@ def mask(
     elif end < kv_length and window_size[1] == 0:
         used = torch.full((batch_size,), end, dtype=torch.int32, device=device)
     else:
-        raise NotImplementedError(
-            f"{ATTENTION} takes queries behind or beside the keys, not queries {q_offset} to "
-            f"{q_offset + q_length} with keys {kv_offset} to {kv_offset + kv_length}"
-        )
+        return every_pair()
     return Mask(window_size, lengths, k=Rows(seqused=used, max_seqlen=kv_length))
 
 
@@ -239,10 +252,12 @@ def _rows_of_keys(attention_mask: Tensor, kv_length: int, kv_offset: int) -> Ten
 
 def _padded(
     window_size: Window, lengths: tuple[int, int], valid: Tensor, end: int | Tensor
-) -> Mask:
+) -> Mask | None:
     """The mask of sequences that have padding before or behind them, ``valid`` between.
 
-    Packed, a sequence has its rows and the padding of the next one, which ``seqused`` leaves out.
+    With padding within them it is one of keys, or None where the last query does not stand beside
+    the last key. Packed, a sequence has its rows and the padding of the next one, which ``seqused``
+    leaves out.
     """
     q_length, kv_length = lengths
     used = valid.sum(1, dtype=torch.int32)
@@ -255,7 +270,8 @@ def _padded(
         facts = torch.stack([(rises > 1).any(), ~valid.all(), begin.any(), q_begin.any()])
         has_gaps, is_padded, k_begins, q_begins = facts.tolist()
         if has_gaps:
-            raise NotImplementedError(_NO_GAPS)
+            is_aligned = not isinstance(end, Tensor) and end == kv_length
+            return Mask(window_size, lengths, seen=valid[:, None, None]) if is_aligned else None
         if not is_padded:
             return Mask(window_size, lengths)
     else:  # both sides may begin anywhere
@@ -305,18 +321,22 @@ _PLAIN: dict[Any, Window] = {
 }
 
 
-def _window_of(mask_function: Callable[..., Any], kv_end: int) -> tuple[Window, Tensor | None]:
-    """What a mask function of Transformers shows: a window, and ids where sequences are packed."""
+def _window_of(
+    mask_function: Callable[..., Any], kv_end: int
+) -> tuple[Window, Tensor | None] | None:
+    """What a mask function of Transformers shows: a window, and ids where sequences are packed.
+
+    None: something else."""
     if mask_function in _PLAIN:
         return _PLAIN[mask_function], None
-    found: tuple[Window, Tensor | None] = _window_of_closure(mask_function, kv_end)
+    found: tuple[Window, Tensor | None] | None = _window_of_closure(mask_function, kv_end)
     return found
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _window_of_closure(
     mask_function: Callable[..., Any], kv_end: int
-) -> tuple[Window, Tensor | None]:
+) -> tuple[Window, Tensor | None] | None:
     """The same of a function that another one made: by its name, and by what it holds."""
     name = getattr(mask_function, "__qualname__", repr(mask_function)).split(".<locals>")[0]
     if getattr(mask_function, "__module__", "") != masking_utils.__name__:
@@ -333,15 +353,14 @@ def _window_of_closure(
     if name == "remap_positions_for_packed_sequence":  # within a sequence distances are the same
         return _window_of(held["mask_function"], kv_end)
     if name == "and_masks":
-        parts = [_window_of(part, kv_end) for part in held["mask_functions"]]
+        found = [_window_of(part, kv_end) for part in held["mask_functions"]]
+        parts = [part for part in found if part is not None]
+        if len(parts) < len(found):
+            return None
         left, right = zip(*(window for window, _ in parts), strict=True)
         ids = [x for _, x in parts if x is not None]
         return (_smallest(left), _smallest(right)), ids[0] if ids else None
-    raise NotImplementedError(
-        f"{ATTENTION} takes causal and bidirectional masks, sliding windows and packed sequences, "
-        f"not the mask function {getattr(mask_function, '__qualname__', mask_function)!r}: load "
-        'the model with attn_implementation="sdpa" or "eager"'
-    )
+    return None
 
 
 def _smallest(bounds: tuple[int | None, ...]) -> int | None:
@@ -440,8 +459,7 @@ def attention(
         ``(out, None)``: ``out (batch, seqlen_q, heads, head_dim_v)``; rows of padding are 0.
 
     Raises:
-        NotImplementedError: attention weights, position biases, masks of 4 dimensions, dropout in
-            continuous batching.
+        NotImplementedError: attention weights, position biases, dropout in continuous batching.
     """
     _refuse(others)
     q, k, v = (x.transpose(1, 2) for x in _in_one_dtype(module, query, key, value))
@@ -501,7 +519,8 @@ def _attend(
         "deterministic": deterministic,
     }
     if _is_dense(shown):
-        dense: Tensor = interface.flash_attn_func(q, k, v, **options)[0]
+        bias = None if shown.seen is None else _bias_of(shown.seen, q)
+        dense: Tensor = interface.flash_attn_func(q, k, v, attn_bias=bias, **options)[0]
         return dense
     k_is_packed = shown.k.cu_seqlens is not None
     out: Tensor = interface.flash_attn_varlen_func(
@@ -517,6 +536,14 @@ def _attend(
         **options,
     )[0]
     return out.view(*q.shape[:3], v.shape[3])
+
+
+def _bias_of(seen: Tensor, q: Tensor) -> Tensor:
+    if seen.dtype == torch.bool:
+        seen = torch.where(seen, q.new_zeros(()), -torch.inf)
+    elif seen.dtype != torch.float32:
+        seen = seen.to(q.dtype)
+    return seen if seen.stride(-1) == 1 else seen.contiguous()
 
 
 def _decode(
@@ -564,9 +591,14 @@ def _mask_of_layer(
             )
         return attention_mask
     queries, keys = lengths
+    if attention_mask is not None and attention_mask.ndim == 4:  # which all masks are part of
+        return Mask((None, None), lengths, seen=attention_mask[..., :keys])
     if attention_mask is not None:
         valid = _rows_of_keys(attention_mask, keys, 0)
-        return _padded(window_size, lengths, valid, min(attention_mask.shape[1], keys))
+        shown = _padded(window_size, lengths, valid, min(attention_mask.shape[1], keys))
+        if shown is None:
+            raise NotImplementedError(_NO_GAPS)
+        return shown
     if window_size[1] == 0 and 1 < queries != keys:
         raise NotImplementedError(
             f"a causal layer of {queries} queries, {keys} keys and no mask does not say beside "
@@ -582,7 +614,8 @@ def _packed_by_positions(shown: Mask, position_ids: Tensor, batch: int) -> Mask:
     for sequences in each layer, and so does this door; "eager" takes them for one.
     """
     queries, keys = shown.lengths
-    if not _is_dense(shown) or shown.window_size[1] != 0 or not 1 < queries == keys:
+    is_whole = _is_dense(shown) and shown.seen is None
+    if not is_whole or shown.window_size[1] != 0 or not 1 < queries == keys:
         return shown
     if _may_read(position_ids):
         rows = _rows_by_positions(position_ids, batch)

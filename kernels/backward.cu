@@ -137,30 +137,34 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
                 }
         }
 
-        /* P^T is never negative: a minus sign tells group 1 that an element is dropped. */
-        if (DROPOUT)
-            for_each_dropped_of_transposed<N_FRAGS, M_FRAGS>(
-                stream, query, key, [&](int n, int m, int e) {
-                    S_rmem[n][m][e] = -S_rmem[n][m][e];
-                    P_group_1[n][m][e] = -P_group_1[n][m][e];
+        /* What is dropped weighs nothing in dV. P^T is never negative: a minus sign tells group 1
+         * that an element is dropped. */
+        unsigned signed_words[N_FRAGS][M_FRAGS][2];
+        if (DROPOUT) {
+            pack_operand(P_rmem, S_rmem);
+            for_each_kept_of_transposed<N_FRAGS, M_FRAGS>(
+                stream, query, key, [&](int n, int m, int half, unsigned kept) {
+                    const float *p = P_group_1[n][m] + 2 * half;
+                    signed_words[n][m][half] = pack_fp16(p[0], p[1]) | (~kept & 0x80008000u);
+                    P_rmem[n][m / 2][m % 2 * 2 + half] &= kept;
                 });
+        }
 
         /* P^T to shared memory, once dS^T of the tile before has been read there. */
         if (m0 == 0)
             barrier_sync<GROUP_THREADS>(LOWER_FREE);
         if (m0 == HALF_M)
             barrier_sync<THREADS>(UPPER_FREE);
-        for_each_word(dS_layout::moved(word_smem, 0, m0 / 8),
-                      [&](unsigned smem, int n, int m, int half) {
-                          const float *p = P_group_1[n][m] + 2 * half;
-                          st_shared(smem, pack_fp16(p[0], p[1]));
-                      });
+        for_each_word(
+            dS_layout::moved(word_smem, 0, m0 / 8), [&](unsigned smem, int n, int m, int half) {
+                const float *p = P_group_1[n][m] + 2 * half;
+                st_shared(smem, DROPOUT ? signed_words[n][m][half] : pack_fp16(p[0], p[1]));
+            });
         barrier_arrive<THREADS>(P_FULL + m0 / SUB_M);
 
         /* Product 3: dV [WARP_N, HEAD_DIM_V] += P^T [WARP_N, SUB_M] * dO. */
-        if (DROPOUT) /* what is dropped weighs nothing in dV */
-            for_each_score(S_rmem, [](float &p, int, int) { p = p < 0.0f ? 0.0f : p; });
-        pack_operand(P_rmem, S_rmem);
+        if (!DROPOUT)
+            pack_operand(P_rmem, S_rmem);
         if (WAITS_LATE_FOR_DO && m0 == 0)
             tile.wait_dO();
         mma_AB<dO_layout, M_FRAGS / 2, dO_layout::PADDED>(

@@ -27,7 +27,7 @@ __device__ __forceinline__ void add_to_dbias(const float (&dS)[N_FRAGS][M_FRAGS]
 {
     const fa_backward_params &params = seq.params;
     const fa_strides &stride = params.dbias_stride;
-    const float scale = (DROPOUT ? params.dropout.scale : 1.0f) / P_SCALE;
+    const float scale = (DROPOUT ? params.dropout.scale : 1.0f) / (P_SCALE * TENSOR_REPEAT);
     float *dbias =
         params.dbias + seq.batch * stride.batch + head * stride.head + query * stride.seqlen + key;
 #pragma unroll

@@ -365,6 +365,17 @@ __device__ __forceinline__ unsigned pack(float low, float high)
     return x;
 }
 
+/* Two halves of ones or zeros: the upper bit of byte `i` of `low`, and of byte `j` of `high`. */
+__device__ __forceinline__ unsigned byte_signs(unsigned low, unsigned high, int i, int j)
+{
+    unsigned x;
+    const int of_low = 8 + i, of_high = 12 + j; /* + 8: the sign of a byte, for all of its bits */
+    asm("prmt.b32 %0, %1, %2, %3;"
+        : "=r"(x)
+        : "r"(low), "r"(high), "r"(of_low * 0x11 + of_high * 0x1100));
+    return x;
+}
+
 __device__ __forceinline__ float from_fp16(unsigned short x)
 {
     float y;

@@ -106,7 +106,7 @@ __device__ __forceinline__ void mask_scores(float (&S)[ROW_FRAGS][COLUMN_FRAGS][
 
 /* What a block needs to know of the weights of one head of a sequence. */
 struct dropout_stream {
-    fa_philox random;
+    fa_dropout_stream random;
     unsigned threshold;
 
     template <class params_t>
@@ -118,62 +118,57 @@ struct dropout_stream {
         unsigned words[4];
         for (int i = 0; i < 4; i++)
             words[i] = ld_global(seed + i);
-        random = fa_dropout_stream(words, batch, head);
+        random = fa_dropout_stream_of(words, batch, head);
         threshold = params.dropout.threshold;
     }
 
-    /* Calls f(q, k) for the weights of a draw that are dropped. Of its keys there are KEYS, from
-     * `key` on, which need not be the first; `query` is. */
+    /* Calls f(q, k, kept) for the weights of two draws whose keys, or queries, are neighbours: the
+     * halves of a word. `kept` has 16 ones for each that is not dropped. Of the keys of a draw
+     * there are KEYS, from `key` on, which need not be the first; `query` is. */
     template <int KEYS, class F>
-    __device__ __forceinline__ void for_each_dropped(int query, int key, F f) const
+    __device__ __forceinline__ void for_each_pair(int query, int key, int next_query, int next_key,
+                                                  F f) const
     {
-        constexpr int APART = FA_DRAW_KEY_STEP;
-        const bool is_upper = KEYS < FA_DRAW_KEYS && key & KEYS * APART;
-        fa_philox draw = fa_dropout_draw(&random, query, is_upper ? key - KEYS * APART : key);
+        constexpr int APART = FA_DRAW_KEY_STEP * KEYS;
+        const int skipped = KEYS < FA_DRAW_KEYS ? key & APART : 0;
+        const fa_dropout_draw low = fa_dropout_draw_at(&random, query, key - skipped, threshold);
+        const fa_dropout_draw high =
+            fa_dropout_draw_at(&random, next_query, next_key - skipped, threshold);
 #pragma unroll
-        for (int k = 0; k < KEYS; k++) {
-            if (is_upper)
-                draw.word[k] = draw.word[k + FA_DRAW_KEYS - KEYS];
+        for (int q = 0; q < 2; q++)
 #pragma unroll
-            for (int q = 0; q < 2; q++)
-                if (!fa_dropout_keeps(&draw, q, k, threshold))
-                    f(q, k);
-        }
+            for (int k = 0; k < KEYS; k++)
+                f(q, k, byte_signs(low.word[q] >> skipped, high.word[q] >> skipped, k, k));
     }
 };
 
-/* Calls f(m, n, e) for each element of P [queries, keys], in C fragments, that is dropped. `query`
- * and `key` are those of P[0][0][0] of this lane. */
+/* Calls f(m, n, half, kept) for each word of P [queries, keys], in C fragments: columns 2t and
+ * 2t + 1 of row g + 8 * half. `query` and `key` are those of P[0][0][0] of this lane. */
 template <int M_FRAGS, int N_FRAGS, class F>
-__device__ __forceinline__ void for_each_dropped(const dropout_stream &stream, int query, int key,
-                                                 F f)
+__device__ __forceinline__ void for_each_kept(const dropout_stream &stream, int query, int key, F f)
 {
     constexpr int KEYS = N_FRAGS < FA_DRAW_KEYS ? N_FRAGS : FA_DRAW_KEYS;
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int n = 0; n < N_FRAGS; n += KEYS)
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-                stream.for_each_dropped<KEYS>(query + 16 * m, key + 8 * n + e,
-                                              [&](int q, int k) { f(m, n + k, 2 * q + e); });
+            stream.for_each_pair<KEYS>(query + 16 * m, key + 8 * n, query + 16 * m, key + 8 * n + 1,
+                                       [&](int q, int k, unsigned kept) { f(m, n + k, q, kept); });
 }
 
-/* The same of P^T [keys, queries]: f(n, m, e). */
+/* The same of P^T [keys, queries]: f(n, m, half, kept). */
 template <int N_FRAGS, int M_FRAGS, class F>
-__device__ __forceinline__ void for_each_dropped_of_transposed(const dropout_stream &stream,
-                                                               int query, int key, F f)
+__device__ __forceinline__ void for_each_kept_of_transposed(const dropout_stream &stream, int query,
+                                                            int key, F f)
 {
     constexpr int KEYS = 2 * N_FRAGS < FA_DRAW_KEYS ? 2 * N_FRAGS : FA_DRAW_KEYS;
 #pragma unroll
     for (int n = 0; n < N_FRAGS; n += KEYS / 2)
 #pragma unroll
         for (int m = 0; m < M_FRAGS; m += 2)
-#pragma unroll
-            for (int e = 0; e < 2; e++)
-                stream.for_each_dropped<KEYS>(query + 8 * m + e, key + 16 * n, [&](int q, int k) {
-                    f(n + k / 2, m + q, k % 2 * 2 + e);
-                });
+            stream.for_each_pair<KEYS>(
+                query + 8 * m, key + 16 * n, query + 8 * m + 1, key + 16 * n,
+                [&](int q, int k, unsigned kept) { f(n + k / 2, m + q, k % 2, kept); });
 }
 
 #endif

@@ -86,8 +86,8 @@ __device__ __forceinline__ row_set rows_to_update(const forward_block &block, in
 }
 
 /* P = 2^(S * scale - m) [WARP_M, SUB_N], as the A operand of the next mma, and l += its row sums.
- * Rows in `scaled` are pre-multiplied by scale, and all where SCALES_EARLY. S is in use until its
- * weights have been dropped. */
+ * Rows in `scaled` are pre-multiplied by scale, and all where SCALES_EARLY. l has the weights before
+ * any is dropped. */
 template <class F>
 __device__ __forceinline__ void
 exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4], float (&l_rmem)[M_FRAGS][2],
@@ -106,25 +106,14 @@ exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4], float (&l_rmem)[M_FRAG
                     exp2_approx(S_rmem[m][n][2 * half + 1] * row_scale - m_rmem[m][half]);
                 l_rmem[m][half] += p0 + p1;
                 P_rmem[m][n / 2][n % 2 * 2 + half] = pack(p0, p1);
-                if (DROPOUT) {
-                    S_rmem[m][n][2 * half] = p0;
-                    S_rmem[m][n][2 * half + 1] = p1;
-                }
             }
         }
     if (!DROPOUT)
         return;
     const score_coords first = coords_of(0, 0);
-    for_each_dropped<M_FRAGS, S_FRAGS>(stream, first.query, first.key,
-                                       [&](int m, int n, int e) { S_rmem[m][n][e] = 0.0f; });
-#pragma unroll
-    for (int m = 0; m < M_FRAGS; m++)
-#pragma unroll
-        for (int n = 0; n < S_FRAGS; n++)
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                P_rmem[m][n / 2][n % 2 * 2 + half] =
-                    pack(S_rmem[m][n][2 * half], S_rmem[m][n][2 * half + 1]);
+    for_each_kept<M_FRAGS, S_FRAGS>(
+        stream, first.query, first.key,
+        [&](int m, int n, int half, unsigned kept) { P_rmem[m][n / 2][n % 2 * 2 + half] &= kept; });
 }
 
 /* The rows of this lane's quad, or of all of its warp, with a sum or a value that is inf, NaN, or

@@ -118,7 +118,7 @@ static inline float weight_of(struct softmax softmax, double score)
 
 /* Which weights of a head of a sequence are dropped, and what the others count. */
 struct dropout {
-    struct fa_philox stream;
+    struct fa_dropout_stream stream;
     unsigned threshold;
     float factor; /* 1 where nothing is dropped */
 };
@@ -132,7 +132,7 @@ static inline struct dropout dropout_of(const struct fa_problem *problem, int64_
     const uint64_t *seed = problem->dropout_seed.data;
     const unsigned words[] = {(unsigned)seed[0], (unsigned)(seed[0] >> 32), (unsigned)seed[1],
                               (unsigned)(seed[1] >> 32)};
-    dropout.stream = fa_dropout_stream(words, (int)sequence, (int)head);
+    dropout.stream = fa_dropout_stream_of(words, (int)sequence, (int)head);
     dropout.threshold = (unsigned)problem->shape.dropout << 16;
     dropout.factor = 1 / fa_keep_probability(&problem->shape);
     return dropout;
@@ -144,10 +144,11 @@ static inline float dropout_factor(const struct dropout *dropout, int64_t row, i
     enum { QUERY_BIT = FA_DRAW_QUERY_STEP, KEY_BITS = (FA_DRAW_KEYS - 1) * FA_DRAW_KEY_STEP };
     if (dropout->threshold == 0)
         return 1;
-    const struct fa_philox draw = fa_dropout_draw(
-        &dropout->stream, (int)(row & ~(int64_t)QUERY_BIT), (int)(key & ~(int64_t)KEY_BITS));
+    const struct fa_dropout_draw draw =
+        fa_dropout_draw_at(&dropout->stream, (int)(row & ~(int64_t)QUERY_BIT),
+                           (int)(key & ~(int64_t)KEY_BITS), dropout->threshold);
     const int q = (row & QUERY_BIT) != 0, k = (int)(key & KEY_BITS) / FA_DRAW_KEY_STEP;
-    return fa_dropout_keeps(&draw, q, k, dropout->threshold) ? dropout->factor : 0;
+    return fa_dropout_keeps(&draw, q, k) ? dropout->factor : 0;
 }
 
 /* As torch.logsumexp: +inf where a score is, although no weight is defined there. */

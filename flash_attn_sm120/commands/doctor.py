@@ -46,8 +46,19 @@ def _vllm_is_open(vllm: Any) -> bool:
     return any(entry.value == f"{vllm.__name__}:register" for entry in found)
 
 
+def _flash_attn_is_open(fa2: Any) -> bool:
+    return bool(fa2.alias.installed())
+
+
 DOORS = (
     Door("PyTorch's attention", "torch", "sdpa", "activate()", _sdpa_is_open),
+    Door(
+        "Programs that import flash_attn",
+        "torch",
+        "fa2",
+        "install_as_flash_attn()",
+        _flash_attn_is_open,
+    ),
     Door("Transformers", "transformers", "transformers", "register()", _transformers_is_open),
     Door("vLLM", "vllm", "vllm", "register()", _vllm_is_open),
 )
@@ -78,10 +89,11 @@ def state(door: Door) -> str:
     try:
         module = importlib.import_module(f"flash_attn_sm120.{door.module}")
         is_open = door.is_open(module)
-    except (ImportError, NotImplementedError) as error:
+    except (ImportError, RuntimeError) as error:  # NotImplementedError is one
         return f"not possible with {door.package} {version}: {error}"
     number = tuple(int(x) for x in version.split(".")[:2])
-    is_tried = module._OLDEST_TRIED <= number <= module._NEWEST_TRIED
+    oldest, newest = (getattr(module, f"_{x}_TRIED", number) for x in ("OLDEST", "NEWEST"))
+    is_tried = oldest <= number <= newest
     how = "open" if is_open else f"closed; flash_attn_sm120.{door.module}.{door.call} opens it"
     untried = "" if is_tried else ", which has not been tried"
     return f"possible with {door.package} {version}{untried}; {how}"

@@ -55,9 +55,9 @@ def install_as_flash_attn() -> Handle:
     """
     global _handle
     with _installing:
-        if _handle is not None and sys.modules.get(NAME) is _handle._modules[NAME]:
+        if installed():
+            assert _handle is not None
             return _handle
-        _refuse_beside_the_real_one()
         modules = {name: _module(name, contents) for name, contents in _contents().items()}
         for name, module in modules.items():
             parent, _, child = name.rpartition(".")
@@ -66,6 +66,18 @@ def install_as_flash_attn() -> Handle:
         sys.modules.update(modules)
         _handle = Handle(modules)
         return _handle
+
+
+def installed() -> bool:
+    """Whether ``flash_attn`` is the alias in this process.
+
+    Raises:
+        RuntimeError: it cannot be, as :func:`install_as_flash_attn`.
+    """
+    if _handle is not None and sys.modules.get(NAME) is _handle._modules[NAME]:
+        return True
+    _refuse_beside_the_real_one()
+    return False
 
 
 _installing = threading.Lock()

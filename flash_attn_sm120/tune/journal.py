@@ -69,7 +69,8 @@ class Journal:
             for cell in self.cells
             if cell["winner"]
         ]
-        return {**self.identity, "cells": len(self.cells), "rows": rows}
+        kind = self.machine.kind()._asdict()
+        return {**self.identity, **kind, "cells": len(self.cells), "rows": rows}
 
     def _append(self, record: dict[str, Any]) -> None:
         try:

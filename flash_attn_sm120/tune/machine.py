@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from flash_attn_sm120 import _C, _measure, jit
+from flash_attn_sm120 import _C, _measure, cards, jit
 from flash_attn_sm120.plan import Plan
 from flash_attn_sm120.tune.candidates import Candidate
 
@@ -57,6 +57,13 @@ class Machine:
             "limits": os.environ.get("FA_SM120_LIMITS") or None,
             "samples": "single calls, cold L2",
         }
+
+    def kind(self) -> cards.Kind:
+        """The class of a 12.x card, measured where its name is unknown."""
+        found = cards.kind_of(self.device["name"], self.arch)
+        if found.kind or self.arch // 10 != 12 or not torch.cuda.is_available():
+            return found
+        return cards.kind_of(self.device["name"], self.arch, cards.measured_half_rate())
 
     def facts(self) -> dict[str, Any]:
         """What else a reader of the measurements wants to know; None where it is not known."""

@@ -186,7 +186,7 @@ class Attention(AttentionImpl):  # type: ignore[misc]
                 f"{NAME} does not support a KV cache of {kv_cache_dtype} yet, only of "
                 f"{', '.join(Backend.supported_kv_cache_dtypes)}"
             )
-        _refuse(alibi_slopes=alibi_slopes, **unsupported)
+        _refuse(**unsupported)
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
@@ -196,6 +196,8 @@ class Attention(AttentionImpl):  # type: ignore[misc]
         self.attn_type = attn_type
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.sinks = sinks
+        # vLLM builds a model with its device as the default one.
+        self.slopes = None if alibi_slopes is None else torch.tensor(alibi_slopes).float()
         self.before = None if sliding_window is None else sliding_window - 1  # keys of a window
 
     def forward(
@@ -242,6 +244,7 @@ class Attention(AttentionImpl):  # type: ignore[misc]
             softmax_scale=self.scale,
             causal=attn_metadata.causal and not is_encoder,
             window_size=(self.before, self.before),
+            alibi_slopes=self.slopes,
             learnable_sink=self.sinks,
             softcap=self.softcap,
             out=out,

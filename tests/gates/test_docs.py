@@ -88,6 +88,17 @@ def test_named_files_exist(path):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_named_tests_exist():
+    """Those of the table of traps."""
+    found = {
+        name
+        for path in (ROOT / "tests").glob("*/test_*.py")
+        for name in re.findall(r"^def (test_\w+)", path.read_text(), flags=re.M)
+    }
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests/README.md").read_text()))
+    assert named and named <= found
+
+
 # ---- README --------------------------------------------------------------------------------------
 
 

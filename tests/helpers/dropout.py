@@ -27,6 +27,18 @@ def philox4x32(counter, key, rounds=ROUNDS):
     return counter
 
 
+def philox2x32(counter, key, rounds=ROUNDS):
+    """Two words of two words, and the first one before the last round."""
+    first, second = (torch.as_tensor(x, dtype=torch.int64) for x in counter)
+    before = first
+    for _ in range(rounds):
+        before = first
+        high, low = multiplied(first, 0xD256D193)
+        first, second = high ^ second ^ key, low
+        key = (key + 0x9E3779B9) & WORD
+    return (first, second), before
+
+
 def kept(seed, dropout_p, batch, heads, queries, keys):
     """[len(batch), heads, queries, keys]: whether a weight counts. `batch`: numbers of sequences."""
     seed, offset = (int(x) & (1 << 64) - 1 for x in seed)
@@ -34,10 +46,10 @@ def kept(seed, dropout_p, batch, heads, queries, keys):
     head = torch.arange(heads)[:, None, None]
     query, key = torch.arange(queries)[:, None], torch.arange(keys)
     stream = philox4x32((offset & WORD, offset >> 32, sequence, head), (seed & WORD, seed >> 32))
-    words = philox4x32((stream[0] ^ (query & ~8), stream[1] ^ (key & ~24), *stream[2:]), (0, 0))
-    words = torch.stack(torch.broadcast_tensors(*words))
-    word = words.gather(0, (key >> 3 & 3).expand_as(words[0])[None])[0]
-    numbers = torch.where((query & 8) != 0, word >> 16, word & 0xFFFF)
+    counter = (stream[0] ^ (query & ~8), stream[1] ^ (key & ~24))
+    words, before = philox2x32(counter, stream[2])
+    word = torch.where((query & 8) != 0, words[1], words[0])
+    numbers = (word >> (key & 24) & 0xFF) << 8 | before >> 24
     return numbers >= threshold(dropout_p)
 
 

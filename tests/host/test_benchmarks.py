@@ -26,6 +26,7 @@ import harness  # noqa: E402
 import overhead  # noqa: E402
 import paged  # noqa: E402
 import parallel  # noqa: E402
+import sass_report  # noqa: E402
 import varlen  # noqa: E402
 import versus  # noqa: E402
 import video  # noqa: E402
@@ -244,6 +245,16 @@ def test_tiles_of_the_balance_are_those_of_its_kernels(monkeypatch):
         own = balance.plan_of(call, problem)
         assert own.variant in rows and len(rows) > 20
         assert "tiles.c" in own.reasons["tile"]
+
+
+def test_predicted_shares():
+    """One warp overlaps nothing; more come closer to the bound, and slower products to 1."""
+    one = {"HMMA.16816.F32.BF16": 10, "MUFU.EX2": 10, "FFMA": 30}
+    figures = sass_report.Figures("", "sm_120f", 1, one, 10, 128, 0, 0, 1, "")
+    share = functools.partial(sass_report.predicted_share, figures)
+    tensor, mufu, fma, issue = 320, 80, 30, 50
+    assert share(1, 100, 32) == pytest.approx(tensor / (tensor + mufu + fma + issue + 100))
+    assert share(1, 100, 32) < share(2, 100, 32) < share(4, 100, 32) < share(4, 100, 64) < 1
 
 
 def test_mixes_are_what_they_are_called():

@@ -5,11 +5,12 @@ import re
 import subprocess
 import sys
 from importlib import metadata
+from types import ModuleType
 
 import pytest
 import torch
 
-from flash_attn_sm120 import flash_attn_func, sdpa, vllm
+from flash_attn_sm120 import fa2, flash_attn_func, sdpa, vllm
 from flash_attn_sm120.__main__ import COMMANDS, main
 from flash_attn_sm120.commands import check, demo, doctor
 from helpers.children import run_command
@@ -90,6 +91,17 @@ def test_doctor_says_whether_a_door_is_open(monkeypatch):
     assert doctor.state(missing) == "not possible, no-such-package is not installed"
     monkeypatch.setattr(sdpa, "_OLDEST_TRIED", (99, 0))
     assert doctor.state(door) == f"{version}, which has not been tried; open"
+
+
+def test_doctor_looks_for_flash_attn(monkeypatch):
+    (door,) = (door for door in doctor.DOORS if door.module == "fa2")
+    assert "; closed; flash_attn_sm120.fa2.install_as_flash_attn() opens it" in doctor.state(door)
+    handle = fa2.install_as_flash_attn()
+    assert doctor.state(door).endswith("; open")
+    handle.remove()
+    monkeypatch.setitem(sys.modules, "flash_attn", ModuleType("flash_attn"))
+    assert "not possible with torch" in doctor.state(door)
+    assert "flash_attn is imported already" in doctor.state(door)
 
 
 def test_doctor_asks_for_the_entry_point_of_vllm(monkeypatch):

@@ -244,7 +244,6 @@ def test_bad_scalars(device, case):
         ("mask_mod", lambda *a: True),
         ("aux_tensors", [torch.zeros(1)]),
         ("aux_scalars", [1.0]),
-        ("block_sparse_tensors", ()),
         ("block_sparse_tensors_bwd", ()),
     ],
 )

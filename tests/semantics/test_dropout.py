@@ -1,6 +1,7 @@
 """Dropout: what is dropped is a function of seed, offset, batch, head, query and key alone."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from flash_attn_sm120 import _C, explain, explain_backward, fa2, flash_attn_func
 from flash_attn_sm120 import flash_attn_varlen_func as varlen_func
 from helpers.checks import assert_all_equal, dlse_for, dout_for
 from helpers.devices import CPU
-from helpers.dropout import factors, kept, philox4x32, threshold
+from helpers.dropout import factors, kept, philox2x32, philox4x32, threshold
 from helpers.reference import assert_close, assert_gradients_close
 from helpers.tiles import tile_row, use_tiles
 
@@ -22,11 +23,14 @@ def seed_on(device, seed=SEED):
 
 
 def test_philox_by_its_published_numbers():
-    """Of ten rounds, from Random123's known answers; ours are seven of the same."""
+    """From Random123's known answers: of ten rounds, and of Philox2x32 in our seven, too."""
     zeros = [int(x) for x in philox4x32((0, 0, 0, 0), (0, 0), rounds=10)]
     assert zeros == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
     ones = [int(x) for x in philox4x32([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, rounds=10)]
     assert ones == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    assert [int(x) for x in philox2x32((0, 0), 0)[0]] == [0x257A3673, 0xCD26BE2A]
+    ones = [int(x) for x in philox2x32((0xFFFFFFFF, 0xFFFFFFFF), 0xFFFFFFFF)[0]]
+    assert ones == [0xAB302C4D, 0x3DC9D239]
 
 
 # ---- both directions, held against the reference with the very weights ---------------------------
@@ -151,6 +155,39 @@ def test_neighbours_are_independent(axis):
         a = counts.narrow(axis, 0, counts.shape[axis] - step)
         b = counts.narrow(axis, step, counts.shape[axis] - step)
         assert abs(deviations((a == b).sum(), 0.5, a.numel())) < 4, step
+
+
+@pytest.mark.parametrize("dropout_p", [0.1, 0.5019])
+def test_weights_of_a_draw_are_independent(dropout_p):
+    """All pairs and all counts of eight weights that share a draw, as those of binomial numbers."""
+    exact = threshold(dropout_p) / 65536
+    dropped = ~kept(SEED, dropout_p, range(4), 4, 256, 256)
+    draws = dropped.view(4, 4, 16, 2, 8, 8, 4, 8).permute(0, 1, 2, 4, 5, 7, 3, 6).flatten(6)
+    draws = draws.flatten(0, 5).double()
+    total = len(draws)
+    both = (draws.T @ draws)[torch.ones(8, 8).triu(1).bool()]
+    assert deviations(both, exact**2, total).abs().max() < 4
+    counts = torch.bincount(draws.sum(1).long(), minlength=9).double()
+    chances = [math.comb(8, n) * exact**n * (1 - exact) ** (8 - n) for n in range(9)]
+    meant = total * torch.tensor(chances, dtype=torch.float64)
+    often = meant > 20
+    assert ((counts - meant) ** 2 / meant)[often].sum() < 30
+
+
+def test_adjacent_draws_are_independent():
+    """Chi-square of pairs of 4 bits, of draws whose queries or keys differ in one bit."""
+    sixteenths = [kept(SEED, n / 16, range(2), 4, 256, 256) for n in range(1, 16)]
+    numbers = torch.stack(sixteenths).sum(0)  # the upper four bits of each weight's number
+    for axis in (2, 3):
+        size = numbers.shape[axis]
+        for step in (1, 2, 4, 8, 16, 32, 64, 128):
+            other = numbers.index_select(axis, torch.arange(size) ^ step)
+            pairs = torch.bincount((16 * numbers + other).flatten(), minlength=256).double()
+            # A pair counts twice, as itself and swapped: 136 cells are independent.
+            pairs = pairs.view(16, 16).triu()
+            meant = torch.full((16, 16), numbers.numel() / 256, dtype=torch.float64)
+            parts = ((pairs - meant) ** 2 / meant).triu(1).sum()
+            assert abs(parts - 240) < 5 * (2 * 4 * 120) ** 0.5, (axis, step)
 
 
 def test_steps_are_independent():

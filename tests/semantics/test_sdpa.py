@@ -22,6 +22,7 @@ from helpers.devices import CPU, CUDA, params_of
 
 SDPA = "_scaled_dot_product_flash_attention"
 FLASH = "_flash_attention_forward"
+EFFICIENT = "_scaled_dot_product_efficient_attention"
 ATEN = torch.ops.aten
 
 needs_registry = pytest.mark.skipif(
@@ -194,6 +195,64 @@ def test_results_and_gradients_are_ours(door, tensors, counted, layout, causal):
     assert_all_equal([out, lse], [expected, expected_lse])
     assert_all_equal(gradients(out, (q, k, v)), gradients(expected, (q, k, v)))
     assert counted() == [{SDPA: 1, f"{SDPA}_backward": 1}, {}]
+
+
+def as_torch_has_it(mask):
+    """(2, 4, 5, 7), expanded, and in rows of multiples of 16 elements."""
+    padded = F.pad(mask, (0, 16 - mask.shape[-1]))[..., : mask.shape[-1]]
+    return padded.expand(2, 4, 5, 7)
+
+
+@pytest.mark.quick("*True*None*")
+@pytest.mark.parametrize("shape", [(2, 4, 5, 7), (1, 4, 5, 7), (1, 1, 1, 7), None], ids=str)
+@pytest.mark.parametrize("causal", [False, True])
+def test_calls_with_a_mask_are_ours(door, tensors, counted, shape, causal):
+    q, k, v = inputs = tensors(heads_kv=4)
+    bias = expected_bias = None
+    if shape:
+        mask = torch.randn(shape).to(q).detach().requires_grad_()
+        bias, expected_bias = as_torch_has_it(mask), mask
+        inputs = (*inputs, mask)
+    out, lse, *_ = ATEN._scaled_dot_product_efficient_attention(
+        q, k, v, bias, True, 0.0, causal, scale=0.3
+    )
+    window = (None, -2) if causal else None  # top left
+    expected, expected_lse = directly(
+        q, k, v, attn_bias=expected_bias, window_size=window, softmax_scale=0.3
+    )
+    assert lse.shape == (2, 4, 32)
+    assert_all_equal([out, lse[..., :5]], [expected, expected_lse])
+    if shape and shape != (2, 4, 5, 7):  # the sums are torch's
+        pairs = zip(gradients(out, inputs), gradients(expected, inputs), strict=True)
+        for x, y in pairs:
+            torch.testing.assert_close(x, y)
+    else:
+        assert_all_equal(gradients(out, inputs), gradients(expected, inputs))
+    assert counted() == [{EFFICIENT: 1, f"{EFFICIENT}_backward": 1}, {}]
+    with torch.no_grad():
+        given = None if bias is None else bias.detach()
+        q, k, v = (x.detach() for x in (q, k, v))
+        arguments = (q, k, v, given)
+        for with_lse in (False, True):
+            operator = ATEN._scaled_dot_product_efficient_attention
+            out, *rest = assert_as_without_data(operator, *arguments, with_lse, 0.0, causal)
+        wanted = [True, True, True, bias is not None]
+        arguments = (*arguments, out, *rest, 0.0, wanted, causal)
+        operator = ATEN._scaled_dot_product_efficient_attention_backward
+        dout = torch.randn_like(out)
+        if given is not None:
+            assert_as_without_data(operator, dout, *arguments)
+
+
+def test_dropout_of_calls_with_a_mask(door, tensors):
+    q, k, v = tensors(heads_kv=4)
+    bias = torch.randn(2, 4, 5, 7).to(q).detach()
+    torch.manual_seed(0)
+    out, _, *drawn = ATEN._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.3)
+    options = {"dropout_p": 0.3, "dropout_seed": torch.stack(drawn)}
+    expected, _ = directly(q, k, v, attn_bias=bias, **options)
+    assert_all_equal([out], [expected])
+    assert_all_equal(gradients(out, (q, k, v)), gradients(expected, (q, k, v)))
 
 
 @pytest.mark.parametrize("window", [(None, None), (-1, -1), (2, 1), (-1, 0), (3, 0)])
@@ -876,10 +935,16 @@ def test_removing_on_cuda_brings_back_torch(on_cuda, counted):
     assert counted() == [{}, {}]
 
 
-def test_masks_never_reach_the_door(opened, on_cuda, counted):
-    q, k, v = on_cuda()
-    F.scaled_dot_product_attention(q, k, v, attn_mask=torch.ones(300, 300, device="cuda").bool())
-    assert counted() == [{}, {}]
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_masks_on_cuda_are_ours(opened, on_cuda, counted, kind):
+    inputs = on_cuda()
+    mask = torch.randn(2, 1, 300, 300, device="cuda", dtype=inputs[0].dtype)
+    mask = mask > 0 if kind == "bool" else mask.requires_grad_()
+    wanted = inputs if kind == "bool" else (*inputs, mask)
+    out = F.scaled_dot_product_attention(*inputs, attn_mask=mask)
+    ours = sdpa.scaled_dot_product_attention(*inputs, attn_mask=mask)
+    assert_all_equal([out, *gradients(out, wanted)], [ours, *gradients(ours, wanted)])
+    assert counted() == [{EFFICIENT: 1, FUNCTION: 1, f"{EFFICIENT}_backward": 1}, {}]
 
 
 def test_multihead_attention_in_training(opened, counted):

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from flash_attn_sm120 import _C, flash_attn_func
 from helpers.checks import assert_all_equal, dlse_for
+from helpers.devices import CPU
 from helpers.dropout import factors
 from helpers.inputs import LAYOUTS, random_tensor
 from helpers.reference import assert_close, assert_gradients_close
@@ -54,6 +55,10 @@ CHOICES = st.fixed_dictionaries(  # that change how a result is computed, and no
     }
 )
 LAYOUTS_OF_EACH = st.tuples(*[st.sampled_from(sorted(LAYOUTS))] * 4)
+# Of a bias: which of batch, heads and queries have their own, its type, and how large it is.
+BIASES = st.none() | st.tuples(
+    st.tuples(*[st.booleans()] * 3), st.booleans(), st.sampled_from((1.0, 10.0, 100.0))
+)
 SINKS = st.none() | st.sampled_from((torch.float32, torch.bfloat16, torch.float16))
 
 
@@ -98,10 +103,33 @@ def test_everything_together(device, request, outputs_full_of_nan):
         sink = None if sink_dtype is None else device.place(torch.randn(q.shape[2]).to(sink_dtype))
         dlse = dlse_for(device, q) if data.draw(st.booleans(), "dlse") else None
         dropout_p = data.draw(st.sampled_from((0.0, 0.0, 0.2, 0.6)), "dropout_p")
-        options = {**options, "learnable_sink": sink}
-        right(q, k, v, dout, dlse, options, dropout(device, q, k, dropout_p), **choices)
+        bias = bias_of(device, q, k, data.draw(BIASES, "bias"))
+        options = {**options, "learnable_sink": sink, "attn_bias": bias}
+        right(device, q, k, v, dout, dlse, options, dropout(device, q, k, dropout_p), **choices)
 
     check()
+
+
+def bias_of(device, q, k, drawn):
+    """A bias with a tenth of its elements -inf, in one of the sizes that broadcast."""
+    if drawn is None:
+        return None
+    own, is_fp32, factor = drawn
+    sizes = [
+        n if has else 1 for n, has in zip((q.shape[0], q.shape[2], q.shape[1]), own, strict=True)
+    ]
+    bias = factor * torch.randn(*sizes, k.shape[1])
+    bias[torch.rand(bias.shape) < 0.1] = -torch.inf
+    return device.place(bias if is_fp32 else bias.to(q.dtype))
+
+
+def has_bias_gradient(device, q, options, deterministic):
+    """Whether kernels compute it, too."""
+    bias = options["attn_bias"]
+    if bias is None or device is CPU:
+        return bias is not None
+    shared = bias.shape[:3] != (q.shape[0], q.shape[2], q.shape[1])
+    return not options["softcap"] and not (deterministic and shared)
 
 
 def dropout(device, q, k, dropout_p):
@@ -112,7 +140,7 @@ def dropout(device, q, k, dropout_p):
     return given, {"dropout": device.place(weights) if dropout_p else None}
 
 
-def right(q, k, v, dout, dlse, options, dropout, num_splits, pack_gqa, deterministic):
+def right(device, q, k, v, dout, dlse, options, dropout, num_splits, pack_gqa, deterministic):
     """One call and its gradients, held against the reference; what must be is the same twice."""
     options, meant = ({**options, **more} for more in dropout)
 
@@ -125,14 +153,18 @@ def right(q, k, v, dout, dlse, options, dropout, num_splits, pack_gqa, determini
 
     def backward():
         gradients = _C.backward(
-            dout, q, k, v, out, lse, dlse, **options, deterministic=deterministic
+            *(dout, q, k, v, out, lse, dlse),
+            **options,
+            deterministic=deterministic,
+            bias_gradient=bias_gradient,
         )
         return [x for x in gradients if x is not None]
 
+    bias_gradient = has_bias_gradient(device, q, options, deterministic)
     out, lse = forward()
     assert_close(out, lse, q, k, v, **meant)
     assert_all_equal(forward(), (out, lse))
     gradients = backward()
-    assert_gradients_close(gradients, q, k, v, dout, dlse, **meant)
+    assert_gradients_close(gradients, q, k, v, dout, dlse, **meant, of_bias=bias_gradient)
     if deterministic:
         assert_all_equal(backward(), gradients)

@@ -29,6 +29,7 @@ from flash_attn_sm120 import __main__ as command_line
 from flash_attn_sm120 import fa2, interface
 from flash_attn_sm120 import transformers as door
 from flash_attn_sm120.transformers import ATTENTION, FLASH, Mask, Rows
+from helpers.children import run_ranks
 from helpers.language_models import (
     DECODERS,
     ENCODERS,
@@ -315,6 +316,53 @@ def test_trainer_with_lora(tmp_path):
     assert_close(*map(torch.tensor, losses[::-1]))
 
 
+ULYSSES = """
+import os
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo", init_method=os.environ["INIT"], rank=rank, world_size=size)
+
+import deepspeed
+from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+from flash_attn_sm120 import transformers as door
+from helpers.language_models import VOCABULARY, make_pair
+
+deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+door.register()
+eager, ours = make_pair("llama", door.ATTENTION)
+torch.manual_seed(0)
+tokens = torch.randint(3, VOCABULARY, (1, 24))
+expected = eager(tokens, use_cache=False).logits
+(expected * expected.sin()).sum().backward()
+UlyssesSPAttentionHF.register_with_transformers(
+    model_name_or_path=ours,
+    core_attn_implementation=door.ATTENTION,
+    sequence_parallel_size=size,
+    micro_batch_size=1,
+)
+places = torch.arange(24)[None].chunk(size, 1)[rank]
+own = tokens.chunk(size, 1)[rank]
+logits = ours(own, position_ids=places, use_cache=False).logits
+torch.testing.assert_close(logits, expected.chunk(size, 1)[rank], rtol=1e-4, atol=1e-4)
+(logits * logits.sin()).sum().backward()
+for x, y in zip(ours.parameters(), eager.parameters()):
+    dist.all_reduce(x.grad)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-3, atol=1e-3)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_ulysses_of_deepspeed(tmp_path):
+    """Each of two ranks has half of the rows, and within attention half of the heads."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    for done in run_ranks(ULYSSES, 2, tmp_path, DS_ACCELERATOR="cpu"):
+        assert done.returncode == 0, done.stderr
+
+
 # ---- generate ------------------------------------------------------------------------------------
 
 STATIC = {"cache_implementation": "static", "disable_compile": True}
@@ -518,43 +566,48 @@ def test_a_compiled_mask_with_gaps_is_found(compiled):
         follow(input_ids=tokens(), attention_mask=gaps, use_cache=False)
 
 
-# ---- what is refused -----------------------------------------------------------------------------
+# ---- masks that are no windows --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [ATTENTION, FLASH])
 def test_chunks(name):
-    """Trap 4: within one chunk they are causal; beyond, they are not taken for it."""
+    """Within one chunk they are causal; beyond, Transformers refuses them for FlashAttention."""
     options = {"attention_chunk_size": 32, "layer_types": ["chunked_attention", "full_attention"]}
     options |= {"num_local_experts": 2, "intermediate_size_mlp": 96, "moe_layers": []}
     eager, ours = make_pair("llama4_text", name, **options, attn_temperature_tuning=False)
-    for batch in ("no mask", "left"):
-        inputs = BATCHES[batch]()
-        assert_close(*(real(logits(x, **inputs), inputs) for x in (ours, eager)))
-    for model in (eager, ours):
-        model.config.attention_chunk_size = 8
-    with pytest.raises((NotImplementedError, ValueError), match="chunked"):
-        logits(ours, **BATCHES["no mask"]())
+    for chunk_size in (32, 8):
+        for model in (eager, ours):
+            model.config.attention_chunk_size = chunk_size
+        for batch in ("no mask", "left"):
+            inputs = BATCHES[batch]()
+            if name == FLASH and chunk_size == 8:
+                with pytest.raises(ValueError, match="chunked"):
+                    logits(ours, **inputs)
+            else:
+                assert_close(*(real(logits(x, **inputs), inputs) for x in (ours, eager)))
 
 
 UNIONS = {
     "or_mask_function": lambda: {"or_mask_function": lambda b, h, q, k: q >= k},
     "and_mask_function": lambda: {"and_mask_function": lambda b, h, q, k: q - k < 3},
-    "block_sequence_ids": lambda: {"block_sequence_ids": torch.zeros(2, SEQLEN, dtype=torch.long)},
+    "block_sequence_ids": lambda: {"block_sequence_ids": torch.arange(2 * SEQLEN).view(2, -1) // 4},
 }
 
 
 @pytest.mark.parametrize("union", UNIONS)
 @pytest.mark.parametrize("name", [ATTENTION, FLASH])
-def test_unions_of_masks_are_refused(name, union):
-    """Trap 4: images that see their later tokens, and masks by the caller."""
+def test_unions_of_masks(name, union):
+    """Images that see their later tokens, and masks by the caller."""
     config = configuration("llama")
-    config._attn_implementation = name
+    config.attention_chunk_size = 8 if name == ATTENTION else 64
     for create in (masking_utils.create_causal_mask, masking_utils.create_chunked_causal_mask):
-        config.attention_chunk_size = 64
-        with pytest.raises(
-            NotImplementedError, match=r"not the mask function '(or_masks|.*lambda)"
-        ):
-            create(config, torch.empty(2, SEQLEN, 0), None, None, **UNIONS[union]())
+        for attention_mask in (None, LEFT):
+            shown = []
+            for implementation in (name, "sdpa"):
+                config._attn_implementation = implementation
+                inputs = torch.empty(2, SEQLEN, 0), attention_mask, None
+                shown.append(create(config, *inputs, **UNIONS[union]()))
+            assert torch.equal(shown[0].seen, shown[1]) and shown[0].window_size == (None, None)
 
 
 def sliding_window_overlay(sliding_window):
@@ -562,26 +615,48 @@ def sliding_window_overlay(sliding_window):
     return lambda b, h, q, k: k > q + sliding_window
 
 
-def test_a_stranger_by_a_known_name_is_refused():
-    with pytest.raises(NotImplementedError, match=r"function 'sliding_window_overlay.<locals>"):
-        door.mask(1, 5, 5, mask_function=sliding_window_overlay(4))
+def test_a_stranger_by_a_known_name_is_asked_for_every_pair():
+    shown = door.mask(1, 5, 5, mask_function=sliding_window_overlay(2))
+    assert torch.equal(shown.seen[0, 0], torch.ones(5, 5).triu(3).bool())
 
 
-def test_masks_of_4_dimensions_are_refused():
-    """Trap 4: the mask function never sees them."""
-    _, ours = make_pair("llama", ATTENTION)
-    inputs = {"input_ids": tokens(), "attention_mask": torch.zeros(2, 1, SEQLEN, SEQLEN)}
-    with pytest.raises(NotImplementedError, match="no attention_mask of 4 dimensions"):
-        ours(**inputs)
+@pytest.mark.parametrize("kind", ["bool", "float", "longer"])
+def test_masks_of_4_dimensions(kind):
+    """The mask function never sees them."""
+    eager, ours = make_pair("llama", ATTENTION)
+    seen = torch.ones(2, 1, SEQLEN, SEQLEN).tril().bool()
+    seen[1, :, :, 3] = seen[1, :, 4, 5] = False
+    lowest = torch.finfo(torch.float32).min
+    added = torch.zeros(seen.shape).masked_fill(~seen, lowest)
+    given = seen if kind == "bool" else added
+    if kind == "longer":
+        given = torch.nn.functional.pad(added, (0, 3), value=lowest)
+    ids = tokens()
+    expected, out = eager(ids, attention_mask=added), ours(ids, attention_mask=given)
+    assert_same_results(eager, ours, expected.logits, out.logits)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "bert"])
-def test_gaps_are_refused(model_type):
-    _, ours = make_pair(model_type, ATTENTION)
+def test_gaps(model_type):
+    eager, ours = make_pair(model_type, ATTENTION)
     gaps = LEFT.clone()
     gaps[1, 7] = 0
-    with pytest.raises(NotImplementedError, match="not within it"):
-        ours(tokens(), attention_mask=gaps)
+    assert_same(eager, ours, {"input_ids": tokens(), "attention_mask": gaps})
+
+
+def test_gaps_with_a_cache():
+    """Queries that stand before keys which are not filled yet, and the steps after a gap."""
+    eager, ours = make_pair("llama", ATTENTION)
+    gaps = LEFT.clone()
+    gaps[1, 7] = 0
+    inputs = {"attention_mask": gaps, "max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    ids = tokens()
+    for cache in ("dynamic", "static"):
+        options = {**inputs, "cache_implementation": cache}
+        assert torch.equal(*(x.generate(ids, **options) for x in (eager, ours)))
+
+
+# ---- what is refused -----------------------------------------------------------------------------
 
 
 def test_dropout_in_training():
@@ -922,3 +997,36 @@ def test_other_names_go_to_transformers():
 
 def test_rows_are_named():
     assert Rows() == (None, None, None)
+
+
+# ---- in CUDA graphs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_decoding_in_a_graph_whose_cache_grows(cuda, model_type):
+    """A static cache is as long at each step as its own counter says, on the device."""
+    eager, ours = (x.to("cuda", torch.bfloat16) for x in make_pair(model_type, ATTENTION))
+    text = torch.randint(3, VOCABULARY, (2, 48), device="cuda")
+    named = inspect.signature(type(ours).forward).parameters
+    name = "cache" if "cache" in named else "past_key_values"  # before Transformers 5.24
+    cache = transformers.StaticCache(config=ours.config, max_cache_len=64)
+    token = text[:, :1].clone()
+
+    def step():
+        return ours(token, **{name: cache}).logits[:, 0]
+
+    with torch.no_grad():
+        expected = eager(text).logits
+        ours(text[:, :16], **{name: cache})
+        step()  # compiles
+        cache.reset()
+        ours(text[:, :16], **{name: cache})
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            logits = step()
+        for i in range(16, 48):
+            token.copy_(text[:, i : i + 1])
+            graph.replay()
+            error = (logits - expected[:, i]).float().norm() / expected[:, i].float().norm()
+            assert error < 0.1, i

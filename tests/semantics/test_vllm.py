@@ -96,9 +96,9 @@ class Engine:
         order = random.Random(3).sample(range(len(self.cache)), self.sequences * pages)
         self.table = torch.tensor(order).view(self.sequences, pages)
         self.held = [torch.empty(2, 0, self.heads[1], self.dim) for _ in range(self.sequences)]
-        self.layer = self.backend.Backend.get_impl_cls()(
-            self.heads[0], self.dim, self.dim**-0.5, self.heads[1], None, **self.options
-        )
+        shape = self.heads[0], self.dim, self.dim**-0.5, self.heads[1]
+        with torch.device(self.device.torch_device):  # as vLLM builds models
+            self.layer = self.backend.Backend.get_impl_cls()(*shape, **self.options)
         self.builder = self.backend.Backend.get_builder_cls()(None, ["layer"], None, None)
 
     def slots(self, counts):
@@ -165,7 +165,10 @@ class Engine:
             "window_size": (before, before),
             "softcap": self.options.get("logits_soft_cap") or 0.0,
             "learnable_sink": self.options.get("sinks"),
+            "alibi_slopes": self.options.get("alibi_slopes"),
         }
+        if options["alibi_slopes"] is not None:
+            options["alibi_slopes"] = torch.tensor(options["alibi_slopes"])
         if options["learnable_sink"] is not None:
             options["learnable_sink"] = options["learnable_sink"].cpu()
         out = out.cpu().as_subclass(torch.Tensor)
@@ -217,6 +220,7 @@ def test_heads_and_dims(device, backend, heads, dim):
 OPTIONS = {
     "window": {"sliding_window": 20},
     "softcap": {"logits_soft_cap": 5.0},
+    "alibi": {"alibi_slopes": [0.5, 0.25, 0.125, 0.0625]},
     "sinks": {"sinks": torch.linspace(-1, 2, 4)},
     "sinks of bf16": {"sinks": torch.linspace(-1, 2, 4).bfloat16(), "sliding_window": 20},
 }
@@ -504,7 +508,6 @@ def test_signatures_are_those_of_vllm(backend):
 # ---- what is refused -----------------------------------------------------------------------------
 
 LAYERS = {
-    "alibi": ({"alibi_slopes": [0.5] * 4}, "does not support alibi_slopes yet"),
     "fp8": ({"kv_cache_dtype": "fp8"}, "does not support a KV cache of fp8 yet, only of auto"),
     "unknown": ({"chunk_lookback": 1}, "does not support chunk_lookback yet"),
 }
