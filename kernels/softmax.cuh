@@ -86,8 +86,8 @@ __device__ __forceinline__ row_set rows_to_update(const forward_block &block, in
 }
 
 /* P = 2^(S * scale - m) [WARP_M, SUB_N], as the A operand of the next mma, and l += its row sums.
- * Rows in `scaled` are pre-multiplied by scale, and all where SCALES_EARLY. l has the weights before
- * any is dropped. */
+ * Rows in `scaled` are pre-multiplied by scale, and all where SCALES_EARLY. l has the weights
+ * before any is dropped. */
 template <class F>
 __device__ __forceinline__ void
 exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4], float (&l_rmem)[M_FRAGS][2],
