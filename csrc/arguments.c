@@ -185,8 +185,8 @@ static struct fa_block_list block_list_of(const struct fa_tensor *counts,
     };
 }
 
-/* `own`: rows that a tile of the kernel takes of a block that is a row of the lists, `other`: of
- * one that is listed. */
+/* `row_tiles`, `tiles`: tiles of the kernel in a block that is a row of the lists, and in one that
+ * is listed. */
 static struct fa_block_lists block_lists_of(const struct fa_block_lists_read *lists, int row_tiles,
                                             int tiles)
 {

@@ -2,6 +2,7 @@
 
 #include <stdlib.h>
 
+#include "cpu/block_map.h"
 #include "cpu/sequence.h"
 
 /* Fetches the memory of a tensor to the host, and makes it the tensor's. What lies between its
@@ -16,9 +17,21 @@ static CUresult fetch(struct fa_driver *driver, struct fa_tensor *numbers, void 
 
 int fa_device_check(struct fa_driver *driver, const struct fa_problem *problem, CUstream stream)
 {
-    struct fa_problem copy = *problem; /* of it lengths and pages alone are read */
-    struct fa_tensor *const all[] = {&copy.cu_seqlens_q, &copy.cu_seqlens_k, &copy.seqused_q,
-                                     &copy.seqused_k,    &copy.page_table,   &copy.leftpad_k};
+    struct fa_problem copy = *problem; /* of it lengths, pages and lists are read */
+    struct fa_tensor *const all[] = {&copy.cu_seqlens_q,
+                                     &copy.cu_seqlens_k,
+                                     &copy.seqused_q,
+                                     &copy.seqused_k,
+                                     &copy.page_table,
+                                     &copy.leftpad_k,
+                                     &copy.key_blocks.counts,
+                                     &copy.key_blocks.indices,
+                                     &copy.key_blocks.full_counts,
+                                     &copy.key_blocks.full_indices,
+                                     &copy.query_blocks.counts,
+                                     &copy.query_blocks.indices,
+                                     &copy.query_blocks.full_counts,
+                                     &copy.query_blocks.full_indices};
     enum { COUNT = sizeof all / sizeof *all };
     void *hosts[COUNT] = {0};
     CUresult result = CUDA_SUCCESS;
@@ -46,7 +59,10 @@ int fa_device_check(struct fa_driver *driver, const struct fa_problem *problem, 
     Py_END_ALLOW_THREADS
     status = fa_driver_check(driver, result, "reading lengths for FA_SM120_CHECK");
     if (status == 0)
-        status = fa_check_sequences(&copy);
+        status = fa_check_sequences(&copy) < 0 || fa_block_map_check(&copy.key_blocks) < 0 ||
+                         fa_block_map_check(&copy.query_blocks) < 0
+                     ? -1
+                     : 0;
 done:
     for (int i = 0; i < COUNT; i++)
         free(hosts[i]);

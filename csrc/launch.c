@@ -39,10 +39,12 @@ static int find_plan(struct call *call)
     return fa_planning_warn(state, plan);
 }
 
-/* Looks at lengths and pages, where FA_SM120_CHECK asks for it. 0 or -1. */
+/* Looks at lengths, pages and lists of blocks, where FA_SM120_CHECK asks for it. 0 or -1. */
 static int check(const struct call *call)
 {
-    if (!call->state->settings.check || !call->problem->shape.is_varlen)
+    const struct fa_options *options = &call->problem->options;
+    const bool has_lists = options->key_blocks || options->query_blocks;
+    if (!call->state->settings.check || !(call->problem->shape.is_varlen || has_lists))
         return 0;
     return fa_problem_recheck(call->problem, call->gradients, NULL) < 0
                ? -1

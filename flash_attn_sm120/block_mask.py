@@ -204,7 +204,7 @@ def create_block_mask(
 
 
 def _maps_of(
-    mask_mod: Any, sizes: tuple[int, int, int, int], block: tuple[int, ...], device: torch.device
+    mask_mod: Any, sizes: tuple[int, int, int, int], block: tuple[int, int], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which blocks (batch, heads, rows, columns) are partial, and which full; tails are partial."""
     batch, heads, queries, keys = sizes

@@ -112,6 +112,12 @@ def flash_attn_func(
             others are refused, and so is memory that overlaps an input or itself.
         lse: ``(batch, heads_q, seqlen_q)`` float32, contiguous, to write the log-sum-exp to; it is
             returned, whether or not ``return_lse`` asks for it.
+        block_sparse_tensors: a torch ``BlockMask``, or an object with the fields of
+            FlashAttention-4's ``BlockSparseTensorsTorch``: the blocks of queries and keys that are
+            computed, and no others; ``docs/block_sparse.md`` says how. Not with lengths or pages,
+            nor with ``deterministic`` on CUDA.
+        block_sparse_tensors_bwd: the same fields for the backward, by blocks of keys; None: those
+            of the ``BlockMask``, or made on the device.
         seqused_k, max_seqlen_k, page_table: lengths of the keys, and K and V in pages: the call is
             that of :func:`flash_attn_varlen_func`.
         score_mod: FlexAttention's ``(score, b, h, q_idx, kv_idx)``, which returns what takes the
@@ -120,9 +126,8 @@ def flash_attn_func(
         mask_mod: FlexAttention's ``(b, h, q_idx, kv_idx)``: True where the query sees the key, if
             ``causal`` and ``window_size`` let it, too.
         aux_tensors: handed on to mods that take one argument more.
-        qv, gather_kv_indices, score_mod_bwd, aux_scalars, block_sparse_tensors,
-            block_sparse_tensors_bwd: as in FlashAttention-4, not supported yet: all but the default
-            raise NotImplementedError.
+        qv, gather_kv_indices, score_mod_bwd, aux_scalars: as in FlashAttention-4, not supported
+            yet: all but the default raise NotImplementedError.
         unsupported: ``cu_seqlens_q`` and other parameters of FlashAttention's functions:
             NotImplementedError by name, unless they ask for nothing.
 

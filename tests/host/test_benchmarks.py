@@ -27,6 +27,7 @@ import overhead  # noqa: E402
 import paged  # noqa: E402
 import parallel  # noqa: E402
 import sass_report  # noqa: E402
+import sparse  # noqa: E402
 import varlen  # noqa: E402
 import versus  # noqa: E402
 import video  # noqa: E402
@@ -306,6 +307,21 @@ def test_a_dry_run_of_pages(monkeypatch, capsys):
     assert len(re.findall(r"^\| prefill  \| 4/2 ", said, re.M)) == 2
     assert len(re.findall(r"^\| decoding \| 4/2 ", said, re.M)) == 1
     assert "absent in 3 cells: contiguous" not in said and "absent in 3 cells: seqused" not in said
+
+
+def test_a_dry_run_of_sparse(monkeypatch, capsys):
+    def absent(*_, **__):
+        raise RuntimeError("it takes long to compile")
+
+    monkeypatch.setattr(sparse, "compiled_flex", absent)
+    monkeypatch.setattr(sparse, "PRESETS", (harness.Preset(2, 2, 16),))
+    monkeypatch.setattr(sparse, "DENSITIES", (0.5, 1.0))
+    monkeypatch.setattr(sparse, "SEQLEN", {"cpu": dict.fromkeys(sparse.SEQLEN["cuda"], 150)})
+    run(monkeypatch, sparse)
+    said = capsys.readouterr().out
+    assert re.search(r"^\| backward +\| 16 \| random, 50% +\| 150 \| 75.0% ", said, re.M)
+    assert len(re.findall(r"^\| (?:for|back)ward +\| 16 ", said, re.M)) == 16
+    assert "wrong" not in said
 
 
 def test_a_dry_run_of_video(monkeypatch, capsys, tmp_path):

@@ -1,14 +1,17 @@
 """Block sparsity: what lists of blocks let queries see, in both directions."""
 
 import math
+import sys
 
 import pytest
 import torch
 from torch.nn.attention import flex_attention as flex
 
+import emulator
 from flash_attn_sm120 import _C, block_mask, explain, explain_backward, flash_attn_func
 from helpers.block_lists import check, lists_of, options_of, random_map, seen_by
 from helpers.checks import assert_all_equal, dout_for
+from helpers.children import run_python
 from helpers.devices import CPU, CUDA, EMULATOR, params_of
 from helpers.tiles import tile_row, use_tiles
 
@@ -379,3 +382,35 @@ def test_a_callable_is_not_asked_in_full_blocks(device):
 def assert_close(device, got, expected):
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours.cpu().float(), theirs.cpu().float(), atol=2e-2, rtol=2e-2)
+
+
+CHECKED = """
+import sys
+sys.path[:0] = {path!r}
+import torch
+from flash_attn_sm120 import _C, block_mask
+from helpers.devices import CUDA, EMULATOR
+
+device = {device}
+q = device.place(torch.randn(1, 130, 2, 8).bfloat16())
+counts = device.place(torch.ones(1, 1, 2).int())
+for index in (1, 2):
+    indices = device.place(torch.full((1, 1, 2, 2), index).int())
+    blocks = block_mask.BlockLists(128, 128, counts, indices)
+    try:
+        _C.forward(q, q, q, key_blocks=blocks)
+        print("right")
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("device", [EMULATOR, CUDA], ids=lambda device: device.name)
+def test_lists_are_checked_first(device, tmp_path):
+    """FA_SM120_CHECK=1: as of CPU tensors."""
+    driver = {"FA_SM120_DRIVER": str(emulator.library())} if device == EMULATOR else {}
+    code = CHECKED.format(path=sys.path, device="EMULATOR" if device == EMULATOR else "CUDA")
+    done = run_python(code, tmp_path, FA_SM120_CHECK="1", **driver)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "right" and "from 0 to 1: row 0 has 2" in lines[1]
