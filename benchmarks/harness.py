@@ -120,11 +120,6 @@ class Cell:
         mask = " causal" if self.causal else ""
         return f"{heads} heads, D {dims}, B {self.batch}, S {self.seqlen}{mask}"
 
-    def __str__(self) -> str:
-        heads, dims = f"{self.preset.heads_q}/{self.preset.heads_kv}", self.preset.head_dim
-        mask = " causal" if self.causal else ""
-        return f"{heads} heads, D {dims}, B {self.batch}, S {self.seqlen}{mask}"
-
     def shapes(self) -> list[tuple[int, int, int, int]]:
         """Of q, k, v and out."""
         preset, queries = self.preset, self.seqlen if self.queries is None else self.queries
@@ -207,7 +202,9 @@ def attempt(contestant: Timed, step: Callable[[], T]) -> tuple[T | None, str]:
             reason = out_of_memory(error)
             if not reason and not isinstance(error, cannot):
                 raise
-            reason = reason or " ".join([str(error) or repr(error), *(str(note.message) for note in notes)])
+            # The first line: others list dispatch keys.
+            said = next(iter(str(error).splitlines()), "") or repr(error)
+            reason = reason or " ".join([said, *(str(note.message) for note in notes)])
     if reason:
         release_memory()  # what the call held, now that its frames are gone
     else:
