@@ -336,7 +336,9 @@ def test_indices_are_clamped(device):
 # ---- with callables ------------------------------------------------------------------------------
 
 
-LISTS = [f"{full}{side}_{x}" for full in ("", "full_") for side in "kv q".split()
+LISTS = [f"{full}{side}_{x}"
+         for full in ("", "full_")
+         for side in ("kv", "q")
          for x in ("num_blocks", "indices")]  # fmt: skip
 
 
