@@ -210,7 +210,7 @@ def flash_attn_func(
         )
     if score_mod is not None or mask_mod is not None:
         tensors = {"alibi_slopes": alibi_slopes, "dropout_seed": dropout_seed}
-        scalars = {
+        scalars: dict[str, Any] = {
             "softmax_scale": softmax_scale,
             "causal": causal,
             "window_size": window_size,

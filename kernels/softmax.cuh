@@ -7,8 +7,7 @@
  * BIAS the keys at the edge may be those that weigh least, or nothing: then every tile updates m.
  *
  * A mod may make scores grow at any key: then every tile looks, and m rises in the rows where the
- * row max has grown by more than
- * rows_that_grew() allows.
+ * row max has grown by more than rows_that_grew() allows.
  *
  * FlashAttention-4 goes half of this way: it keeps m while the row max has not grown by more than
  * rescale_threshold (2^8), and looks at every tile. */
@@ -90,8 +89,8 @@ __device__ __forceinline__ row_set rows_to_update(const forward_block &block, in
 }
 
 /* P = 2^(S * scale - m) [WARP_M, SUB_N], as the A operand of the next mma, and l += its row sums.
- * Rows in `scaled` are pre-multiplied by scale, and all where IS_PRESCALED. l has the weights before
- * any is dropped. */
+ * Rows in `scaled` are pre-multiplied by scale, and all where IS_PRESCALED. l has the weights
+ * before any is dropped. */
 template <class F>
 __device__ __forceinline__ void
 exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4], float (&l_rmem)[M_FRAGS][2],
