@@ -23,6 +23,7 @@ import decode  # noqa: E402
 import forward  # noqa: E402
 import grid  # noqa: E402
 import harness  # noqa: E402
+import mods  # noqa: E402
 import overhead  # noqa: E402
 import paged  # noqa: E402
 import parallel  # noqa: E402
@@ -493,3 +494,16 @@ def test_two_revisions_are_compared(monkeypatch, capsys, of_backward):
 def test_readme_says_what_each_script_is_for():
     readme = (BENCHMARKS / "README.md").read_text()
     assert [p.name for p in BENCHMARKS.glob("*.py") if f"**`{p.name}`**" not in readme] == []
+
+
+def test_a_dry_run_of_mods(monkeypatch, capsys):
+    def absent(*_, **__):
+        raise RuntimeError("it takes long to compile")
+
+    monkeypatch.setattr(mods, "compiled_flex", absent)
+    monkeypatch.setattr(mods, "PRESETS", (harness.Preset(2, 2, 16),))
+    monkeypatch.setattr(mods, "SEQLEN", {"cpu": 130})
+    run(monkeypatch, mods)
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^\| (?:for|back)ward +\| 16 ", said, re.M)) == 16
+    assert "wrong" not in said

@@ -1,0 +1,200 @@
+"""What do score_mod and mask_mod cost, beside no mod and our own built-in features?
+
+    FA_SM120_LIMITS=120 python benchmarks/mods.py --output mods.jsonl
+
+Causal calls, forward and the gradients of a forward that ran before, with a mod that says the same
+as a built-in option (causal with its BlockMask, softcap, a window, ALiBi), or what only a mod says.
+Beside the call without a mod, and compiled flex_attention with the same callables and BlockMask.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import harness
+import torch
+from harness import OURS, Cell, Contestant, Preset, Problem, WrongResult
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from flash_attn_sm120 import block_mask, flash_attn_func
+
+BLOCK = 128
+PRESETS = (Preset(16, 16, 64), Preset(16, 16, 128))
+SEQLEN = {"cuda": 8192, "cpu": 200}
+NO_MOD, BUILT_IN, FLEX = "no mod", "built in", "flex_attention, compiled"
+NAMES = (OURS, NO_MOD, BUILT_IN, FLEX)
+FLOPS = {"forward": 1.0, "backward": 2.5}  # of a forward's
+CAP, WINDOW = 30.0, 1024
+
+
+@dataclass(frozen=True)
+class Mod:
+    """A callable, and the options that say the same; `blocks`: also as a BlockMask."""
+
+    name: str
+    score: Callable[..., Any] | None = None
+    mask: Callable[..., Any] | None = None
+    built_in: dict[str, Any] = field(default_factory=dict)
+    blocks: bool = False
+
+
+def causal(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return q >= k
+
+
+def window(b: Any, h: Any, q: Any, k: Any) -> Any:
+    return (q >= k) & (q - k <= WINDOW)
+
+
+def mods(device: str, heads: int, seqlen: int) -> list[Mod]:
+    slopes = (2.0 ** -torch.linspace(1, 8, heads)).to(device)
+    table = torch.randn(heads, 64, device=device)
+    document = (torch.arange(seqlen, device=device) // (seqlen // 16 + 1)).int()
+    return [
+        Mod("causal, BlockMask", mask=causal, built_in={"causal": True}, blocks=True),
+        Mod("causal, no blocks", mask=causal, built_in={"causal": True}),
+        Mod("window, BlockMask", mask=window, built_in={"window_size": (WINDOW, 0)}, blocks=True),
+        Mod(
+            "softcap",
+            lambda s, b, h, q, k: CAP * torch.tanh(s / CAP),
+            built_in={"causal": True, "softcap": CAP},
+        ),
+        Mod(
+            "ALiBi",
+            lambda s, b, h, q, k: s + slopes[h] * (k - q),
+            built_in={"causal": True, "alibi_slopes": slopes},
+        ),
+        Mod("relative table", lambda s, b, h, q, k: s + table[h, torch.clamp(q - k, 0, 63)]),
+        Mod("ten operations", ten_operations),
+        Mod(
+            "documents, BlockMask",
+            mask=lambda b, h, q, k: (document[q] == document[k]) & (q >= k),
+            blocks=True,
+        ),
+    ]
+
+
+def ten_operations(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
+    distance = (q - k) * 0.001
+    return s * (1.0 + distance * distance * 0.25) - torch.abs(distance) * 0.5 + torch.minimum(s, -s)
+
+
+# ---- contestants ---------------------------------------------------------------------------------
+
+
+compiled_flex = torch.compile(flex_attention, dynamic=False)
+
+
+def contestants(
+    problem: Problem, mod: Mod, mask: BlockMask, dout: Tensor, direction: str
+) -> list[Contestant]:
+    inputs = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    heads_first = [x.transpose(1, 2) for x in inputs]
+    named = {"score_mod": mod.score, "mask_mod": mod.mask}
+    if mod.blocks:
+        named = {"block_sparse_tensors": mask}
+    elif mod.mask is None:
+        named["causal"] = True
+
+    def ours(**options: Any) -> Tensor:
+        return flash_attn_func(*inputs, **options)[0]
+
+    def flex() -> Tensor:
+        return compiled_flex(*heads_first, score_mod=mod.score, block_mask=mask).transpose(1, 2)
+
+    def call_of(attend: Callable[[], Tensor]) -> Callable[[], Sequence[Tensor]]:
+        if direction == "forward":
+            return torch.no_grad()(lambda: [attend()])
+        kept = functools.cache(attend)
+        return lambda: torch.autograd.grad(kept(), inputs, dout, retain_graph=True)
+
+    found = [
+        Contestant(OURS, call_of(functools.partial(ours, **named))),
+        Contestant(NO_MOD, call_of(functools.partial(ours, causal=True))),
+        Contestant(FLEX, call_of(flex), cannot=(NotImplementedError, RuntimeError)),
+    ]
+    if mod.built_in:
+        found.append(Contestant(BUILT_IN, call_of(functools.partial(ours, **mod.built_in))))
+    return found
+
+
+class Check:
+    """All contestants with the mod give the same. The tests hold them against fp32."""
+
+    def __init__(self) -> None:
+        self.first: Sequence[Tensor] | None = None
+
+    def __call__(self, name: str, results: Sequence[Tensor]) -> None:
+        if name == NO_MOD:
+            return
+        if self.first is None:
+            self.first = [x.detach().clone() for x in results]
+        for x, like in zip(results, self.first, strict=True):
+            error = (x.float() - like.float()).norm() / like.float().norm()
+            if not error < 0.02:
+                raise WrongResult(f"{name}: off by {error:.3f} of the norm")
+
+
+def measure(
+    problem: Problem, mod: Mod, mask: BlockMask, direction: str, args: argparse.Namespace
+) -> dict[str, dict]:
+    dout = torch.randn_like(problem.q)
+    found = contestants(problem, mod, mask, dout, direction)
+    entrants, absent = harness.admit(found, Check(), (dout,))
+    timings, without = harness.time_interleaved(entrants, args.device, args.rounds)
+    flops = FLOPS[direction] * harness.forward_flops(problem)
+    fields = {name: harness.timing_fields(x, flops) for name, x in timings.items()}
+    if not mod.built_in:
+        absent[BUILT_IN] = "there is none"
+    return fields | harness.absent_fields(absent | without)
+
+
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def row(cell: dict[str, dict]) -> list[object]:
+    """Microseconds, and the speed of ours beside the others."""
+    ms = {name: record.get("ms") for name, record in cell.items()}
+    times = [f"{ms[name] * 1e3:.1f}" if ms.get(name) else "absent" for name in NAMES]
+    beside = [f"{ms[x] / ms[OURS]:.2f}" if ms.get(x) and ms[OURS] else "" for x in NAMES[1:]]
+    return [*(cell[OURS][key] for key in ("direction", "head_dim", "mod")), *times, *beside]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="mods whose name has it")
+    harness.add_arguments(parser)
+    args = harness.parse(parser)
+    records = harness.Records(args.output, "mods", args.device)
+    seqlen, found = SEQLEN[args.device], []
+    for mod in mods(args.device, PRESETS[0].heads_q, seqlen):
+        if args.only not in mod.name:
+            continue
+        mask = block_mask.create_block_mask(
+            mod.mask or causal, None, None, seqlen, seqlen, BLOCK, args.device
+        )
+        for direction in FLOPS:
+            cells = [
+                Cell(preset, seqlen, True, 1, torch.bfloat16, fields={
+                    "direction": direction, "head_dim": preset.head_dim, "mod": mod.name,
+                })
+                for preset in PRESETS
+            ]  # fmt: skip
+            measured = functools.partial(
+                measure, mod=mod, mask=mask, direction=direction, args=args
+            )
+            found += harness.measure_cells(cells, measured, NAMES, records, args.device, copies=4)
+    head = ("direction", "D", "mod", *NAMES, *(f"{x} / ours" for x in NAMES[1:]))
+    print(harness.headline(records.header), harness.markdown(head, map(row, found)), sep="\n")
+    print(harness.why_absent(found))
+
+
+if __name__ == "__main__":
+    main()
