@@ -59,15 +59,15 @@ def check(device, q, k, v, blocks, seen, dout=None, **options):
     """Both directions of a call, held against the reference; without `dout` the forward alone."""
     out, lse = _C.forward(q, k, v, return_lse=True, **blocks, **options)
     case = {x: y for x, y in options.items() if x not in ("num_splits", "pack_gqa")}
-    assert_close(out, lse, q, k, v, attn_bias=as_bias(seen), **case)
+    assert_close(out, lse, q, k, v, attn_bias=as_bias(seen).to(q.device), **case)
     if dout is None:
         return
     gradients = _C.backward(dout, q, k, v, out, lse, None, **blocks, **options)[:3]
     given = (q, k, v, dout)
-    ref = gradient_reference(*given, attn_bias=as_bias(seen), **case)
-    pt = gradient_reference(*given, attn_bias=as_bias(seen), upcast=False, **case)
+    ref = gradient_reference(*given, attn_bias=as_bias(seen).to(q.device), **case)
+    pt = gradient_reference(*given, attn_bias=as_bias(seen).to(q.device), upcast=False, **case)
     floors = gradient_floors(*given, None, case.get("softmax_scale"))
-    for name, x in rounding_of_out(*given, attn_bias=as_bias(seen), **case).items():
+    for name, x in rounding_of_out(*given, attn_bias=as_bias(seen).to(q.device), **case).items():
         floors[name] += x
     for name, got, *expected in zip(("dq", "dk", "dv"), gradients, ref, pt, strict=False):
         got = got.as_subclass(torch.Tensor)

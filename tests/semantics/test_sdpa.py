@@ -943,7 +943,8 @@ def test_masks_on_cuda_are_ours(opened, on_cuda, counted, kind):
     wanted = inputs if kind == "bool" else (*inputs, mask)
     out = F.scaled_dot_product_attention(*inputs, attn_mask=mask)
     ours = sdpa.scaled_dot_product_attention(*inputs, attn_mask=mask)
-    assert_all_equal([out, *gradients(out, wanted)], [ours, *gradients(ours, wanted)])
+    # Not to the bit: torch hands over a mask in the type of q, and rows that it has padded.
+    assert_near([out, *gradients(out, wanted)], [ours, *gradients(ours, wanted)], out.dtype)
     assert counted() == [{EFFICIENT: 1, FUNCTION: 1, f"{EFFICIENT}_backward": 1}, {}]
 
 
