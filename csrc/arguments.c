@@ -206,6 +206,27 @@ static struct fa_bias bias_of(const struct fa_problem *problem)
     return (struct fa_bias){problem->bias.data, fa_bias_strides(&problem->bias)};
 }
 
+/* The captured tensors of a mod. */
+static void set_captured(const struct fa_mod *mod, struct fa_captured captured[FA_MAX_CAPTURED])
+{
+    for (int i = 0; i < mod->count; i++) {
+        const struct fa_tensor *tensor = &mod->captured[i];
+        captured[i].data = tensor->data;
+        for (int d = 0; d < tensor->ndim; d++) {
+            captured[i].stride[d] = tensor->stride[d];
+            captured[i].size[d] = (int)tensor->shape[d];
+        }
+    }
+}
+
+static void set_mods(const struct fa_problem *problem, struct fa_mods *mods)
+{
+    set_captured(&problem->score_mod, mods->score);
+    set_captured(&problem->mask_mod, mods->mask);
+    for (int i = 0; i < problem->score_mod.count; i++)
+        mods->gradients[i] = data_of(&problem->score_mod.gradients[i]);
+}
+
 /* Where the tiles of all sequences are listed; NULL: they are not. */
 static struct fa_listed_tile *list_of(const struct fa_plan *plan, float *workspace)
 {
@@ -444,6 +465,7 @@ static int make_forward(struct fa_driver *driver, const struct fa_problem *probl
         arguments->main.lists = block_lists_of(lists, lists->block_q * rows / plan->tile_m,
                                                lists->block_k / plan->tile_n);
     }
+    set_mods(problem, &arguments->main.mods);
     if (plan->splits > 1)
         arguments->combine = combine_params(problem, plan, workspace);
     if (problem->shape.is_varlen)
@@ -578,6 +600,7 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
         arguments->main.lists =
             block_lists_of(lists, lists->block_k / plan->tile_n, lists->block_q / plan->tile_m);
     }
+    set_mods(problem, &arguments->main.mods);
     arguments->dq = postprocess_params(workspace + at->dq_accum, variant->dq_buffers, queries,
                                        scale, &gradients->dq);
     arguments->dq.batch = shape->batch;
@@ -617,6 +640,7 @@ void *fa_arguments_of(union fa_arguments *arguments, enum fa_job job)
     case FA_JOB_DV: return &arguments->backward.dv;
     case FA_JOB_PREPROCESS:
     case FA_JOB_BACKWARD:
+    case FA_JOB_CAPTURED:
     case FA_JOB_DSINK: break;
     }
     return &arguments->backward.main;

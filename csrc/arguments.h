@@ -10,13 +10,13 @@
 
 /* The arguments of all kernels of a call. */
 struct fa_forward_arguments {
-    struct fa_sparse_forward_params main; /* kernels take what that begins with */
+    struct fa_extended_forward_params main; /* kernels take what that begins with */
     struct fa_combine_params combine;
     struct fa_fill_params fill;
     struct fa_append_params append;
 };
 struct fa_backward_arguments {
-    struct fa_sparse_backward_params main; /* of the preprocess and of dsink, too */
+    struct fa_extended_backward_params main; /* of the preprocess and of dsink, too */
     struct fa_postprocess_params dq, dk, dv;
 };
 union fa_arguments {

@@ -34,6 +34,8 @@ struct fa_window {
     X(alibi_slopes, PyObject *, object, NULL, "None")                                              \
     X(attn_bias, PyObject *, object, NULL, "None")                                                 \
     X(softcap, float, softcap, 0, "0.0")                                                           \
+    X(score_mod, PyObject *, object, NULL, "None")                                                 \
+    X(mask_mod, PyObject *, object, NULL, "None")                                                  \
     X(dropout_p, double, probability, 0, "0.0")                                                    \
     X(dropout_seed, PyObject *, object, NULL, "None")                                              \
     X(num_splits, int, count, 0, "0")                                                              \

@@ -40,6 +40,8 @@ struct fa_variant fa_plan_variant(const struct fa_plan_input *input)
         .varlen = input->varlen,
         .paged = input->paged,
         .block_sparse = input->block_q != 0,
+        .score_mod = input->score_mod,
+        .mask_mod = input->mask_mod,
     };
 }
 

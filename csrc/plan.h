@@ -40,6 +40,8 @@ struct fa_plan_input {
     int bias_pairs;            /* forward: kernels may read aligned pairs of it */
     int bias_shared;           /* whether several scores share one of its elements */
     int bias_gradient;         /* backward: whether its gradient is wanted */
+    int score_mod, mask_mod;   /* numbers of the texts that change and mask scores; 0: none */
+    int captured_gradients;    /* whether what score_mod captured gets any */
     int sink;                  /* whether there is one */
     int num_splits;            /* 0: as the plan chooses; else at most as many parts of the keys */
     int may_split;             /* varlen and num_splits 0: fa_plan_may_split; else 0 */
@@ -80,6 +82,7 @@ enum fa_job {
     FA_JOB_DK,
     FA_JOB_DV,
     FA_JOB_DSINK,
+    FA_JOB_CAPTURED,
 };
 
 /* One launch. */
@@ -111,7 +114,7 @@ struct fa_workspace {
     int64_t size;
 };
 
-#define FA_MAX_STEPS 6
+#define FA_MAX_STEPS 7
 struct fa_plan {
     struct fa_step steps[FA_MAX_STEPS]; /* in the order of their launches */
     int step_count;

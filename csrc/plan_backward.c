@@ -49,7 +49,7 @@ static int n_blocks_of(const struct fa_plan_input *input, const struct fa_backwa
 /* A step of score.cuh that leaves fewer of them to a sub-tile. */
 static bool takes_registers(const struct fa_plan_input *input)
 {
-    return input->softcap || input->dropout || input->bias;
+    return input->softcap || input->dropout || input->bias || input->score_mod || input->mask_mod;
 }
 
 static struct fa_variant variant_of(const struct fa_plan_input *input,
@@ -130,6 +130,8 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
                         "a walk over lists: a block of keys goes through listed queries alone");
     if (input->softcap)
         fa_plan_because(plan, "sub_m", "16 queries at a time: the tanh of a cap takes registers");
+    else if (input->score_mod || input->mask_mod)
+        fa_plan_because(plan, "sub_m", "16 queries at a time: a mod takes registers");
     else if (input->dropout)
         fa_plan_because(plan, "sub_m", "16 queries at a time: random numbers take registers");
     else if (input->bias)
@@ -381,8 +383,22 @@ static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles,
     workspace->block_counter = take(workspace, is_ordered ? 1 : 0);
 }
 
+/* What score_mod captured: scores once more, by a kernel with one warp for all of an element. */
+static void add_captured(const struct fa_plan_input *input, struct fa_plan *plan)
+{
+    struct fa_variant variant = fa_plan_variant(input);
+    variant.kernel = FA_KERNEL_BACKWARD_CAPTURED;
+    variant.tile_m = plan->tile_m;
+    variant.paged = 0;
+    fa_plan_add(plan, (struct fa_step){.job = FA_JOB_CAPTURED,
+                                       .variant = variant,
+                                       .threads = FA_CAPTURED_THREADS});
+}
+
 static void add_steps_after(const struct fa_plan_input *input, struct fa_plan *plan)
 {
+    if (input->captured_gradients)
+        add_captured(input, plan);
     if (!plan->steps[plan->main].variant.dq_direct)
         add_postprocess(input, FA_JOB_DQ, input->head_dim, plan);
     if (plan->splits > 1) {
@@ -413,7 +429,8 @@ static int64_t query_tiles_of_head(const struct fa_extent *extent, const struct 
 static int blocks_of(const struct fa_plan *plan, const struct fa_step *step, struct tiles tiles)
 {
     switch (step->job) {
-    case FA_JOB_PREPROCESS: return (int)tiles.queries;
+    case FA_JOB_PREPROCESS:
+    case FA_JOB_CAPTURED: return (int)tiles.queries;
     case FA_JOB_BACKWARD: return (int)tiles.keys * plan->splits;
     case FA_JOB_DQ: return (int)CEIL_DIV(tiles.queries * plan->tile_m / 16, FA_POSTPROCESS_WARPS);
     case FA_JOB_DK:

@@ -306,6 +306,29 @@ static int read_sink(struct fa_dlpack *dlpack, struct fa_problem *problem)
     return check_device(&problem->q, sink, "learnable_sink");
 }
 
+static int read_mod(struct fa_dlpack *dlpack, enum fa_read read, const struct fa_problem *problem,
+                    PyObject *object, const char *name, struct fa_mod *mod)
+{
+    if (!object)
+        return 0;
+    if (problem->q.device_type == FA_DEVICE_CPU && read == FA_READ_DATA)
+        return fa_raise(PyExc_NotImplementedError, "%s of CPU tensors is evaluated by torch", name);
+    if (fa_mod_read(dlpack, object, name, mod) < 0)
+        return -1;
+    for (int i = 0; i < mod->count; i++)
+        if (check_device(&problem->q, &mod->captured[i], fa_mod_captured_name(name)) < 0)
+            return -1;
+    return 0;
+}
+
+static int read_mods(struct fa_dlpack *dlpack, enum fa_read read, struct fa_problem *problem)
+{
+    const struct fa_options *options = &problem->options;
+    return read_mod(dlpack, read, problem, options->score_mod, "score_mod", &problem->score_mod) < 0
+               ? -1
+               : read_mod(dlpack, read, problem, options->mask_mod, "mask_mod", &problem->mask_mod);
+}
+
 /* What is dropped depends on it alone; nothing is drawn here. */
 static int read_dropout_seed(struct fa_dlpack *dlpack, enum fa_read read,
                              struct fa_problem *problem)
@@ -555,7 +578,9 @@ static int check_apart(const struct fa_problem *problem, const struct fa_gradien
             return fa_tensor_recheck(tensors[i].tensor, tensors[i].name) < 0
                        ? -1
                        : fa_raise(PyExc_ValueError, "%s overlaps %s", name, tensors[i].name);
-    return 0;
+    return fa_mod_check_apart(&problem->score_mod, "score_mod", result, name) < 0
+               ? -1
+               : fa_mod_check_apart(&problem->mask_mod, "mask_mod", result, name);
 }
 
 int fa_problem_check_written(const struct fa_problem *problem, const struct fa_tensor *tensor,
@@ -636,7 +661,7 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
     set_shape(problem, (int)batch);
     if (read_sink(dlpack, problem) < 0 || read_alibi_slopes(dlpack, problem) < 0 ||
         read_bias(dlpack, problem) < 0 || read_dropout_seed(dlpack, read, problem) < 0 ||
-        read_blocks(dlpack, problem) < 0)
+        read_blocks(dlpack, problem) < 0 || read_mods(dlpack, read, problem) < 0)
         return -1;
     for (int i = 0; i < 4; i++) {
         if (!tensors[i]->object)
@@ -672,12 +697,24 @@ void fa_problem_release(struct fa_problem *problem)
         19);
     fa_block_lists_release(&problem->key_blocks);
     fa_block_lists_release(&problem->query_blocks);
+    fa_mod_release(&problem->score_mod);
+    fa_mod_release(&problem->mask_mod);
 }
 
 int fa_problem_check_differentiable(const struct fa_problem *problem)
 {
     if (problem->options.key_blocks && !problem->options.query_blocks)
         return fa_raise(PyExc_ValueError, "the backward of key_blocks needs query_blocks");
+    if (problem->score_mod.number && problem->shape.dropout)
+        return fa_raise(PyExc_NotImplementedError, "score_mod with dropout_p has no backward yet");
+    if (fa_mod_has_gradients(&problem->score_mod) && problem->options.key_blocks)
+        return fa_raise(PyExc_NotImplementedError,
+                        "a gradient of what score_mod captures is not supported with blocks that "
+                        "are listed yet");
+    if (fa_mod_has_gradients(&problem->score_mod) && problem->options.deterministic)
+        return fa_raise(PyExc_NotImplementedError,
+                        "deterministic=True is not supported where a tensor that score_mod "
+                        "captures gets a gradient: its elements are summed up in any order");
     if (!problem->page_table.object)
         return 0;
     return fa_raise(PyExc_NotImplementedError, "page_table has no backward: K and V are a cache");
@@ -762,7 +799,9 @@ int fa_problem_recheck(const struct fa_problem *problem, const struct fa_gradien
     for (int i = 0; i < count; i++)
         if (tensors[i].tensor->object && fa_tensor_recheck(tensors[i].tensor, tensors[i].name) < 0)
             return -1;
-    return 0;
+    return fa_mod_recheck(&problem->score_mod, "score_mod") < 0
+               ? -1
+               : fa_mod_recheck(&problem->mask_mod, "mask_mod");
 }
 
 void fa_gradients_release(struct fa_gradients *gradients)

@@ -3,6 +3,7 @@
 #define FA_PROBLEM_H
 
 #include "block_lists.h"
+#include "mods.h"
 #include "options.h"
 #include "shape.h"
 #include "tensor.h"
@@ -39,6 +40,7 @@ struct fa_problem {
     /* Blocks of keys that queries see, and of queries that see keys: of the forward, and of the
      * backward. */
     struct fa_block_lists_read key_blocks, query_blocks;
+    struct fa_mod score_mod, mask_mod;
     bool is_cache; /* k and v are caches, and called so */
     struct fa_append append;
 };

@@ -13,7 +13,8 @@
 
 const char *fa_dtype_name(enum fa_dtype dtype)
 {
-    static const char *const names[] = {"float32", "float16", "bfloat16", "int32", "int64"};
+    static const char *const names[] = {"float32", "float16", "bfloat16", "int32", "int64",
+                                        "8-bit",   "16-bit",  "32-bit",   "64-bit"};
     return names[dtype];
 }
 
@@ -66,9 +67,24 @@ static int refuse_dtype(DLDataType dtype, const char *name, const char *expected
                     dtype.bits, dtype.lanes == 1 ? "" : " in vectors");
 }
 
-/* `*out` is FA_INT32 or FA_INT64 where that is wanted. */
+/* Of any type: how many bytes an element has. */
+static int read_size(DLDataType dtype, const char *name, enum fa_dtype *out)
+{
+    if (dtype.lanes != 1 ||
+        (dtype.bits != 8 && dtype.bits != 16 && dtype.bits != 32 && dtype.bits != 64))
+        return refuse_dtype(dtype, name, "a number of 8, 16, 32 or 64 bits");
+    *out = dtype.bits == 8    ? FA_BYTES_1
+           : dtype.bits == 16 ? FA_BYTES_2
+           : dtype.bits == 32 ? FA_BYTES_4
+                              : FA_BYTES_8;
+    return 0;
+}
+
+/* `*out` is FA_INT32 or FA_INT64 where that is wanted, FA_BYTES_1 or more where any type is. */
 static int read_dtype(DLDataType dtype, const char *name, enum fa_dtype *out)
 {
+    if (*out >= FA_BYTES_1)
+        return read_size(dtype, name, out);
     if (*out == FA_INT32) {
         if (dtype.lanes == 1 && dtype.code == kDLInt && dtype.bits == 32)
             return 0;
@@ -138,6 +154,8 @@ static int read_dltensor(struct fa_dlpack *dlpack, const DLTensor *source, const
         return -1;
     if (ndim == FA_ONE_OR_TWO)
         ndim = source->ndim == 1 ? 1 : 2;
+    if (ndim == FA_ANY_NDIM)
+        ndim = MIN(source->ndim, FA_CAPTURED_NDIM);
     if (source->ndim != ndim)
         return fa_raise(PyExc_ValueError, "%s must have %d dimension%s, got %d", name, ndim,
                         ndim == 1 ? "" : "s", source->ndim);
@@ -371,6 +389,12 @@ int fa_tensor_read_int64(struct fa_dlpack *dlpack, PyObject *object, const char 
                          struct fa_tensor *tensor)
 {
     return read_tensor(dlpack, object, name, ndim, FA_INT64, tensor);
+}
+
+int fa_tensor_read_captured(struct fa_dlpack *dlpack, PyObject *object, const char *name,
+                            struct fa_tensor *tensor)
+{
+    return read_tensor(dlpack, object, name, FA_ANY_NDIM, FA_BYTES_1, tensor);
 }
 
 static bool is_alike(const struct fa_tensor *a, const struct fa_tensor *b)

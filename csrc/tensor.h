@@ -10,6 +10,7 @@
 
 #define FA_MAX_NDIM   5
 #define FA_ONE_OR_TWO (-1)
+#define FA_ANY_NDIM   (-2) /* of what a mod captured */
 
 enum fa_device_type { FA_DEVICE_CPU = 1, FA_DEVICE_CUDA = 2 }; /* DLPack's numbers */
 
@@ -56,6 +57,10 @@ int fa_tensor_read_int32(struct fa_dlpack *dlpack, PyObject *object, const char 
 /* And for seeds: int64 or uint64. */
 int fa_tensor_read_int64(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                          struct fa_tensor *tensor);
+
+/* And for what a mod captured: of any type, and up to FA_CAPTURED_NDIM dimensions. */
+int fa_tensor_read_captured(struct fa_dlpack *dlpack, PyObject *object, const char *name,
+                            struct fa_tensor *tensor);
 
 /* What is borrowed (read by the exchange API) is good until Python code runs: that may resize or
  * free the memory of an argument that was read before. So a call that has done all that can run

@@ -41,12 +41,14 @@ void fa_variant_name(const struct fa_variant *variant, char name[FA_VARIANT_NAME
     size_t length = (size_t)snprintf(name, FA_VARIANT_NAME_SIZE, "%s", fa_variant_kernel(variant));
     for (size_t i = 0; i < FA_VARIANT_FIELD_COUNT; i++) {
         int value;
-        if (!has_field(variant, i, &value) || (FIELDS[i].kind == FA_FLAG && !value) ||
+        if (!has_field(variant, i, &value) || (FIELDS[i].kind >= FA_FLAG && !value) ||
             (FIELDS[i].kind == FA_FACTOR && value == 1))
             continue;
         char number[16] = "";
         if (FIELDS[i].kind == FA_NUMBER || FIELDS[i].kind == FA_FACTOR)
             snprintf(number, sizeof number, "%d", value);
+        else if (FIELDS[i].kind == FA_TEXT)
+            snprintf(number, sizeof number, "%08x", (unsigned)value);
         length +=
             (size_t)snprintf(name + length, FA_VARIANT_NAME_SIZE - length, "%s%s", FIELDS[i].code,
                              FIELDS[i].kind == FA_TYPE ? types[value] : number);

@@ -18,7 +18,8 @@
     X(BACKWARD, "backward")                                                                        \
     X(BACKWARD_PREPROCESS, "backward_preprocess")                                                  \
     X(BACKWARD_POSTPROCESS, "backward_postprocess")                                                \
-    X(BACKWARD_SINK, "backward_sink")
+    X(BACKWARD_SINK, "backward_sink")                                                              \
+    X(BACKWARD_CAPTURED, "backward_captured")
 
 #define FA_ID(kernel, name) FA_KERNEL_##kernel,
 enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
@@ -29,6 +30,7 @@ enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
 #define FA_FORWARDS     (FA_ONLY(FORWARD) | FA_ONLY(FORWARD_TMA))
 #define FA_BACKWARDS    FA_ONLY(BACKWARD)
 #define FA_MAIN         (FA_FORWARDS | FA_BACKWARDS)
+#define FA_SCORES       (FA_MAIN | FA_ONLY(BACKWARD_CAPTURED))
 #define FA_ALL_KERNELS  ((1 << FA_KERNEL_COUNT) - 1)
 /* Not what goes over all rows of out, nor what is of no other use. */
 #define FA_READ_LENGTHS                                                                            \
@@ -41,6 +43,7 @@ enum fa_code {
     FA_NUMBER, /* as a number */
     FA_FLAG,   /* by the code alone, where it is 1 */
     FA_FACTOR, /* as a number, unless it is 1 */
+    FA_TEXT,   /* as the number of a text, in hexadecimal, where there is one */
 };
 
 /* X(field, the constant's name in the kernel source, the kernels that have it, its code and how the
@@ -49,12 +52,14 @@ enum fa_code {
 #define FA_VARIANT_FIELDS(X)                                                                       \
     X(dtype, "DTYPE", FA_ALL_KERNELS, "_", FA_TYPE)                                                \
     X(parts_dtype, "PARTS_DTYPE", FA_ONLY(COMBINE), "_of_", FA_TYPE)                               \
-    X(head_dim, "HEAD_DIM", FA_MAIN | FA_ONLY(BACKWARD_POSTPROCESS), "_d", FA_NUMBER)              \
-    X(head_dim_v, "HEAD_DIM_V", FA_MAIN | FA_ONLY(COMBINE) | FA_ONLY(BACKWARD_PREPROCESS), "_dv",  \
-      FA_NUMBER)                                                                                   \
+    X(head_dim, "HEAD_DIM", FA_SCORES | FA_ONLY(BACKWARD_POSTPROCESS), "_d", FA_NUMBER)            \
+    X(head_dim_v, "HEAD_DIM_V", FA_SCORES | FA_ONLY(COMBINE) | FA_ONLY(BACKWARD_PREPROCESS),       \
+      "_dv", FA_NUMBER)                                                                            \
     X(tile_n, "TILE_N", FA_FORWARDS, "_n", FA_NUMBER)                                              \
     X(sub_n, "SUB_N", FA_FORWARDS, "x", FA_NUMBER)                                                 \
-    X(tile_m, "TILE_M", FA_BACKWARDS | FA_ONLY(BACKWARD_PREPROCESS) | FA_ONLY(BACKWARD_SINK),      \
+    X(tile_m, "TILE_M",                                                                            \
+      FA_BACKWARDS | FA_ONLY(BACKWARD_PREPROCESS) | FA_ONLY(BACKWARD_SINK) |                       \
+          FA_ONLY(BACKWARD_CAPTURED),                                                              \
       "_m", FA_NUMBER)                                                                             \
     X(sub_m, "SUB_M", FA_BACKWARDS, "x", FA_NUMBER)                                                \
     X(warps, "WARPS", FA_MAIN | FA_ONLY(COMBINE), "_w", FA_NUMBER)                                 \
@@ -66,13 +71,13 @@ enum fa_code {
     X(dq_buffers, "DQ_BUFFERS", FA_BACKWARDS, "_dqb", FA_NUMBER)                                   \
     X(dq_direct, "DQ_DIRECT", FA_BACKWARDS, "_dqd", FA_FLAG)                                       \
     X(tma, "TMA", FA_BACKWARDS, "_tma", FA_FLAG)                                                   \
-    X(mask_right, "MASK_RIGHT", FA_MAIN, "_right", FA_FLAG)                                        \
-    X(mask_left, "MASK_LEFT", FA_MAIN, "_left", FA_FLAG)                                           \
-    X(softcap, "SOFTCAP", FA_MAIN, "_cap", FA_FLAG)                                                \
-    X(dropout, "DROPOUT", FA_MAIN, "_drop", FA_FLAG)                                               \
-    X(alibi, "ALIBI", FA_MAIN, "_alibi", FA_FLAG)                                                  \
-    X(bias, "BIAS", FA_MAIN, "_bias", FA_FLAG)                                                     \
-    X(bias_fp32, "BIAS_FP32", FA_MAIN, "32", FA_FLAG)                                              \
+    X(mask_right, "MASK_RIGHT", FA_SCORES, "_right", FA_FLAG)                                      \
+    X(mask_left, "MASK_LEFT", FA_SCORES, "_left", FA_FLAG)                                         \
+    X(softcap, "SOFTCAP", FA_SCORES, "_cap", FA_FLAG)                                              \
+    X(dropout, "DROPOUT", FA_SCORES, "_drop", FA_FLAG)                                             \
+    X(alibi, "ALIBI", FA_SCORES, "_alibi", FA_FLAG)                                                \
+    X(bias, "BIAS", FA_SCORES, "_bias", FA_FLAG)                                                   \
+    X(bias_fp32, "BIAS_FP32", FA_SCORES, "32", FA_FLAG)                                            \
     X(bias_pairs, "BIAS_PAIRS", FA_FORWARDS, "x2", FA_FLAG)                                        \
     X(bias_gradient, "BIAS_GRADIENT", FA_BACKWARDS, "_dbias", FA_FLAG)                             \
     X(pack_gqa, "PACK_GQA", FA_FORWARDS, "_pack", FA_FLAG)                                         \
@@ -80,8 +85,10 @@ enum fa_code {
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)                     \
     X(varlen, "VARLEN", FA_READ_LENGTHS, "_varlen", FA_FLAG)                                       \
     X(paged, "PAGED", FA_FORWARDS, "_paged", FA_FLAG)                                              \
-    X(block_sparse, "BLOCK_SPARSE", FA_MAIN, "_blocks", FA_FLAG)                                   \
-    X(tensor_repeat, "TENSOR_REPEAT", FA_MAIN, "_repeat", FA_FACTOR)
+    X(block_sparse, "BLOCK_SPARSE", FA_SCORES, "_blocks", FA_FLAG)                                 \
+    X(tensor_repeat, "TENSOR_REPEAT", FA_MAIN, "_repeat", FA_FACTOR)                               \
+    X(score_mod, "SCORE_MOD", FA_SCORES, "_score", FA_TEXT)                                        \
+    X(mask_mod, "MASK_MOD", FA_SCORES, "_mask", FA_TEXT)
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */
@@ -90,7 +97,7 @@ struct fa_variant {
 #undef FA_FIELD
 };
 
-#define FA_VARIANT_NAME_SIZE   128
+#define FA_VARIANT_NAME_SIZE   160
 #define FA_VARIANT_OPTION_SIZE 40
 #define FA_VARIANT_FIELD_COUNT (sizeof(struct fa_variant) / sizeof(int) - 1)
 

@@ -135,6 +135,25 @@ def _map_of(counts: torch.Tensor, indices: torch.Tensor, columns: int) -> torch.
     return dense.scatter_(-1, column, 1)[..., :columns]
 
 
+def pairs_of(
+    lists: BlockLists, batch: int, query: torch.Tensor, key: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which pairs partial and full blocks have: ``(heads or 1, queries, keys)`` each."""
+    columns = -(-(int(key.numel())) // lists.block_k)
+    rows, keys = query.long() // lists.block_q, key.long() // lists.block_k
+    found = []
+    for counts, indices in (
+        (lists.counts, lists.indices),
+        (lists.full_counts, lists.full_indices),
+    ):
+        if counts is None or indices is None:
+            found.append(torch.zeros((), dtype=torch.bool, device=key.device))
+            continue
+        dense = _map_of(counts, indices, columns).bool()
+        found.append(dense[min(batch, dense.shape[0] - 1)][:, rows][:, :, keys])
+    return found[0], found[1]
+
+
 def _lists_of(dense: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Counts and indices of a map of blocks (..., rows, columns), those that it has first."""
     counts = dense.sum(dim=-1, dtype=torch.int32)
@@ -226,26 +245,3 @@ def _over_indices(mask_mod: Any) -> Callable[..., torch.Tensor]:
         return seen
 
     return evaluate
-
-
-def as_mask_mod(
-    lists: BlockLists, mask_mod: Callable[..., Any] | None, seqlen_k: int
-) -> Callable[..., Any]:
-    """What lists of keys and a ``mask_mod`` of their partial blocks hide, as one ``mask_mod``."""
-    columns = -(-seqlen_k // lists.block_k)
-    partial = _map_of(lists.counts, lists.indices, columns).bool()
-    full = None
-    if lists.full_counts is not None and lists.full_indices is not None:
-        full = _map_of(lists.full_counts, lists.full_indices, columns).bool()
-
-    def seen(b: Any, h: Any, q: Any, k: Any) -> Any:
-        def has(dense: torch.Tensor) -> Any:
-            batch, heads = (
-                x if n > 1 else x * 0 for x, n in zip((b, h), dense.shape, strict=False)
-            )
-            return dense[batch, heads, q // lists.block_q, k // lists.block_k]
-
-        sees = has(partial) if mask_mod is None else has(partial) & mask_mod(b, h, q, k)
-        return sees if full is None else sees | has(full)
-
-    return seen

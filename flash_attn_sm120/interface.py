@@ -120,9 +120,14 @@ def flash_attn_func(
             of the ``BlockMask``, or made on the device.
         seqused_k, max_seqlen_k, page_table: lengths of the keys, and K and V in pages: the call is
             that of :func:`flash_attn_varlen_func`.
-        qv, gather_kv_indices, score_mod, score_mod_bwd, mask_mod,
-            aux_tensors, aux_scalars: as in FlashAttention-4, not supported yet: all but the default
-            raise NotImplementedError.
+        score_mod: FlexAttention's ``(score, b, h, q_idx, kv_idx)``, which returns what takes the
+            place of a score, after ``softcap`` and before ALiBi and masks. Traced by torch and
+            compiled into the kernel; tensors that it captures are read in place, and get gradients.
+        mask_mod: FlexAttention's ``(b, h, q_idx, kv_idx)``: True where the query sees the key, if
+            ``causal`` and ``window_size`` let it, too.
+        aux_tensors: handed on to mods that take one argument more.
+        qv, gather_kv_indices, score_mod_bwd, aux_scalars: as in FlashAttention-4, not supported
+            yet: all but the default raise NotImplementedError.
         unsupported: ``cu_seqlens_q`` and other parameters of FlashAttention's functions:
             NotImplementedError by name, unless they ask for nothing.
 
@@ -159,10 +164,7 @@ def flash_attn_func(
     if (
         qv is not None
         or gather_kv_indices is not None
-        or score_mod is not None
         or score_mod_bwd is not None
-        or mask_mod is not None
-        or aux_tensors is not None
         or aux_scalars is not None
         or (block_sparse_tensors_bwd is not None and blocks is None)
         or unsupported
@@ -171,10 +173,7 @@ def flash_attn_func(
             "flash_attn_func",
             qv=qv,
             gather_kv_indices=gather_kv_indices,
-            score_mod=score_mod,
             score_mod_bwd=score_mod_bwd,
-            mask_mod=mask_mod,
-            aux_tensors=aux_tensors,
             aux_scalars=aux_scalars,
             block_sparse_tensors_bwd=None if blocks else block_sparse_tensors_bwd,
             **unsupported,
@@ -201,10 +200,36 @@ def flash_attn_func(
             pack_gqa=pack_gqa,
             deterministic=deterministic,
             block_sparse_tensors=block_sparse_tensors,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            aux_tensors=aux_tensors,
             return_lse=return_lse,
             out=out,
             lse=lse,
             attn_bias=attn_bias,
+        )
+    if score_mod is not None or mask_mod is not None:
+        tensors = {"alibi_slopes": alibi_slopes, "dropout_seed": dropout_seed}
+        scalars: dict[str, Any] = {
+            "softmax_scale": softmax_scale,
+            "causal": causal,
+            "window_size": window_size,
+            "softcap": softcap,
+            "dropout_p": dropout_p,
+            "num_splits": num_splits,
+            "pack_gqa": pack_gqa,
+            "deterministic": deterministic,
+        }
+        if blocks is not None:
+            scalars.update(blocks.options(k.shape[1], is_grad_enabled()))
+        if attn_bias is not None:
+            raise NotImplementedError(
+                "flash_attn_func with attn_bias and a mod is not supported: let score_mod add it"
+            )
+        mods = {"score_mod": score_mod, "mask_mod": mask_mod}
+        return _attend_with_mods(
+            *("flash_attn_func", q, k, v, learnable_sink, mods, aux_tensors),
+            *(tensors, scalars, return_lse, out, lse),
         )
     wants_gradients = is_grad_enabled() and _any_requires_grad(
         q, k, v, learnable_sink, alibi_slopes, attn_bias
@@ -340,9 +365,11 @@ def flash_attn_varlen_func(
         out: like ``q`` with ``head_dim_v``, to write the result to.
         lse: ``(heads_q, total_q)``, or ``(batch, heads_q, seqlen_q)`` where q is not packed,
             float32, contiguous, to write the log-sum-exp to.
-        min_seqlen_k, scheduler_metadata, seqlen_k_per_split, qv, gather_kv_indices, score_mod,
-            score_mod_bwd, mask_mod, block_sparse_tensors, aux_tensors, aux_scalars: as in
-            FlashAttention-4, not supported yet: all but the default raise NotImplementedError.
+        score_mod, mask_mod, aux_tensors: as there; indices count from the first ones of the
+            sequence, and ``b`` is its number.
+        min_seqlen_k, scheduler_metadata, seqlen_k_per_split, qv, gather_kv_indices,
+            score_mod_bwd, block_sparse_tensors, aux_scalars: as in FlashAttention-4, not supported
+            yet: all but the default raise NotImplementedError.
         attn_bias: of dense calls alone: all but the default raise NotImplementedError.
         disable_scheduler_metadata: no call makes any.
         unsupported: parameters of FlashAttention's other functions: NotImplementedError by name,
@@ -374,11 +401,8 @@ def flash_attn_varlen_func(
         qv is not None
         or min_seqlen_k is not None
         or gather_kv_indices is not None
-        or score_mod is not None
         or score_mod_bwd is not None
-        or mask_mod is not None
         or block_sparse_tensors is not None
-        or aux_tensors is not None
         or aux_scalars is not None
         or attn_bias is not None
         or scheduler_metadata is not None
@@ -390,11 +414,8 @@ def flash_attn_varlen_func(
             qv=qv,
             min_seqlen_k=min_seqlen_k,
             gather_kv_indices=gather_kv_indices,
-            score_mod=score_mod,
             score_mod_bwd=score_mod_bwd,
-            mask_mod=mask_mod,
             block_sparse_tensors=block_sparse_tensors,
-            aux_tensors=aux_tensors,
             aux_scalars=aux_scalars,
             attn_bias=attn_bias,
             scheduler_metadata=scheduler_metadata,
@@ -403,6 +424,33 @@ def flash_attn_varlen_func(
         )
     if dropout_p and dropout_seed is None:
         dropout_seed = draw_seed(q)
+    if score_mod is not None or mask_mod is not None:
+        tensors = {
+            "cu_seqlens_q": cu_seqlens_q,
+            "cu_seqlens_k": cu_seqlens_k,
+            "seqused_q": seqused_q,
+            "seqused_k": seqused_k,
+            "page_table": page_table,
+            "alibi_slopes": alibi_slopes,
+            "dropout_seed": dropout_seed,
+        }
+        scalars: dict[str, Any] = {
+            "max_seqlen_q": max_seqlen_q,
+            "max_seqlen_k": max_seqlen_k,
+            "softmax_scale": softmax_scale,
+            "causal": causal,
+            "window_size": window_size,
+            "softcap": softcap,
+            "dropout_p": dropout_p,
+            "num_splits": num_splits,
+            "pack_gqa": pack_gqa,
+            "deterministic": deterministic,
+        }
+        mods = {"score_mod": score_mod, "mask_mod": mask_mod}
+        return _attend_with_mods(
+            *("flash_attn_varlen_func", q, k, v, learnable_sink, mods, aux_tensors),
+            *(tensors, scalars, return_lse, out, lse),
+        )
     if not (
         is_dynamo_compiling()
         or _is_any_autocast_enabled()
@@ -464,6 +512,12 @@ def flash_attn_varlen_func(
     return _attend(
         "flash_attn_varlen_func", q, k, v, learnable_sink, lengths, options, return_lse, out, lse
     )
+
+
+def _attend_with_mods(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    from flash_attn_sm120.mods.attention import attend  # torch's tracer takes long to import
+
+    return attend(*arguments)
 
 
 def _attend(
@@ -542,8 +596,8 @@ def _any_requires_grad(
 
 # Parameters of FlashAttention-2, -3 and -4 that are not supported yet, and what asks for nothing.
 _NOT_YET = {
-    **dict.fromkeys(("qv", "gather_kv_indices", "score_mod", "score_mod_bwd", "mask_mod")),
-    **dict.fromkeys(("aux_tensors", "aux_scalars", "attn_bias")),
+    **dict.fromkeys(("qv", "gather_kv_indices", "score_mod_bwd", "aux_scalars")),
+    **dict.fromkeys(("attn_bias",)),
     **dict.fromkeys(("block_sparse_tensors", "block_sparse_tensors_bwd")),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "seqused_q")),
     **dict.fromkeys(("block_table", "cache_seqlens")),

@@ -23,6 +23,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from flash_attn_sm120 import cache, files, nvrtc
+from flash_attn_sm120.mods import headers
 from flash_attn_sm120.nvrtc import Version
 
 PREBUILT = Path(__file__).resolve().parent / "prebuilt"
@@ -66,7 +67,9 @@ def compile(
     """
     if ptx:
         options = (*options, *PTX_OPTIONS)
-    job = _Job(kernel, name, options, architecture(compute_capability, ptx=ptx), sources(kernel))
+    job = _Job(
+        kernel, name, options, architecture(compute_capability, ptx=ptx), sources(kernel, options)
+    )
     shipped = None if ptx else _find_prebuilt(job)
     if shipped and (driver_version == 0 or _cuda_major(shipped) <= driver_version // 1000):
         return files.read(shipped)
@@ -104,7 +107,7 @@ def build(kernel: str, name: str, options: tuple[str, ...], arch: str) -> Build:
         RuntimeError: NVRTC is missing, the kernel does not compile, or the log says nothing of its
             registers.
     """
-    made = _run_nvrtc(_Job(kernel, name, options, arch, sources(kernel)))
+    made = _run_nvrtc(_Job(kernel, name, options, arch, sources(kernel, options)))
     return Build(made.code, *_resources(made.log, kernel), made.log, made.seconds)
 
 
@@ -133,7 +136,7 @@ def prebuild(
         kernel, name, options = variant
         if any(re.fullmatch("-DTENSOR_REPEAT=(?!1$).*", option) for option in options):
             raise RuntimeError(f"{name} is for measuring: unset FA_SM120_TENSOR_REPEAT")
-        job = _Job(kernel, name, options, arch, sources(kernel))
+        job = _Job(kernel, name, options, arch, sources(kernel, options))
         path = directory / job.prebuilt_name(str(major))
         path.write_bytes(_run_nvrtc(job).code)
         return path
@@ -173,11 +176,15 @@ def kernel_directory() -> Path:
     raise RuntimeError(f"the kernel sources are missing from {package}: reinstall flash_attn_sm120")
 
 
-def sources(kernel: str) -> dict[str, bytes]:
-    """File name -> text, of ``<kernel>.cu`` and of every header: programs include no programs."""
+def sources(kernel: str, options: tuple[str, ...] = ()) -> dict[str, bytes]:
+    """File name -> text, of ``<kernel>.cu`` and of every header: programs include no programs.
+
+    Mods among the options take the place of the empty hooks.
+    """
     directory = kernel_directory()
-    headers = [path for path in directory.iterdir() if path.suffix in (".h", ".cuh")]
-    return {path.name: path.read_bytes() for path in (directory / f"{kernel}.cu", *headers)}
+    shared = [path for path in directory.iterdir() if path.suffix in (".h", ".cuh")]
+    texts = {path.name: path.read_bytes() for path in (directory / f"{kernel}.cu", *shared)}
+    return texts | headers.of(options)
 
 
 class _Job(NamedTuple):

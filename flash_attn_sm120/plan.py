@@ -47,6 +47,8 @@ class CallOptions(VarlenOptions, total=False):
     dropout_seed: Tensor | None
     alibi_slopes: Tensor | None
     attn_bias: Tensor | None
+    score_mod: Any
+    mask_mod: Any
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     seqused_q: Tensor | None
@@ -152,15 +154,18 @@ def explain(
             needs no GPU.
         options: ``softmax_scale``, ``causal``, ``window_size``, ``learnable_sink``,
             ``alibi_slopes``, ``attn_bias``, ``softcap``, ``dropout_p``, ``dropout_seed``,
-            ``num_splits``, ``pack_gqa``, ``deterministic``, as in :func:`flash_attn_func`;
-            ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``, ``seqused_q``,
-            ``seqused_k``, ``page_table``, as in :func:`flash_attn_varlen_func`: their contents are
-            not read.
+            ``num_splits``, ``pack_gqa``, ``deterministic``, ``score_mod``, ``mask_mod``,
+            ``aux_tensors``, as in :func:`flash_attn_func`; ``cu_seqlens_q``, ``cu_seqlens_k``,
+            ``max_seqlen_q``, ``max_seqlen_k``, ``seqused_q``, ``seqused_k``, ``page_table``, as in
+            :func:`flash_attn_varlen_func`: their contents are not read.
 
     Raises:
         The exceptions of :func:`flash_attn_func`.
     """
-    return _plan("forward", _C.explain(q, k, v, arch=arch, **options))
+    translated, reasons = _translated(options, gradient=False)
+    plan = _plan("forward", _C.explain(q, k, v, arch=arch, **translated))
+    plan.reasons.update(reasons)
+    return plan
 
 
 def explain_backward(
@@ -178,10 +183,25 @@ def explain_backward(
     by_switch = torch.are_deterministic_algorithms_enabled() and not options.get("deterministic")
     if by_switch:
         options["deterministic"] = True
-    plan = _plan("backward", _C.explain_backward(q, k, v, arch=arch, **options))
+    translated, reasons = _translated(options, gradient=True)
+    plan = _plan("backward", _C.explain_backward(q, k, v, arch=arch, **translated))
+    plan.reasons.update(reasons)
     if by_switch and plan.steps:
         plan.reasons["deterministic"] += ", as torch.use_deterministic_algorithms(True) asks"
     return plan
+
+
+def _translated(options: Any, gradient: bool) -> tuple[dict[str, Any], dict[str, str]]:
+    """The options with mods as _C takes them, and what these were traced to."""
+    options, reasons = dict(options), {}
+    mods = {name: options.pop(name, None) for name in ("score_mod", "mask_mod")}
+    aux_tensors = options.pop("aux_tensors", None)
+    for name, mod in mods.items():
+        if mod is not None:
+            from flash_attn_sm120.mods.attention import explain_mod
+
+            options[name], reasons[name] = explain_mod(name, mod, aux_tensors, gradient)
+    return options, reasons
 
 
 def _plan(direction: str, plan: dict[str, Any]) -> Plan:

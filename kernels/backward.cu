@@ -33,6 +33,7 @@
  *   ALIBI                  1: scores fall with the distance of the key
  *   BIAS, BIAS_FP32        1: a bias is added to them; 1: in fp32, 0: in the type of the others
  *   BIAS_GRADIENT          1: its gradient is wanted
+ *   SCORE_MOD, MASK_MOD    not 0: a callable changes scores, hides keys: see mods.cuh
  *   DETERMINISTIC          1: ordered accumulation: blocks add to dQ in the order of their keys
  *   DQ_DIRECT              1: one block has all keys, and stores dQ instead of adding to it
  *   VARLEN                 1: sequences differ in length
@@ -50,7 +51,7 @@
 /* Masked scores may be set before product 1, which adds to them, where no step of score.cuh comes
  * between it and the mask: then nothing delays the exponentials. A bias is masked instead of its
  * score: what it holds where a query does not see a key, counts for nothing. */
-constexpr bool MASKS_BIAS = BIAS, MASKS_FIRST = !SOFTCAP && !BIAS;
+constexpr bool MASKS_BIAS = BIAS, MASKS_FIRST = !SOFTCAP && !BIAS && !HAS_MODS;
 
 /* The mask of S^T [WARP_N, SUB_M], or of its bias; rows are keys. `key` and `query` are those of
  * S_rmem[0][0][0]. */
@@ -59,12 +60,28 @@ __device__ __forceinline__ void mask_sub_tile(float (&S_rmem)[N_FRAGS][M_FRAGS][
                                               int query)
 {
     const attention_mask mask(seq);
-    const float masked_score = MASKS_BIAS ? -INF : seq.params.masked_score;
+    const float masked_score = MASKS_BIAS || HAS_MODS ? -INF : seq.params.masked_score;
     mask_scores<true, MASK_LEFT>(S_rmem, masked_score, [&](int row) -> range {
         const int row_key = key + row;
         return {row_key < seq.seqlen_k() ? mask.queries_of(row_key).begin - query : SUB_M,
                 mask.queries_of(row_key).end - query};
     });
+}
+
+/* A hidden score may have any derivative, even NaN. */
+__device__ __forceinline__ float p_times_slope(float p, float slope)
+{
+    return p == 0.0f ? 0.0f : p * slope;
+}
+
+/* P^T between the groups: fp16, unless a score_mod's derivative may take it out of its range. */
+__device__ __forceinline__ unsigned pack_P(float low, float high)
+{
+    return SCORE_MOD ? pack(low, high) : pack_fp16(low, high);
+}
+__device__ __forceinline__ float2 unpack_P(unsigned x)
+{
+    return SCORE_MOD ? unpack(x) : unpack_fp16(x);
 }
 
 /* min(x, limit), but NaN where x is. Where all biases of a query are large numbers, as -1e9, its
@@ -90,7 +107,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
     for (int m0 = 0; m0 < TILE_M; m0 += SUB_M) {
         const int query = tile.query0 + m0 + 2 * quad_lane(); /* of S_rmem[0][0][0] */
         const auto coords_of = [&](int row, int column) -> score_coords {
-            return {tile.head, query + column, key + row};
+            return {seq.batch, tile.head, query + column, key + row};
         };
         const float distance = query + seq.seqlen_k() - seq.seqlen_q() - key; /* for ALiBi */
 
@@ -109,13 +126,15 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
                                             not_before(tile.Q_smem + columns_first<Q_layout>()) +
                                                 m0 * Q_layout::ROW_BYTES);
         softcap(S_rmem, params.scale_in_cap);
-        score_mod(S_rmem, coords_of);
+        float P_group_1[N_FRAGS][M_FRAGS][4]; /* first the derivative of a score_mod */
+        score_mod_and_slopes(S_rmem, P_group_1, params, coords_of);
         if (MASKED && !MASKS_FIRST && !MASKS_BIAS)
             mask_sub_tile(S_rmem, seq, key, query);
+        if (tile.is_partial)
+            mask_mod<true>(S_rmem, params, coords_of);
 
         /* P^T = 2^(S^T * scale_log2 - lse_log2), and for group 1, which computes dS^T from it, P^T
-         * times the derivative of the cap. A score_mod's derivative belongs there, too. */
-        float P_group_1[N_FRAGS][M_FRAGS][4];
+         * times the derivative of the cap and of a score_mod. */
 #pragma unroll
         for (int m = 0; m < M_FRAGS; m++) {
             const float2 lse = ld_shared_2(tile.lse_smem + (m0 + 8 * m + 2 * quad_lane()) * 4);
@@ -125,15 +144,17 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
                 for (int e = 0; e < 4; e++) {
                     const float s = S_rmem[n][m][e];
                     const int row = 16 * n + 8 * (e / 2), column = 8 * m + e % 2;
-                    float exponent =
-                        ALIBI ? with_alibi(s, params.scale_log2, slope, distance + (column - row))
-                              : s * params.scale_log2;
+                    float exponent = ALIBI ? with_alibi(s, scale_of_rest(params), slope,
+                                                        distance + (column - row))
+                                           : s * scale_of_rest(params);
                     if (BIAS)
                         exponent += bias_rmem[n][m][e];
                     exponent -= e % 2 ? lse.y : lse.x;
                     const float p = exp2_approx(BIAS ? at_most(exponent, P_SHIFT) : exponent);
                     S_rmem[n][m][e] = p;
-                    P_group_1[n][m][e] = SOFTCAP ? p * (1.0f - fminf(s * s, 1.0f)) : p;
+                    P_group_1[n][m][e] = SCORE_MOD ? p_times_slope(p, P_group_1[n][m][e])
+                                         : SOFTCAP ? p * (1.0f - fminf(s * s, 1.0f))
+                                                   : p;
                 }
         }
 
@@ -155,11 +176,11 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
             barrier_sync<GROUP_THREADS>(LOWER_FREE);
         if (m0 == HALF_M)
             barrier_sync<THREADS>(UPPER_FREE);
-        for_each_word(
-            dS_layout::moved(word_smem, 0, m0 / 8), [&](unsigned smem, int n, int m, int half) {
-                const float *p = P_group_1[n][m] + 2 * half;
-                st_shared(smem, DROPOUT ? signed_words[n][m][half] : pack_fp16(p[0], p[1]));
-            });
+        for_each_word(dS_layout::moved(word_smem, 0, m0 / 8),
+                      [&](unsigned smem, int n, int m, int half) {
+                          const float *p = P_group_1[n][m] + 2 * half;
+                          st_shared(smem, DROPOUT ? signed_words[n][m][half] : pack_P(p[0], p[1]));
+                      });
         barrier_arrive<THREADS>(P_FULL + m0 / SUB_M);
 
         /* Product 3: dV [WARP_N, HEAD_DIM_V] += P^T [WARP_N, SUB_M] * dO. */
@@ -223,7 +244,7 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
                 ldmatrix_x4(P_rmem[n][m], dS_layout::moved(operand_smem, 16 * n, m0 / 8 + 2 * m));
 #pragma unroll
                 for (int r = 0; r < 4; r++) {
-                    const float2 p = unpack_fp16(P_rmem[n][m][r]);
+                    const float2 p = unpack_P(P_rmem[n][m][r]);
                     float *dS = dS_rmem[n][2 * m + r / 2] + r % 2 * 2;
                     if (DROPOUT) {
                         const float2 delta = load_delta(tile, m0 + 8 * (2 * m + r / 2), params);
@@ -318,10 +339,9 @@ __device__ __forceinline__ void clear_dQ(const backward_block &block, int m_begi
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    backward(const __grid_constant__ params_or_sparse<fa_backward_params, fa_sparse_backward_params>
-                 all_params)
+    backward(const __grid_constant__ argument_of<fa_backward_params> all_params)
 {
-    const fa_backward_params &params = reinterpret_cast<const fa_backward_params &>(all_params);
+    const fa_backward_params &params = params_of<fa_backward_params>(all_params);
     extern __shared__ __align__(1024) char smem_begin[];
     const unsigned smem = smem_address(smem_begin);
     const int thread = read_thread_index();
@@ -400,7 +420,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         query_walk<DETERMINISTIC> next = walk;
         next.advance();
         const int query0 = walk.m_block * TILE_M;
-        const query_tile tile(smem, count, walk.head, query0);
+        const query_tile tile(smem, count, walk.head, query0, walk.is_partial());
         const bool masked =
             key1 > seq.seqlen_k() || (MASK_RIGHT && mask.queries_of(key1 - 1).begin > query0) ||
             (MASK_LEFT && mask.queries_of(key0).end < min(query0 + TILE_M, seq.seqlen_q()));

@@ -69,6 +69,8 @@ template <> struct query_walk<false, false> {
         head += begin / max(head_tiles, 1);
         m_block = m_begin + begin % max(head_tiles, 1);
     }
+    /* Whether a mask_mod may hide keys from its queries. */
+    __device__ __forceinline__ bool is_partial() const { return true; }
     __device__ __forceinline__ void advance()
     {
         m_block = m_block + 1 == m_end ? m_begin : m_block + 1;
@@ -95,6 +97,8 @@ template <> struct query_walk<true, false> {
         head = head_begin;
         m_block = m_end - 1;
     }
+    /* Whether a mask_mod may hide keys from its queries. */
+    __device__ __forceinline__ bool is_partial() const { return true; }
     __device__ __forceinline__ void advance()
     {
         head = head + 1 == head_end ? head_begin : head + 1;
@@ -138,6 +142,7 @@ template <> struct query_walk<false, true> {
         at = listed_walk(list, i);
         m_block = at.tile;
     }
+    __device__ __forceinline__ bool is_partial() const { return at.is_partial(); }
     __device__ __forceinline__ void advance()
     {
         at.advance();
@@ -154,9 +159,11 @@ struct query_tile {
     unsigned Q_smem, dO_smem, lse_smem;
     unsigned Q_mbarrier, Q_parity, dO_mbarrier, dO_parity;
     int head, query0; /* of the first row */
+    bool is_partial;  /* whether a mask_mod may hide keys from its queries */
 
-    __device__ __forceinline__ query_tile(unsigned smem, unsigned count, int head, int query0)
-        : head(head), query0(query0)
+    __device__ __forceinline__ query_tile(unsigned smem, unsigned count, int head, int query0,
+                                          bool is_partial)
+        : head(head), query0(query0), is_partial(is_partial)
     {
         const unsigned stage = count % STAGES;
         Q_smem = smem + SMEM.q + stage * Q_layout::BYTES;

@@ -12,29 +12,11 @@
 #ifndef FA_BLOCK_LIST_CUH
 #define FA_BLOCK_LIST_CUH
 
+#include "argument.cuh"
 #include "division.cuh"
 #include "sequence.cuh"
 
 static_assert(!BLOCK_SPARSE || !VARLEN, "no list has rows of packed sequences");
-
-/* The parameters that a kernel takes: its own, or those of BLOCK_SPARSE, which begin with them. */
-template <class own_t, class sparse_t, bool IS_SPARSE = BLOCK_SPARSE> struct choose_params {
-    using type = own_t;
-};
-template <class own_t, class sparse_t> struct choose_params<own_t, sparse_t, true> {
-    using type = sparse_t;
-};
-template <class own_t, class sparse_t>
-using params_or_sparse = typename choose_params<own_t, sparse_t>::type;
-
-__device__ __forceinline__ const fa_block_lists &lists_of(const fa_forward_params &params)
-{
-    return reinterpret_cast<const fa_sparse_forward_params &>(params).lists;
-}
-__device__ __forceinline__ const fa_block_lists &lists_of(const fa_backward_params &params)
-{
-    return reinterpret_cast<const fa_sparse_backward_params &>(params).lists;
-}
 
 __device__ __forceinline__ fa_int64 list_offset(const fa_strides &stride, int batch, int head,
                                                 int row)
@@ -105,6 +87,7 @@ struct listed_walk {
         : tiles(tiles), i(begin), tile(tiles.tile(begin)), entry(tiles.read_entry(begin + 1))
     {
     }
+    __device__ __forceinline__ bool is_partial() const { return i < tiles.partial_tiles(); }
     __device__ __forceinline__ void advance()
     {
         i++;

@@ -21,6 +21,7 @@
  *   VARLEN                 1: sequences differ in length
  *   PAGED                  1: K and V lie in pages, of which every sequence has a list
  *   BLOCK_SPARSE           1: blocks of queries and keys are listed, and no others are read
+ *   SCORE_MOD, MASK_MOD    not 0: a callable changes scores, hides keys: see mods.cuh
  *   TENSOR_REPEAT          how often each mma is issued: 1, see product.cuh */
 #include "params.h"
 
@@ -28,11 +29,11 @@
 #include "cp_async_ring.cuh"
 #include "forward.cuh"
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1) forward(
-    const __grid_constant__ params_or_sparse<fa_forward_params, fa_sparse_forward_params> params)
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+    forward(const __grid_constant__ argument_of<fa_forward_params> params)
 {
     extern __shared__ __align__(128) char smem[];
-    const fa_forward_params &own = reinterpret_cast<const fa_forward_params &>(params);
+    const fa_forward_params &own = params_of<fa_forward_params>(params);
     cp_async_ring ring(own, smem);
     attend(own, ring);
 }

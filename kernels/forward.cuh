@@ -133,7 +133,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
      * first looks for inf and NaN, too. */
     if (SPLIT) /* combine.cu: it waits for the end of this kernel, but not for a launch */
         let_next_kernel_start();
-    constexpr bool MASKED = MASK_RIGHT || MASK_LEFT;
+    constexpr bool MASKED = MASK_RIGHT || MASK_LEFT || MASK_MOD;
     constexpr bool SEPARATE_PASSES = MASKED && __CUDA_ARCH__ >= 900;
     unsigned flagged = 0; /* the bits of a warp_row_set */
 #pragma unroll(SEPARATE_PASSES ? 2 : 1)
@@ -197,14 +197,18 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                         bias.load<true>(loaded, lane_key);
                         scores(S_rmem, Q_rmem, K_sub_smem);
                         softcap(S_rmem, params.scale_in_cap);
-                        score_mod(S_rmem, coords_of);
-                        alibi.add_to(S_rmem, lane_key, params.scale_log2);
-                        bias.add_to(S_rmem, loaded, params.scale_log2);
+                        score_mod(S_rmem, params, coords_of);
+                        alibi.add_to(S_rmem, lane_key, scale_of_rest(params));
+                        bias.add_to(S_rmem, loaded, scale_of_rest(params));
                         mask_scores<MASK_LEFT, true>(S_rmem, masked_score(params), [&](int r) {
                             return block.keys_of(row + r) - lane_key;
                         });
-                        const row_set updated =
-                            is_exact ? row_set{~0u} : tiles.rows_to_update(block, row, tile_key);
+                        if (tiles.is_partial())
+                            mask_mod<true>(S_rmem, params, coords_of);
+                        const row_set updated = is_exact ? row_set{~0u}
+                                                : HAS_MODS
+                                                    ? rows_that_grew(S_rmem, m_rmem)
+                                                    : tiles.rows_to_update(block, row, tile_key);
                         update_row_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2, updated);
                         exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, updated,
                                      stream, coords_of);
@@ -238,10 +242,13 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                         bias.load<false>(loaded, key);
                         scores(S_rmem, Q_rmem, ring.K_smem + n * K_layout::ROW_BYTES);
                         softcap(S_rmem, params.scale_in_cap);
-                        score_mod(S_rmem, coords_of);
-                        alibi.add_to(S_rmem, key, params.scale_log2);
-                        bias.add_to(S_rmem, loaded, params.scale_log2);
-                        if (BIAS)
+                        score_mod(S_rmem, params, coords_of);
+                        alibi.add_to(S_rmem, key, scale_of_rest(params));
+                        bias.add_to(S_rmem, loaded, scale_of_rest(params));
+                        mask_mod<!BLOCK_SPARSE>(S_rmem, params, coords_of);
+                        if (HAS_MODS)
+                            raise_row_max(O_rmem, l_rmem, m_rmem, S_rmem);
+                        else if (BIAS)
                             update_row_max(O_rmem, l_rmem, m_rmem, S_rmem, params.scale_log2,
                                            row_set{~0u});
                         exponentials(P_rmem, l_rmem, S_rmem, m_rmem, params.scale_log2, row_set{0},

@@ -109,7 +109,7 @@ struct forward_block {
 
     __device__ __forceinline__ score_coords coords(int row, int key) const
     {
-        return {head + head_of(row), query_of(row), key};
+        return {seq.batch, head + head_of(row), query_of(row), key};
     }
     __device__ __forceinline__ range keys_of(int row) const { return mask.keys_of(query_of(row)); }
     /* The key on a row's diagonal, where there is one. */
@@ -125,7 +125,8 @@ struct forward_block {
     }
     __device__ __forceinline__ bool sees(int row, int key) const
     {
-        return key >= keys_of(row).begin && key < keys_of(row).end;
+        return key >= keys_of(row).begin && key < keys_of(row).end &&
+               (!MASK_MOD || mask_mod_of(coords(row, key), mods_of(params).mask));
     }
 };
 

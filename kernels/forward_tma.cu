@@ -8,12 +8,11 @@
 #include "tma_ring.cuh"
 #include "forward.cuh"
 
-extern "C" __global__ void __launch_bounds__(tma_ring::BLOCK_THREADS, 1) forward_tma(
-    const __grid_constant__ params_or_sparse<fa_forward_tma_params, fa_sparse_forward_params>
-        params)
+extern "C" __global__ void __launch_bounds__(tma_ring::BLOCK_THREADS, 1)
+    forward_tma(const __grid_constant__ argument_of<fa_forward_tma_params> params)
 {
     extern __shared__ __align__(1024) char smem[]; /* the pattern of the widest swizzle */
-    const fa_forward_tma_params &own = reinterpret_cast<const fa_forward_tma_params &>(params);
+    const fa_forward_tma_params &own = params_of<fa_forward_tma_params>(params);
     tma_ring ring(own, smem);
     attend(own.forward, ring);
 }

@@ -53,6 +53,8 @@ template <> struct forward_walk<false> {
     __device__ __forceinline__ int right_end() const { return min(end - inner_end + 1, count); }
     __device__ __forceinline__ int masked_end_from(int) const { return count; }
     __device__ __forceinline__ bool is_inner() const { return true; }
+    /* Whether a mask_mod may hide keys of it. */
+    __device__ __forceinline__ bool is_partial() const { return true; }
 
     /* The first key of the i-th tile. */
     __device__ __forceinline__ int key(int i) const { return order().key(i); }
@@ -100,6 +102,8 @@ template <> struct forward_walk<true> {
         const int key = at.tile * TILE_N;
         return key >= inner.begin && key + TILE_N <= inner.end;
     }
+
+    __device__ __forceinline__ bool is_partial() const { return at.is_partial(); }
 
     /* Of the current tile: it is the i-th. */
     __device__ __forceinline__ int key(int) const { return at.tile * TILE_N; }

@@ -15,7 +15,10 @@
 
 FA_CONSTEXPR int fa_element_bytes(int dtype)
 {
-    return dtype == FA_INT64 ? 8 : dtype == FA_FLOAT32 || dtype == FA_INT32 ? 4 : 2;
+    return dtype >= FA_BYTES_1                        ? 1 << (dtype - FA_BYTES_1)
+           : dtype == FA_INT64                        ? 8
+           : dtype == FA_FLOAT32 || dtype == FA_INT32 ? 4
+                                                      : 2;
 }
 
 /* A chunk is what a thread copies with one cp.async, and a row of an ldmatrix matrix. */
@@ -118,6 +121,7 @@ FA_CONSTEXPR int fa_p_shift(int dtype) { return dtype == FA_BFLOAT16 ? 14 : 0; }
 enum {
     FA_PREPROCESS_THREADS = 256, /* of a block of kernels/backward_preprocess.cu */
     FA_SINK_THREADS = 256,       /* of kernels/backward_sink.cu */
+    FA_CAPTURED_THREADS = 128,   /* of kernels/backward_captured.cu */
     FA_POSTPROCESS_WARPS = 4,    /* of kernels/backward_postprocess.cu */
 };
 

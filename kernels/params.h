@@ -22,7 +22,11 @@ enum fa_dtype {
     FA_FLOAT16,
     FA_BFLOAT16,
     FA_INT32 /* of lengths and pages alone */,
-    FA_INT64 /* of seeds */
+    FA_INT64 /* of seeds */,
+    FA_BYTES_1 /* from here on what a mod captured: elements of so many bytes */,
+    FA_BYTES_2,
+    FA_BYTES_4,
+    FA_BYTES_8
 };
 
 /* Outer strides of one [batch, seqlen, heads, head_dim] tensor. */
@@ -110,6 +114,21 @@ struct fa_block_lists {
     struct fa_divisor tiles;            /* and in one that is listed */
 };
 
+/* A tensor that a score_mod or mask_mod reads, of any type that its translation knows. */
+enum { FA_MAX_CAPTURED = 8, FA_CAPTURED_NDIM = 4 };
+struct fa_captured {
+    const void *data;
+    fa_int64 stride[FA_CAPTURED_NDIM];
+    int size[FA_CAPTURED_NDIM]; /* none is 0 */
+};
+
+/* Behind the parameters of kernels whose variant has a mod. */
+struct fa_mods {
+    struct fa_captured score[FA_MAX_CAPTURED], mask[FA_MAX_CAPTURED];
+    float *gradients[FA_MAX_CAPTURED]; /* of those of score_mod, contiguous; of
+                                        * backward_captured.cu alone */
+};
+
 /* The single argument of kernels/forward.cu. */
 struct fa_forward_params {
     const void *q; /* [batch, seqlen_q, heads_q, head_dim] */
@@ -158,9 +177,10 @@ struct fa_forward_tma_params {
 FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 704, "416, padding, then maps");
 
 /* The single argument of both where BLOCK_SPARSE; forward.cu has no maps. */
-struct fa_sparse_forward_params {
+struct fa_extended_forward_params {
     struct fa_forward_tma_params dense;
     struct fa_block_lists lists;
+    struct fa_mods mods;
 };
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
@@ -308,9 +328,10 @@ FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 896, "432, padding, maps, 
 
 /* The single argument of kernels/backward.cu where BLOCK_SPARSE. m_blocks is then that of whole
  * blocks of queries. */
-struct fa_sparse_backward_params {
+struct fa_extended_backward_params {
     struct fa_backward_params dense;
     struct fa_block_lists lists;
+    struct fa_mods mods;
 };
 
 /* The single argument of kernels/backward_postprocess.cu. */

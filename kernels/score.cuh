@@ -3,10 +3,11 @@
  *   1. scale      softmax_scale: a factor of scale_log2, which the exponential applies; where
  *                 SOFTCAP, of scale_in_cap
  *   2. softcap    c * tanh(s / c)
- *   3. score_mod  no variant has one yet
+ *   3. score_mod  of the scaled score, see mods.cuh; in powers of two from here on where there is a
+ *                 mod
  *   4. biases     in powers of two from here on: s * scale_log2 - slope * |distance| with ALiBi,
  *                 then + bias * log2(e), see bias.cuh
- *   5. mask       -inf where the query does not see the key
+ *   5. mask       -inf where the query does not see the key, by the window or a mask_mod
  *   6. softmax    p = 2^(s * scale_log2 - m), see softmax.cuh
  *   7. dropout    weights become 0; what is left counts 1 / (1 - p) times as much, see philox.h
  *
@@ -16,13 +17,12 @@
 #define FA_SCORE_CUH
 
 #include "mask.cuh"
+#include "mods.cuh"
 #include "philox.h"
 #include "sink.cuh"
 
-/* Whose score it is: query head, and query and key of the sequence. */
-struct score_coords {
-    int head, query, key;
-};
+/* Whether scores are in powers of two when they are masked. */
+enum : bool { IS_PRESCALED = ALIBI || BIAS || HAS_MODS };
 
 /* Calls f(s, row, column) for each score of C fragments; row and column count from those of
  * S[0][0][0] of this lane. */
@@ -48,10 +48,53 @@ __device__ __forceinline__ void softcap(float (&S)[ROW_FRAGS][COLUMN_FRAGS][4], 
         for_each_score(S, [&](float &s, int, int) { s = tanhf(s * scale_in_cap); });
 }
 
-/* ---- 3. `coords_of` gives the score_coords of a row and a column of S. */
-template <int ROW_FRAGS, int COLUMN_FRAGS, class F>
-__device__ __forceinline__ void score_mod(float (&)[ROW_FRAGS][COLUMN_FRAGS][4], F /*coords_of*/)
+/* ---- 3. What takes a score to its natural unit; where SOFTCAP the factor c is part of it. */
+template <class params_t> __device__ __forceinline__ float natural_scale(const params_t &params)
 {
+    return params.scale_log2 * LN2;
+}
+
+/* `coords_of` gives the score_coords of a row and a column of S. */
+template <int ROW_FRAGS, int COLUMN_FRAGS, class params_t, class F>
+__device__ __forceinline__ void score_mod(float (&S)[ROW_FRAGS][COLUMN_FRAGS][4],
+                                          const params_t &params, F coords_of)
+{
+    if (SCORE_MOD)
+        for_each_score(S, [&](float &s, int row, int column) {
+            s = LOG2_E * score_mod_of(s * natural_scale(params), coords_of(row, column),
+                                      mods_of(params).score);
+        });
+    else if (HAS_MODS)
+        for_each_score(S, [&](float &s, int, int) { s *= params.scale_log2; });
+}
+
+/* The same, and its derivative by the score to `slopes`. */
+template <int ROW_FRAGS, int COLUMN_FRAGS, class params_t, class F>
+__device__ __forceinline__ void score_mod_and_slopes(float (&S)[ROW_FRAGS][COLUMN_FRAGS][4],
+                                                     float (&slopes)[ROW_FRAGS][COLUMN_FRAGS][4],
+                                                     const params_t &params, F coords_of)
+{
+    if (SCORE_MOD)
+#pragma unroll
+        for (int m = 0; m < ROW_FRAGS; m++)
+#pragma unroll
+            for (int n = 0; n < COLUMN_FRAGS; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) {
+                    const float s = S[m][n][e];
+                    const float of_cap = SOFTCAP ? 1.0f - fminf(s * s, 1.0f) : 1.0f;
+                    slopes[m][n][e] =
+                        of_cap * score_mod_slope(s * natural_scale(params),
+                                                 coords_of(16 * m + 8 * (e / 2), 8 * n + e % 2),
+                                                 mods_of(params).score);
+                }
+    score_mod(S, params, coords_of);
+}
+
+/* What takes a score behind score_mod to powers of two. */
+template <class params_t> __device__ __forceinline__ float scale_of_rest(const params_t &params)
+{
+    return HAS_MODS ? 1.0f : params.scale_log2;
 }
 
 /* ---- 4. ALiBi. The slope of a head, for powers of two. */
@@ -68,13 +111,10 @@ __device__ __forceinline__ float with_alibi(float s, float scale, float slope, f
     return fmaf(s, scale, -slope * fabsf(distance));
 }
 
-/* Whether step 4 applies the scale. */
-constexpr bool SCALES_EARLY = ALIBI || BIAS;
-
 /* A masked score as the steps from here on have it. */
 template <class params_t> __device__ __forceinline__ float masked_score(const params_t &params)
 {
-    return SCALES_EARLY ? -INF : params.masked_score;
+    return IS_PRESCALED ? -INF : params.masked_score;
 }
 
 /* ---- 5. `visible` gives the range of columns that a row of S sees; BEGIN and END: whether it may
@@ -99,6 +139,17 @@ __device__ __forceinline__ void mask_scores(float (&S)[ROW_FRAGS][COLUMN_FRAGS][
                         S[m][n][2 * half + e] = masked_score;
                 }
         }
+}
+
+/* APPLIES: false where all keys are known to be seen. */
+template <bool APPLIES, int ROW_FRAGS, int COLUMN_FRAGS, class params_t, class F>
+__device__ __forceinline__ void mask_mod(float (&S)[ROW_FRAGS][COLUMN_FRAGS][4],
+                                         const params_t &params, F coords_of)
+{
+    if (MASK_MOD && APPLIES)
+        for_each_score(S, [&](float &s, int row, int column) {
+            s = mask_mod_of(coords_of(row, column), mods_of(params).mask) ? s : -INF;
+        });
 }
 
 /* ---- 7. Probabilities as they weigh V; the sum of a row takes them as they were. The factor

@@ -6,6 +6,10 @@
  * that was not enough. A sum is never too small: m belongs to a key that the row has seen. Where
  * BIAS the keys at the edge may be those that weigh least, or nothing: then every tile updates m.
  *
+ * A mod may make scores grow at any key: then every tile looks, and m rises in the rows where the
+ * row max has grown by more than
+ * rows_that_grew() allows.
+ *
  * FlashAttention-4 goes half of this way: it keeps m while the row max has not grown by more than
  * rescale_threshold (2^8), and looks at every tile. */
 #ifndef FA_SOFTMAX_CUH
@@ -86,7 +90,7 @@ __device__ __forceinline__ row_set rows_to_update(const forward_block &block, in
 }
 
 /* P = 2^(S * scale - m) [WARP_M, SUB_N], as the A operand of the next mma, and l += its row sums.
- * Rows in `scaled` are pre-multiplied by scale, and all where SCALES_EARLY. l has the weights
+ * Rows in `scaled` are pre-multiplied by scale, and all where IS_PRESCALED. l has the weights
  * before any is dropped. */
 template <class F>
 __device__ __forceinline__ void
@@ -98,7 +102,7 @@ exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4], float (&l_rmem)[M_FRAG
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) { /* row g, then row g + 8 */
-            const float row_scale = SCALES_EARLY || scaled.has(m, half) ? 1.0f : scale;
+            const float row_scale = IS_PRESCALED || scaled.has(m, half) ? 1.0f : scale;
 #pragma unroll
             for (int n = 0; n < S_FRAGS; n++) {
                 const float p0 = exp2_approx(S_rmem[m][n][2 * half] * row_scale - m_rmem[m][half]);
@@ -174,7 +178,7 @@ __device__ __forceinline__ void update_row_max(float (&O_rmem)[M_FRAGS][O_FRAGS]
 #pragma unroll
                 for (int e = 0; e < 2; e++) {
                     float &s = S_rmem[m][n][2 * half + e];
-                    s *= updates && !SCALES_EARLY ? scale : 1.0f;
+                    s *= updates && !IS_PRESCALED ? scale : 1.0f;
                     row_max = fmaxf(row_max, s + MAX_OFFSET);
                 }
             /* The four lanes of a quad share the row. */
@@ -192,6 +196,41 @@ __device__ __forceinline__ void update_row_max(float (&O_rmem)[M_FRAGS][O_FRAGS]
                 O_rmem[m][n][2 * half + 1] *= rescale;
             }
         }
+}
+
+/* With a mod: the rows whose m is to rise for these scores, which are in powers of two. Until then
+ * it stays below their max, MAX_OFFSET included, by no more than what 16 bits hold. */
+__device__ __forceinline__ row_set rows_that_grew(const float (&S_rmem)[M_FRAGS][S_FRAGS][4],
+                                                  const float (&m_rmem)[M_FRAGS][2])
+{
+    constexpr float MAX_GROWTH = IS_BF16 ? 64.0f : 8.0f;
+    unsigned rows = 0;
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float row_max = -INF;
+#pragma unroll
+            for (int n = 0; n < S_FRAGS; n++)
+#pragma unroll
+                for (int e = 0; e < 2; e++)
+                    row_max = fmaxf(row_max, S_rmem[m][n][2 * half + e]);
+            const bool grew = row_max + (MAX_OFFSET - MAX_GROWTH) > m_rmem[m][half];
+            rows |= grew << (2 * m + half);
+        }
+    /* The four lanes of a quad share their rows. */
+    rows |= __shfl_xor_sync(0xffffffff, rows, 1);
+    return {rows | __shfl_xor_sync(0xffffffff, rows, 2)};
+}
+
+__device__ __forceinline__ void raise_row_max(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
+                                              float (&l_rmem)[M_FRAGS][2],
+                                              float (&m_rmem)[M_FRAGS][2],
+                                              float (&S_rmem)[M_FRAGS][S_FRAGS][4])
+{
+    const row_set rows = rows_that_grew(S_rmem, m_rmem);
+    if (__any_sync(0xffffffff, rows.bits))
+        update_row_max(O_rmem, l_rmem, m_rmem, S_rmem, 1.0f, rows);
 }
 
 #endif

@@ -14,9 +14,9 @@ constexpr int O_FRAGS = HEAD_DIM_V / 8; /* 8-dim columns of the output */
 constexpr int D_STEPS = ceil_div(HEAD_DIM, MMA_K);
 
 /* Unrolled sub-tiles overlap, which takes registers; wide rows leave none to spare, nor does the
- * tanh of a cap. */
+ * tanh of a cap or a mod. */
 constexpr bool WIDE = WARP_M == 32 && (HEAD_DIM > 96 || HEAD_DIM_V > 96);
-constexpr int SUB_UNROLL = WIDE || SOFTCAP ? 1 : TILE_N / SUB_N;
+constexpr int SUB_UNROLL = WIDE || SOFTCAP || SCORE_MOD || MASK_MOD ? 1 : TILE_N / SUB_N;
 
 static_assert(HEAD_DIM % CHUNK_ELEMENTS == 0 && HEAD_DIM_V % CHUNK_ELEMENTS == 0,
               "a row is whole 16-byte chunks");

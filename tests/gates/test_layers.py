@@ -22,7 +22,7 @@ LAYERS = (
     "../kernels/philox",
     "device settings shape split tiles variant",
     "driver plan plan_backward plan_forward",
-    "block_lists following kernel_table options overlap plan_cache tensor tile_rows",
+    "block_lists following kernel_table mods options overlap plan_cache tensor tile_rows",
     "parts problem scatter state",
     "append cpu/append cpu/backward cpu/block_map cpu/combine cpu/forward cpu/rows cpu/scatter cpu/scores "
     "cpu/sequence cpu_threads arguments device_check launch planning",

@@ -239,10 +239,7 @@ def test_bad_scalars(device, case):
     [
         ("qv", torch.zeros(1)),
         ("gather_kv_indices", torch.zeros(1)),
-        ("score_mod", lambda *a: a[0]),
         ("score_mod_bwd", lambda *a: a[0]),
-        ("mask_mod", lambda *a: True),
-        ("aux_tensors", [torch.zeros(1)]),
         ("aux_scalars", [1.0]),
         ("block_sparse_tensors_bwd", ()),
     ],

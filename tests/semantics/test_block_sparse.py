@@ -333,6 +333,59 @@ def test_indices_are_clamped(device):
     _C.backward(dout_for(device, q, v), q, k, v, out, lse, None, **blocks)
 
 
+# ---- with callables ------------------------------------------------------------------------------
+
+
+LISTS = [f"{full}{side}_{x}" for full in ("", "full_") for side in ["kv", "q"]
+         for x in ("num_blocks", "indices")]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+@on_each_device
+def test_a_block_mask_with_its_callable(device, name):
+    """torch's BlockMask as it is: its mask_mod hides pairs of partial blocks."""
+    q, k, v = inputs(device, (200, 260), heads=(4, 2), batch=2)
+    mask = block_mask.create_block_mask(DEFINITIONS[name], 2, 4, 200, 260, 128, "cpu")
+    for field in LISTS:
+        setattr(mask, field, device.place(getattr(mask, field)))
+    got = flash_attn_func(q, k, v, block_sparse_tensors=mask, return_lse=True)
+    expected = flash_attn_func(q, k, v, mask_mod=DEFINITIONS[name], return_lse=True)
+    assert_close(device, got, expected)
+
+
+@pytest.mark.parametrize("name", DEFINITIONS)
+@pytest.mark.parametrize("device", params_of(CPU, CUDA))
+def test_gradients_of_a_block_mask_with_its_callable(device, name):
+    q, k, v = (x.requires_grad_() for x in inputs(device, (200, 260), heads=(4, 2), batch=2))
+    where = device.torch_device
+    mask = block_mask.create_block_mask(DEFINITIONS[name], 2, 4, 200, 260, 128, where)
+    dout = torch.randn_like(q)
+    gradients = [
+        torch.autograd.grad(flash_attn_func(q, k, v, **options)[0], (q, k, v), dout)
+        for options in ({"block_sparse_tensors": mask}, {"mask_mod": DEFINITIONS[name]})
+    ]
+    assert_close(device, *gradients)
+
+
+@on_each_device
+def test_a_callable_is_not_asked_in_full_blocks(device):
+    q, k, v = inputs(device, (200, 200))
+    maps = maps_of((2, 2), full=(0, 1))
+    lists = options_of(device, lists_of(device, *maps, (128, 128)), q, k)["key_blocks"]
+    names = ("mask_block_cnt", "mask_block_idx", "full_block_cnt", "full_block_idx")
+    fields = type("Fields", (), dict(zip(names, lists[2:], strict=True), block_size=(128, 128)))
+    got = flash_attn_func(q, k, v, block_sparse_tensors=fields, mask_mod=lambda b, h, q, k: q < 0)
+    expected = flash_attn_func(q, k, v, block_sparse_tensors=fields)
+    assert_close(device, got[:1], expected[:1])
+
+
+def assert_close(device, got, expected):
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours.cpu().float(), theirs.cpu().float(), atol=2e-2, rtol=2e-2)
+
+
+# ---- FA_SM120_CHECK ------------------------------------------------------------------------------
+
 CHECKED = """
 import sys
 sys.path[:0] = {path!r}

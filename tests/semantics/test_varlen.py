@@ -347,7 +347,7 @@ BAD = {
     "heads of lse": ({"lse": lambda x: torch.zeros(3, 42)}, ValueError, "lse must have q's heads 4 in dimension 0, got 3"),
     "positional": ({"cu_seqlens_k": lambda x: 7}, TypeError, "parameters after q, k, v come in another order"),
     "scheduler": ({"scheduler_metadata": lambda x: 7}, NotImplementedError, "flash_attn_varlen_func does not support scheduler_metadata yet"),
-    "mask_mod": ({"mask_mod": lambda x: max}, NotImplementedError, "flash_attn_varlen_func does not support mask_mod yet"),
+    "score_mod_bwd": ({"score_mod_bwd": lambda x: max}, NotImplementedError, "flash_attn_varlen_func does not support score_mod_bwd yet"),
     "unknown": ({"cu_seqlens": lambda x: None}, TypeError, r"flash_attn_varlen_func\(\) got an unexpected keyword argument 'cu_seqlens'"),
 }  # fmt: skip
 

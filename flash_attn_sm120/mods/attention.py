@@ -1,0 +1,237 @@
+"""Calls with a score_mod or a mask_mod."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd import Function
+
+from flash_attn_sm120 import _C, autograd, ops
+from flash_attn_sm120.following import is_followed
+from flash_attn_sm120.mods import headers, reference
+from flash_attn_sm120.mods.capture import captured_by
+from flash_attn_sm120.mods.trace import trace
+from flash_attn_sm120.mods.translate import check_captured, mask_text, score_text
+
+MOST_TRACES = 512
+
+Mod = Callable[..., Any]
+# (number of the text, captured tensors, their gradients), as _C takes it
+Translated = tuple[int, tuple[Any, ...], tuple[Any, ...]]
+
+
+def attend(
+    function: str,
+    q: Any,
+    k: Any,
+    v: Any,
+    learnable_sink: Any,
+    mods: dict[str, Mod | None],
+    aux_tensors: Any,
+    tensors: dict[str, Any],
+    options: dict[str, Any],
+    return_lse: bool,
+    out: Any,
+    lse: Any,
+) -> tuple[Any, Any]:
+    """``(out, lse)`` of a call of ``function`` whose ``mods`` are not all None."""
+    tensors = {name: x for name, x in tensors.items() if x is not None}
+    given = (q, k, v, learnable_sink, *tensors.values())
+    ops.check_tensors("a mod is given", q, k, v, learnable_sink, **tensors)
+    if is_followed(*given):
+        raise NotImplementedError(
+            f"{function} with {' and '.join(name for name, mod in mods.items() if mod)} cannot be "
+            "followed by torch yet (compile, func, modes, subclasses): call it in "
+            "torch.compiler.disable"
+        )
+    q, k, v = autograd.autocast(q, k, v, tensors.get("page_table"))
+    called = {name: _with_aux(name, mod, aux_tensors) for name, mod in mods.items() if mod}
+    is_cpu = q.__dlpack_device__()[0] == 1
+    found = {name: captured_by(mod, aux_tensors) for name, mod in called.items()}
+    captured = [x for _, xs in found.values() for x in xs]
+    wants_gradient = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (*given, *captured)
+    )
+    if wants_gradient and (out is not None or lse is not None):
+        raise RuntimeError(
+            f"{function}(..., out=, lse=) does not support automatic differentiation: use no_grad()"
+        )
+    translated: dict[str, Any] = {
+        name: translate(name, mod, *found[name]) for name, mod in called.items()
+    }
+    for name, (_, read, _) in translated.items():
+        _check_devices(name, read, q)
+    if is_cpu:
+        _check(q, k, v, learnable_sink, tensors, options)
+        graphs = {name: trace(name, mod) for name, mod in called.items()}
+        computed = reference.attend(q, k, v, learnable_sink, graphs, tensors, options)
+        return _into(computed, return_lse, out, lse)
+    if wants_gradient:
+        joint = {name: translate(name, mod, *found[name], True) for name, mod in called.items()}
+        both = translated, joint
+        return _record(q, k, v, learnable_sink, tensors, options, both, return_lse)
+    results = _C.forward(
+        q, k, v, learnable_sink=learnable_sink, return_lse=return_lse, out=out, lse=lse,
+        **tensors, **options, **translated,
+    )  # fmt: skip
+    autograd.written_in_place(out, lse)
+    return results
+
+
+def _with_aux(name: str, mod: Mod, aux_tensors: Any) -> Mod:
+    """The callable of five or four numbers; with ``aux_tensors`` they come last, as in
+    FlashAttention-4, where it takes one argument more."""
+    if not callable(mod):
+        raise TypeError(f"{name} must be callable, got {type(mod).__name__}")
+    if aux_tensors is None:
+        return mod
+    count = 5 if name == "score_mod" else 4
+    try:
+        inspect.signature(mod).bind(*range(count + 1))
+    except TypeError:
+        return mod
+
+    def with_aux(*numbers: Any) -> Any:
+        return mod(*numbers, aux_tensors)
+
+    return with_aux
+
+
+def _check(q: Any, k: Any, v: Any, sink: Any, tensors: Any, options: Any) -> None:
+    """What C checks of a call without mods, of no data: by the operators' rules for shapes."""
+    lengths = {n: x for n, x in tensors.items() if n not in (ops.SEED,)}
+    ops._check(q, k, v, sink, lengths)
+
+
+def _check_devices(name: str, captured: Sequence[Any], q: Any) -> None:
+    for x in captured:
+        if x.device != q.device:
+            raise ValueError(
+                f"a tensor that {name} captures must be on q's device, {q.device}, got {x.device}"
+            )
+
+
+def _into(results: Any, return_lse: bool, out: Any, lse: Any) -> tuple[Any, Any]:
+    for given, result in zip((out, lse), results, strict=True):
+        if given is not None:
+            given.copy_(result)
+    return (
+        results[0] if out is None else out,
+        lse if lse is not None else results[1] if return_lse else None,
+    )
+
+
+# ---- callable -> what _C takes -------------------------------------------------------------------
+
+_traced: dict[Any, tuple[int, tuple[int, ...]]] = {}
+
+
+def translate(
+    name: str, mod: Mod, key: Any, tensors: list[torch.Tensor], gradient: bool = False
+) -> Translated:
+    """Traces a mod, unless an equal one has been; ``tensors``: those that it captures."""
+    is_joint = gradient and name == "score_mod"
+    kept = _traced.get((name, key, is_joint)) if key is not None else None
+    if kept is not None:
+        number, order = kept
+        return number, tuple([tensors[i] for i in order]), ()
+    graph = trace(name, mod)
+    check_captured(name, graph.captured)
+    if name == "mask_mod":
+        text = mask_text(graph)
+    else:
+        text = score_text(graph, trace(name, mod, gradient=True) if is_joint else None)
+    number = headers.register(text)
+    places = [next((i for i, t in enumerate(tensors) if t is x), -1) for x in graph.captured]
+    if key is not None and -1 not in places:
+        if len(_traced) >= MOST_TRACES:
+            _traced.clear()
+        _traced[name, key, is_joint] = number, tuple(places)
+    return number, tuple(graph.captured), ()
+
+
+def explain_mod(name: str, mod: Mod, aux_tensors: Any, gradient: bool) -> tuple[Translated, str]:
+    """What _C takes, and what was traced: the statements of the kernel."""
+    called = _with_aux(name, mod, aux_tensors)
+    translated = translate(name, called, *captured_by(called, aux_tensors), gradient)
+    text = headers.text(translated[0])
+    statements = [line.strip() for line in text.split("\n}\n")[0].splitlines()[2:]]
+    count = len(translated[1])
+    return translated, f"traced, with {count} captured tensors: {' '.join(statements)}"
+
+
+# ---- gradients -----------------------------------------------------------------------------------
+
+
+def _record(
+    q: Any, k: Any, v: Any, sink: Any, tensors: Any, options: Any, both: Any, return_lse: bool
+) -> tuple[Any, Any]:  # fmt: skip
+    if "alibi_slopes" in tensors and tensors["alibi_slopes"].requires_grad:
+        raise NotImplementedError("alibi_slopes has no gradient: detach() it, or use no_grad()")
+    captured = both[1]["score_mod"][1] if "score_mod" in both[1] else ()
+    record: Any = _Attention.apply
+    results = record(tensors, options, both, return_lse, q, k, v, sink, *captured)
+    return results if return_lse else (results, None)
+
+
+class _Attention(Function):
+    """As autograd.py's, with mods: what score_mod captured gets gradients, too."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, tensors, options, both, return_lse, q, k, v, sink, *captured
+    ) -> Any:
+        out, lse = _C.forward(
+            q, k, v, learnable_sink=sink, return_lse=True, **tensors, **options, **both[0]
+        )
+        ctx.save_for_backward(q, k, v, sink, out, lse, *captured)
+        ctx.set_materialize_grads(False)
+        ctx.call = tensors, options, both[1]
+        return (out, lse) if return_lse else out
+
+    @staticmethod
+    def backward(ctx, dout: Any, dlse: Any = None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
+        q, k, v, sink, out, lse, *_ = ctx.saved_tensors
+        tensors, options, joint = ctx.call
+        if torch.are_deterministic_algorithms_enabled():
+            options = {**options, "deterministic": True}
+        wants = ctx.needs_input_grad[4:]
+        dout = torch.zeros_like(out) if dout is None else dout
+        gradients, of_captured = run_backward(
+            dout, dlse, q, k, v, sink, out, lse, {**tensors, **options}, joint, wants[4:]
+        )
+        dq, dk, dv, dsink = gradients
+        dsink = None if dsink is None else dsink.to(sink.dtype)
+        given = (dq, dk, dv, dsink, *of_captured)
+        return (
+            None,
+            None,
+            None,
+            None,
+            *(g if w else None for g, w in zip(given, wants, strict=True)),
+        )
+
+
+def run_backward(
+    dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, out: Any, lse: Any,
+    options: dict[str, Any], joint: dict[str, Translated], wanted: Sequence[bool],
+) -> tuple[Any, list[Any]]:  # fmt: skip
+    """``((dq, dk, dv, dsink), gradients of what score_mod captured)``, straight from C."""
+    mods: dict[str, Any] = dict(joint)
+    captured: tuple[Any, ...] = ()
+    sums: tuple[Any, ...] = ()
+    if any(wanted):
+        number, captured, _ = joint["score_mod"]
+        sums = tuple(
+            q.new_empty(x.shape, dtype=torch.float32).zero_() if w else None
+            for x, w in zip(captured, wanted, strict=True)
+        )
+        mods["score_mod"] = number, captured, sums
+    gradients = _C.backward(dout, q, k, v, out, lse, dlse, learnable_sink=sink, **options, **mods)
+    of_captured = [
+        None if s is None else s.to(x.dtype) for x, s in zip(captured, sums, strict=True)
+    ]
+    return gradients, of_captured or [None] * len(wanted)

@@ -1,0 +1,160 @@
+"""Callable -> ATen graph of one element, by torch's own tracer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+COORDS = ("b", "h", "q_idx", "kv_idx")
+
+
+class _Captures(TorchFunctionMode):
+    """Puts stand-ins in the place of captured tensors, and counts them; an index that is a tensor
+    stays one."""
+
+    def __init__(self, stand_in: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.captured: list[torch.Tensor] = []
+        self.stand_ins: list[torch.Tensor] = []
+        self.own: set[int] = set()  # ids of stand-ins and arguments
+        self._stand_in = stand_in
+
+    def of(self, x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or id(x) in self.own or _is_traced(x):
+            return x
+        for known, stand_in in zip(self.captured, self.stand_ins, strict=True):
+            if known is x:
+                return stand_in
+        stand_in = self._stand_in(x)
+        self.captured.append(x)
+        self.stand_ins.append(stand_in)
+        self.own.add(id(stand_in))
+        return stand_in
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "__get__":  # .shape, .dtype: those of the tensor itself
+            return func(*args, **(kwargs or {}))
+        args, kwargs = pytree.tree_map(self.of, (tuple(args), kwargs or {}))
+        return _call(func, args, kwargs)
+
+
+def _call(func: Any, args: Any, kwargs: Any) -> Any:
+    if func is not torch.Tensor.__getitem__:
+        return func(*args, **kwargs)
+    indices = args[1] if isinstance(args[1], tuple) else (args[1],)
+    if not all(isinstance(x, (torch.Tensor, int)) and not isinstance(x, bool) for x in indices):
+        return func(*args, **kwargs)
+    tensors = [
+        x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=torch.int64) for x in indices
+    ]
+    return torch.ops.aten.index.Tensor(args[0], tensors)
+
+
+def _is_traced(x: torch.Tensor) -> bool:
+    return isinstance(x, torch._subclasses.FakeTensor)
+
+
+class Trace:
+    """What a mod computes of one element.
+
+    Attributes:
+        graph: of the mod, or of the gradients of a score_mod: inputs, then captured tensors, then
+            the gradient of the result.
+        captured: the tensors, in the order of the graph's inputs.
+    """
+
+    def __init__(self, graph: fx.Graph, captured: list[torch.Tensor], inputs: int) -> None:
+        self.graph = graph
+        self.captured = captured
+        self.inputs = inputs
+
+
+def trace(name: str, mod: Callable[..., Any], *, gradient: bool = False) -> Trace:
+    """The graph of a ``"score_mod"`` or ``"mask_mod"``.
+
+    Raises:
+        TypeError: it returns what it must not, or needs a value in Python.
+        ValueError: what it returns is not one number.
+        RuntimeError: torch cannot trace it, for reasons of the callable.
+    """
+    is_score = name == "score_mod"
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake:
+        score = [torch.empty((), dtype=torch.float32)] if is_score else []
+        coords = [torch.empty((), dtype=torch.int32) for _ in COORDS]
+
+    def stand_in(x: torch.Tensor) -> torch.Tensor:
+        with fake:
+            return torch.empty(x.shape, dtype=x.dtype)
+
+    captures = _Captures(stand_in)
+    inputs = [*score, *coords]
+    _run(name, mod, captures, inputs, fake)
+    captured = list(captures.captured)
+    _check_result(name, _run(name, mod, captures, inputs, fake))
+
+    def body(*arguments: torch.Tensor) -> Any:
+        count = len(inputs)
+        own, tensors = list(arguments[:count]), list(arguments[count : count + len(captured)])
+        wanted = []
+        if gradient:
+            own[0] = own[0].detach().requires_grad_()
+            tensors = [
+                x.detach().requires_grad_(real.requires_grad)
+                for x, real in zip(tensors, captured, strict=True)
+            ]
+            wanted = [own[0], *(x for x in tensors if x.requires_grad)]
+        given = _Captures(stand_in)
+        given.captured, given.stand_ins = list(captured), tensors
+        given.own = {id(x) for x in tensors}
+        with given, torch.enable_grad() if gradient else nullcontext():
+            result = mod(*own)
+        if not gradient:
+            return result
+        return torch.autograd.grad(
+            result, wanted, arguments[-1].to(result.dtype), allow_unused=True
+        )
+
+    with fake:
+        dout = [torch.empty((), dtype=torch.float32)] if gradient else []
+    graph = make_fx(body, tracing_mode="real")(*inputs, *captures.stand_ins, *dout).graph
+    graph.eliminate_dead_code()
+    return Trace(graph, captured, len(inputs))
+
+
+def _run(
+    name: str, mod: Callable[..., Any], captures: _Captures, inputs: list[Any], fake: Any
+) -> Any:
+    before = [x._version for x in captures.stand_ins]
+    try:
+        with torch.no_grad(), fake, captures:
+            result = mod(*inputs)
+    except torch._subclasses.fake_tensor.DataDependentOutputException as error:
+        raise TypeError(
+            f"{name} needs the value of a tensor in Python (if, while, and, or, int(), .item()): "
+            "it is one number of many, so use torch.where, & and |"
+        ) from error
+    changed = [x._version for x in captures.stand_ins]
+    if changed[: len(before)] != before or any(changed[len(before) :]):
+        raise ValueError(f"{name} changes a captured tensor in place: mods may only read")
+    return result
+
+
+def _check_result(name: str, result: Any) -> None:
+    is_score = name == "score_mod"
+    kind = "floating-point" if is_score else "bool"
+    if not isinstance(result, torch.Tensor):
+        raise TypeError(f"{name} must return a {kind} tensor, got {type(result).__name__}")
+    is_right = result.is_floating_point() if is_score else result.dtype is torch.bool
+    if not is_right:
+        raise TypeError(f"{name} must return a {kind} tensor, got {result.dtype}")
+    if result.dim():
+        raise ValueError(f"{name} must return one number, got the shape {tuple(result.shape)}")

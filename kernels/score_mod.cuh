@@ -1,0 +1,28 @@
+/* The empty hook of a score_mod. In variants with one, what flash_attn_sm120/mods/ makes of it
+ * takes the place of this file: see mods.cuh. */
+#ifndef FA_SCORE_MOD_CUH
+#define FA_SCORE_MOD_CUH
+
+__device__ __forceinline__ float score_mod_of(float score, const score_coords &,
+                                              const fa_captured *)
+{
+    return score;
+}
+
+/* Its derivative by the score. */
+__device__ __forceinline__ float score_mod_slope(float, const score_coords &, const fa_captured *)
+{
+    return 1.0f;
+}
+
+/* Adds to the gradients of captured tensors what a gradient of the result makes of them; or to
+ * `sums`, of elements that all scores of a head have in common, which the second function adds. */
+__device__ __forceinline__ void add_score_mod_gradients(float, float, const score_coords &,
+                                                        const fa_mods &, float *)
+{
+}
+__device__ __forceinline__ void add_score_mod_sums(const score_coords &, const fa_mods &, float *)
+{
+}
+
+#endif

@@ -1,0 +1,97 @@
+"""Mods that people write, and dense scores in torch as their oracle."""
+
+import math
+
+import torch
+
+SEQLEN = 150  # that tables have room for
+
+
+def tensors_of(device, heads=4, seqlen=SEQLEN):
+    """What the mods capture, on a device."""
+    place = device.place
+    return {
+        "slopes": place(2.0 ** -torch.arange(1.0, heads + 1)),
+        "table": place(torch.randn(heads, 2 * SEQLEN)),
+        "bias": place(torch.randn(heads, SEQLEN, SEQLEN)),
+        "half": place(torch.randn(SEQLEN).bfloat16()),
+        "document": place(torch.arange(SEQLEN) // 37),
+        "kind": place(torch.arange(SEQLEN, dtype=torch.int32) % 3),
+        "offsets": place(torch.tensor([0, 40, 100, 150])),
+        "padding": place(torch.arange(SEQLEN) % 7 != 3),
+        "temperature": place(torch.tensor(0.7)),
+        "prefix": place(torch.tensor([30, 90], dtype=torch.int32)),
+    }
+
+
+def t5(table):
+    def score_mod(s, b, h, q, k):
+        distance = torch.clamp(q - k, min=0)
+        far = 8 + (torch.log(distance.float() / 8 + 1e-6) / math.log(16) * 8).to(torch.int32)
+        return s + table[h, torch.where(distance < 8, distance, torch.clamp(far, 0, 15))]
+
+    return score_mod
+
+
+def _nested(bias, h, q, k):
+    """Index by index; of the oracle's grids at once."""
+    return bias[h, q, k] if h.dim() else bias[h][q][k]
+
+
+def score_mods(x):
+    """name -> score_mod over the tensors `x` of tensors_of()."""
+    return {
+        "alibi": lambda s, b, h, q, k: s + x["slopes"][h] * (k - q),
+        "relative": lambda s, b, h, q, k: s + x["table"][h, q - k + SEQLEN],
+        "bias": lambda s, b, h, q, k: s + _nested(x["bias"], h, q, k),
+        "half": lambda s, b, h, q, k: s + x["half"][k] * 0.5,
+        "cap": lambda s, b, h, q, k: 2 * torch.tanh(s / 2),
+        "t5": t5(x["table"]),
+        "temperature": lambda s, b, h, q, k: s * x["temperature"],
+        "squared": lambda s, b, h, q, k: s * s.abs() + s**2 / 4,
+        "gelu": lambda s, b, h, q, k: torch.nn.functional.gelu(s) - torch.sigmoid(s),
+        "causal": lambda s, b, h, q, k: torch.where(q >= k, s, -float("inf")),
+        "grows": lambda s, b, h, q, k: s + (SEQLEN - k) * 3.0,
+    }
+
+
+def mask_mods(x):
+    document, offsets = x["document"], x["offsets"]
+    return {
+        "causal": lambda b, h, q, k: q >= k,
+        "sliding": lambda b, h, q, k: (q >= k) & (q - k <= 40),
+        "document": lambda b, h, q, k: (document[q] == document[k]) & (q >= k),
+        "prefix": lambda b, h, q, k: (k <= x["prefix"][b]) | (q >= k),
+        "natten": lambda b, h, q, k: (
+            ((q // 16 - k // 16).abs() <= 2) & ((q % 16 - k % 16).abs() <= 3)
+        ),
+        "padding": lambda b, h, q, k: x["padding"][k],
+        "dilated": lambda b, h, q, k: (q - k) % 3 == 0,
+        "kinds": lambda b, h, q, k: (x["kind"][q] != x["kind"][k]) | (h < 2),
+        "jagged": lambda b, h, q, k: offsets[document[q].clamp(max=2)] <= k,
+        "nothing": lambda b, h, q, k: (q < 20) & (k > 100) & ~(h == 1),
+    }
+
+
+def oracle(q, k, v, *, score_mod=None, mask_mod=None, window=None, softmax_scale=None):
+    """(out, lse) of dense scores; mods get whole grids of indices, not one element at a time."""
+    q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
+    s = scale * q @ k.transpose(-1, -2)
+    grids = torch.meshgrid(*(torch.arange(n) for n in s.shape), indexing="ij")
+    b, h, i, j = grids
+    if score_mod:
+        s = score_mod(s, b, h, i, j)
+    seen = torch.ones(s.shape, dtype=torch.bool)
+    if window:
+        diagonal = i + k.shape[2] - q.shape[2]
+        seen = (j >= diagonal - window[0]) & (j <= diagonal + window[1])
+    if mask_mod:
+        seen = seen & mask_mod(b, h, i, j)
+    s = s.masked_fill(~seen, -math.inf)
+    is_empty = (s == -math.inf).all(-1)
+    s = s.masked_fill(is_empty[..., None], 0)
+    p = torch.softmax(s, -1).masked_fill(is_empty[..., None], 0)
+    lse = torch.logsumexp(s, -1).masked_fill(is_empty, -math.inf)
+    return (p @ v).transpose(1, 2), lse
