@@ -202,8 +202,9 @@ def attempt(contestant: Timed, step: Callable[[], T]) -> tuple[T | None, str]:
             reason = out_of_memory(error)
             if not reason and not isinstance(error, cannot):
                 raise
-            said = [str(error) or repr(error), *(str(note.message) for note in notes)]
-            reason = reason or " ".join(said)
+            # The first line: others list dispatch keys.
+            said = next(iter(str(error).splitlines()), "") or repr(error)
+            reason = reason or " ".join([said, *(str(note.message) for note in notes)])
     if reason:
         release_memory()  # what the call held, now that its frames are gone
     else:

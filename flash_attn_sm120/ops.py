@@ -214,11 +214,18 @@ def run_backward(
     if torch.are_deterministic_algorithms_enabled():
         options = {**options, "deterministic": True}
     named = by_name(lengths)
+    bias = named.get(BIAS)
     if bias_gradient:
         named["bias_gradient"] = True
-    return _C.backward(
+        if options.get("deterministic"):  # of all scores first, and then summed up in order
+            assert bias is not None
+            named[BIAS] = bias.expand(q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    gradients = _C.backward(
         dout, q, k, v, out, lse, dlse, learnable_sink=learnable_sink, **named, **options
     )
+    if bias is None or named[BIAS] is bias:
+        return gradients
+    return *gradients[:-1], gradients[-1].sum_to_size(bias.shape)
 
 
 # ---- what computes them --------------------------------------------------------------------------

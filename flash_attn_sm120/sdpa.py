@@ -342,9 +342,7 @@ def _to_bias(mask: Tensor, query: Tensor, seqlen_k: int, batch: tuple[int, ...])
         if any(n != 1 for n in mask.shape[:-3]):
             mask = mask.expand(*batch, -1, -1, -1)
         mask = mask.flatten(0, -4)
-    if mask.requires_grad and torch.are_deterministic_algorithms_enabled():
-        mask = mask.expand(*query.shape[:3], seqlen_k)  # whose backward sums in order
-    elif mask.shape[-1] != seqlen_k:
+    if mask.shape[-1] != seqlen_k:
         mask = mask.expand(-1, -1, -1, seqlen_k)
     return mask if mask.stride(-1) == 1 else mask.contiguous()
 

@@ -7,8 +7,7 @@
  * BIAS the keys at the edge may be those that weigh least, or nothing: then every tile updates m.
  *
  * A mod may make scores grow at any key: then every tile looks, and m rises in the rows where the
- * row max has grown by more than
- * rows_that_grew() allows.
+ * row max has grown by more than rows_that_grew() allows.
  *
  * FlashAttention-4 goes half of this way: it keeps m while the row max has not grown by more than
  * rescale_threshold (2^8), and looks at every tile. */

@@ -228,6 +228,28 @@ def test_deterministic(device):
     )
 
 
+@pytest.mark.quick("*cpu", "*emulator")
+@on_each_device
+@pytest.mark.parametrize("by_switch", [False, True])
+def test_deterministic_sums(device, by_switch):
+    """Of a bias that scores share: its gradient is that of all scores, summed up in order."""
+    q, k, v = make(device, (2, 40, 2, 64), (2, 60, 2, 64), (2, 60, 2, 64))
+    bias = device.place(torch.randn(1, 2, 1, 60, dtype=q.dtype))
+    inputs = [x.requires_grad_() for x in (q, k, v, bias)]
+    dout = dout_for(device, q, v)
+    out = flash_attn_func(*inputs[:3], attn_bias=bias, deterministic=not by_switch)[0]
+    torch.use_deterministic_algorithms(by_switch)
+    try:
+        results = [torch.autograd.grad(out, inputs, dout, retain_graph=True) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_all_equal(*results)
+    assert results[0][3].dtype == bias.dtype and results[0][3].shape == bias.shape
+    results = [x.float() if x is results[0][3] else x for x in results[0]]
+    options = {"attn_bias": bias.detach()}
+    assert_gradients_close(results, *(x.detach() for x in (q, k, v)), dout, **options)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize("device", params_of(EMULATOR, CUDA))
 def test_gradients_that_kernels_do_not_have(device):

@@ -336,7 +336,9 @@ def test_indices_are_clamped(device):
 # ---- with callables ------------------------------------------------------------------------------
 
 
-LISTS = [f"{full}{side}_{x}" for full in ("", "full_") for side in ["kv", "q"]
+LISTS = [f"{full}{side}_{x}"
+         for full in ("", "full_")
+         for side in ("kv", "q")
          for x in ("num_blocks", "indices")]  # fmt: skip
 
 
@@ -383,8 +385,6 @@ def assert_close(device, got, expected):
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours.cpu().float(), theirs.cpu().float(), atol=2e-2, rtol=2e-2)
 
-
-# ---- FA_SM120_CHECK ------------------------------------------------------------------------------
 
 CHECKED = """
 import sys

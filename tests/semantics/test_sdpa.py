@@ -697,8 +697,8 @@ def test_masks(device, counted, ndim, shape, kind):
     mask = torch.randn(shape)
     if kind == "float":
         mask.view(-1)[::3] = -torch.inf
-        inputs.append(mask.to(device.torch_device).requires_grad_())
-        exact.append(mask.double().requires_grad_())
+        inputs.append(mask.to(device.torch_device, dtype).requires_grad_())
+        exact.append(inputs[3].detach().cpu().double().requires_grad_())
         masks = inputs[3], exact[3]
     else:
         masks = (mask > 0).to(device.torch_device), mask > 0
