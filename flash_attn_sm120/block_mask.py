@@ -245,26 +245,3 @@ def _over_indices(mask_mod: Any) -> Callable[..., torch.Tensor]:
         return seen
 
     return evaluate
-
-
-def as_mask_mod(
-    lists: BlockLists, mask_mod: Callable[..., Any] | None, seqlen_k: int
-) -> Callable[..., Any]:
-    """What lists of keys and a ``mask_mod`` of their partial blocks hide, as one ``mask_mod``."""
-    columns = -(-seqlen_k // lists.block_k)
-    partial = _map_of(lists.counts, lists.indices, columns).bool()
-    full = None
-    if lists.full_counts is not None and lists.full_indices is not None:
-        full = _map_of(lists.full_counts, lists.full_indices, columns).bool()
-
-    def seen(b: Any, h: Any, q: Any, k: Any) -> Any:
-        def has(dense: torch.Tensor) -> Any:
-            batch, heads = (
-                x if n > 1 else x * 0 for x, n in zip((b, h), dense.shape, strict=False)
-            )
-            return dense[batch, heads, q // lists.block_q, k // lists.block_k]
-
-        sees = has(partial) if mask_mod is None else has(partial) & mask_mod(b, h, q, k)
-        return sees if full is None else sees | has(full)
-
-    return seen

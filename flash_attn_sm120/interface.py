@@ -434,7 +434,7 @@ def flash_attn_varlen_func(
             "alibi_slopes": alibi_slopes,
             "dropout_seed": dropout_seed,
         }
-        scalars = {
+        scalars: dict[str, Any] = {
             "max_seqlen_q": max_seqlen_q,
             "max_seqlen_k": max_seqlen_k,
             "softmax_scale": softmax_scale,
