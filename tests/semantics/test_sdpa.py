@@ -225,7 +225,7 @@ def test_calls_with_a_mask_are_ours(door, tensors, counted, shape, causal):
     if shape and shape != (2, 4, 5, 7):  # the sums are torch's
         pairs = zip(gradients(out, inputs), gradients(expected, inputs), strict=True)
         for x, y in pairs:
-            torch.testing.assert_close(x, y)
+            torch.testing.assert_close(x, y, rtol=2e-2, atol=2e-3)
     else:
         assert_all_equal(gradients(out, inputs), gradients(expected, inputs))
     assert counted() == [{EFFICIENT: 1, f"{EFFICIENT}_backward": 1}, {}]
@@ -941,7 +941,8 @@ def test_masks_on_cuda_are_ours(opened, on_cuda, counted, kind):
     mask = torch.randn(2, 1, 300, 300, device="cuda", dtype=inputs[0].dtype)
     mask = mask > 0 if kind == "bool" else mask.requires_grad_()
     wanted = inputs if kind == "bool" else (*inputs, mask)
-    out = F.scaled_dot_product_attention(*inputs, attn_mask=mask)
+    with registry.sdpa_kernel(registry.SDPBackend.EFFICIENT_ATTENTION):  # 9.0 has cuDNN first
+        out = F.scaled_dot_product_attention(*inputs, attn_mask=mask)
     ours = sdpa.scaled_dot_product_attention(*inputs, attn_mask=mask)
     # Not to the bit: torch hands over a mask in the type of q, and rows that it has padded.
     pairs = ([out, *gradients(out, wanted)], [ours, *gradients(ours, wanted)])
