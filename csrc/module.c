@@ -78,7 +78,8 @@ static PyObject *run_if_plain(PyObject *module, const struct method *method,
         arguments[0],       arguments[1],          arguments[2],          options->learnable_sink,
         options->out,       options->lse,          options->cu_seqlens_q, options->cu_seqlens_k,
         options->seqused_q, options->seqused_k,    options->page_table,   options->k,
-        options->v,         options->dropout_seed, options->alibi_slopes};
+        options->v,         options->dropout_seed, options->alibi_slopes, options->k_descale,
+        options->v_descale};
     const int is_plain =
         fa_following_is_plain_call(&state->following, tensors, sizeof tensors / sizeof *tensors);
     PyObject *result = NULL;

@@ -32,6 +32,8 @@ struct fa_window {
     X(window_size, struct fa_window, window, FA_NO_WINDOW, "(None, None)")                         \
     X(learnable_sink, PyObject *, object, NULL, "None")                                            \
     X(alibi_slopes, PyObject *, object, NULL, "None")                                              \
+    X(k_descale, PyObject *, object, NULL, "None")                                                 \
+    X(v_descale, PyObject *, object, NULL, "None")                                                 \
     X(softcap, float, softcap, 0, "0.0")                                                           \
     X(dropout_p, double, probability, 0, "0.0")                                                    \
     X(dropout_seed, PyObject *, object, NULL, "None")                                              \

@@ -85,6 +85,7 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .varlen = shape->is_varlen,
         .paged = shape->page_size != 0,
         .leftpad = shape->page_size && problem->leftpad_k.object,
+        .e4m3 = shape->is_e4m3,
         .append = problem->append.k.object != NULL,
         .box_rows = planned_box_rows(shape->page_size),
         .tma_strides =

@@ -134,7 +134,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
         for_each_word(dS_layout::moved(word_smem, 0, m0 / 8),
                       [&](unsigned smem, int n, int m, int half) {
                           const float *p = P_group_1[n][m] + 2 * half;
-                          st_shared(smem, pack_fp16(p[0], p[1]));
+                          st_shared(smem, pack<FA_FLOAT16>(p[0], p[1]));
                       });
         barrier_arrive<THREADS>(P_FULL + m0 / SUB_M);
 
@@ -197,7 +197,7 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
                 ldmatrix_x4(P_rmem[n][m], dS_layout::moved(operand_smem, 16 * n, m0 / 8 + 2 * m));
 #pragma unroll
                 for (int r = 0; r < 4; r++) {
-                    const float2 p = unpack_fp16(P_rmem[n][m][r]);
+                    const float2 p = unpack<FA_FLOAT16>(P_rmem[n][m][r]);
                     float *dS = dS_rmem[n][2 * m + r / 2] + r % 2 * 2;
                     if (DROPOUT) {
                         const float2 delta = load_delta(tile, m0 + 8 * (2 * m + r / 2), params);

@@ -17,7 +17,8 @@
  *   DROPOUT                1: weights are dropped
  *   ALIBI                  1: scores fall with the distance of the key
  *   VARLEN                 1: sequences differ in length
- *   PAGED                  1: K and V lie in pages, of which every sequence has a list */
+ *   PAGED                  1: K and V lie in pages, of which every sequence has a list
+ *   KV_E4M3                1: K and V are e4m3, not DTYPE */
 #include "params.h"
 
 #include "ptx.cuh"

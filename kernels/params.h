@@ -22,7 +22,8 @@ enum fa_dtype {
     FA_FLOAT16,
     FA_BFLOAT16,
     FA_INT32 /* of lengths and pages alone */,
-    FA_INT64 /* of seeds */
+    FA_INT64 /* of seeds */,
+    FA_FLOAT8_E4M3 /* of K and V alone */
 };
 
 /* Outer strides of one [batch, seqlen, heads, head_dim] tensor. */
@@ -82,6 +83,12 @@ struct fa_dropout {
     float keep, scale;    /* 1 - the probability, and its inverse */
 };
 
+/* What K or V of a sequence and KV head are multiplied by; read only where KV_E4M3. */
+struct fa_descale {
+    const float *scale; /* [batch, heads_kv]; NULL: 1 */
+    fa_int64 batch_stride, head_stride;
+};
+
 /* The single argument of kernels/forward.cu. */
 struct fa_forward_params {
     const void *q; /* [batch, seqlen_q, heads_q, head_dim] */
@@ -111,9 +118,10 @@ struct fa_forward_params {
     const struct fa_listed_tile *list;
     struct fa_dropout dropout; /* read only where DROPOUT */
     struct fa_alibi alibi;
+    struct fa_descale k_descale, v_descale;
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 384, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 432, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -126,7 +134,7 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 640, "384, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 704, "432, padding, then maps");
 
 /* The single argument of kernels/combine.cu. A row is a query of a head: rows = batch * heads_q *
  * seqlen_q of them, in the order of lse; of a packed side heads_q * total_q, with seqlen_q =
@@ -192,9 +200,10 @@ struct fa_append_params {
     struct fa_divisor chunks, chunks_v;     /* of 16 bytes, of a row of one head */
     struct fa_lengths lengths;              /* of q alone */
     struct fa_pages pages;                  /* table NULL: the caches are not in pages */
+    struct fa_descale k_descale, v_descale; /* of the caches; read only where KV_E4M3 */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_append_params) == 424, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_append_params) == 472, "host and device disagree on the layout");
 
 /* The single argument of kernels/kv_scatter.cu: each token's rows of K and V go to its slot. */
 struct fa_scatter_params {

@@ -3,7 +3,7 @@
 #ifndef FA_TILE_CUH
 #define FA_TILE_CUH
 
-#include "layout.cuh"
+#include "kv_operands.cuh"
 
 constexpr int THREADS = WARPS * 32;
 constexpr int TILE_M = WARPS * WARP_M;  /* queries per block */
@@ -17,21 +17,23 @@ constexpr int D_STEPS = ceil_div(HEAD_DIM, MMA_K);
 constexpr bool WIDE = WARP_M == 32 && (HEAD_DIM > 96 || HEAD_DIM_V > 96);
 constexpr int SUB_UNROLL = WIDE || SOFTCAP ? 1 : TILE_N / SUB_N;
 
-static_assert(HEAD_DIM % CHUNK_ELEMENTS == 0 && HEAD_DIM_V % CHUNK_ELEMENTS == 0,
+static_assert(HEAD_DIM % fa_chunk_elements(KV_DTYPE) == 0 &&
+                  HEAD_DIM_V % fa_chunk_elements(KV_DTYPE) == 0,
               "a row is whole 16-byte chunks");
 #define FA_ASSERT(condition, message) static_assert(condition, message);
 FA_FORWARD_TILE_RULES(FA_ASSERT, WARPS, WARP_M, TILE_N, SUB_N, STAGES)
 #undef FA_ASSERT
 
-using K_layout = tile_layout<HEAD_DIM, TILE_N>;
-using V_layout = tile_layout<HEAD_DIM_V, TILE_N>;
+using K_layout = tile_layout<HEAD_DIM, TILE_N, fa_mma_k(KV_DTYPE), kv_element>;
+using V_layout = tile_layout<HEAD_DIM_V, TILE_N, fa_mma_k(KV_DTYPE), kv_element>;
 using K_place = copy_place<K_layout, THREADS>;
 using V_place = copy_place<V_layout, THREADS>;
-constexpr int STAGE_BYTES = fa_forward_stage_bytes(HEAD_DIM, HEAD_DIM_V, TILE_N, DTYPE);
+constexpr int STAGE_BYTES = fa_forward_stage_bytes(HEAD_DIM, HEAD_DIM_V, TILE_N, KV_DTYPE);
 constexpr int RING_BYTES = STAGES * STAGE_BYTES;
 
-/* This lane's row for an ldmatrix of 16 keys x 16 dims, whose matrices 0 and 1, then 2 and 3, are
- * the B operand of one mma: of K two chunks of 8 keys, of V two times 8 keys of one chunk. */
+/* This lane's row for an ldmatrix of 16 keys x 2 chunks of dims, whose matrices 0 and 1, then 2 and
+ * 3, are of K two chunks of 8 keys, of V two times 8 keys of one chunk: in 16 bits the B operand of
+ * one mma. */
 __device__ __forceinline__ unsigned K_lane_offset()
 {
     const int lane = threadIdx.x % 32;
@@ -84,16 +86,19 @@ __device__ __forceinline__ void scores(float (&S_rmem)[M_FRAGS][S_FRAGS][4],
                 S_rmem[m][n][e] = 0.0f;
 
 #pragma unroll
-    for (int d = 0; d < D_STEPS; d++)
+    for (int d = 0; d < D_STEPS; d += K_STEPS)
 #pragma unroll
         for (int n = 0; n < S_FRAGS; n += 2) {
-            unsigned K_rmem[4]; /* [2 key columns][2 halves of the 16 dims] */
-            ldmatrix_x4(K_rmem, K_layout::moved(K_smem, 8 * n, 2 * d));
+            unsigned K_rmem[K_STEPS][2][2];
+            load_keys<K_layout>(K_rmem, K_smem, n, d);
 #pragma unroll
-            for (int m = 0; m < M_FRAGS; m++) {
-                mma_m16n8k16(S_rmem[m][n], Q_rmem[m][d], K_rmem[0], K_rmem[1]);
-                mma_m16n8k16(S_rmem[m][n + 1], Q_rmem[m][d], K_rmem[2], K_rmem[3]);
-            }
+            for (int step = 0; step < min(K_STEPS, D_STEPS - d); step++)
+#pragma unroll
+                for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+                    for (int column = 0; column < 2; column++)
+                        mma_m16n8k16<OPERAND>(S_rmem[m][n + column], Q_rmem[m][d + step],
+                                              K_rmem[step][column][0], K_rmem[step][column][1]);
         }
 }
 
@@ -105,15 +110,15 @@ __device__ __forceinline__ void add_values(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
 #pragma unroll
     for (int k = 0; k < S_FRAGS / 2; k++)
 #pragma unroll
-        for (int n = 0; n < O_FRAGS; n += 2) {
-            unsigned V_rmem[4]; /* [2 dim columns][2 halves of the 16 keys] */
-            ldmatrix_x4_trans(V_rmem, V_layout::moved(V_smem, 16 * k, n));
+        for (int n = 0; n < O_FRAGS; n += V_COLUMNS) {
+            unsigned V_rmem[V_COLUMNS][2];
+            load_values<V_layout>(V_rmem, V_smem, k, n);
 #pragma unroll
-            for (int m = 0; m < M_FRAGS; m++) {
-                mma_m16n8k16(O_rmem[m][n], P_rmem[m][k], V_rmem[0], V_rmem[1]);
-                if (n + 1 < O_FRAGS)
-                    mma_m16n8k16(O_rmem[m][n + 1], P_rmem[m][k], V_rmem[2], V_rmem[3]);
-            }
+            for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+                for (int column = 0; column < min(V_COLUMNS, O_FRAGS - n); column++)
+                    mma_m16n8k16<OPERAND>(O_rmem[m][n + column], P_rmem[m][k], V_rmem[column][0],
+                                          V_rmem[column][1]);
         }
 }
 
