@@ -155,7 +155,11 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const struct fa_tile_list *own = target->tiles;
     const char *why_not_tma = NULL;
     const bool is_own = first_that_serves(own->rows, own->count, input, device, tile, &why_not_tma);
-    if (!is_own && !first_that_serves(FA_TILES, FA_TILE_COUNT, input, device, tile, &why_not_tma))
+    const bool is_of_e4m3 =
+        !is_own && input->e4m3 &&
+        first_that_serves(FA_E4M3_TILES, FA_E4M3_TILE_COUNT, input, device, tile, &why_not_tma);
+    if (!is_own && !is_of_e4m3 &&
+        !first_that_serves(FA_TILES, FA_TILE_COUNT, input, device, tile, &why_not_tma))
         return false;
     const bool is_asked = tile->kernel == FA_KERNEL_FORWARD_TMA;
     if (!is_own && input->paged)
