@@ -93,8 +93,8 @@ const struct fa_tile_row FA_TILES[] = {
 
 const size_t FA_TILE_COUNT = sizeof FA_TILES / sizeof *FA_TILES;
 
-/* Few queries. Every warp of a block widens all of K and V, whether it has rows or not: so there are
- * no more warps than rows ask for, and several blocks share a multiprocessor. Not measured. */
+/* Few queries. Every warp of a block widens all of K and V, whether it has rows or not: so there
+ * are no more warps than rows ask for, and several blocks share a multiprocessor. Not measured. */
 /* clang-format off */
 const struct fa_tile_row FA_E4M3_TILES[] = {
     /* head_dim, rows_per_sm,     tile_n, sub_n, warps, warp_m, stages */

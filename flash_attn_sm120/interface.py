@@ -316,6 +316,8 @@ def flash_attn_varlen_func(
             first ones.
         causal, window_size, alibi_slopes: as there, bottom right of each sequence by its own
             lengths.
+        k_descale, v_descale: as there, by the number of the sequence; for ``k`` and ``v`` in
+            float8_e4m3fn, packed or in pages, too.
         num_splits: as there; 0 splits as if all sequences were as long as ``max_seqlen_q`` and
             ``max_seqlen_k``, the lengths being on the device.
         out: like ``q`` with ``head_dim_v``, to write the result to.

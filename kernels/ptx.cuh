@@ -317,7 +317,7 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&x)[4], unsigned sme
                  : "memory");
 }
 
-/* C [16, 8] += A [16, 16] * B [16, 8], accumulated in fp32; A and B are fp16 where that is the type,
+/* C [16, 8] += A [16, 16] * B [16, 8], accumulated in fp32; of A and B fp16 where that is the type,
  * else bf16. */
 template <int TYPE = DTYPE>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0,
