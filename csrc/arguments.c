@@ -298,6 +298,8 @@ struct fa_scatter_params fa_arguments_of_scatter(const struct fa_scatter *scatte
         .page_size = divisor_of(scatter->page_size),
         .chunks = divisor_of((int)k->shape[2] / chunk),
         .chunks_v = divisor_of((int)v->shape[2] / chunk),
+        .k_descale = descale_of(&tensors[FA_SCATTER_K_DESCALE]),
+        .v_descale = descale_of(&tensors[FA_SCATTER_V_DESCALE]),
     };
 }
 

@@ -75,7 +75,7 @@ enum fa_code {
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)                     \
     X(varlen, "VARLEN", FA_READ_LENGTHS, "_varlen", FA_FLAG)                                       \
     X(paged, "PAGED", FA_FORWARDS, "_paged", FA_FLAG)                                              \
-    X(kv_e4m3, "KV_E4M3", FA_FORWARDS | FA_ONLY(KV_APPEND), "_e4m3", FA_FLAG)
+    X(kv_e4m3, "KV_E4M3", FA_FORWARDS | FA_ONLY(KV_APPEND) | FA_ONLY(KV_SCATTER), "_e4m3", FA_FLAG)
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */

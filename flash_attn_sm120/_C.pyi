@@ -185,7 +185,16 @@ def combine(
     seqused: Any | None,
     /,
 ) -> None: ...
-def scatter(k: Any, v: Any, k_cache: Any, v_cache: Any, slots: Any, /) -> None: ...
+def scatter(
+    k: Any,
+    v: Any,
+    k_cache: Any,
+    v_cache: Any,
+    slots: Any,
+    k_descale: Any | None = None,
+    v_descale: Any | None = None,
+    /,
+) -> None: ...
 def explain(
     q: Any,
     k: Any,

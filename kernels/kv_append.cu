@@ -14,6 +14,7 @@
 #define VARLEN 1
 
 #include "division.cuh"
+#include "kv_cache.cuh"
 #include "sequence.cuh"
 
 constexpr int THREADS = FA_APPEND_THREADS;
@@ -60,23 +61,6 @@ template <class T> struct row_place {
     }
 };
 
-/* The element of a cache. */
-template <bool IS_E4M3> struct cached {
-    using type = element;
-};
-template <> struct cached<true> {
-    using type = unsigned char;
-};
-using cache_element = cached<KV_E4M3>::type;
-
-/* What the rows of a head of a sequence are divided by in a cache. */
-__device__ __forceinline__ float load_descale(const fa_descale &descale, int number, int head)
-{
-    return descale.scale ? ld_global(descale.scale + number * descale.batch_stride +
-                                     head * descale.head_stride)
-                         : 1.0f;
-}
-
 /* Eight elements of a row, from `first` on. */
 __device__ __forceinline__ void move_chunk(const element *row, int first, element *to,
                                            const rotation &rotation, float)
@@ -94,11 +78,11 @@ __device__ __forceinline__ void move_chunk(const element *row, int first, elemen
 __device__ __forceinline__ void move_chunk(const element *row, int first, unsigned char *to,
                                            const rotation &rotation, float descale)
 {
-    float x[2][4];
+    float x[CHUNK_ELEMENTS];
 #pragma unroll
     for (int e = 0; e < CHUNK_ELEMENTS; e++)
-        x[e / 4][e % 4] = rotation.rotated(row, first + e) * (1.0f / descale);
-    *reinterpret_cast<uint2 *>(to + first) = make_uint2(pack_e4m3(x[0]), pack_e4m3(x[1]));
+        x[e] = rotation.rotated(row, first + e);
+    *reinterpret_cast<uint2 *>(to + first) = narrow_chunk(x, descale);
 }
 
 template <class T>

@@ -215,9 +215,10 @@ struct fa_scatter_params {
     int heads;
     int slot_count;                                /* pages * page_size */
     struct fa_divisor page_size, chunks, chunks_v; /* chunks: as in fa_append_params */
+    struct fa_descale k_descale, v_descale;        /* one number each; read only where KV_E4M3 */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_scatter_params) == 192, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_scatter_params) == 240, "host and device disagree on the layout");
 
 /* The single argument of kernels/backward.cu, backward_preprocess.cu and backward_sink.cu.
  *
