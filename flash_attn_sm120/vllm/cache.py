@@ -26,7 +26,8 @@ def write(
     """Token ``i`` becomes row ``slots[i] % page_size`` of page ``slots[i] // page_size``.
 
     ``slots`` are int64 and may be fewer than the tokens of key and value, which are padded. A
-    negative slot is none. To a cache in float8_e4m3fn go rows divided by the descales. One kernel, and no copy: the low halves of the slots are numbers, too.
+    negative slot is none. To a cache in float8_e4m3fn go rows divided by the descales. One kernel,
+    and no copy: the low halves of the slots are numbers, too.
     """
     k_cache, v_cache = keys_and_values(cache)
     _C.scatter(key, value, k_cache, v_cache, slots.view(torch.int32)[::2], k_descale, v_descale)
