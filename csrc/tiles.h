@@ -48,7 +48,7 @@ struct fa_tile_above {
 struct fa_tile_row {
     FA_TILE_KEY(FA_INT)
     struct fa_tile tile;
-    struct fa_tile_above above; /* 0 in the rows of tiles.c */
+    struct fa_tile_above above; /* 0 in FA_TILES */
 };
 #undef FA_INT
 
