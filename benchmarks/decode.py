@@ -3,6 +3,9 @@
     FA_SM120_LIMITS=120 python benchmarks/decode.py --output decode.jsonl   # about a minute
     FA_SM120_LIMITS=120 python benchmarks/decode.py --sweep                 # what splits cost
     FA_SM120_LIMITS=120 python benchmarks/decode.py --alone                 # a call by itself
+    FA_SM120_LIMITS=120 python benchmarks/decode.py --kv e4m3               # e4m3 beside bf16
+    FA_SM120_LIMITS=120 python benchmarks/decode.py --kv e4m3 \\
+        --presets llama3-8b d64 --queries 4096 --seqlens 4096 --batches 1   # the same of prefill
 
 A step of a model goes through as many K and V as it has layers, which no L2 holds: a CUDA graph has
 a call for each of them. Such a call reads K and V once and computes little, so the figure is the
@@ -30,6 +33,7 @@ from harness import CUDNN, FLASH, OURS, PRESETS, Contestant, Preset, by_backend
 from flash_attn_sm120 import _C, _measure, explain, flash_attn_func, jit
 
 NAMES = (OURS, FLASH, CUDNN)
+E4M3 = f"{OURS}, e4m3"
 SWEPT = (1, 2, 4, 8, 16, 32, 64, 128)  # numbers of parts
 COLD_BYTES = {"cuda": 1 << 30, "cpu": 1 << 16}  # of K and V in turn: several times any L2
 MOST_LAYERS = 512
@@ -195,6 +199,10 @@ class Inputs:
         return plan_of(self.call, self.q, self.keys[0], num_splits)
 
 
+def e4m3(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.float8_e4m3fn)
+
+
 def plan_of(
     call: Call, q: torch.Tensor, k: torch.Tensor, num_splits: int = 0, arch: int | None = None
 ) -> Any:
@@ -203,15 +211,15 @@ def plan_of(
     return explain(q, k, k, arch=arch, **options)
 
 
-def compile_ahead(calls: list[Call], splits: tuple[int, ...]) -> None:
+def compile_ahead(calls: list[Call], splits: tuple[int, ...], kv: str) -> None:
     """All kernels, over all cores: one after the other they would take longer than the run."""
     driver_version, devices = _C.devices()
     arch = devices[0]["arch"]
     kernels: dict[Any, None] = {}
     for call in calls:
         q, k = (torch.empty(shape, dtype=torch.bfloat16) for shape in call.shapes())
-        for num_splits in splits:
-            kernels.update(dict.fromkeys(plan_of(call, q, k, num_splits, arch).kernels))
+        for num_splits, keys in itertools.product(splits, (k, e4m3(k)) if kv == "e4m3" else (k,)):
+            kernels.update(dict.fromkeys(plan_of(call, q, keys, num_splits, arch).kernels))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(lambda kernel: jit.compile(*kernel, arch, driver_version), kernels))
 
@@ -312,6 +320,15 @@ def beside_peers(inputs: Inputs) -> list[Contestant]:
     return [Contestant(OURS, inputs.ours()), *(inputs.peer(name) for name in (FLASH, CUDNN))]
 
 
+def in_both_types(inputs: Inputs) -> list[Contestant]:
+    """K and V in bf16, rounded to numbers that e4m3 has, and in e4m3."""
+    for x in (*inputs.keys, *inputs.values):
+        x.copy_(e4m3(x))
+    keys, values = ([e4m3(x) for x in layers] for layers in (inputs.keys, inputs.values))
+    narrow = dataclasses.replace(inputs, keys=keys, values=values)
+    return [Contestant(OURS, inputs.ours()), Contestant(E4M3, narrow.ours())]
+
+
 def in_parts(inputs: Inputs) -> list[Contestant]:
     """Ours in all numbers of parts that are not beyond reason, and that the plan does not bound."""
     most = max(1, inputs.call.keys_read // GRAIN_KEYS)
@@ -366,6 +383,17 @@ def table_row(bandwidth: float, cell: dict[str, dict]) -> list[object]:
     return [*key, ratio, f"{ours['gb_per_s'] * 1e-3:.2f}", f"{share:.3f}"]
 
 
+def types_row(bandwidth: float, cell: dict[str, dict]) -> list[object]:
+    """The times of both types, and the bandwidth of the half of the bytes that e4m3 has."""
+    wide, narrow = cell[OURS], cell[E4M3]
+    key = [*label(wide), us(cell, OURS), us(cell, E4M3)]
+    if "ms" not in wide or "ms" not in narrow:
+        return [*key, "", "", ""]
+    gb_per_s = narrow["gb_per_s"] / 2
+    share = gb_per_s * 1e6 / bandwidth
+    return [*key, f"{wide['ms'] / narrow['ms']:.2f}", f"{gb_per_s * 1e-3:.2f}", f"{share:.3f}"]
+
+
 def sweep_row(cell: dict[str, dict]) -> list[object]:
     """The time of each number of parts, the best of them, and what the plan's costs beside it."""
     ours = cell[OURS]
@@ -386,6 +414,8 @@ def chosen(args: argparse.Namespace) -> list[Call]:
     if args.presets:
         axes = itertools.product(args.presets, args.queries, args.batches, args.seqlens)
         calls = [Call(name, PRESETS[name], batch, keys, n) for name, n, batch, keys in axes]
+    if args.kv == "e4m3":  # windows of layers share memory, which would be rounded again
+        calls = [call for call in calls if call.window is None]
     return [call for call in calls if re.search(args.only, str(call))]
 
 
@@ -399,6 +429,7 @@ def parse_args() -> argparse.Namespace:
     mode = parser.add_mutually_exclusive_group()
     mode.add_argument("--sweep", action="store_true", help="ours in 1, 2, 4, ... 128 parts")
     mode.add_argument("--alone", action="store_true", help="one call between events, L2 cold")
+    parser.add_argument("--kv", choices=("bf16", "e4m3"), default="bf16", help="e4m3 beside bf16")
     harness.add_arguments(parser)
     return harness.parse(parser)
 
@@ -407,11 +438,12 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     calls = chosen(args)
-    names = (OURS,) if args.sweep else NAMES
+    is_e4m3 = args.kv == "e4m3" and not args.sweep
+    names = (OURS,) if args.sweep else (OURS, E4M3) if is_e4m3 else NAMES
     records = harness.Records(args.output, "decode", args.device)
     if args.device == "cuda":
-        compile_ahead(calls, (0, *SWEPT[:2]) if args.sweep else (0,))
-    contestants = in_parts if args.sweep else beside_peers
+        compile_ahead(calls, (0, *SWEPT[:2]) if args.sweep else (0,), args.kv)
+    contestants = in_parts if args.sweep else in_both_types if is_e4m3 else beside_peers
     before = read_bandwidth(args.device)
     found = list(measure_all(calls, contestants, names, records, args))
     bandwidth = max(before, read_bandwidth(args.device))
@@ -422,6 +454,9 @@ def main() -> None:
     if args.sweep:
         head = ("call", "batch", "keys", *map(str, SWEPT), "best", "plan", "plan/best")
         print(harness.markdown(head, map(sweep_row, found)))
+    elif is_e4m3:
+        head = ("call", "batch", "keys", *names, "bf16/e4m3", "TB/s of e4m3", "of a read")
+        print(harness.markdown(head, map(functools.partial(types_row, bandwidth), found)))
     else:
         head = ("call", "batch", "keys", "parts", *NAMES, "ours/best peer", "TB/s", "of a read")
         print(harness.markdown(head, map(functools.partial(table_row, bandwidth), found)))

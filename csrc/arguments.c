@@ -67,12 +67,14 @@ static int encode_boxes(struct fa_driver *driver, const struct map_shape *shape,
                                     : CU_TENSOR_MAP_SWIZZLE_32B;
     const uint32_t box[] = {(uint32_t)(cols * chunk), (uint32_t)rows, 1, 1};
     static const uint32_t ones[] = {1, 1, 1, 1};
-    return FA_DRIVER_CALL(
-        driver, cuTensorMapEncodeTiled,
-        (map,
-         dtype == FA_BFLOAT16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-         4, shape->data, shape->sizes, shape->strides + 1, box, ones, CU_TENSOR_MAP_INTERLEAVE_NONE,
-         swizzle, CU_TENSOR_MAP_L2_PROMOTION_128B, CU_TENSOR_MAP_OOB_FILL_ZEROS));
+    return FA_DRIVER_CALL(driver, cuTensorMapEncodeTiled,
+                          (map,
+                           dtype == FA_FLOAT8_E4M3 ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                           : dtype == FA_BFLOAT16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                                   : CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+                           4, shape->data, shape->sizes, shape->strides + 1, box, ones,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_128B,
+                           CU_TENSOR_MAP_OOB_FILL_ZEROS));
 }
 
 /* The dimensions of a tensor [batch, seqlen, heads, head_dim], or packed [total, heads, head_dim],
@@ -227,6 +229,16 @@ static void set_mods(const struct fa_problem *problem, struct fa_mods *mods)
         mods->gradients[i] = data_of(&problem->score_mod.gradients[i]);
 }
 
+static struct fa_descale descale_of(const struct fa_tensor *descale)
+{
+    const bool is_one = descale->ndim < 2; /* for all */
+    return (struct fa_descale){
+        .scale = data_of(descale),
+        .batch_stride = is_one ? 0 : descale->stride[0],
+        .head_stride = is_one ? 0 : descale->stride[1],
+    };
+}
+
 /* Where the tiles of all sequences are listed; NULL: they are not. */
 static struct fa_listed_tile *list_of(const struct fa_plan *plan, float *workspace)
 {
@@ -273,6 +285,8 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .dropout = dropout_of(problem),
         .alibi = alibi_of(problem),
         .bias = bias_of(problem),
+        .k_descale = descale_of(&problem->k_descale),
+        .v_descale = descale_of(&problem->v_descale),
     };
 }
 
@@ -350,6 +364,8 @@ struct fa_scatter_params fa_arguments_of_scatter(const struct fa_scatter *scatte
         .page_size = divisor_of(scatter->page_size),
         .chunks = divisor_of((int)k->shape[2] / chunk),
         .chunks_v = divisor_of((int)v->shape[2] / chunk),
+        .k_descale = descale_of(&tensors[FA_SCATTER_K_DESCALE]),
+        .v_descale = descale_of(&tensors[FA_SCATTER_V_DESCALE]),
     };
 }
 
@@ -427,6 +443,8 @@ static struct fa_append_params append_params(const struct fa_problem *problem,
         .chunks_v = divisor_of(shape->head_dim_v / chunk),
         .lengths = lengths_of(problem),
         .pages = pages_of(problem),
+        .k_descale = descale_of(&problem->k_descale),
+        .v_descale = descale_of(&problem->v_descale),
     };
 }
 

@@ -213,7 +213,9 @@ int fa_launch_scatter(struct fa_state *state, const struct fa_scatter *scatter)
     const struct fa_tensor *k = &scatter->tensors[FA_SCATTER_K];
     const struct request request = {k, scatter, recheck_scatter};
     const struct fa_step step = {
-        .variant = {.kernel = FA_KERNEL_KV_SCATTER, .dtype = (int)k->dtype},
+        .variant = {.kernel = FA_KERNEL_KV_SCATTER,
+                    .dtype = (int)k->dtype,
+                    .kv_e4m3 = scatter->is_e4m3},
         .blocks = scatter->tokens,
         .threads = FA_APPEND_THREADS,
     };

@@ -78,7 +78,8 @@ static PyObject *run_if_plain(PyObject *module, const struct method *method,
         arguments[0],       arguments[1],          arguments[2],          options->learnable_sink,
         options->out,       options->lse,          options->cu_seqlens_q, options->cu_seqlens_k,
         options->seqused_q, options->seqused_k,    options->page_table,   options->k,
-        options->v,         options->dropout_seed, options->alibi_slopes, options->attn_bias};
+        options->v,         options->dropout_seed, options->alibi_slopes, options->attn_bias,
+        options->k_descale, options->v_descale};
     const int is_plain =
         fa_following_is_plain_call(&state->following, tensors, sizeof tensors / sizeof *tensors);
     PyObject *result = NULL;
@@ -163,13 +164,16 @@ static PyObject *scatter(PyObject *module, PyObject *const *arguments, Py_ssize_
 {
     struct fa_state *state = PyModule_GetState(module);
     struct fa_scatter call = {0};
-    if (count != FA_SCATTER_TENSORS) {
-        PyErr_Format(PyExc_TypeError, "scatter() takes %d positional arguments, got %d",
-                     FA_SCATTER_TENSORS, (int)count);
+    PyObject *all[FA_SCATTER_TENSORS] = {
+        [FA_SCATTER_K_DESCALE] = Py_None, [FA_SCATTER_V_DESCALE] = Py_None};
+    if (count != FA_SCATTER_K_DESCALE && count != FA_SCATTER_TENSORS) {
+        PyErr_Format(PyExc_TypeError, "scatter() takes 5 or 7 positional arguments, got %d",
+                     (int)count);
         return NULL;
     }
-    const bool is_done = fa_scatter_read(&state->dlpack, arguments, &call) == 0 &&
-                         fa_attention_scatter(state, &call) == 0;
+    memcpy(all, arguments, (size_t)count * sizeof *all);
+    const bool is_done =
+        fa_scatter_read(&state->dlpack, all, &call) == 0 && fa_attention_scatter(state, &call) == 0;
     fa_scatter_release(&call);
     return is_done ? Py_NewRef(Py_None) : NULL;
 }
@@ -284,7 +288,7 @@ static PyMethodDef METHODS[] = {
      "combine($module, out_parts, lse_parts, out, lse, cu_seqlens, seqused, /)\n--\n\n"
      "Puts parts together, into out and lse; the last three may be None."},
     {"scatter", (PyCFunction)(void (*)(void))scatter, METH_FASTCALL,
-     "scatter($module, k, v, k_cache, v_cache, slots, /)\n--\n\n"
+     "scatter($module, k, v, k_cache, v_cache, slots, k_descale=None, v_descale=None, /)\n--\n\n"
      "Writes rows of k and v to their slots in caches of pages; a negative slot is none."},
     FAST_METHOD(explain, "explain($module, q, k, v, /, *" CALL_OPTIONS GRADIENT_OPTIONS PLAN_OPTIONS
                          ")\n--\n\n"

@@ -33,6 +33,8 @@ struct fa_window {
     X(learnable_sink, PyObject *, object, NULL, "None")                                            \
     X(alibi_slopes, PyObject *, object, NULL, "None")                                              \
     X(attn_bias, PyObject *, object, NULL, "None")                                                 \
+    X(k_descale, PyObject *, object, NULL, "None")                                                 \
+    X(v_descale, PyObject *, object, NULL, "None")                                                 \
     X(softcap, float, softcap, 0, "0.0")                                                           \
     X(score_mod, PyObject *, object, NULL, "None")                                                 \
     X(mask_mod, PyObject *, object, NULL, "None")                                                  \

@@ -42,6 +42,7 @@ struct fa_variant fa_plan_variant(const struct fa_plan_input *input)
         .block_sparse = input->block_q != 0,
         .score_mod = input->score_mod,
         .mask_mod = input->mask_mod,
+        .kv_e4m3 = input->e4m3,
     };
 }
 
@@ -89,6 +90,10 @@ int fa_plan_make(const struct fa_plan_input *input, const struct fa_plan_target 
             error, true,
             "float32 is supported on the CPU alone; on CUDA q, k and v must be float16 "
             "or bfloat16");
+    if (input->e4m3 && target->device.arch < 89)
+        return fa_plan_refuse(error, true,
+                              "k and v in float8_e4m3fn need a CUDA device of compute capability "
+                              "8.9 or later");
     if ((input->direction == FA_FORWARD ? fa_plan_forward(input, target, plan, error)
                                         : fa_plan_backward(input, target, plan, error)) < 0)
         return -1;

@@ -50,6 +50,7 @@ struct fa_plan_input {
     int varlen;           /* lengths are on the device, and differ from sequence to sequence */
     int paged;            /* K and V lie in pages */
     int leftpad;          /* the first key of a sequence is not row 0 of its pages */
+    int e4m3;             /* K and V are e4m3 */
     int append;           /* new rows of K and V are appended to them first */
     int box_rows;         /* where paged: of a box of the TMA, of FA_TMA_KEY_STEP at most */
     int block_q, block_k; /* queries and keys of listed blocks; 0: none are listed */

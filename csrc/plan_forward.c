@@ -6,10 +6,16 @@
 #include "shape.h"
 #include "split.h"
 
+/* Of K and V. */
+static int kv_dtype(const struct fa_plan_input *input)
+{
+    return input->e4m3 ? FA_FLOAT8_E4M3 : input->dtype;
+}
+
 static int forward_smem(const struct fa_plan_input *input, const struct fa_tile *tile)
 {
     const int stage_bytes =
-        fa_forward_stage_bytes(input->head_dim, input->head_dim_v, tile->tile_n, input->dtype);
+        fa_forward_stage_bytes(input->head_dim, input->head_dim_v, tile->tile_n, kv_dtype(input));
     return fa_forward_smem(stage_bytes, tile->stages, tile->kernel == FA_KERNEL_FORWARD_TMA);
 }
 
@@ -163,7 +169,11 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const struct fa_tile_list *own = target->tiles;
     const char *why_not_tma = NULL;
     const bool is_own = first_that_serves(own->rows, own->count, input, device, tile, &why_not_tma);
-    if (!is_own && !first_that_serves(FA_TILES, FA_TILE_COUNT, input, device, tile, &why_not_tma))
+    const bool is_of_e4m3 =
+        !is_own && input->e4m3 &&
+        first_that_serves(FA_E4M3_TILES, FA_E4M3_TILE_COUNT, input, device, tile, &why_not_tma);
+    if (!is_own && !is_of_e4m3 &&
+        !first_that_serves(FA_TILES, FA_TILE_COUNT, input, device, tile, &why_not_tma))
         return false;
     const bool is_asked = tile->kernel == FA_KERNEL_FORWARD_TMA;
     if (!is_own && input->paged)
@@ -268,10 +278,11 @@ static struct fa_variant variant_of(const struct fa_plan_input *input, const str
 static void add_append(const struct fa_plan_input *input, struct fa_plan *plan)
 {
     if (input->append)
-        fa_plan_add(plan, (struct fa_step){
-                              .job = FA_JOB_APPEND,
-                              .variant = {.kernel = FA_KERNEL_KV_APPEND, .dtype = input->dtype},
-                              .threads = FA_APPEND_THREADS});
+        fa_plan_add(plan, (struct fa_step){.job = FA_JOB_APPEND,
+                                           .variant = {.kernel = FA_KERNEL_KV_APPEND,
+                                                       .dtype = input->dtype,
+                                                       .kv_e4m3 = input->e4m3},
+                                           .threads = FA_APPEND_THREADS});
 }
 
 static void set_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
@@ -298,7 +309,8 @@ static void set_main(const struct fa_plan_input *input, const struct fa_plan_tar
 static void set_group_limit(const struct fa_plan_input *input, const struct fa_device *device,
                             struct fa_plan *plan)
 {
-    const int64_t kv_bytes = (int64_t)input->seqlen_k * (input->head_dim + input->head_dim_v) * 2;
+    const int64_t kv_bytes = (int64_t)input->seqlen_k * (input->head_dim + input->head_dim_v) *
+                             fa_element_bytes(kv_dtype(input));
     plan->group_limit = (int)MAX(1, device->l2_bytes / 2 / MAX(1, kv_bytes));
 }
 
@@ -348,7 +360,7 @@ static struct fa_grid grid_of(const struct fa_plan_input *input, const struct fa
         .tiles = longest_walk(input, extent->seqlen_k, plan->tile_m, plan->tile_n),
         .tile_m = plan->tile_m,
         .tile_n = plan->tile_n,
-        .key_bytes = (input->head_dim + input->head_dim_v) * fa_element_bytes(input->dtype),
+        .key_bytes = (input->head_dim + input->head_dim_v) * fa_element_bytes(kv_dtype(input)),
         .kv_heads = (int64_t)extent->batch * input->heads_kv,
         .row_bytes = extent->rows_q * input->heads_q * (input->head_dim_v + 1) * 4,
         .in_flight = plan->smem_bytes,

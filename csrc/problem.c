@@ -85,6 +85,100 @@ static const char *name_of_table(const struct fa_problem *problem)
     return problem->options.cache_batch_idx ? "cache_batch_idx" : "page_table";
 }
 
+/* ---- e4m3 ------------------------------------------------------------------------------------ */
+
+/* v has the type of k, which is that of q or e4m3. */
+static int check_kv_dtypes(const struct fa_problem *problem)
+{
+    const struct fa_tensor *q = &problem->q, *k = &problem->k, *v = &problem->v;
+    if (k->dtype != FA_FLOAT8_E4M3)
+        return check_dtype(q, k, name_of_k(problem)) < 0 ? -1
+                                                         : check_dtype(q, v, name_of_v(problem));
+    if (v->dtype != k->dtype)
+        return fa_raise(PyExc_TypeError, "%s must be %s like %s, got %s", name_of_v(problem),
+                        fa_dtype_name(k->dtype), name_of_k(problem), fa_dtype_name(v->dtype));
+    for (int i = 0; i < 2; i++) {
+        const struct fa_tensor *tensor = i == 0 ? k : v;
+        const long long head_dim = tensor->shape[tensor->ndim - 1];
+        if (head_dim % 16 != 0)
+            return fa_raise(
+                PyExc_ValueError,
+                "the head_dim of %s in float8_e4m3fn must be a multiple of 16, got %lld",
+                i == 0 ? name_of_k(problem) : name_of_v(problem), head_dim);
+    }
+    return 0;
+}
+
+/* Where the host sees it. */
+static int check_positive(const struct fa_tensor *descale, const char *name)
+{
+    if (descale->device_type != FA_DEVICE_CPU || fa_tensor_is_empty(descale))
+        return 0;
+    for (int64_t i = 0; i < descale->shape[0]; i++)
+        for (int64_t j = 0; j < descale->shape[1]; j++) {
+            const float x =
+                ((const float *)descale->data)[i * descale->stride[0] + j * descale->stride[1]];
+            if (!(x > 0) || !isfinite(x))
+                return fa_raise(PyExc_ValueError, "%s must be positive and finite, got %s", name,
+                                isnan(x) ? "NaN"
+                                : x == 0 ? "0"
+                                : x < 0  ? "a negative number"
+                                         : "inf");
+        }
+    return 0;
+}
+
+/* One number, or one for each sequence and KV head; of one that is expanded strides are 0. */
+static int read_descale(struct fa_dlpack *dlpack, const struct fa_problem *problem,
+                        PyObject *object, const char *name, struct fa_tensor *descale)
+{
+    const struct fa_shape *shape = &problem->shape;
+    if (!object)
+        return 0;
+    if (!shape->is_e4m3)
+        return fa_raise(PyExc_ValueError, "%s is for k and v in float8_e4m3fn, got %s", name,
+                        fa_dtype_name(problem->k.dtype));
+    if (fa_tensor_read(dlpack, object, name, FA_UP_TO_TWO, descale) < 0)
+        return -1;
+    if (descale->dtype != FA_FLOAT32)
+        return fa_raise(PyExc_TypeError, "%s must be float32, got %s", name,
+                        fa_dtype_name(descale->dtype));
+    if (check_device(&problem->q, descale, name) < 0)
+        return -1;
+    if (descale->ndim == 2 && (check_size(descale, name, 0, "q's batch", shape->batch) < 0 ||
+                               check_size(descale, name, 1, "k's heads", shape->heads_kv) < 0))
+        return -1;
+    if (descale->ndim == 1 && check_size(descale, name, 0, "size", 1) < 0)
+        return -1;
+    return 0;
+}
+
+/* [batch, heads_kv] of a number that is the same for all. */
+static struct fa_tensor expanded(const struct fa_problem *problem, const struct fa_tensor *descale)
+{
+    struct fa_tensor all = *descale;
+    if (all.ndim == 2)
+        return all;
+    all.ndim = 2;
+    all.shape[0] = problem->shape.batch;
+    all.shape[1] = problem->shape.heads_kv;
+    all.stride[0] = all.stride[1] = 0;
+    return all;
+}
+
+static int read_descales(struct fa_dlpack *dlpack, struct fa_problem *problem)
+{
+    const struct fa_options *options = &problem->options;
+    if (read_descale(dlpack, problem, options->k_descale, "k_descale", &problem->k_descale) < 0 ||
+        read_descale(dlpack, problem, options->v_descale, "v_descale", &problem->v_descale) < 0)
+        return -1;
+    const struct fa_tensor k = expanded(problem, &problem->k_descale);
+    const struct fa_tensor v = expanded(problem, &problem->v_descale);
+    if (problem->k_descale.object && check_positive(&k, "k_descale") < 0)
+        return -1;
+    return problem->v_descale.object ? check_positive(&v, "v_descale") : 0;
+}
+
 /* ---- lengths on the device ------------------------------------------------------------------- */
 
 /* Reads int32 numbers, with `ndim` dimensions, where there are any. 0 or -1. */
@@ -234,8 +328,8 @@ static int check_shapes(const struct fa_problem *problem)
 {
     const struct fa_tensor *q = &problem->q, *k = &problem->k, *v = &problem->v;
     const char *k_name = name_of_k(problem), *v_name = name_of_v(problem);
-    if (check_dtype(q, k, k_name) < 0 || check_device(q, k, k_name) < 0 ||
-        check_dtype(q, v, v_name) < 0 || check_device(q, v, v_name) < 0)
+    if (check_kv_dtypes(problem) < 0 || check_device(q, k, k_name) < 0 ||
+        check_device(q, v, v_name) < 0)
         return -1;
     if (check_counts(q, "q") < 0 || check_counts(k, k_name) < 0 || check_counts(v, v_name) < 0)
         return -1;
@@ -272,6 +366,7 @@ static void set_shape(struct fa_problem *problem, int batch)
     const struct fa_options *options = &problem->options;
     const struct fa_tensor *q = &problem->q, *k = &problem->k;
     shape->dtype = q->dtype;
+    shape->is_e4m3 = k->dtype == FA_FLOAT8_E4M3;
     shape->batch = batch;
     shape->seqlen_q = bound_of(q, options->max_seqlen_q);
     shape->seqlen_k = bound_of_keys(problem);
@@ -437,6 +532,18 @@ bool fa_bias_is_shared(const struct fa_problem *problem)
            (sizes[0] < shape->batch || sizes[1] < shape->heads_q || sizes[2] < shape->seqlen_q);
 }
 
+/* What e4m3 has not met yet. */
+static int check_e4m3(const struct fa_problem *problem)
+{
+    const struct fa_options *options = &problem->options;
+    if (!problem->shape.is_e4m3 || (!options->attn_bias && !options->key_blocks &&
+                                    !problem->score_mod.number && !problem->mask_mod.number))
+        return 0;
+    return fa_raise(PyExc_NotImplementedError,
+                    "k and v in float8_e4m3fn are not supported with attn_bias, listed blocks or a "
+                    "mod yet");
+}
+
 /* Sizes of a result, and how many there are: of out [batch, seqlen_q, heads_q, head_dim_v], where q
  * is packed [total_q, heads_q, head_dim_v]; of lse [batch, heads_q, seqlen_q] or [heads_q,
  * total_q]. */
@@ -519,8 +626,8 @@ struct named_tensor {
 };
 
 /* All tensors of a call, some of which may not be there (yet). */
-#define FORWARD_TENSORS 27
-#define MAX_TENSORS     34
+#define FORWARD_TENSORS 29
+#define MAX_TENSORS     36
 static int tensors_of(const struct fa_problem *problem, const struct fa_gradients *gradients,
                       struct named_tensor tensors[MAX_TENSORS])
 {
@@ -532,6 +639,8 @@ static int tensors_of(const struct fa_problem *problem, const struct fa_gradient
         {&problem->dropout_seed, "dropout_seed"},
         {&problem->alibi_slopes, "alibi_slopes"},
         {&problem->bias, "attn_bias"},
+        {&problem->k_descale, "k_descale"},
+        {&problem->v_descale, "v_descale"},
         {&problem->out, "out"},
         {&problem->lse, "lse"},
         {&problem->cu_seqlens_q, "cu_seqlens_q"},
@@ -649,7 +758,8 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
                                           "not packed, their lengths are seqused_k");
     for (int i = 0; i < 3; i++) {
         const bool packed = i == 0 ? problem->options.cu_seqlens_q : problem->options.cu_seqlens_k;
-        if (fa_tensor_read(dlpack, qkv[i], names[i], packed ? 3 : 4, tensors[i]) < 0)
+        if ((i == 0 ? fa_tensor_read : fa_tensor_read_kv)(dlpack, qkv[i], names[i], packed ? 3 : 4,
+                                                          tensors[i]) < 0)
             return -1;
     }
     if (read_lengths_and_pages(dlpack, problem) < 0 || check_shapes(problem) < 0 ||
@@ -660,8 +770,9 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
         return -1;
     set_shape(problem, (int)batch);
     if (read_sink(dlpack, problem) < 0 || read_alibi_slopes(dlpack, problem) < 0 ||
-        read_bias(dlpack, problem) < 0 || read_dropout_seed(dlpack, read, problem) < 0 ||
-        read_blocks(dlpack, problem) < 0 || read_mods(dlpack, read, problem) < 0)
+        read_bias(dlpack, problem) < 0 || read_descales(dlpack, problem) < 0 ||
+        read_dropout_seed(dlpack, read, problem) < 0 || read_blocks(dlpack, problem) < 0 ||
+        read_mods(dlpack, read, problem) < 0 || check_e4m3(problem) < 0)
         return -1;
     for (int i = 0; i < 4; i++) {
         if (!tensors[i]->object)
@@ -687,14 +798,28 @@ static void release(struct fa_tensor *const *tensors, int count)
 
 void fa_problem_release(struct fa_problem *problem)
 {
-    release(
-        (struct fa_tensor *const[]){
-            &problem->q, &problem->k, &problem->v, &problem->sink, &problem->dropout_seed,
-            &problem->alibi_slopes, &problem->bias, &problem->out, &problem->lse,
-            &problem->cu_seqlens_q, &problem->cu_seqlens_k, &problem->seqused_q,
-            &problem->seqused_k, &problem->page_table, &problem->leftpad_k, &problem->append.k,
-            &problem->append.v, &problem->append.cos, &problem->append.sin},
-        19);
+    release((struct fa_tensor *const[]){&problem->q,
+                                        &problem->k,
+                                        &problem->v,
+                                        &problem->sink,
+                                        &problem->dropout_seed,
+                                        &problem->alibi_slopes,
+                                        &problem->bias,
+                                        &problem->k_descale,
+                                        &problem->v_descale,
+                                        &problem->out,
+                                        &problem->lse,
+                                        &problem->cu_seqlens_q,
+                                        &problem->cu_seqlens_k,
+                                        &problem->seqused_q,
+                                        &problem->seqused_k,
+                                        &problem->page_table,
+                                        &problem->leftpad_k,
+                                        &problem->append.k,
+                                        &problem->append.v,
+                                        &problem->append.cos,
+                                        &problem->append.sin},
+            21);
     fa_block_lists_release(&problem->key_blocks);
     fa_block_lists_release(&problem->query_blocks);
     fa_mod_release(&problem->score_mod);
@@ -703,6 +828,9 @@ void fa_problem_release(struct fa_problem *problem)
 
 int fa_problem_check_differentiable(const struct fa_problem *problem)
 {
+    if (problem->shape.is_e4m3)
+        return fa_raise(PyExc_NotImplementedError,
+                        "k and v in float8_e4m3fn have no backward: they are a cache");
     if (problem->options.key_blocks && !problem->options.query_blocks)
         return fa_raise(PyExc_ValueError, "the backward of key_blocks needs query_blocks");
     if (problem->score_mod.number && problem->shape.dropout)

@@ -32,6 +32,9 @@ struct fa_problem {
     struct fa_tensor alibi_slopes;
     /* [batch or 1, heads_q or 1, seqlen_q or 1, seqlen_k], fp32 or like q; object NULL: none */
     struct fa_tensor bias;
+    /* fp32 [batch, heads_kv], or of fewer dimensions one number: what e4m3 is multiplied by; object
+     * NULL: 1 */
+    struct fa_tensor k_descale, v_descale;
     /* int32, rows contiguous; object NULL where there are none */
     struct fa_tensor cu_seqlens_q, cu_seqlens_k; /* [batch + 1]: where sequences begin and end */
     struct fa_tensor seqused_q, seqused_k;       /* [batch]: how many of their rows are used */

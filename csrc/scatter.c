@@ -3,16 +3,25 @@
 #include "error.h"
 #include "overlap.h"
 
-static const char *const NAMES[FA_SCATTER_TENSORS] = {"k", "v", "k_cache", "v_cache", "slots"};
+static const char *const NAMES[FA_SCATTER_TENSORS] = {"k",     "v",         "k_cache",  "v_cache",
+                                                      "slots", "k_descale", "v_descale"};
 
 /* ---- checks ---------------------------------------------------------------------------------- */
 
 static int check_like_k(const struct fa_scatter *scatter, int i)
 {
     const struct fa_tensor *k = &scatter->tensors[FA_SCATTER_K], *tensor = &scatter->tensors[i];
-    if (i != FA_SCATTER_SLOTS && tensor->dtype != k->dtype)
-        return fa_raise(PyExc_TypeError, "%s must be %s like k, got %s", NAMES[i],
-                        fa_dtype_name(k->dtype), fa_dtype_name(tensor->dtype));
+    const bool is_cache = i == FA_SCATTER_K_CACHE || i == FA_SCATTER_V_CACHE;
+    const enum fa_dtype expected_dtype = is_cache && scatter->is_e4m3 ? FA_FLOAT8_E4M3
+                                         : i >= FA_SCATTER_K_DESCALE  ? FA_FLOAT32
+                                                                      : k->dtype;
+    if (i != FA_SCATTER_SLOTS && tensor->dtype != expected_dtype)
+        return fa_raise(PyExc_TypeError, "%s must be %s%s, got %s", NAMES[i],
+                        fa_dtype_name(expected_dtype),
+                        expected_dtype == k->dtype         ? " like k"
+                        : expected_dtype == FA_FLOAT8_E4M3 ? " like k_cache"
+                                                           : "",
+                        fa_dtype_name(tensor->dtype));
     if (tensor->device_type == k->device_type && tensor->device_id == k->device_id)
         return 0;
     char expected[FA_DEVICE_NAME_SIZE], got[FA_DEVICE_NAME_SIZE];
@@ -42,9 +51,10 @@ static int check_sizes(const struct fa_scatter *scatter)
         if (rows->shape[0] < tokens)
             return fa_raise(PyExc_ValueError, "%s has %lld rows, slots are for %lld", NAMES[i],
                             (long long)rows->shape[0], (long long)tokens);
-        if (rows->shape[2] % 8 != 0)
+        const int step = scatter->is_e4m3 ? 16 : 8;
+        if (rows->shape[2] % step != 0)
             return fa_raise(PyExc_ValueError,
-                            "the head_dim of %s must be a multiple of 8, got %lld", NAMES[i],
+                            "the head_dim of %s must be a multiple of %d, got %lld", NAMES[i], step,
                             (long long)rows->shape[2]);
         if (check_size(rows, NAMES[i], 1, k->shape[1], "k's heads") < 0 ||
             check_size(cache, name, 0, k_cache->shape[0], "k_cache's pages") < 0 ||
@@ -54,6 +64,18 @@ static int check_sizes(const struct fa_scatter *scatter)
             return -1;
     }
     return 0;
+}
+
+static int check_descale(const struct fa_scatter *scatter, int i)
+{
+    const struct fa_tensor *descale = &scatter->tensors[i];
+    if (i < FA_SCATTER_K_DESCALE)
+        return 0;
+    if (!scatter->is_e4m3)
+        return fa_raise(PyExc_ValueError, "%s is for caches in float8_e4m3fn", NAMES[i]);
+    if (descale->ndim == 0 || (descale->ndim == 1 && descale->shape[0] == 1))
+        return 0;
+    return fa_raise(PyExc_ValueError, "%s must be one number", NAMES[i]);
 }
 
 /* Numbers of rows, and of the chunks of a row, are ints in the kernel. */
@@ -83,7 +105,8 @@ static int check_written(const struct fa_scatter *scatter, int written)
     if (flaw)
         return fa_raise(PyExc_ValueError, "%s %s", NAMES[written], flaw);
     for (int i = 0; i < FA_SCATTER_TENSORS; i++)
-        if (i != written && fa_tensors_overlap(cache, &scatter->tensors[i]))
+        if (i != written && scatter->tensors[i].object &&
+            fa_tensors_overlap(cache, &scatter->tensors[i]))
             return fa_raise(PyExc_ValueError, "%s overlaps %s", NAMES[written], NAMES[i]);
     return 0;
 }
@@ -108,14 +131,22 @@ static int check_slots(const struct fa_scatter *scatter)
 int fa_scatter_read(struct fa_dlpack *dlpack, PyObject *const *arguments,
                     struct fa_scatter *scatter)
 {
-    static const int ndims[] = {3, 3, 4, 4, 1};
+    static const struct {
+        int ndim;
+        int (*read)(struct fa_dlpack *, PyObject *, const char *, int, struct fa_tensor *);
+    } how[] = {{3, fa_tensor_read},           {3, fa_tensor_read},
+               {4, fa_tensor_read_kv},        {4, fa_tensor_read_kv},
+               {1, fa_tensor_read_int32},     {FA_UP_TO_TWO, fa_tensor_read},
+               {FA_UP_TO_TWO, fa_tensor_read}};
     struct fa_tensor *tensors = scatter->tensors;
     for (int i = 0; i < FA_SCATTER_TENSORS; i++) {
-        const int status =
-            i == FA_SCATTER_SLOTS
-                ? fa_tensor_read_int32(dlpack, arguments[i], NAMES[i], ndims[i], &tensors[i])
-                : fa_tensor_read(dlpack, arguments[i], NAMES[i], ndims[i], &tensors[i]);
-        if (status < 0 || check_like_k(scatter, i) < 0)
+        if (i >= FA_SCATTER_K_DESCALE && arguments[i] == Py_None)
+            continue;
+        if (how[i].read(dlpack, arguments[i], NAMES[i], how[i].ndim, &tensors[i]) < 0)
+            return -1;
+        if (i == FA_SCATTER_K_CACHE)
+            scatter->is_e4m3 = tensors[i].dtype == FA_FLOAT8_E4M3;
+        if (check_like_k(scatter, i) < 0 || check_descale(scatter, i) < 0)
             return -1;
     }
     if (tensors[FA_SCATTER_K].device_type == FA_DEVICE_CUDA &&
@@ -139,7 +170,7 @@ int fa_scatter_read(struct fa_dlpack *dlpack, PyObject *const *arguments,
 int fa_scatter_recheck(const struct fa_scatter *scatter)
 {
     for (int i = 0; i < FA_SCATTER_TENSORS; i++)
-        if (fa_tensor_recheck(&scatter->tensors[i], NAMES[i]) < 0)
+        if (scatter->tensors[i].object && fa_tensor_recheck(&scatter->tensors[i], NAMES[i]) < 0)
             return -1;
     return 0;
 }

@@ -7,11 +7,13 @@
 #include "tensor.h"
 
 enum fa_scatter_tensor {
-    FA_SCATTER_K,       /* [tokens or more, heads, head_dim] */
-    FA_SCATTER_V,       /* [tokens or more, heads, head_dim_v] */
-    FA_SCATTER_K_CACHE, /* [pages, page_size, heads, head_dim] */
-    FA_SCATTER_V_CACHE, /* [pages, page_size, heads, head_dim_v] */
-    FA_SCATTER_SLOTS,   /* [tokens] int32; negative: the token has none */
+    FA_SCATTER_K,         /* [tokens or more, heads, head_dim] */
+    FA_SCATTER_V,         /* [tokens or more, heads, head_dim_v] */
+    FA_SCATTER_K_CACHE,   /* [pages, page_size, heads, head_dim], of k's type or both e4m3 */
+    FA_SCATTER_V_CACHE,   /* [pages, page_size, heads, head_dim_v] */
+    FA_SCATTER_SLOTS,     /* [tokens] int32; negative: the token has none */
+    FA_SCATTER_K_DESCALE, /* fp32, one number: what rows in e4m3 are divided by; object NULL: 1 */
+    FA_SCATTER_V_DESCALE,
     FA_SCATTER_TENSORS
 };
 
@@ -19,6 +21,7 @@ struct fa_scatter {
     struct fa_tensor tensors[FA_SCATTER_TENSORS];
     int tokens, heads, page_size;
     int slots; /* that the caches have */
+    bool is_e4m3;
 };
 
 /* Reads and checks the arguments, in the order of the enum, into a zeroed struct. 0, or -1 with

@@ -13,8 +13,8 @@
 
 const char *fa_dtype_name(enum fa_dtype dtype)
 {
-    static const char *const names[] = {"float32", "float16", "bfloat16", "int32", "int64",
-                                        "8-bit",   "16-bit",  "32-bit",   "64-bit"};
+    static const char *const names[] = {"float32",       "float16", "bfloat16", "int32",  "int64",
+                                        "float8_e4m3fn", "8-bit",   "16-bit",   "32-bit", "64-bit"};
     return names[dtype];
 }
 
@@ -80,7 +80,8 @@ static int read_size(DLDataType dtype, const char *name, enum fa_dtype *out)
     return 0;
 }
 
-/* `*out` is FA_INT32 or FA_INT64 where that is wanted, FA_BYTES_1 or more where any type is. */
+/* `*out` is FA_INT32 or FA_INT64 where that is wanted, FA_FLOAT8_E4M3 where that may
+ * come, FA_BYTES_1 or more where any type is. */
 static int read_dtype(DLDataType dtype, const char *name, enum fa_dtype *out)
 {
     if (*out >= FA_BYTES_1)
@@ -95,6 +96,9 @@ static int read_dtype(DLDataType dtype, const char *name, enum fa_dtype *out)
             return 0;
         return refuse_dtype(dtype, name, "int64 or uint64");
     }
+    if (*out == FA_FLOAT8_E4M3 && dtype.lanes == 1 && dtype.code == kDLFloat8_e4m3fn &&
+        dtype.bits == 8)
+        return 0;
     if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 32)
         *out = FA_FLOAT32;
     else if (dtype.lanes == 1 && dtype.code == kDLFloat && dtype.bits == 16)
@@ -156,10 +160,12 @@ static int read_dltensor(struct fa_dlpack *dlpack, const DLTensor *source, const
         ndim = source->ndim == 1 ? 1 : 2;
     if (ndim == FA_ANY_NDIM)
         ndim = MIN(source->ndim, FA_CAPTURED_NDIM);
+    if (ndim == FA_UP_TO_TWO)
+        ndim = source->ndim >= 0 && source->ndim < 2 ? source->ndim : 2;
     if (source->ndim != ndim)
         return fa_raise(PyExc_ValueError, "%s must have %d dimension%s, got %d", name, ndim,
                         ndim == 1 ? "" : "s", source->ndim);
-    if (!source->shape)
+    if (!source->shape && ndim > 0)
         return fa_raise(PyExc_ValueError, "%s has no shape: its DLPack struct is malformed", name);
     tensor->ndim = ndim;
     int64_t compact = 1;
@@ -379,6 +385,12 @@ int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name,
     return read_tensor(dlpack, object, name, ndim, FA_FLOAT32, tensor);
 }
 
+int fa_tensor_read_kv(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
+                      struct fa_tensor *tensor)
+{
+    return read_tensor(dlpack, object, name, ndim, FA_FLOAT8_E4M3, tensor);
+}
+
 int fa_tensor_read_int32(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                          struct fa_tensor *tensor)
 {
@@ -413,7 +425,8 @@ static bool is_still(const DLTensor *now, const struct fa_tensor *tensor, const 
     enum fa_dtype dtype = tensor->dtype;
     enum fa_device_type device_type;
     int device_id;
-    if (now->ndim != tensor->ndim || !now->shape || read_dtype(now->dtype, name, &dtype) < 0 ||
+    if (now->ndim != tensor->ndim || (!now->shape && now->ndim > 0) ||
+        read_dtype(now->dtype, name, &dtype) < 0 ||
         read_device(now->device, name, &device_type, &device_id) < 0)
         return false;
     return dtype == tensor->dtype && device_type == tensor->device_type &&
@@ -602,7 +615,10 @@ static int own(struct fa_tensor *tensor, const char *name)
  * say something else, and torch believes what it is told. NULL with the exception set. */
 static PyObject *lend(struct fa_tensor *tensor, const char *name)
 {
-    static const DLDataType dtypes[] = {{kDLFloat, 32, 1}, {kDLFloat, 16, 1}, {kDLBfloat, 16, 1}};
+    static const DLDataType dtypes[] = {[FA_FLOAT32] = {kDLFloat, 32, 1},
+                                        [FA_FLOAT16] = {kDLFloat, 16, 1},
+                                        [FA_BFLOAT16] = {kDLBfloat, 16, 1},
+                                        [FA_FLOAT8_E4M3] = {kDLFloat8_e4m3fn, 8, 1}};
     if (own(tensor, name) < 0)
         return NULL;
     struct lent *lent = calloc(1, sizeof *lent);

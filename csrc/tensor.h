@@ -11,6 +11,7 @@
 #define FA_MAX_NDIM   5
 #define FA_ONE_OR_TWO (-1)
 #define FA_ANY_NDIM   (-2) /* of what a mod captured */
+#define FA_UP_TO_TWO  (-3)
 
 enum fa_device_type { FA_DEVICE_CPU = 1, FA_DEVICE_CUDA = 2 }; /* DLPack's numbers */
 
@@ -20,7 +21,8 @@ struct fa_tensor {
     int64_t shape[FA_MAX_NDIM];
     int64_t stride[FA_MAX_NDIM]; /* in elements; 0 and negative are legal */
     uintptr_t begin, end;        /* all elements lie in between; both 0 where there are none */
-    enum fa_dtype dtype; /* floating-point; of lengths and pages FA_INT32, of seeds FA_INT64 */
+    enum fa_dtype dtype; /* floating-point; of lengths and pages FA_INT32, of seeds FA_INT64, of
+                          * caches also FA_FLOAT8_E4M3 */
     enum fa_device_type device_type;
     int device_id;
     bool is_read_only;              /* its producer says so */
@@ -45,14 +47,18 @@ struct fa_dlpack {
     PyObject *frameworks; /* frameworks.py, imported when first needed */
 };
 
-/* Reads `object` (an argument called `name` that must have `ndim` dimensions, or FA_ONE_OR_TWO)
- * without copying. 0, or -1 with TypeError or ValueError set and nothing held. */
+/* Reads `object` (an argument called `name` that must have `ndim` dimensions, or FA_ONE_OR_TWO, or
+ * FA_UP_TO_TWO) without copying. 0, or -1 with TypeError or ValueError set and nothing held. */
 int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                    struct fa_tensor *tensor);
 
 /* The same for lengths and pages: int32. */
 int fa_tensor_read_int32(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                          struct fa_tensor *tensor);
+
+/* For K and V: float8_e4m3fn, too. */
+int fa_tensor_read_kv(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
+                      struct fa_tensor *tensor);
 
 /* And for seeds: int64 or uint64. */
 int fa_tensor_read_int64(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
@@ -138,7 +144,6 @@ void fa_tensor_release(struct fa_tensor *tensor);
 #define FA_DEVICE_NAME_SIZE 24
 void fa_device_name(const struct fa_tensor *tensor, char name[FA_DEVICE_NAME_SIZE]);
 
-const char *
-fa_dtype_name(enum fa_dtype dtype); /* "float32", "float16", "bfloat16", "int32", "int64" */
+const char *fa_dtype_name(enum fa_dtype dtype); /* as torch names it: "float32", "float8_e4m3fn" */
 
 #endif

@@ -93,6 +93,34 @@ const struct fa_tile_row FA_TILES[] = {
 
 const size_t FA_TILE_COUNT = sizeof FA_TILES / sizeof *FA_TILES;
 
+/* Few queries: every warp of a block widens all of K and V, whether it has rows or not. So there
+ * are no more warps than rows ask for, and several blocks share a multiprocessor. MASKED, of head
+ * dims and rows above the first of two numbers: where the row of FA_TILES would spill registers, as
+ * what is widened takes some (at 256 on 9.x this one spills more). Not measured. */
+/* clang-format off */
+#define MASKED(arch, above_dim, dim, above_rows, right, left, ...) \
+    {arch, dim, dim, ANY, ANY, ANY, right, left, {__VA_ARGS__}, \
+     {.head_dim = above_dim, .rows_per_sm = above_rows}}
+const struct fa_tile_row FA_E4M3_TILES[] = {
+    /* head_dim, rows_per_sm,     tile_n, sub_n, warps, warp_m, stages */
+    FEW( 64,  16,                 64, 64, 1, 16, 3, TMA_BARRIER),
+    FEW( 64,  32,                 64, 64, 2, 16, 3, TMA_THREAD),
+    FEW(128,  16,                 64, 64, 1, 16, 2, TMA_BARRIER),
+    FEW(128,  32,                 64, 64, 2, 16, 2, TMA_THREAD),
+    FEW(256,  16,                 32, 32, 1, 16, 2, TMA_BARRIER),
+    FEW(256,  32,                 32, 32, 2, 16, 3, TMA_THREAD),
+
+    /* arch, dims, rows_per_sm, right, left */
+    MASKED( 90,  80,  96, 256,   1,   0, 32, 16, 4, 32, 3, TMA_THREAD),
+    MASKED( 90,  80,  96,   0, ANY,   1, 32, 16, 4, 32, 3, TMA_THREAD),
+    MASKED( 90,  96, 128, 256,   1,   0, 32, 16, 4, 32, 3, TMA_THREAD),
+    MASKED(120, 192, 256, 128,   1,   0, 32, 32, 8, 16, 3, TMA_THREAD),
+    MASKED(120, 192, 256,   0, ANY,   1, 32, 32, 8, 16, 3, TMA_THREAD),
+};
+/* clang-format on */
+
+const size_t FA_E4M3_TILE_COUNT = sizeof FA_E4M3_TILES / sizeof *FA_E4M3_TILES;
+
 /* Measured on an H100, see F31 in benchmarks/NOTES.md. */
 const struct fa_tile_row FA_PAGED_TILES[] = {
     LARGE(128, 128, ANY, 0, 64, 16, 8, 32, 3, TMA_THREAD),

@@ -48,12 +48,16 @@ struct fa_tile_above {
 struct fa_tile_row {
     FA_TILE_KEY(FA_INT)
     struct fa_tile tile;
-    struct fa_tile_above above; /* 0 in the rows of tiles.c */
+    struct fa_tile_above above; /* 0 in FA_TILES */
 };
 #undef FA_INT
 
 extern const struct fa_tile_row FA_TILES[];
 extern const size_t FA_TILE_COUNT;
+
+/* K and V in e4m3; calls that no row of these serves have those of FA_TILES. */
+extern const struct fa_tile_row FA_E4M3_TILES[];
+extern const size_t FA_E4M3_TILE_COUNT;
 
 /* Where K and V are in pages of whole boxes, and a row of FA_TILES asks for cp.async. */
 extern const struct fa_tile_row FA_PAGED_TILES[];

@@ -88,7 +88,8 @@ enum fa_code {
     X(block_sparse, "BLOCK_SPARSE", FA_SCORES, "_blocks", FA_FLAG)                                 \
     X(tensor_repeat, "TENSOR_REPEAT", FA_MAIN, "_repeat", FA_FACTOR)                               \
     X(score_mod, "SCORE_MOD", FA_SCORES, "_score", FA_TEXT)                                        \
-    X(mask_mod, "MASK_MOD", FA_SCORES, "_mask", FA_TEXT)
+    X(mask_mod, "MASK_MOD", FA_SCORES, "_mask", FA_TEXT)                                           \
+    X(kv_e4m3, "KV_E4M3", FA_FORWARDS | FA_ONLY(KV_APPEND) | FA_ONLY(KV_SCATTER), "_e4m3", FA_FLAG)
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */

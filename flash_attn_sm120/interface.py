@@ -47,6 +47,8 @@ def flash_attn_func(
     page_table: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     attn_bias: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     **unsupported: Any,
@@ -56,9 +58,9 @@ def flash_attn_func(
     Args:
         q: ``(batch, seqlen_q, heads_q, head_dim)``. float16 or bfloat16; on the CPU float32
             too.
-        k: ``(batch, seqlen_k, heads_kv, head_dim)``, dtype and device of ``q``. ``heads_kv``
-            divides ``heads_q``: query head ``h`` reads KV head ``h * heads_kv // heads_q`` (GQA,
-            MQA).
+        k: ``(batch, seqlen_k, heads_kv, head_dim)``, dtype and device of ``q``, or like ``v``
+            float8_e4m3fn: see ``k_descale``. ``heads_kv`` divides ``heads_q``: query head ``h``
+            reads KV head ``h * heads_kv // heads_q`` (GQA, MQA).
         v: ``(batch, seqlen_k, heads_kv, head_dim_v)``.
             ``head_dim`` and ``head_dim_v`` are multiples of 8 from 8 to 256 and need not be equal.
             Any strides with a contiguous, 16-byte-aligned last dimension are read in place; other
@@ -107,6 +109,10 @@ def flash_attn_func(
             and a contiguous last dimension. A key with -inf, or less than -2.35e38 as
             ``torch.finfo(torch.bfloat16).min``, is hidden from the query. Gradients reach it; with
             ``softcap`` on the CPU alone. Not with lengths or pages.
+        k_descale, v_descale: float32 on the device of ``q``: what ``k`` and ``v`` in float8_e4m3fn
+            are multiplied by; one number, or ``(batch, heads_kv)`` with any strides. Positive and
+            finite; None: 1. Such ``k`` and ``v`` have head dims that are multiples of 16, and no
+            gradient; CUDA devices read them from compute capability 8.9 on.
         out: ``(batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``, to write the result
             to. Any strides with a contiguous, 16-byte-aligned last dimension are written in place;
             others are refused, and so is memory that overlaps an input or itself.
@@ -193,6 +199,8 @@ def flash_attn_func(
             window_size=window_size,
             learnable_sink=learnable_sink,
             alibi_slopes=alibi_slopes,
+            k_descale=k_descale,
+            v_descale=v_descale,
             softcap=softcap,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
@@ -251,6 +259,8 @@ def flash_attn_func(
             learnable_sink=learnable_sink,
             alibi_slopes=alibi_slopes,
             attn_bias=attn_bias,
+            k_descale=k_descale,
+            v_descale=v_descale,
             softcap=softcap,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
@@ -277,6 +287,7 @@ def flash_attn_func(
     if blocks is not None:
         options.update(blocks.options(k.shape[1], wants_gradients))  # type: ignore[typeddict-item]
     others = {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}
+    others |= _descales(k_descale, v_descale)
     if dropout_seed is not None:
         others["dropout_seed"] = dropout_seed
     if attn_bias is not None:
@@ -323,6 +334,8 @@ def flash_attn_varlen_func(
     dropout_seed: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     attn_bias: Tensor | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     **unsupported: Any,
@@ -360,6 +373,8 @@ def flash_attn_varlen_func(
             first ones.
         causal, window_size, alibi_slopes: as there, bottom right of each sequence by its own
             lengths.
+        k_descale, v_descale: as there, by the number of the sequence; for ``k`` and ``v`` in
+            float8_e4m3fn, packed or in pages, too.
         num_splits: as there; 0 splits as if all sequences were as long as ``max_seqlen_q`` and
             ``max_seqlen_k``, the lengths being on the device.
         out: like ``q`` with ``head_dim_v``, to write the result to.
@@ -473,6 +488,8 @@ def flash_attn_varlen_func(
             window_size=window_size,
             learnable_sink=learnable_sink,
             alibi_slopes=alibi_slopes,
+            k_descale=k_descale,
+            v_descale=v_descale,
             softcap=softcap,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
@@ -497,6 +514,7 @@ def flash_attn_varlen_func(
         lengths["dropout_seed"] = dropout_seed
     if alibi_slopes is not None:
         lengths["alibi_slopes"] = alibi_slopes
+    lengths |= _descales(k_descale, v_descale)
     options: VarlenOptions = {
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
@@ -520,6 +538,11 @@ def _attend_with_mods(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     return attend(*arguments)
 
 
+def _descales(k_descale: Tensor | None, v_descale: Tensor | None) -> dict[str, Tensor | None]:
+    named = {"k_descale": k_descale, "v_descale": v_descale}
+    return {name: x for name, x in named.items() if x is not None}
+
+
 def _attend(
     function: str,
     q: Tensor,
@@ -534,10 +557,11 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """A call that is more than plain inference: by an operator, by autograd, or cast first."""
     in_place = out is not None or lse is not None
+    is_e4m3 = getattr(k, "dtype", None) is torch.float8_e4m3fn
     by_operator = is_followed(q, k, v, learnable_sink, *lengths.values()) or (
         is_followed(q, k, v, out, lse)
         if in_place
-        else profiler._is_profiler_enabled and isinstance(q, torch.Tensor)
+        else profiler._is_profiler_enabled and isinstance(q, torch.Tensor) and not is_e4m3
     )
     if by_operator and "key_blocks" in options:
         if is_followed(q, k, v, learnable_sink, *lengths.values()):
@@ -556,6 +580,11 @@ def _attend(
         and is_grad_enabled()
         and _any_requires_grad(q, k, v, learnable_sink, *others)
     )
+    if is_e4m3 and (by_operator or by_autograd):
+        raise NotImplementedError(
+            f"{function} with k and v in float8_e4m3fn has no gradient, and is no operator that "
+            "torch can follow yet (compile, func, modes, subclasses, lazy negation): use no_grad()"
+        )
     if not (by_operator or by_autograd):
         results = _C.forward(
             q,
@@ -601,7 +630,7 @@ _NOT_YET = {
     **dict.fromkeys(("block_sparse_tensors", "block_sparse_tensors_bwd")),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "seqused_q")),
     **dict.fromkeys(("block_table", "cache_seqlens")),
-    **dict.fromkeys(("q_descale", "k_descale", "v_descale")),
+    "q_descale": None,
     **dict.fromkeys(("min_seqlen_k", "scheduler_metadata", "seqlen_k_per_split")),
     "return_attn_probs": False,
 }

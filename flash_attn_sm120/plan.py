@@ -49,6 +49,8 @@ class CallOptions(VarlenOptions, total=False):
     attn_bias: Tensor | None
     score_mod: Any
     mask_mod: Any
+    k_descale: Tensor | None
+    v_descale: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     seqused_q: Tensor | None
@@ -157,6 +159,10 @@ def explain(
             ``num_splits``, ``pack_gqa``, ``deterministic``, ``score_mod``, ``mask_mod``,
             ``aux_tensors``, as in :func:`flash_attn_func`; ``cu_seqlens_q``, ``cu_seqlens_k``,
             ``max_seqlen_q``, ``max_seqlen_k``, ``seqused_q``, ``seqused_k``, ``page_table``, as in
+            ``alibi_slopes``, ``k_descale``, ``v_descale``, ``softcap``, ``dropout_p``,
+            ``dropout_seed``, ``num_splits``, ``pack_gqa``, ``deterministic``, as in
+            :func:`flash_attn_func`; ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``,
+            ``max_seqlen_k``, ``seqused_q``, ``seqused_k``, ``page_table``, as in
             :func:`flash_attn_varlen_func`: their contents are not read.
 
     Raises:

@@ -77,11 +77,11 @@ __device__ __forceinline__ float p_times_slope(float p, float slope)
 /* P^T between the groups: fp16, unless a score_mod's derivative may take it out of its range. */
 __device__ __forceinline__ unsigned pack_P(float low, float high)
 {
-    return SCORE_MOD ? pack(low, high) : pack_fp16(low, high);
+    return SCORE_MOD ? pack(low, high) : pack<FA_FLOAT16>(low, high);
 }
 __device__ __forceinline__ float2 unpack_P(unsigned x)
 {
-    return SCORE_MOD ? unpack(x) : unpack_fp16(x);
+    return SCORE_MOD ? unpack(x) : unpack<FA_FLOAT16>(x);
 }
 
 /* min(x, limit), but NaN where x is. Where all biases of a query are large numbers, as -1e9, its
@@ -166,7 +166,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
             for_each_kept_of_transposed<N_FRAGS, M_FRAGS>(
                 stream, query, key, [&](int n, int m, int half, unsigned kept) {
                     const float *p = P_group_1[n][m] + 2 * half;
-                    signed_words[n][m][half] = pack_fp16(p[0], p[1]) | (~kept & 0x80008000u);
+                    signed_words[n][m][half] = pack<FA_FLOAT16>(p[0], p[1]) | (~kept & 0x80008000u);
                     P_rmem[n][m / 2][m % 2 * 2 + half] &= kept;
                 });
         }

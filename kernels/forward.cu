@@ -22,6 +22,7 @@
  *   PAGED                  1: K and V lie in pages, of which every sequence has a list
  *   BLOCK_SPARSE           1: blocks of queries and keys are listed, and no others are read
  *   SCORE_MOD, MASK_MOD    not 0: a callable changes scores, hides keys: see mods.cuh
+ *   KV_E4M3                1: K and V are e4m3, not DTYPE
  *   TENSOR_REPEAT          how often each mma is issued: 1, see product.cuh */
 #include "params.h"
 

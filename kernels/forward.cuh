@@ -19,33 +19,10 @@
 
 #include "forward_walk.cuh"
 #include "nonfinite.cuh"
+#include "queries.cuh"
 #include "row_alibi.cuh"
 #include "row_bias.cuh"
 #include "softmax.cuh"
-
-/* Q [WARP_M, HEAD_DIM] from global memory into the layout of the mma's A operand. Missing rows
- * are zeros, and so is the second half of the last step if HEAD_DIM is not a multiple of 16. */
-__device__ __forceinline__ void load_queries(unsigned (&Q_rmem)[M_FRAGS][D_STEPS][4],
-                                             const fa_forward_params &params)
-{
-    const forward_block block(params);
-    const element *Q_gmem =
-        static_cast<const element *>(params.q) + block.seq.q_offset(params.q_stride, block.head);
-#pragma unroll
-    for (int m = 0; m < M_FRAGS; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row = block.lane_row + 16 * m + 8 * half;
-            const element *Q_row =
-                Q_gmem + block.row_offset(params.q_stride, row) + quad_lane() * 2;
-#pragma unroll
-            for (int chunk = 0; chunk < 2 * D_STEPS; chunk++) {
-                const bool exists = chunk < HEAD_DIM / 8 && row < block.row_count();
-                Q_rmem[m][chunk / 2][chunk % 2 * 2 + half] =
-                    exists ? *reinterpret_cast<const unsigned *>(Q_row + chunk * 8) : 0;
-            }
-        }
-}
 
 /* O / l and lse of one split for combine.cu. The lanes of a quad write 32 contiguous bytes. */
 __device__ __forceinline__ void store_split(const fa_forward_params &params,
@@ -55,6 +32,7 @@ __device__ __forceinline__ void store_split(const fa_forward_params &params,
 {
     const forward_block block(params);
     const fa_int64 split_offset = block.split_offset();
+    const float v_descale = KV_E4M3 ? load_descale(params.v_descale, block) : 1.0f;
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
@@ -64,16 +42,21 @@ __device__ __forceinline__ void store_split(const fa_forward_params &params,
             if (DROPOUT)
                 inverse *= params.dropout.scale;
             inverse *= 1.0f / TENSOR_REPEAT;
+            inverse *= v_descale;
             const int row = block.lane_row + 16 * m + 8 * half;
             if (row >= block.row_count() || left_out.has(m, half))
                 continue;
             const fa_int64 at = split_offset + block.lse_offset(row);
             float *out_row = static_cast<float *>(params.out) + at * HEAD_DIM_V;
 #pragma unroll
-            for (int n = 0; n < O_FRAGS; n++) {
+            for (int n = 0; n < O_FRAGS; n += KV_E4M3 ? 2 : 1) {
                 const float *O = O_rmem[m][n] + 2 * half;
-                reinterpret_cast<float2 *>(out_row + 8 * n)[quad_lane()] =
-                    make_float2(O[0] * inverse, O[1] * inverse);
+                if (KV_E4M3)
+                    reinterpret_cast<float4 *>(out_row + 8 * n)[quad_lane()] =
+                        adjacent_dims(O_rmem[m], half, n / 2, inverse);
+                else
+                    reinterpret_cast<float2 *>(out_row + 8 * n)[quad_lane()] =
+                        make_float2(O[0] * inverse, O[1] * inverse);
             }
             if (quad_lane() == 0)
                 params.lse[at] = l == 0.0f ? -INF : lse_log2(m_rmem[m][half], l);
@@ -90,6 +73,7 @@ __device__ __forceinline__ void store_rows(const fa_forward_params &params,
     element *out_gmem =
         static_cast<element *>(params.out) + block.seq.q_offset(params.out_stride, block.head);
     float *lse_gmem = quad_lane() == 0 ? params.lse : nullptr;
+    const float v_descale = KV_E4M3 ? load_descale(params.v_descale, block) : 1.0f;
     const float sink0 = load_sink(params.sink, params.sink_dtype, block.head);
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
@@ -107,8 +91,12 @@ __device__ __forceinline__ void store_rows(const fa_forward_params &params,
             if (DROPOUT)
                 inverse *= params.dropout.scale;
             inverse *= 1.0f / TENSOR_REPEAT;
+            inverse *= v_descale;
             element *out_row = out_gmem + block.row_offset(params.out_stride, row);
-            store_row<O_FRAGS>(out_row, O_rmem[m], half, inverse, stores);
+            if (KV_E4M3)
+                store_adjacent_dims(out_row, O_rmem[m], half, inverse, stores);
+            else
+                store_row<O_FRAGS>(out_row, O_rmem[m], half, inverse, stores);
             if (lse_gmem && stores)
                 lse_gmem[block.lse_offset(row)] =
                     l == 0.0f ? sink : lse_log2(m_rmem[m][half], l) * LN2;
@@ -118,7 +106,8 @@ __device__ __forceinline__ void store_rows(const fa_forward_params &params,
 template <class tile_ring>
 __device__ __forceinline__ void attend(const fa_forward_params &params, tile_ring &ring)
 {
-    unsigned Q_rmem[M_FRAGS][D_STEPS][4];         /* [WARP_M, HEAD_DIM], the A operand */
+    unsigned Q_rmem[M_FRAGS][D_STEPS][4]; /* [WARP_M, HEAD_DIM], the A operand */
+    row_factors factors;
     float O_rmem[M_FRAGS][O_FRAGS][4];            /* [WARP_M, HEAD_DIM_V], accumulators */
     float m_rmem[M_FRAGS][2], l_rmem[M_FRAGS][2]; /* [WARP_M]: p = 2^(s - m), and this lane's sum */
 
@@ -154,7 +143,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
             ring.feed();
             flagged = 0;
         } else {
-            load_queries(Q_rmem, params);
+            load_queries(Q_rmem, factors, params);
             clear(O_rmem, l_rmem, m_rmem);
             const dropout_stream stream(params, block.seq.batch, block.head);
             if (VARLEN)
@@ -196,6 +185,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                         unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4]; /* the same */
                         bias.load<true>(loaded, lane_key);
                         scores(S_rmem, Q_rmem, K_sub_smem);
+                        factors.apply(S_rmem);
                         softcap(S_rmem, params.scale_in_cap);
                         score_mod(S_rmem, params, coords_of);
                         alibi.add_to(S_rmem, lane_key, scale_of_rest(params));
@@ -214,7 +204,8 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                                      stream, coords_of);
                         if (nonfinite) {
                             add_values_seen(O_rmem, P_rmem, V_sub_smem, block, row, key);
-                            load_queries(Q_rmem, params); /* again: that took Q's registers */
+                            load_queries(Q_rmem, factors,
+                                         params); /* again: that took Q's registers */
                         } else
                             add_values(O_rmem, P_rmem, V_sub_smem);
                     }
@@ -241,6 +232,7 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                         unsigned P_rmem[M_FRAGS][S_FRAGS / 2][4]; /* the same */
                         bias.load<false>(loaded, key);
                         scores(S_rmem, Q_rmem, ring.K_smem + n * K_layout::ROW_BYTES);
+                        factors.apply(S_rmem);
                         softcap(S_rmem, params.scale_in_cap);
                         score_mod(S_rmem, params, coords_of);
                         alibi.add_to(S_rmem, key, scale_of_rest(params));

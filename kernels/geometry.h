@@ -16,6 +16,7 @@
 FA_CONSTEXPR int fa_element_bytes(int dtype)
 {
     return dtype >= FA_BYTES_1                        ? 1 << (dtype - FA_BYTES_1)
+           : dtype == FA_FLOAT8_E4M3                  ? 1
            : dtype == FA_INT64                        ? 8
            : dtype == FA_FLOAT32 || dtype == FA_INT32 ? 4
                                                       : 2;
@@ -25,7 +26,8 @@ FA_CONSTEXPR int fa_element_bytes(int dtype)
 enum { FA_CHUNK_BYTES = 16 };
 FA_CONSTEXPR int fa_chunk_elements(int dtype) { return FA_CHUNK_BYTES / fa_element_bytes(dtype); }
 
-/* The elements of a row that one mma takes: two chunks, k16 of 16-bit types. */
+/* The elements of a row that one mma takes: two chunks, k16 of 16-bit types. Of e4m3, which is
+ * widened first, two of them. */
 FA_CONSTEXPR int fa_mma_k(int dtype) { return 2 * fa_chunk_elements(dtype); }
 
 /* The head dim as tiles in shared memory have it: whole steps of the mma, or of a multiple. */

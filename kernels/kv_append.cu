@@ -8,12 +8,13 @@
  * A block has a row of all heads: first come those of K, then of V, then of q. Rows for which a
  * cache has no room are dropped.
  *
- * Constants: DTYPE. */
+ * Constants: DTYPE; KV_E4M3: the caches are e4m3, and rows are divided by their factors. */
 #include "params.h"
 
 #define VARLEN 1
 
 #include "division.cuh"
+#include "kv_cache.cuh"
 #include "sequence.cuh"
 
 constexpr int THREADS = FA_APPEND_THREADS;
@@ -60,24 +61,40 @@ template <class T> struct row_place {
     }
 };
 
-__device__ __forceinline__ void move_row(const row_place<const element> &from,
-                                         const row_place<element> &to, int heads,
-                                         const fa_divisor &chunks, const rotation &rotation)
+/* Eight elements of a row, from `first` on. */
+__device__ __forceinline__ void move_chunk(const element *row, int first, element *to,
+                                           const rotation &rotation, float)
+{
+    uint4 moved = *reinterpret_cast<const uint4 *>(row + first);
+    if (first < rotation.dim) {
+        float x[CHUNK_ELEMENTS];
+#pragma unroll
+        for (int e = 0; e < CHUNK_ELEMENTS; e++)
+            x[e] = rotation.rotated(row, first + e);
+        moved = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
+    }
+    *reinterpret_cast<uint4 *>(to + first) = moved;
+}
+__device__ __forceinline__ void move_chunk(const element *row, int first, unsigned char *to,
+                                           const rotation &rotation, float descale)
+{
+    float x[CHUNK_ELEMENTS];
+#pragma unroll
+    for (int e = 0; e < CHUNK_ELEMENTS; e++)
+        x[e] = rotation.rotated(row, first + e);
+    *reinterpret_cast<uint2 *>(to + first) = narrow_chunk(x, descale);
+}
+
+template <class T>
+__device__ __forceinline__ void
+move_row(const row_place<const element> &from, const row_place<T> &to, int heads,
+         const fa_divisor &chunks, const rotation &rotation, const fa_descale &descale, int number)
 {
     for (int i = threadIdx.x; i < heads * chunks.number; i += THREADS) {
         const auto [head, chunk] = divide(i, chunks);
-        const int first = chunk * CHUNK_ELEMENTS;
-        const element *row = from.row + head * from.head_stride;
-        uint4 moved = *reinterpret_cast<const uint4 *>(row + first);
-        if (first < rotation.dim) {
-            float x[CHUNK_ELEMENTS];
-#pragma unroll
-            for (int e = 0; e < CHUNK_ELEMENTS; e++)
-                x[e] = rotation.rotated(row, first + e);
-            moved =
-                make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
-        }
-        *reinterpret_cast<uint4 *>(to.row + head * to.head_stride + first) = moved;
+        move_chunk(from.row + head * from.head_stride, chunk * CHUNK_ELEMENTS,
+                   to.row + head * to.head_stride, rotation,
+                   sizeof(T) == 1 ? load_descale(descale, number, head) : 1.0f);
     }
 }
 
@@ -116,15 +133,18 @@ __device__ __forceinline__ void append_row(const fa_append_params &params, int b
         return;
     const cache_row place = find_row(params.pages, number, position);
     if (IS_K)
-        move_row(
+        move_row<cache_element>(
             {static_cast<const element *>(params.k), params.k_stride, number, i},
-            {static_cast<element *>(params.k_cache), params.k_cache_stride, place.batch, place.row},
-            params.heads_kv, params.chunks, rotation_of(params, position));
+            {static_cast<cache_element *>(params.k_cache), params.k_cache_stride, place.batch,
+             place.row},
+            params.heads_kv, params.chunks, rotation_of(params, position), params.k_descale,
+            number);
     else
-        move_row(
+        move_row<cache_element>(
             {static_cast<const element *>(params.v), params.v_stride, number, i},
-            {static_cast<element *>(params.v_cache), params.v_cache_stride, place.batch, place.row},
-            params.heads_kv, params.chunks_v, {});
+            {static_cast<cache_element *>(params.v_cache), params.v_cache_stride, place.batch,
+             place.row},
+            params.heads_kv, params.chunks_v, {}, params.v_descale, number);
 }
 
 __device__ __forceinline__ void rotate_query(const fa_append_params &params, int block)
@@ -134,10 +154,11 @@ __device__ __forceinline__ void rotate_query(const fa_append_params &params, int
     if (i >= rows.count)
         return;
     const int batch = params.lengths.cu_seqlens_q ? 0 : number, row = rows.begin + i;
-    move_row({static_cast<const element *>(params.q), params.q_stride, batch, row},
-             {static_cast<element *>(params.rotated_q), params.rotated_q_stride, batch, row},
-             params.heads_q, params.chunks,
-             rotation_of(params, held_rows(params, number) + (params.q_advances ? i : 0)));
+    move_row<element>(
+        {static_cast<const element *>(params.q), params.q_stride, batch, row},
+        {static_cast<element *>(params.rotated_q), params.rotated_q_stride, batch, row},
+        params.heads_q, params.chunks,
+        rotation_of(params, held_rows(params, number) + (params.q_advances ? i : 0)), {}, number);
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)

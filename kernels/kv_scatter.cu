@@ -4,27 +4,42 @@
  * A block has a token: its row of K and its row of V, of all heads. A token whose slot the caches
  * have not, as one of padding, is dropped.
  *
- * Constants: DTYPE. */
+ * Constants: DTYPE; KV_E4M3: the caches are e4m3, and rows are divided by a factor. */
 #include "params.h"
 
 #include "division.cuh"
-#include "element.cuh"
-#include "ptx.cuh"
+#include "kv_cache.cuh"
 
 constexpr int THREADS = FA_APPEND_THREADS;
 
+/* Eight elements of a row. */
+__device__ __forceinline__ void copy_chunk(const element *from, element *to, const fa_descale &)
+{
+    *reinterpret_cast<uint4 *>(to) = *reinterpret_cast<const uint4 *>(from);
+}
+__device__ __forceinline__ void copy_chunk(const element *from, unsigned char *to,
+                                           const fa_descale &descale)
+{
+    const uint4 words = *reinterpret_cast<const uint4 *>(from);
+    const float2 x[] = {unpack(words.x), unpack(words.y), unpack(words.z), unpack(words.w)};
+    *reinterpret_cast<uint2 *>(to) =
+        narrow_chunk({x[0].x, x[0].y, x[1].x, x[1].y, x[2].x, x[2].y, x[3].x, x[3].y},
+                     load_descale(descale, 0, 0));
+}
+
 __device__ __forceinline__ void copy_row(const void *rows, const fa_strides &stride, int token,
                                          void *cache, const fa_strides &cache_stride, divided slot,
-                                         int heads, const fa_divisor &chunks)
+                                         int heads, const fa_divisor &chunks,
+                                         const fa_descale &descale)
 {
     const element *from = static_cast<const element *>(rows) + token * stride.seqlen;
-    element *to = static_cast<element *>(cache) + slot.quotient * cache_stride.batch +
-                  slot.rest * cache_stride.seqlen;
+    cache_element *to = static_cast<cache_element *>(cache) + slot.quotient * cache_stride.batch +
+                        slot.rest * cache_stride.seqlen;
     for (int i = threadIdx.x; i < heads * chunks.number; i += THREADS) {
         const auto [head, chunk] = divide(i, chunks);
         const int first = chunk * CHUNK_ELEMENTS;
-        *reinterpret_cast<uint4 *>(to + head * cache_stride.head + first) =
-            *reinterpret_cast<const uint4 *>(from + head * stride.head + first);
+        copy_chunk(from + head * stride.head + first, to + head * cache_stride.head + first,
+                   descale);
     }
 }
 
@@ -37,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         return;
     const divided slot = divide(number, params.page_size);
     copy_row(params.k, params.k_stride, token, params.k_cache, params.k_cache_stride, slot,
-             params.heads, params.chunks);
+             params.heads, params.chunks, params.k_descale);
     copy_row(params.v, params.v_stride, token, params.v_cache, params.v_cache_stride, slot,
-             params.heads, params.chunks_v);
+             params.heads, params.chunks_v, params.v_descale);
 }

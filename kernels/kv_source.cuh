@@ -72,8 +72,9 @@ template <bool IS_PAGED = PAGED, bool IS_SPARSE = BLOCK_SPARSE> struct copied_so
 /* Strided tensors: pointers that each thread moves from tile to tile. */
 template <> struct copied_source<false, false> {
     const fa_forward_params &params;
-    const element *K_gmem, *V_gmem; /* this thread's first chunks of the tile that is copied next */
-    fa_int64 K_stride, V_stride;    /* from row to row */
+    const kv_element *K_gmem,
+        *V_gmem;                 /* this thread's first chunks of the tile that is copied next */
+    fa_int64 K_stride, V_stride; /* from row to row */
 
     __device__ __forceinline__ void start(const tile_walk &walk,
                                           const sequence<fa_forward_params> &)
@@ -187,22 +188,22 @@ template <int COLS> struct paged_rows {
 /* K or V in pages, as a thread copies it. */
 template <class layout> struct paged_tensor {
     using place = copy_place<layout, THREADS>;
-    const element *gmem; /* its first chunk of row 0 of page 0 */
+    const kv_element *gmem; /* its first chunk of row 0 of page 0 */
     paged_rows<layout::COLS> rows;
 
     __device__ __forceinline__ void start(const void *tensor, const fa_strides &stride, int head)
     {
-        gmem = static_cast<const element *>(tensor) + head * stride.head +
-               place().col * CHUNK_ELEMENTS;
+        gmem = static_cast<const kv_element *>(tensor) + head * stride.head +
+               place().col * layout::CHUNK_ELEMENTS;
     }
     __device__ __forceinline__ void copy(unsigned smem, const fa_strides &stride, int keys) const
     {
         const place at;
         at.each([&](int r, int c, unsigned offset) {
             const int i = r / place::STEP, bytes = at.exists(r, c, keys) ? FA_CHUNK_BYTES : 0;
-            const element *row_gmem =
+            const kv_element *row_gmem =
                 gmem + rows.pages[i] * stride.batch + rows.rows[i] * stride.seqlen;
-            cp_async_16(smem + offset, row_gmem + c * CHUNK_ELEMENTS, bytes);
+            cp_async_16(smem + offset, row_gmem + c * layout::CHUNK_ELEMENTS, bytes);
         });
     }
 };
@@ -262,7 +263,7 @@ __device__ __forceinline__ void load_boxes(unsigned smem, const fa_tensor_map &m
 #pragma unroll
     for (int c = 0; c < layout::PADDED; c += layout::COLS)
         tma_load_4d(smem + c / layout::COLS * layout::SEGMENT_BYTES, &map, mbarrier,
-                    c * CHUNK_ELEMENTS, row, head, entry);
+                    c * layout::CHUNK_ELEMENTS, row, head, entry);
 }
 
 template <bool IS_PAGED = PAGED> struct mapped_source;

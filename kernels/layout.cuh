@@ -17,8 +17,10 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
  * same as CU_TENSOR_MAP_SWIZZLE_32B, _64B and _128B. Then one chunk of 8 rows, which an ldmatrix
  * reads, takes every bank once, and so do the 128 bytes that 8 threads copy. Those must be
  * contiguous, conflicts or not: see "columns of chunks" in benchmarks/NOTES.md. */
-template <int DIM, int ROWS_, int ALIGN = MMA_K> struct tile_layout {
+template <int DIM, int ROWS_, int ALIGN = MMA_K, class T = ::element> struct tile_layout {
+    using element = T;
     static constexpr int ROWS = ROWS_;
+    static constexpr int CHUNK_ELEMENTS = FA_CHUNK_BYTES / sizeof(T);
     static constexpr int CHUNKS = DIM / CHUNK_ELEMENTS;
     static constexpr int PADDED = fa_padded_dim(DIM, ALIGN) / CHUNK_ELEMENTS;
     static constexpr int COLS = fa_segment_chunks(PADDED);
@@ -43,6 +45,7 @@ template <int DIM, int ROWS_, int ALIGN = MMA_K> struct tile_layout {
 /* The share of a tile that one of some threads copies, or looks at: chunk `col` (then col + COLS,
  * ...) of row `row` (then row + STEP, ...). */
 template <class layout, int THREADS> struct copy_place {
+    using element = typename layout::element;
     static constexpr int STEP = THREADS / layout::COLS;
     static_assert(layout::ROWS % STEP == 0 || STEP % layout::ROWS == 0,
                   "no thread copies beyond the tile");
@@ -77,7 +80,7 @@ template <class layout, int THREADS> struct copy_place {
     first_chunk(const void *tensor, const fa_strides &stride, int batch, int head, int row0) const
     {
         return static_cast<const element *>(tensor) + batch * stride.batch + head * stride.head +
-               (row0 + row) * stride.seqlen + col * CHUNK_ELEMENTS;
+               (row0 + row) * stride.seqlen + col * layout::CHUNK_ELEMENTS;
     }
 
     /* Whether such a chunk is one of the first `rows` rows, and does not pad its row. */
@@ -93,7 +96,7 @@ template <class layout, int THREADS> struct copy_place {
     {
         each([&](int r, int c, unsigned offset) {
             const int bytes = exists(r, c, rows) ? FA_CHUNK_BYTES : 0;
-            cp_async_16(smem + offset, gmem + r * row_stride + c * CHUNK_ELEMENTS, bytes);
+            cp_async_16(smem + offset, gmem + r * row_stride + c * layout::CHUNK_ELEMENTS, bytes);
         });
     }
 };

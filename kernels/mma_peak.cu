@@ -43,6 +43,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32) mma_peak(float *sums, i
     for (int a = 0; a < A_TILES; a++)
         for (int b = 0; b < B_TILES; b++)
             for (int e = 0; e < 4; e++)
-                sum += FP16_SUMS ? unpack_fp16(sums_fp16[a][b][e / 2]).x : sums_fp32[a][b][e];
+                sum +=
+                    FP16_SUMS ? unpack<FA_FLOAT16>(sums_fp16[a][b][e / 2]).x : sums_fp32[a][b][e];
     sums[thread] = sum;
 }

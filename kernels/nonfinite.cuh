@@ -8,16 +8,11 @@
 /* Whether this thread's share of the V tile at `smem` holds an inf or NaN. */
 __device__ __forceinline__ bool holds_nonfinite(unsigned smem)
 {
-    /* Adding one to a full exponent carries into the (cleared) sign bit of its half word. */
-    constexpr unsigned EXPONENT = IS_BF16 ? 0x7f807f80 : 0x7c007c00;
-    constexpr unsigned ONE = IS_BF16 ? 0x00800080 : 0x04000400;
     unsigned carries = 0;
     V_place().each([&](int, int, unsigned offset) {
-        const uint4 x = ld_shared_16(smem + offset);
-        carries |= ((x.x & EXPONENT) + ONE) | ((x.y & EXPONENT) + ONE);
-        carries |= ((x.z & EXPONENT) + ONE) | ((x.w & EXPONENT) + ONE);
+        carries |= nonfinite_carries(ld_shared_16(smem + offset));
     });
-    return carries & 0x80008000;
+    return carries & NONFINITE_CARRY;
 }
 
 /* add_values() for such a V. One key at a time: an mma on V with all other keys zeroed, added only
@@ -33,20 +28,20 @@ __device__ __forceinline__ void add_values_seen(float (&O_rmem)[M_FRAGS][O_FRAGS
     for (int k = 0; k < S_FRAGS / 2; k++)
 #pragma unroll
         for (int n = 0; n < O_FRAGS; n++) {
-            unsigned V_rmem[4];
-            ldmatrix_x4_trans(V_rmem, V_layout::moved(V_smem, 16 * k, n / 2 * 2));
+            unsigned V_rmem[V_COLUMNS][2];
+            load_values<V_layout>(V_rmem, V_smem, k, n / V_COLUMNS * V_COLUMNS);
 #pragma unroll 1
             for (int j = 0; j < 16; j++) {
                 /* A register of the B operand holds two keys: which half of which register
                  * survives. */
                 const unsigned keep = j % 8 / 2 == t ? 0xffffu << j % 2 * 16 : 0;
-                const unsigned V0 = V_rmem[n % 2 * 2] & (j < 8 ? keep : 0);
-                const unsigned V1 = V_rmem[n % 2 * 2 + 1] & (j < 8 ? 0 : keep);
+                const unsigned V0 = V_rmem[n % V_COLUMNS][0] & (j < 8 ? keep : 0);
+                const unsigned V1 = V_rmem[n % V_COLUMNS][1] & (j < 8 ? 0 : keep);
 #pragma unroll
                 for (int m = 0; m < M_FRAGS; m++) {
                     float O_key[4] = {};
                     for (int repeat = 0; repeat < TENSOR_REPEAT; repeat++)
-                        mma_m16n8k16(O_key, P_rmem[m][k], V0, V1);
+                        mma_m16n8k16<OPERAND>(O_key, P_rmem[m][k], V0, V1);
 #pragma unroll
                     for (int e = 0; e < 4; e++)
                         if (block.sees(row + 16 * m + 8 * (e / 2), key + 16 * k + j))

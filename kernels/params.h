@@ -23,6 +23,7 @@ enum fa_dtype {
     FA_BFLOAT16,
     FA_INT32 /* of lengths and pages alone */,
     FA_INT64 /* of seeds */,
+    FA_FLOAT8_E4M3 /* of K and V alone */,
     FA_BYTES_1 /* from here on what a mod captured: elements of so many bytes */,
     FA_BYTES_2,
     FA_BYTES_4,
@@ -129,6 +130,12 @@ struct fa_mods {
                                         * backward_captured.cu alone */
 };
 
+/* What K or V of a sequence and KV head are multiplied by; read only where KV_E4M3. */
+struct fa_descale {
+    const float *scale; /* [batch, heads_kv]; NULL: 1 */
+    fa_int64 batch_stride, head_stride;
+};
+
 /* The single argument of kernels/forward.cu. */
 struct fa_forward_params {
     const void *q; /* [batch, seqlen_q, heads_q, head_dim] */
@@ -159,9 +166,10 @@ struct fa_forward_params {
     struct fa_dropout dropout; /* read only where DROPOUT */
     struct fa_alibi alibi;
     struct fa_bias bias;
+    struct fa_descale k_descale, v_descale;
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 416, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 464, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -174,7 +182,7 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 704, "416, padding, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 768, "464, padding, then maps");
 
 /* The single argument of both where BLOCK_SPARSE; forward.cu has no maps. */
 struct fa_extended_forward_params {
@@ -247,9 +255,10 @@ struct fa_append_params {
     struct fa_divisor chunks, chunks_v;     /* of 16 bytes, of a row of one head */
     struct fa_lengths lengths;              /* of q alone */
     struct fa_pages pages;                  /* table NULL: the caches are not in pages */
+    struct fa_descale k_descale, v_descale; /* of the caches; read only where KV_E4M3 */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_append_params) == 424, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_append_params) == 472, "host and device disagree on the layout");
 
 /* The single argument of kernels/kv_scatter.cu: each token's rows of K and V go to its slot. */
 struct fa_scatter_params {
@@ -261,9 +270,10 @@ struct fa_scatter_params {
     int heads;
     int slot_count;                                /* pages * page_size */
     struct fa_divisor page_size, chunks, chunks_v; /* chunks: as in fa_append_params */
+    struct fa_descale k_descale, v_descale;        /* one number each; read only where KV_E4M3 */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_scatter_params) == 192, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_scatter_params) == 240, "host and device disagree on the layout");
 
 /* The single argument of kernels/backward.cu, backward_preprocess.cu and backward_sink.cu.
  *

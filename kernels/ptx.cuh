@@ -337,14 +337,22 @@ __device__ __forceinline__ void ldmatrix_x4_trans(unsigned (&x)[4], unsigned sme
                  : "memory");
 }
 
-/* C [16, 8] += A [16, 16] * B [16, 8], accumulated in fp32. */
+/* C [16, 8] += A [16, 16] * B [16, 8], accumulated in fp32; of A and B fp16 where that is the type,
+ * else bf16. */
+template <int TYPE = DTYPE>
 __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const unsigned (&a)[4], unsigned b0,
                                              unsigned b1)
 {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32." FA_PTX_TYPE "." FA_PTX_TYPE ".f32 "
-        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#define FA_MMA(type)                                                                               \
+    asm("mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                             \
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                          \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                           \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
+    if (TYPE == FA_FLOAT16)
+        FA_MMA("f16");
+    else
+        FA_MMA("bf16");
+#undef FA_MMA
 }
 
 /* The same in fp16, accumulated in fp16: GeForce cards take half as long for it. */
@@ -357,11 +365,15 @@ __device__ __forceinline__ void mma_m16n8k16_fp16(unsigned (&c)[2], const unsign
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* Rounds two floats to the data type; `low` goes to the lower half, which is the lower address. */
-__device__ __forceinline__ unsigned pack(float low, float high)
+/* Rounds two floats to fp16 where that is the type, else to bf16; `low` goes to the lower half,
+ * which is the lower address. */
+template <int TYPE = DTYPE> __device__ __forceinline__ unsigned pack(float low, float high)
 {
     unsigned x;
-    asm("cvt.rn." FA_PTX_TYPE "x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+    if (TYPE == FA_FLOAT16)
+        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
+    else
+        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
     return x;
 }
 
@@ -383,25 +395,43 @@ __device__ __forceinline__ float from_fp16(unsigned short x)
     return y;
 }
 
-/* The same to fp16, and back, whatever the data type is. */
-__device__ __forceinline__ unsigned pack_fp16(float low, float high)
-{
-    unsigned x;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(x) : "f"(high), "f"(low));
-    return x;
-}
-__device__ __forceinline__ float2 unpack_fp16(unsigned x)
-{
-    return make_float2(from_fp16(static_cast<unsigned short>(x)),
-                       from_fp16(static_cast<unsigned short>(x >> 16)));
-}
-
 /* The two numbers of a pair, the lower half first. */
 template <int TYPE = DTYPE> __device__ __forceinline__ float2 unpack(unsigned x)
 {
     if (TYPE == FA_BFLOAT16) /* the upper half of a float */
         return make_float2(__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000));
-    return unpack_fp16(x);
+    return make_float2(from_fp16(static_cast<unsigned short>(x)),
+                       from_fp16(static_cast<unsigned short>(x >> 16)));
+}
+
+/* Four e4m3 numbers, exactly, as pairs of fp16: the lower two, then the upper two. From 8.9 on, as
+ * what follows. */
+__device__ __forceinline__ void widen_e4m3(unsigned (&x)[2], unsigned bytes)
+{
+    asm("{\n"
+        "    .reg .b16 low, high;\n"
+        "    mov.b32 {low, high}, %2;\n"
+        "    cvt.rn.f16x2.e4m3x2 %0, low;\n"
+        "    cvt.rn.f16x2.e4m3x2 %1, high;\n"
+        "}"
+        : "=r"(x[0]), "=r"(x[1])
+        : "r"(bytes));
+}
+
+/* Rounds four floats to e4m3, x[0] to the lowest address: what is beyond 448, inf included, becomes
+ * that. */
+__device__ __forceinline__ unsigned pack_e4m3(const float (&x)[4])
+{
+    unsigned bytes;
+    asm("{\n"
+        "    .reg .b16 low, high;\n"
+        "    cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+        "    cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+        "    mov.b32 %0, {low, high};\n"
+        "}"
+        : "=r"(bytes)
+        : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
+    return bytes;
 }
 
 __device__ __forceinline__ float exp2_approx(float x)

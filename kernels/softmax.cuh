@@ -19,7 +19,7 @@
 /* m lies so far above the row max that the sum of 2^16 of the largest bf16 values is still in the
  * range of fp32 (FlashAttention-3 has a MAX_OFFSET for its fp8). bf16 has exponents to spare for p;
  * those of fp16 are few, and its values small. */
-constexpr float MAX_OFFSET = IS_BF16 ? 16.0f : 0.0f;
+constexpr float MAX_OFFSET = IS_BF16_OPERAND ? 16.0f : 0.0f;
 
 /* The m of a row that has not seen any key. Finite, so that nothing becomes NaN: a masked score
  * (-inf) has p = 0, and a visible one, where m stays as it is, a p of +inf: out of range. */
@@ -31,7 +31,7 @@ constexpr float SUM_LIMIT = 1.329228e36f; /* 2^120 */
 
 /* m is the max of at least so many keys, if the row sees as many. In bf16 a later p may be 2^136
  * times that of the first key; fp16, with 2^16, is better off with the max of a whole tile. */
-constexpr int START_KEYS = IS_BF16 ? 1 : TILE_N;
+constexpr int START_KEYS = IS_BF16_OPERAND ? 1 : TILE_N;
 
 /* Some of the rows of a lane: row g + 8 * half of fragment m is bit 2 * m + half. */
 struct row_set {
@@ -108,7 +108,7 @@ exponentials(unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4], float (&l_rmem)[M_FRAG
                 const float p1 =
                     exp2_approx(S_rmem[m][n][2 * half + 1] * row_scale - m_rmem[m][half]);
                 l_rmem[m][half] += p0 + p1;
-                P_rmem[m][n / 2][n % 2 * 2 + half] = pack(p0, p1);
+                P_rmem[m][n / 2][n % 2 * 2 + half] = pack<OPERAND>(p0, p1);
             }
         }
     if (!DROPOUT)

@@ -3,7 +3,7 @@
 #ifndef FA_TILE_CUH
 #define FA_TILE_CUH
 
-#include "layout.cuh"
+#include "kv_operands.cuh"
 #include "product.cuh"
 
 constexpr int THREADS = WARPS * 32;
@@ -18,21 +18,23 @@ constexpr int D_STEPS = ceil_div(HEAD_DIM, MMA_K);
 constexpr bool WIDE = WARP_M == 32 && (HEAD_DIM > 96 || HEAD_DIM_V > 96);
 constexpr int SUB_UNROLL = WIDE || SOFTCAP || SCORE_MOD || MASK_MOD ? 1 : TILE_N / SUB_N;
 
-static_assert(HEAD_DIM % CHUNK_ELEMENTS == 0 && HEAD_DIM_V % CHUNK_ELEMENTS == 0,
+static_assert(HEAD_DIM % fa_chunk_elements(KV_DTYPE) == 0 &&
+                  HEAD_DIM_V % fa_chunk_elements(KV_DTYPE) == 0,
               "a row is whole 16-byte chunks");
 #define FA_ASSERT(condition, message) static_assert(condition, message);
 FA_FORWARD_TILE_RULES(FA_ASSERT, WARPS, WARP_M, TILE_N, SUB_N, STAGES)
 #undef FA_ASSERT
 
-using K_layout = tile_layout<HEAD_DIM, TILE_N>;
-using V_layout = tile_layout<HEAD_DIM_V, TILE_N>;
+using K_layout = tile_layout<HEAD_DIM, TILE_N, fa_mma_k(KV_DTYPE), kv_element>;
+using V_layout = tile_layout<HEAD_DIM_V, TILE_N, fa_mma_k(KV_DTYPE), kv_element>;
 using K_place = copy_place<K_layout, THREADS>;
 using V_place = copy_place<V_layout, THREADS>;
-constexpr int STAGE_BYTES = fa_forward_stage_bytes(HEAD_DIM, HEAD_DIM_V, TILE_N, DTYPE);
+constexpr int STAGE_BYTES = fa_forward_stage_bytes(HEAD_DIM, HEAD_DIM_V, TILE_N, KV_DTYPE);
 constexpr int RING_BYTES = STAGES * STAGE_BYTES;
 
-/* This lane's row for an ldmatrix of 16 keys x 16 dims, whose matrices 0 and 1, then 2 and 3, are
- * the B operand of one mma: of K two chunks of 8 keys, of V two times 8 keys of one chunk. */
+/* This lane's row for an ldmatrix of 16 keys x 2 chunks of dims, whose matrices 0 and 1, then 2 and
+ * 3, are of K two chunks of 8 keys, of V two times 8 keys of one chunk: in 16 bits the B operand of
+ * one mma. */
 __device__ __forceinline__ unsigned K_lane_offset()
 {
     const int lane = threadIdx.x % 32;
@@ -71,6 +73,52 @@ struct ring_place {
     __device__ __forceinline__ unsigned V_tile() const { return smem + stage + K_layout::BYTES; }
 };
 
+/* The products of K and V in e4m3, of which one ldmatrix brings twice as much: S and O as below. */
+template <class layout>
+__device__ __forceinline__ void mma_e4m3_keys(float (&S_rmem)[M_FRAGS][S_FRAGS][4],
+                                              const unsigned (&Q_rmem)[M_FRAGS][D_STEPS][4],
+                                              unsigned K_smem)
+{
+#pragma unroll
+    for (int d = 0; d < D_STEPS; d += K_STEPS)
+#pragma unroll
+        for (int n = 0; n < S_FRAGS; n += 2) {
+            unsigned K_rmem[K_STEPS][2][2];
+            load_keys<layout>(K_rmem, K_smem, n, d);
+#pragma unroll
+            for (int repeat = 0; repeat < TENSOR_REPEAT; repeat++)
+#pragma unroll
+                for (int step = 0; step < min(K_STEPS, D_STEPS - d); step++)
+#pragma unroll
+                    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+                        for (int column = 0; column < 2; column++)
+                            mma_m16n8k16<OPERAND>(S_rmem[m][n + column], Q_rmem[m][d + step],
+                                                  K_rmem[step][column][0], K_rmem[step][column][1]);
+        }
+}
+template <class layout>
+__device__ __forceinline__ void mma_e4m3_values(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
+                                                const unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4],
+                                                unsigned V_smem)
+{
+#pragma unroll
+    for (int k = 0; k < S_FRAGS / 2; k++)
+#pragma unroll
+        for (int n = 0; n < O_FRAGS; n += V_COLUMNS) {
+            unsigned V_rmem[V_COLUMNS][2];
+            load_values<layout>(V_rmem, V_smem, k, n);
+#pragma unroll
+            for (int repeat = 0; repeat < TENSOR_REPEAT; repeat++)
+#pragma unroll
+                for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+                    for (int column = 0; column < min(V_COLUMNS, O_FRAGS - n); column++)
+                        mma_m16n8k16<OPERAND>(O_rmem[m][n + column], P_rmem[m][k],
+                                              V_rmem[column][0], V_rmem[column][1]);
+        }
+}
+
 /* S [WARP_M, SUB_N] = Q [WARP_M, HEAD_DIM] * K [SUB_N, HEAD_DIM]^T */
 __device__ __forceinline__ void scores(float (&S_rmem)[M_FRAGS][S_FRAGS][4],
                                        const unsigned (&Q_rmem)[M_FRAGS][D_STEPS][4],
@@ -84,6 +132,10 @@ __device__ __forceinline__ void scores(float (&S_rmem)[M_FRAGS][S_FRAGS][4],
             for (int e = 0; e < 4; e++)
                 S_rmem[m][n][e] = 0.0f;
 
+    if (KV_E4M3) {
+        mma_e4m3_keys<K_layout>(S_rmem, Q_rmem, K_smem);
+        return;
+    }
 #pragma unroll
     for (int d = 0; d < D_STEPS; d++)
         mma_step<S_FRAGS>(S_rmem, Q_rmem, d, [&](unsigned (&K_rmem)[4], int n) {
@@ -96,6 +148,10 @@ __device__ __forceinline__ void add_values(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
                                            const unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4],
                                            unsigned V_smem)
 {
+    if (KV_E4M3) {
+        mma_e4m3_values<V_layout>(O_rmem, P_rmem, V_smem);
+        return;
+    }
 #pragma unroll
     for (int k = 0; k < S_FRAGS / 2; k++)
         mma_step<O_FRAGS>(O_rmem, P_rmem, k, [&](unsigned (&V_rmem)[4], int n) {

@@ -53,7 +53,9 @@ struct place {
     int64_t row;
 };
 
-static void move_row(struct place from, struct place to, const struct rotation *rotation)
+/* `descale`, where the rows become e4m3: what they are divided by. */
+static void move_row(struct place from, struct place to, const struct rotation *rotation,
+                     const struct fa_tensor *descale, int64_t number)
 {
     const int n = (int)from.tensor->shape[from.tensor->ndim - 1];
     const int64_t heads = from.tensor->shape[from.tensor->ndim - 2];
@@ -62,6 +64,9 @@ static void move_row(struct place from, struct place to, const struct rotation *
         fa_load_row(from.tensor, fa_row_offset(from.tensor, from.side, from.row, head), n, n, row);
         if (rotation)
             rotate(rotation, row);
+        const float factor = descale ? 1 / fa_descale(descale, number, head) : 1;
+        for (int d = 0; d < n; d++)
+            row[d] *= factor;
         fa_store_row(to.tensor, fa_row_offset(to.tensor, to.side, to.row, head), n, row);
     }
 }
@@ -81,13 +86,15 @@ static void append_rows(const struct fa_problem *problem, const struct fa_cpu_ap
     const int64_t rows = problem->append.k.shape[1];
     struct side cache = fa_sequence(&append->problem, batch).k;
     const struct side new = {.batch = batch};
+    const struct fa_tensor *k_descale = problem->shape.is_e4m3 ? &problem->k_descale : NULL;
+    const struct fa_tensor *v_descale = problem->shape.is_e4m3 ? &problem->v_descale : NULL;
     cache.begin = 0; /* whatever its first key is */
     for (int64_t row = 0; row < rows; row++) {
         const struct rotation rotation = rotation_of(problem, held + row);
         move_row((struct place){&problem->append.k, new, row},
-                 (struct place){&problem->k, cache, held + row}, &rotation);
+                 (struct place){&problem->k, cache, held + row}, &rotation, k_descale, batch);
         move_row((struct place){&problem->append.v, new, row},
-                 (struct place){&problem->v, cache, held + row}, NULL);
+                 (struct place){&problem->v, cache, held + row}, NULL, v_descale, batch);
     }
 }
 
@@ -99,7 +106,7 @@ static void rotate_queries(const struct fa_problem *problem, const struct fa_cpu
     for (int64_t row = 0; row < side.length; row++) {
         const struct rotation rotation = rotation_of(problem, held + (advances ? row : 0));
         move_row((struct place){&problem->q, side, row},
-                 (struct place){&append->problem.q, side, row}, &rotation);
+                 (struct place){&append->problem.q, side, row}, &rotation, NULL, batch);
     }
 }
 

@@ -73,6 +73,19 @@ static struct range next_tile(const struct block *block, int64_t from)
     return tile_from(block->keys, from, KEYS);
 }
 
+/* Rows of K or V into the tile; those in e4m3 times their factor. */
+static void load_tile(struct block *block, const struct fa_tensor *tensor,
+                      const struct fa_tensor *descale, struct range tile)
+{
+    const int width = fa_width((int)tensor->shape[tensor->ndim - 1]);
+    fa_load_rows(tensor, block->sequence.k, tile, block->head_kv, block->tile);
+    if (!block->problem->shape.is_e4m3)
+        return;
+    const float factor = fa_descale(descale, block->sequence.number, block->head_kv);
+    for (int64_t i = 0; i < count_of(tile) * width; i++)
+        block->tile[i] *= factor;
+}
+
 /* Whether a loop over tiles goes on with this one. */
 static bool is_next(const struct block *block, struct range tile)
 {
@@ -86,7 +99,7 @@ static void compute_scores(struct block *block)
     const struct addends addends = addends_of(problem, &block->sequence, block->head);
     struct range tile = next_tile(block, 0);
     for (; is_next(block, tile); tile = next_tile(block, tile.end)) {
-        fa_load_rows(&problem->k, block->sequence.k, tile, block->head_kv, block->tile);
+        load_tile(block, &problem->k, &problem->k_descale, tile);
         for (int64_t row = block->rows.begin; row < block->rows.end; row++) {
             const float *q = block->Q + (row - block->rows.begin) * block->width;
             double *scores = scores_of(block, row);
@@ -139,7 +152,7 @@ static void weigh_values(struct block *block)
     memset(block->O, 0, (size_t)(count_of(block->rows) * block->width_v) * sizeof *block->O);
     struct range tile = next_tile(block, 0);
     for (; is_next(block, tile); tile = next_tile(block, tile.end)) {
-        fa_load_rows(&block->problem->v, block->sequence.k, tile, block->head_kv, block->tile);
+        load_tile(block, &block->problem->v, &block->problem->v_descale, tile);
         for (int64_t row = block->rows.begin; row < block->rows.end; row++)
             weigh_tile(block, tile, row);
     }

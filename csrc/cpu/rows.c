@@ -63,6 +63,31 @@ static uint16_t to_float16(float value)
     return (uint16_t)(sign | half);
 }
 
+/* e4m3 has 4 exponent bits with bias 7 and 3 mantissa bits, no inf, and NaN in place of 480. */
+static float from_e4m3(uint8_t byte)
+{
+    const uint32_t sign = (uint32_t)(byte & 0x80) << 24, magnitude = byte & 0x7f;
+    if (magnitude == 0x7f)
+        return from_bits(sign | 0x7fc00000);
+    if (magnitude < 8) /* zero and subnormals count in units of 2^-9 */
+        return from_bits(sign | to_bits((float)magnitude * 0x1p-9f));
+    return from_bits(sign | ((magnitude << 20) + ((uint32_t)(127 - 7) << 23)));
+}
+
+/* Saturating: what is beyond 448, inf included, becomes that. */
+static uint8_t to_e4m3(float value)
+{
+    const uint32_t bits = to_bits(value), magnitude = bits & 0x7fffffff, sign = bits >> 24 & 0x80;
+    if (magnitude > 0x7f800000)
+        return (uint8_t)(sign | 0x7f);
+    if (magnitude >= to_bits(448.0f))
+        return (uint8_t)(sign | 0x7e);
+    if (magnitude < to_bits(0x1p-6f)) /* floats in [2^14, 2^15) are 2^-9 apart */
+        return (uint8_t)(sign | (to_bits(from_bits(magnitude) + 0x1p14f) - to_bits(0x1p14f)));
+    const uint32_t rebiased = magnitude - ((uint32_t)(127 - 7) << 23);
+    return (uint8_t)(sign | (rebiased + 0x7ffff + (magnitude >> 20 & 1)) >> 20);
+}
+
 /* ---- Rows of tensors ------------------------------------------------------------------------- */
 
 int fa_width(int n) { return (n + FA_LANES - 1) / FA_LANES * FA_LANES; }
@@ -90,6 +115,9 @@ void fa_load_row(const struct fa_tensor *tensor, int64_t offset, int n, int widt
 {
     if (tensor->dtype == FA_FLOAT32) {
         memcpy(row, (const float *)tensor->data + offset, (size_t)n * sizeof *row);
+    } else if (tensor->dtype == FA_FLOAT8_E4M3) {
+        for (int d = 0; d < n; d++)
+            row[d] = from_e4m3(((const uint8_t *)tensor->data)[offset + d]);
     } else {
         const uint16_t *source = (const uint16_t *)tensor->data + offset;
         if (tensor->dtype == FA_BFLOAT16) {
@@ -108,6 +136,11 @@ void fa_store_row(const struct fa_tensor *tensor, int64_t offset, int n, const f
 {
     if (tensor->dtype == FA_FLOAT32) {
         memcpy((float *)tensor->data + offset, row, (size_t)n * sizeof *row);
+        return;
+    }
+    if (tensor->dtype == FA_FLOAT8_E4M3) {
+        for (int d = 0; d < n; d++)
+            ((uint8_t *)tensor->data)[offset + d] = to_e4m3(row[d]);
         return;
     }
     uint16_t *target = (uint16_t *)tensor->data + offset;
@@ -130,6 +163,13 @@ void fa_store_rows(const struct fa_tensor *tensor, struct side side, struct rang
     const int n = (int)tensor->shape[tensor->ndim - 1], width = fa_width(n);
     for (int64_t row = rows.begin; row < rows.end; row++, matrix += width)
         fa_store_row(tensor, fa_row_offset(tensor, side, row, head), n, matrix);
+}
+
+float fa_descale(const struct fa_tensor *descale, int64_t number, int64_t head_kv)
+{
+    const bool is_one = descale->ndim < 2; /* for all */
+    const int64_t at = is_one ? 0 : number * descale->stride[0] + head_kv * descale->stride[1];
+    return descale->object ? ((const float *)descale->data)[at] : 1;
 }
 
 /* ---- Arithmetic ------------------------------------------------------------------------------ */

@@ -72,6 +72,9 @@ void fa_load_rows(const struct fa_tensor *tensor, struct side side, struct range
 void fa_store_rows(const struct fa_tensor *tensor, struct side side, struct range rows,
                    int64_t head, const float *matrix);
 
+/* What e4m3 rows of a sequence and KV head are multiplied by; 1 where there is no factor. */
+float fa_descale(const struct fa_tensor *descale, int64_t number, int64_t head_kv);
+
 /* ---- arithmetic ------------------------------------------------------------------------------ */
 
 /* In fp64, where products of fp32 are exact: scores and their gradients take part in differences

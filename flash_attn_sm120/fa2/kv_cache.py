@@ -38,6 +38,8 @@ def flash_attn_with_kvcache(
     max_seqlen_q: int | None = None,
     learnable_sink: Tensor | None = None,
     pack_gqa: bool | None = None,
+    k_descale: Tensor | None = None,
+    v_descale: Tensor | None = None,
     out: Tensor | None = None,
     **unsupported: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -52,7 +54,8 @@ def flash_attn_with_kvcache(
             ``cu_seqlens_q``.
         k_cache: ``(batch_cache, seqlen_cache, heads_kv, head_dim)``, or pages ``(num_pages,
             page_size, heads_kv, head_dim)`` with a table. Read in place, or refused.
-        v_cache: like ``k_cache``, with ``head_dim_v``.
+        v_cache: like ``k_cache``, with ``head_dim_v``. Both in the dtype of ``q``, or both in
+            float8_e4m3fn.
         k, v: ``(batch, seqlen_new, heads_kv, head_dim or head_dim_v)``: row ``i`` of sequence ``b``
             becomes row ``cache_seqlens[b] + i`` of its cache, and takes part in the attention.
         rotary_cos, rotary_sin: ``(positions, rotary_dim / 2)`` in the dtype of ``q``, with a row
@@ -68,6 +71,8 @@ def flash_attn_with_kvcache(
         block_table, page_table: the same by either name, ``(batch, max_pages)`` int32.
         softmax_scale, causal, softcap, alibi_slopes, num_splits, learnable_sink, pack_gqa, out: as
             in :func:`flash_attn_sm120.flash_attn_func`.
+        k_descale, v_descale: as there; rows that are appended to caches in float8_e4m3fn are
+            divided by them, and what is beyond 448 then becomes 448.
         window_size: as in :func:`flash_attn_func`.
         rotary_interleaved: dims ``2i`` and ``2i + 1`` are rotated together (GPT-J), else ``i`` and
             ``i + rotary_dim / 2`` (GPT-NeoX).
@@ -113,6 +118,8 @@ def flash_attn_with_kvcache(
             window_size=unbounded(window_size),
             learnable_sink=learnable_sink,
             alibi_slopes=alibi_slopes,
+            k_descale=k_descale,
+            v_descale=v_descale,
             softcap=softcap,
             num_splits=num_splits,
             pack_gqa=pack_gqa,
@@ -166,7 +173,7 @@ _FOLLOWED = (
 
 # Parameters of FlashAttention-3's function, and what asks for nothing.
 _NOT_YET = {
-    **dict.fromkeys(("qv", "q_descale", "k_descale", "v_descale")),
+    **dict.fromkeys(("qv", "q_descale")),
     **dict.fromkeys(("cu_seqlens_k_new", "rotary_seqlens", "scheduler_metadata")),
     "attention_chunk": 0,
     "sm_margin": 0,

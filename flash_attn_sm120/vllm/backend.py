@@ -28,6 +28,7 @@ from flash_attn_sm120.vllm import _NEWEST_TRIED, _OLDEST_TRIED, NAME
 from flash_attn_sm120.vllm.cache import keys_and_values, write
 
 _FAST_PAGE, _LARGEST_PAGE = 64, 1024
+_E4M3 = ("fp8", "fp8_e4m3")  # of caches
 _ENCODERS = (AttentionType.ENCODER, AttentionType.ENCODER_ONLY)
 
 
@@ -35,7 +36,10 @@ class Backend(AttentionBackend):  # type: ignore[misc]
     """What this attention can do."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
-    supported_kv_cache_dtypes: ClassVar[list[str]] = ["auto", "float16", "bfloat16"]
+    supported_kv_cache_dtypes: ClassVar[list[str]] = [
+        *("auto", "float16", "bfloat16"),
+        *_E4M3,
+    ]
     forward_includes_kv_cache_update = False
     supports_kv_cache_update_bypass = True  # attention reads what the cache holds alone
 
@@ -96,6 +100,8 @@ class Backend(AttentionBackend):  # type: ignore[misc]
     ) -> str | None:
         if kv_cache_dtype in ("float16", "bfloat16") and getattr(torch, kv_cache_dtype) != dtype:
             return f"a KV cache of {kv_cache_dtype} with a model of {dtype} is not supported"
+        if kv_cache_dtype in _E4M3 and head_size % 16:
+            return f"a KV cache of {kv_cache_dtype} with head dims of {head_size} is not supported"
         return None
 
 
@@ -229,8 +235,9 @@ class Attention(AttentionImpl):  # type: ignore[misc]
                 "max_seqlen_k": attn_metadata.max_query_len,
             }
         else:
-            key, value = keys_and_values(kv_cache)
+            key, value = keys_and_values(self._typed(kv_cache))
             lengths = {
+                **self._descales(layer),
                 "seqused_k": attn_metadata.seq_lens,
                 "page_table": attn_metadata.block_table,
                 "max_seqlen_k": attn_metadata.max_seq_len,
@@ -257,7 +264,17 @@ class Attention(AttentionImpl):  # type: ignore[misc]
     ) -> None:
         """Writes the rows of new tokens to their slots."""
         if self.attn_type not in _ENCODERS:
-            write(key, value, kv_cache, slot_mapping)
+            scales = (layer._k_scale, layer._v_scale) if self.kv_cache_dtype in _E4M3 else ()
+            write(key, value, self._typed(kv_cache), slot_mapping, *scales)
+
+    def _typed(self, kv_cache: Tensor) -> Tensor:
+        """vLLM allocates bytes."""
+        return kv_cache.view(torch.float8_e4m3fn) if self.kv_cache_dtype in _E4M3 else kv_cache
+
+    def _descales(self, layer: Any) -> dict[str, Tensor]:
+        if self.kv_cache_dtype not in _E4M3:
+            return {}
+        return {"k_descale": layer._k_scale, "v_descale": layer._v_scale}
 
 
 # ---- refusals ------------------------------------------------------------------------------------

@@ -83,7 +83,10 @@ def test_stubs_are_exact():
 
     def parameters(arguments):
         """[(name, kind, default), ...] of a stub."""
-        found = [(a.arg, "positional-only", inspect.Parameter.empty) for a in arguments.posonlyargs]
+        defaults = [ast.literal_eval(x) for x in arguments.defaults]
+        empty = [inspect.Parameter.empty] * (len(arguments.posonlyargs) - len(defaults))
+        positional = zip(arguments.posonlyargs, empty + defaults, strict=True)
+        found = [(argument.arg, "positional-only", default) for argument, default in positional]
         for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
             found.append((argument.arg, "keyword-only", ast.literal_eval(default)))
         return found

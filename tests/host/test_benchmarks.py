@@ -200,6 +200,11 @@ def test_a_dry_run_of_decoding(monkeypatch, capsys, tmp_path):
     assert re.search(r"^\| hd64 +\| 2 +\| 32 .*\| absent", capsys.readouterr().out, re.M)
 
 
+def test_a_dry_run_of_e4m3(monkeypatch, capsys):
+    run(monkeypatch, decode, *DECODING, "--kv", "e4m3")
+    assert re.search(r"^\| hd64 +\| 2 +\| 32 +\| \d", capsys.readouterr().out, re.M)
+
+
 TINY = {"mixed": [5, 16, 3], "equal": [8, 8]}
 
 

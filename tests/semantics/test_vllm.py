@@ -12,6 +12,7 @@ import re
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,6 +186,32 @@ class Engine:
         assert (rest == (0 if as_graph else UNTOUCHED)).all()
 
 
+@dataclass
+class NarrowEngine(Engine):
+    """Its cache is bytes, which are e4m3."""
+
+    scales = SimpleNamespace(_k_scale=torch.tensor(0.5), _v_scale=torch.tensor(0.25))
+
+    def __post_init__(self):
+        self.options = {"kv_cache_dtype": "fp8"}
+        super().__post_init__()
+        self.cache = self.cache.to(torch.float8_e4m3fn).view(torch.uint8)
+        names = vars(self.scales)
+        self.scales = SimpleNamespace(**{x: self.device.place(names[x]) for x in names})
+
+    def run(self, qkv, metadata, out=None):
+        out = writable(torch.full_like(qkv[0], UNTOUCHED))
+        self.layer.do_kv_cache_update(self.scales, *qkv[1:], self.cache, metadata.slot_mapping)
+        return self.layer.forward(self.scales, *qkv, self.cache, metadata, out)
+
+    def hold(self, qkv, counts):
+        narrow = [
+            (x.float() / scale).to(torch.float8_e4m3fn).float().mul(scale).to(x.dtype)
+            for x, scale in zip(qkv[1:], (0.5, 0.25), strict=True)
+        ]
+        return super().hold((qkv[0], *narrow), counts)
+
+
 # Prefill, of one in chunks; then decoding beside the rest; a sequence waits; drafts of 3 tokens.
 STEPS = ((60, 7, 1), (35, 1, 1), (1, 1, 0), (3, 1, 3))
 
@@ -201,6 +228,11 @@ def serve(engine, **options):
 def test_steps(device, backend):
     engine = Engine(backend, device, dtype=device.dtypes[-1])
     serve(engine, padding=3)
+
+
+@cpu_and_cuda
+def test_a_cache_of_fp8(device, backend):
+    serve(NarrowEngine(backend, device))
 
 
 @cpu_and_cuda
@@ -373,8 +405,8 @@ def test_bad_tensors(case):
     assert_all_equal([tensors[name] for name in ("k_cache", "v_cache")], before)
 
 
-def test_scatter_takes_five():
-    with pytest.raises(TypeError, match=r"scatter\(\) takes 5 positional arguments, got 0"):
+def test_scatter_takes_five_or_seven():
+    with pytest.raises(TypeError, match=r"scatter\(\) takes 5 or 7 positional arguments, got 0"):
         _C.scatter()
 
 
@@ -391,6 +423,38 @@ def test_strided_rows_and_other_dims(device):
         expected = torch.zeros(15, 2, x.shape[-1]).bfloat16()
         expected[[14, 0, 7]] = x.cpu().as_subclass(torch.Tensor)[[0, 2, 3]]
         assert_all_equal([pages.cpu().as_subclass(torch.Tensor).flatten(0, 1)], [expected])
+
+
+def test_scatter_to_e4m3(device):
+    """Rows are divided by the descales, rounded once, and saturate."""
+    dtype = device.dtypes[-1]
+    k, v = (torch.randn(4, 2, dim).mul(100).to(dtype) for dim in (64, 32))
+    k[0, 0, :3] = torch.tensor([3e4, -3e4, math.nan]).to(dtype)
+    caches = [torch.zeros(3, 5, 2, x.shape[-1]).to(torch.float8_e4m3fn) for x in (k, v)]
+    caches = [writable(device.place(x)) for x in caches]
+    descales = [torch.tensor(x) for x in (4.0, 0.5)]
+    slots = on(device, [14, -1, 0, 7])
+    _C.scatter(*map(device.place, (k, v)), *caches, slots, *map(device.place, descales))
+    for x, pages, descale in zip((k, v), caches, descales, strict=True):
+        expected = torch.zeros(15, 2, x.shape[-1])
+        expected[[14, 0, 7]] = (x[[0, 2, 3]].float() / descale).clamp(-448, 448)
+        found = pages.cpu().as_subclass(torch.Tensor).flatten(0, 1).float()
+        expected = expected.to(torch.float8_e4m3fn).float()
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_bad_descales_of_scatter():
+    wide = [torch.zeros(size, dtype=torch.bfloat16) for size in SIZES.values()]
+    narrow = [*wide[:2], *(x.to(torch.float8_e4m3fn) for x in wide[2:])]
+    slots, one = torch.arange(4, dtype=torch.int32), torch.ones(())
+    for tensors, descale, error, message in (
+        (wide, one, ValueError, "k_descale is for caches in float8_e4m3fn"),
+        (narrow, one.half(), TypeError, "k_descale must be float32, got float16"),
+        (narrow, torch.ones(2), ValueError, "k_descale must be one number"),
+        ([*narrow[:3], wide[3]], one, TypeError, "v_cache must be float8_e4m3fn like k_cache"),
+    ):
+        with pytest.raises(error, match=message):
+            _C.scatter(*tensors, slots, descale, None)
 
 
 @pytest.mark.parametrize("device", params_of(EMULATOR, CUDA), indirect=True)
@@ -475,7 +539,8 @@ def test_what_vllm_makes_of_it(backend):
     assert reasons(**taken) == []
     for changes, reason in (
         ({"head_size": 100}, "head_size not supported"),
-        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype not supported"),
+        ({"kv_cache_dtype": "fp8_e5m2"}, "kv_cache_dtype not supported"),
+        ({"kv_cache_dtype": "fp8", "head_size": 72}, "a KV cache of fp8 with head dims of 72"),
         ({"kv_cache_dtype": "float16"}, "a KV cache of float16 with a model of torch.bfloat16"),
         ({"device_capability": DeviceCapability(7, 5)}, "compute capability not supported"),
         ({"use_mla": True}, "MLA not supported"),
@@ -508,7 +573,10 @@ def test_signatures_are_those_of_vllm(backend):
 # ---- what is refused -----------------------------------------------------------------------------
 
 LAYERS = {
-    "fp8": ({"kv_cache_dtype": "fp8"}, "does not support a KV cache of fp8 yet, only of auto"),
+    "fp8": (
+        {"kv_cache_dtype": "fp8_e5m2"},
+        "does not support a KV cache of fp8_e5m2 yet, only of auto",
+    ),
     "unknown": ({"chunk_lookback": 1}, "does not support chunk_lookback yet"),
 }
 

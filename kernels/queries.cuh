@@ -1,0 +1,96 @@
+/* Q on its way from global memory to the mma, and the factors of scores and values where K and V
+ * are e4m3. */
+#ifndef FA_QUERIES_CUH
+#define FA_QUERIES_CUH
+
+#include "forward_block.cuh"
+
+/* What the rows of Q K^T are multiplied by to be scores; where KV_E4M3, else not there. */
+struct row_factors {
+    float of[M_FRAGS][2];
+
+    __device__ __forceinline__ void apply(float (&S_rmem)[M_FRAGS][S_FRAGS][4]) const
+    {
+        if (KV_E4M3)
+            for_each_score(S_rmem, [&](float &s, int row, int) { s *= of[row / 16][row / 8 % 2]; });
+    }
+};
+
+/* The factor of K, or of V, of the sequence and KV head of a block. */
+__device__ __forceinline__ float load_descale(const fa_descale &descale, const forward_block &block)
+{
+    if (!descale.scale)
+        return 1.0f;
+    return ld_global(descale.scale + block.seq.batch * descale.batch_stride +
+                     block.head_kv * descale.head_stride);
+}
+
+/* The max of what the four lanes of a quad have. */
+__device__ __forceinline__ unsigned quad_max(unsigned x)
+{
+    x = max(x, __shfl_xor_sync(0xffffffff, x, 1));
+    return max(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
+/* A row of Q [.., HEAD_DIM] from bf16 to fp16, times a power of two, whose inverse is returned: the
+ * largest element then is in [2^14, 2^15). Elements below 2^-31 of that lose bits, all others are
+ * exact, and sums in fp32 have no more. */
+__device__ __forceinline__ float narrow_row(unsigned (&Q_rmem)[D_STEPS][4], int half)
+{
+    constexpr unsigned EXPONENT = 0x7f800000, ONE_EXPONENT = 0x00800000;
+    unsigned largest = 0;
+#pragma unroll
+    for (int d = 0; d < D_STEPS; d++)
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            const unsigned x = Q_rmem[d][2 * part + half];
+            largest = max(largest, max(x << 16 & EXPONENT, x & EXPONENT));
+        }
+    const unsigned inverse = max(quad_max(largest), 15 * ONE_EXPONENT) - 14 * ONE_EXPONENT;
+    const float scale = __uint_as_float(254 * ONE_EXPONENT - inverse);
+#pragma unroll
+    for (int d = 0; d < D_STEPS; d++)
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+            unsigned &x = Q_rmem[d][2 * part + half];
+            const float2 pair = unpack<FA_BFLOAT16>(x);
+            x = pack<FA_FLOAT16>(pair.x * scale, pair.y * scale);
+        }
+    return __uint_as_float(inverse);
+}
+
+/* Q [WARP_M, HEAD_DIM] from global memory into the layout of the mma's A operand. Missing rows
+ * are zeros, and so is the second half of the last step if HEAD_DIM is not a multiple of 16. The
+ * dims of a step are in the order that K has, see load_keys(). */
+__device__ __forceinline__ void load_queries(unsigned (&Q_rmem)[M_FRAGS][D_STEPS][4],
+                                             row_factors &factors, const fa_forward_params &params)
+{
+    const forward_block block(params);
+    const element *Q_gmem =
+        static_cast<const element *>(params.q) + block.seq.q_offset(params.q_stride, block.head);
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int row = block.lane_row + 16 * m + 8 * half;
+            const element *Q_row =
+                Q_gmem + block.row_offset(params.q_stride, row) + quad_lane() * (KV_E4M3 ? 4 : 2);
+#pragma unroll
+            for (int chunk = 0; chunk < 2 * D_STEPS; chunk++) {
+                const bool exists = chunk < HEAD_DIM / 8 && row < block.row_count();
+                const int dim = KV_E4M3 ? chunk / 2 * 16 + chunk % 2 * 2 : chunk * 8;
+                Q_rmem[m][chunk / 2][chunk % 2 * 2 + half] =
+                    exists ? *reinterpret_cast<const unsigned *>(Q_row + dim) : 0;
+            }
+        }
+    if (!KV_E4M3)
+        return;
+    const float descale = load_descale(params.k_descale, block);
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            factors.of[m][half] = descale * (IS_BF16 ? narrow_row(Q_rmem[m], half) : 1.0f);
+}
+
+#endif
