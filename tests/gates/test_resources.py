@@ -122,7 +122,7 @@ def test_features_take_no_more(features, compute_capability=120):
 
 
 # Bytes that variants with dropout may spill: the backward at head_dim 128 what that without it may.
-DROPOUT_SPILLS = {64: 0, 96: 0, 128: 128}
+DROPOUT_SPILLS = {64: 0, 96: 24, 128: 128}
 
 
 def test_dropout_variants(compute_capability=120):
