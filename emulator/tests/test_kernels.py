@@ -271,7 +271,7 @@ BROKEN = {
         "block's",
     ),
     "one query too many is read": Broken(
-        "forward.cuh",
+        "queries.cuh",
         "chunk < HEAD_DIM / 8 && row < block.row_count();",
         "chunk < HEAD_DIM / 8 && row <= block.row_count();",
         "no tensor",
@@ -291,8 +291,8 @@ BROKEN = {
     ),
     "one row of the output too many": Broken(
         "forward.cuh",
-        "half, inverse, stores);",
-        "half, inverse, row <= block.row_count());",
+        "store_row<O_FRAGS>(out_row, O_rmem[m], half, inverse, stores);",
+        "store_row<O_FRAGS>(out_row, O_rmem[m], half, inverse, row <= block.row_count());",
         "no writable tensor",
     ),
     "one row of the lse too many": Broken(
@@ -324,19 +324,19 @@ BROKEN = {
         "lanes",
     ),
     "the halves of a K fragment are swapped": Broken(
-        "tile.cuh",
-        "Q_rmem[m][d], K_rmem[0], K_rmem[1]",
-        "Q_rmem[m][d], K_rmem[1], K_rmem[0]",
+        "product.cuh",
+        "A_rmem[m][k], B_rmem[i][0], B_rmem[i][1]",
+        "A_rmem[m][k], B_rmem[i][1], B_rmem[i][0]",
         "",
     ),
-    "two V fragments are swapped": Broken(
-        "tile.cuh",
-        "P_rmem[m][k], V_rmem[0], V_rmem[1]",
-        "P_rmem[m][k], V_rmem[2], V_rmem[3]",
+    "a fragment takes the place of the next": Broken(
+        "product.cuh",
+        "A_rmem[m][k], B_rmem[i][2], B_rmem[i][3]",
+        "A_rmem[m][k], B_rmem[i][0], B_rmem[i][1]",
         "",
     ),
     "the registers of Q are swapped": Broken(
-        "forward.cuh",
+        "queries.cuh",
         "Q_rmem[m][chunk / 2][chunk % 2 * 2 + half]",
         "Q_rmem[m][chunk / 2][chunk % 2 + 2 * half]",
         "",
@@ -364,10 +364,10 @@ BROKEN = {
         "tile.cuh", "return x + __shfl_xor_sync(0xffffffff, x, 2);", "return x;", ""
     ),
     "an element of P is rounded into the wrong half": Broken(
-        "softmax.cuh", "pack(p0, p1)", "pack(p1, p0)", ""
+        "softmax.cuh", "pack<OPERAND>(p0, p1)", "pack<OPERAND>(p1, p0)", ""
     ),
     "a part without its last tile": Broken(
-        "forward.cuh",
+        "forward_walk.cuh",
         "end = begin + share.quotient + (split < share.rest);",
         "end = begin + share.quotient;",
         "",
@@ -509,16 +509,9 @@ BROKEN_TMA = {
         "return smem + RING_BYTES - 64 + stage",
         "shared bytes",
     ),
-    "keys from the first on": broken_ring(
-        "return (tile_end - 1 - i) * TILE_N;",
-        "return i * TILE_N;",
-        "",
-        file="kv_source.cuh",
-        options=CAUSAL,
-    ),
     "keys that are one off": broken_ring(
-        "return (tile_end - 1 - i) * TILE_N;",
-        "return (tile_end - 1 - i) * TILE_N + 1;",
+        "return (end - 1 - i) * TILE_N;",
+        "return (end - 1 - i) * TILE_N + 1;",
         "",
         file="kv_source.cuh",
     ),

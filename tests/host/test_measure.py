@@ -70,7 +70,7 @@ def test_calls_are_timed_in_turn_with_a_cold_l2(monkeypatch, device):
             log.append("flush")
 
     monkeypatch.setattr(_measure, "synchronize", lambda device: log.append("synchronize"))
-    monkeypatch.setattr(_measure, "_event", lambda device: Event())
+    monkeypatch.setattr(_measure, "event", lambda device: Event())
     calls = [Timed(name, lambda name=name: log.append(name)) for name in "AB"]
     samples = _measure.round_robin(calls, device, 3, Flush())
     assert samples == [[2] * 3] * 2
