@@ -212,7 +212,7 @@ static struct fa_bias bias_of(const struct fa_problem *problem)
 static void set_captured(const struct fa_mod *mod, struct fa_captured captured[FA_MAX_CAPTURED])
 {
     for (int i = 0; i < mod->count; i++) {
-        const struct fa_tensor *tensor = &mod->captured[i];
+        const struct fa_tensor *tensor = &mod->captured[i].tensor;
         captured[i].data = tensor->data;
         for (int d = 0; d < tensor->ndim; d++) {
             captured[i].stride[d] = tensor->stride[d];
@@ -226,7 +226,7 @@ static void set_mods(const struct fa_problem *problem, struct fa_mods *mods)
     set_captured(&problem->score_mod, mods->score);
     set_captured(&problem->mask_mod, mods->mask);
     for (int i = 0; i < problem->score_mod.count; i++)
-        mods->gradients[i] = data_of(&problem->score_mod.gradients[i]);
+        mods->gradients[i] = data_of(&problem->score_mod.captured[i].gradient);
 }
 
 static struct fa_descale descale_of(const struct fa_tensor *descale)

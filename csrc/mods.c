@@ -1,5 +1,7 @@
 #include "mods.h"
 
+#include <stdlib.h>
+
 #include "error.h"
 #include "overlap.h"
 
@@ -48,12 +50,18 @@ int fa_mod_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, st
     const Py_ssize_t count = PyTuple_Size(captured), wanted = PyTuple_Size(gradients);
     if (mod->number < 1 || count > FA_MAX_CAPTURED || (wanted != 0 && wanted != count))
         return fa_raise(PyExc_ValueError, "%s has a number or tensors out of range", name);
-    for (; mod->count < count; mod->count++) {
-        struct fa_tensor *tensor = &mod->captured[mod->count];
-        if (read_captured(dlpack, PyTuple_GetItem(captured, mod->count), captured_name, tensor) < 0)
+    mod->captured = calloc((size_t)count + 1, sizeof *mod->captured);
+    if (!mod->captured) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    mod->count = (int)count; /* what is not read yet holds nothing */
+    for (int i = 0; i < mod->count; i++) {
+        struct fa_captured_tensor *each = &mod->captured[i];
+        if (read_captured(dlpack, PyTuple_GetItem(captured, i), captured_name, &each->tensor) < 0)
             return -1;
-        if (wanted && read_gradient(dlpack, PyTuple_GetItem(gradients, mod->count), captured_name,
-                                    tensor, &mod->gradients[mod->count]) < 0)
+        if (wanted && read_gradient(dlpack, PyTuple_GetItem(gradients, i), captured_name,
+                                    &each->tensor, &each->gradient) < 0)
             return -1;
     }
     return 0;
@@ -62,7 +70,7 @@ int fa_mod_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, st
 bool fa_mod_has_gradients(const struct fa_mod *mod)
 {
     for (int i = 0; i < mod->count; i++)
-        if (mod->gradients[i].object)
+        if (mod->captured[i].gradient.object)
             return true;
     return false;
 }
@@ -71,8 +79,8 @@ int fa_mod_check_apart(const struct fa_mod *mod, const char *name, const struct 
                        const char *result_name)
 {
     for (int i = 0; i < mod->count; i++)
-        if (fa_tensors_overlap(result, &mod->captured[i]))
-            return fa_tensor_recheck(&mod->captured[i], fa_mod_captured_name(name)) < 0
+        if (fa_tensors_overlap(result, &mod->captured[i].tensor))
+            return fa_tensor_recheck(&mod->captured[i].tensor, fa_mod_captured_name(name)) < 0
                        ? -1
                        : fa_raise(PyExc_ValueError, "%s overlaps %s", result_name,
                                   fa_mod_captured_name(name));
@@ -82,18 +90,19 @@ int fa_mod_check_apart(const struct fa_mod *mod, const char *name, const struct 
 int fa_mod_recheck(const struct fa_mod *mod, const char *name)
 {
     for (int i = 0; i < mod->count; i++)
-        if (fa_tensor_recheck(&mod->captured[i], fa_mod_captured_name(name)) < 0 ||
-            (mod->gradients[i].object &&
-             fa_tensor_recheck(&mod->gradients[i], fa_mod_captured_name(name)) < 0))
+        if (fa_tensor_recheck(&mod->captured[i].tensor, fa_mod_captured_name(name)) < 0 ||
+            (mod->captured[i].gradient.object &&
+             fa_tensor_recheck(&mod->captured[i].gradient, fa_mod_captured_name(name)) < 0))
             return -1;
     return 0;
 }
 
 void fa_mod_release(struct fa_mod *mod)
 {
-    for (int i = 0; i < FA_MAX_CAPTURED; i++) {
-        fa_tensor_release(&mod->captured[i]);
-        fa_tensor_release(&mod->gradients[i]);
+    for (int i = 0; i < mod->count; i++) {
+        fa_tensor_release(&mod->captured[i].tensor);
+        fa_tensor_release(&mod->captured[i].gradient);
     }
-    mod->count = 0;
+    free(mod->captured);
+    *mod = (struct fa_mod){0};
 }

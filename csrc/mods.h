@@ -5,12 +5,15 @@
 
 #include "tensor.h"
 
+struct fa_captured_tensor {
+    struct fa_tensor tensor;
+    struct fa_tensor gradient; /* fp32, contiguous, to add to; object NULL: none */
+};
+
 struct fa_mod {
     int number; /* of the text; 0: there is no mod */
     int count;
-    struct fa_tensor captured[FA_MAX_CAPTURED];
-    struct fa_tensor
-        gradients[FA_MAX_CAPTURED]; /* fp32, contiguous, to add to; object NULL: none */
+    struct fa_captured_tensor *captured; /* [count], allocated; NULL: none */
 };
 
 /* Reads (number, (captured tensor, ...), (gradient or None, ...)), the last of which may be empty,

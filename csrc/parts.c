@@ -22,19 +22,6 @@ int64_t fa_parts_rows(const struct fa_parts *parts)
 
 /* ---- checks ---------------------------------------------------------------------------------- */
 
-static int check_like_first(const struct fa_parts *parts, const struct fa_tensor *tensor,
-                            const char *name)
-{
-    const struct fa_tensor *first = &parts->out_parts;
-    if (tensor->device_type == first->device_type && tensor->device_id == first->device_id)
-        return 0;
-    char expected[FA_DEVICE_NAME_SIZE], got[FA_DEVICE_NAME_SIZE];
-    fa_device_name(first, expected);
-    fa_device_name(tensor, got);
-    return fa_raise(PyExc_ValueError, "%s must be on out_partial's device, %s, got %s", name,
-                    expected, got);
-}
-
 static int check_float32(const struct fa_tensor *tensor, const char *name)
 {
     if (tensor->dtype == FA_FLOAT32)
@@ -99,7 +86,8 @@ static int read_parts(struct fa_dlpack *dlpack, PyObject *const *arguments, stru
     struct fa_tensor *out = &parts->out_parts, *lse = &parts->lse_parts;
     if (fa_tensor_read(dlpack, arguments[0], NAMES[0], 5, out) < 0 || check_counts(parts) < 0 ||
         fa_tensor_read(dlpack, arguments[1], NAMES[1], 4, lse) < 0 ||
-        check_float32(lse, NAMES[1]) < 0 || check_like_first(parts, lse, NAMES[1]) < 0 ||
+        check_float32(lse, NAMES[1]) < 0 ||
+        fa_tensor_check_device(lse, NAMES[1], &parts->out_parts, NAMES[0]) < 0 ||
         check_sizes(parts, lse, NAMES[1], like) < 0)
         return -1;
     return fa_tensor_ensure_readable(dlpack, NAMES[0], out);
@@ -111,14 +99,15 @@ static int read_results(struct fa_dlpack *dlpack, PyObject *const *arguments,
     static const int like_out[] = {1, 2, 3, 4}, like_lse[] = {1, 3, 2};
     struct fa_tensor *out = &parts->out, *lse = &parts->lse;
     if (fa_tensor_read(dlpack, arguments[2], NAMES[2], 4, out) < 0 ||
-        check_like_first(parts, out, NAMES[2]) < 0 ||
+        fa_tensor_check_device(out, NAMES[2], &parts->out_parts, NAMES[0]) < 0 ||
         check_sizes(parts, out, NAMES[2], like_out) < 0)
         return -1;
     if (!fa_tensor_is_readable(out))
         return fa_raise(PyExc_ValueError, "out must have contiguous rows at multiples of 16 bytes");
     if (arguments[3] != Py_None &&
         (fa_tensor_read(dlpack, arguments[3], NAMES[3], 3, lse) < 0 ||
-         check_float32(lse, NAMES[3]) < 0 || check_like_first(parts, lse, NAMES[3]) < 0 ||
+         check_float32(lse, NAMES[3]) < 0 ||
+         fa_tensor_check_device(lse, NAMES[3], &parts->out_parts, NAMES[0]) < 0 ||
          check_sizes(parts, lse, NAMES[3], like_lse) < 0))
         return -1;
     if (lse->object && !fa_tensor_is_contiguous(lse))
@@ -133,7 +122,7 @@ static int read_lengths(struct fa_dlpack *dlpack, PyObject *const *arguments,
     for (int i = 0; i < 2; i++)
         if (arguments[4 + i] != Py_None &&
             (fa_tensor_read_int32(dlpack, arguments[4 + i], NAMES[4 + i], 1, lengths[i]) < 0 ||
-             check_like_first(parts, lengths[i], NAMES[4 + i]) < 0 ||
+             fa_tensor_check_device(lengths[i], NAMES[4 + i], &parts->out_parts, NAMES[0]) < 0 ||
              fa_tensor_ensure_contiguous(dlpack, NAMES[4 + i], lengths[i]) < 0))
             return -1;
     const bool is_packed = parts->cu_seqlens.object != NULL;

@@ -13,12 +13,7 @@
 
 static int check_device(const struct fa_tensor *q, const struct fa_tensor *tensor, const char *name)
 {
-    if (tensor->device_type == q->device_type && tensor->device_id == q->device_id)
-        return 0;
-    char expected[FA_DEVICE_NAME_SIZE], got[FA_DEVICE_NAME_SIZE];
-    fa_device_name(q, expected);
-    fa_device_name(tensor, got);
-    return fa_raise(PyExc_ValueError, "%s must be on q's device, %s, got %s", name, expected, got);
+    return fa_tensor_check_device(tensor, name, q, "q");
 }
 
 static int check_dtype(const struct fa_tensor *q, const struct fa_tensor *tensor, const char *name)
@@ -27,15 +22,6 @@ static int check_dtype(const struct fa_tensor *q, const struct fa_tensor *tensor
         return 0;
     return fa_raise(PyExc_TypeError, "%s must be %s like q, got %s", name, fa_dtype_name(q->dtype),
                     fa_dtype_name(tensor->dtype));
-}
-
-static int check_size(const struct fa_tensor *tensor, const char *name, int dimension,
-                      const char *meaning, int64_t expected)
-{
-    if (tensor->shape[dimension] == expected)
-        return 0;
-    return fa_raise(PyExc_ValueError, "%s must have %s %lld in dimension %d, got %lld", name,
-                    meaning, (long long)expected, dimension, (long long)tensor->shape[dimension]);
 }
 
 static int check_head_dim(const char *what, int64_t head_dim)
@@ -145,10 +131,11 @@ static int read_descale(struct fa_dlpack *dlpack, const struct fa_problem *probl
                         fa_dtype_name(descale->dtype));
     if (check_device(&problem->q, descale, name) < 0)
         return -1;
-    if (descale->ndim == 2 && (check_size(descale, name, 0, "q's batch", shape->batch) < 0 ||
-                               check_size(descale, name, 1, "k's heads", shape->heads_kv) < 0))
+    if (descale->ndim == 2 &&
+        (fa_tensor_check_size(descale, name, 0, "q's batch", shape->batch) < 0 ||
+         fa_tensor_check_size(descale, name, 1, "k's heads", shape->heads_kv) < 0))
         return -1;
-    if (descale->ndim == 1 && check_size(descale, name, 0, "size", 1) < 0)
+    if (descale->ndim == 1 && fa_tensor_check_size(descale, name, 0, "size", 1) < 0)
         return -1;
     return 0;
 }
@@ -245,15 +232,19 @@ static int64_t read_batch(const struct fa_problem *problem)
         fa_raise(PyExc_ValueError, "cu_seqlens_q must have batch + 1 elements, got 0");
         return -1;
     }
-    if ((cu_k->object && check_size(cu_k, "cu_seqlens_k", 0, "batch + 1 =", batch + 1) < 0) ||
-        (has_batch_k && check_size(&problem->k, name_of_k(problem), 0, "q's batch", batch) < 0) ||
-        (has_batch_k && check_size(&problem->v, name_of_v(problem), 0, "q's batch", batch) < 0) ||
-        (table->object && check_size(table, name_of_table(problem), 0, "q's batch", batch) < 0) ||
-        (used_q->object && check_size(used_q, "seqused_q", 0, "q's batch", batch) < 0) ||
+    if ((cu_k->object &&
+         fa_tensor_check_size(cu_k, "cu_seqlens_k", 0, "batch + 1 =", batch + 1) < 0) ||
+        (has_batch_k &&
+         fa_tensor_check_size(&problem->k, name_of_k(problem), 0, "q's batch", batch) < 0) ||
+        (has_batch_k &&
+         fa_tensor_check_size(&problem->v, name_of_v(problem), 0, "q's batch", batch) < 0) ||
+        (table->object &&
+         fa_tensor_check_size(table, name_of_table(problem), 0, "q's batch", batch) < 0) ||
+        (used_q->object && fa_tensor_check_size(used_q, "seqused_q", 0, "q's batch", batch) < 0) ||
         (problem->leftpad_k.object &&
-         check_size(&problem->leftpad_k, "cache_leftpad", 0, "q's batch", batch) < 0) ||
+         fa_tensor_check_size(&problem->leftpad_k, "cache_leftpad", 0, "q's batch", batch) < 0) ||
         (used_k->object &&
-         check_size(used_k, name_of_seqused_k(problem), 0, "q's batch", batch) < 0))
+         fa_tensor_check_size(used_k, name_of_seqused_k(problem), 0, "q's batch", batch) < 0))
         return -1;
     return batch;
 }
@@ -295,7 +286,7 @@ static int check_pages(const struct fa_problem *problem)
         return fa_raise(PyExc_ValueError,
                         "pages must have from 1 to %d rows (dimension 1 of %s), got %lld",
                         FA_MAX_PAGE_SIZE, k_name, (long long)k->shape[1]);
-    if (check_size(v, v_name, 0, "k's pages", k->shape[0]) < 0)
+    if (fa_tensor_check_size(v, v_name, 0, "k's pages", k->shape[0]) < 0)
         return -1;
     const int64_t keys = MIN(keys_of_pages(problem), problem->options.max_seqlen_k);
     if (keys > FA_MAX_SIZE)
@@ -334,14 +325,15 @@ static int check_shapes(const struct fa_problem *problem)
     if (check_counts(q, "q") < 0 || check_counts(k, k_name) < 0 || check_counts(v, v_name) < 0)
         return -1;
     if (check_head_dim("head_dim (of q and k)", head_dim_of(q)) < 0 ||
-        check_size(k, k_name, head_dim_dimension(k), "q's head_dim", head_dim_of(q)) < 0 ||
+        fa_tensor_check_size(k, k_name, head_dim_dimension(k), "q's head_dim", head_dim_of(q)) <
+            0 ||
         check_head_dim("head_dim_v (of v)", head_dim_of(v)) < 0)
         return -1;
     const char *rows = problem->page_table.object ? "k's page size"
                        : k->ndim == 4             ? "k's seqlen"
                                                   : "k's total";
-    if (check_size(v, v_name, row_dimension(v), rows, rows_of(k)) < 0 ||
-        check_size(v, v_name, heads_dimension(v), "k's heads", heads_of(k)) < 0)
+    if (fa_tensor_check_size(v, v_name, row_dimension(v), rows, rows_of(k)) < 0 ||
+        fa_tensor_check_size(v, v_name, heads_dimension(v), "k's heads", heads_of(k)) < 0)
         return -1;
     return check_heads(heads_of(q), heads_of(k));
 }
@@ -396,7 +388,7 @@ static int read_sink(struct fa_dlpack *dlpack, struct fa_problem *problem)
     if (!problem->options.learnable_sink)
         return 0;
     if (fa_tensor_read(dlpack, problem->options.learnable_sink, "learnable_sink", 1, sink) < 0 ||
-        check_size(sink, "learnable_sink", 0, "q's heads", problem->shape.heads_q) < 0)
+        fa_tensor_check_size(sink, "learnable_sink", 0, "q's heads", problem->shape.heads_q) < 0)
         return -1;
     return check_device(&problem->q, sink, "learnable_sink");
 }
@@ -411,7 +403,7 @@ static int read_mod(struct fa_dlpack *dlpack, enum fa_read read, const struct fa
     if (fa_mod_read(dlpack, object, name, mod) < 0)
         return -1;
     for (int i = 0; i < mod->count; i++)
-        if (check_device(&problem->q, &mod->captured[i], fa_mod_captured_name(name)) < 0)
+        if (check_device(&problem->q, &mod->captured[i].tensor, fa_mod_captured_name(name)) < 0)
             return -1;
     return 0;
 }
@@ -435,7 +427,7 @@ static int read_dropout_seed(struct fa_dlpack *dlpack, enum fa_read read,
     if (!object)
         return fa_raise(PyExc_ValueError, "dropout_p above 0 needs a dropout_seed");
     if (fa_tensor_read_int64(dlpack, object, "dropout_seed", 1, seed) < 0 ||
-        check_size(seed, "dropout_seed", 0, "size", 2) < 0 ||
+        fa_tensor_check_size(seed, "dropout_seed", 0, "size", 2) < 0 ||
         check_device(&problem->q, seed, "dropout_seed") < 0)
         return -1;
     return fa_tensor_has_contiguous_rows(seed)
@@ -457,8 +449,8 @@ static int read_alibi_slopes(struct fa_dlpack *dlpack, struct fa_problem *proble
     if (slopes->dtype != FA_FLOAT32)
         return fa_raise(PyExc_TypeError, "%s must be float32, got %s", NAME,
                         fa_dtype_name(slopes->dtype));
-    if (check_size(slopes, NAME, slopes->ndim - 1, "q's heads", shape->heads_q) < 0 ||
-        (slopes->ndim == 2 && check_size(slopes, NAME, 0, "q's batch", shape->batch) < 0))
+    if (fa_tensor_check_size(slopes, NAME, slopes->ndim - 1, "q's heads", shape->heads_q) < 0 ||
+        (slopes->ndim == 2 && fa_tensor_check_size(slopes, NAME, 0, "q's batch", shape->batch) < 0))
         return -1;
     return check_device(&problem->q, slopes, NAME);
 }
@@ -503,7 +495,7 @@ static int read_bias(struct fa_dlpack *dlpack, struct fa_problem *problem)
             return fa_raise(PyExc_ValueError,
                             "%s must have size 1 or %s %d in dimension %d, got %lld", NAME,
                             MEANINGS[i], sizes[i], i, (long long)bias->shape[i]);
-    if (check_size(bias, NAME, 3, "k's seqlen", shape->seqlen_k) < 0 ||
+    if (fa_tensor_check_size(bias, NAME, 3, "k's seqlen", shape->seqlen_k) < 0 ||
         check_device(&problem->q, bias, NAME) < 0)
         return -1;
     return fa_tensor_has_contiguous_rows(bias)
@@ -573,7 +565,8 @@ static int check_sizes(const struct fa_tensor *tensor, const char *name, const i
                        const char *const *meanings)
 {
     for (int i = 0; i < tensor->ndim; i++)
-        if (sizes[i] != FA_ANY_SIZE && check_size(tensor, name, i, meanings[i], sizes[i]) < 0)
+        if (sizes[i] != FA_ANY_SIZE &&
+            fa_tensor_check_size(tensor, name, i, meanings[i], sizes[i]) < 0)
             return -1;
     return 0;
 }
@@ -790,36 +783,36 @@ int fa_problem_set_results(struct fa_dlpack *dlpack, struct fa_problem *problem)
     return set_out(dlpack, problem) < 0 ? -1 : set_lse(dlpack, problem);
 }
 
-static void release(struct fa_tensor *const *tensors, int count)
+static void release(struct fa_tensor *const *tensors, size_t count)
 {
-    for (int i = 0; i < count; i++)
+    for (size_t i = 0; i < count; i++)
         fa_tensor_release(tensors[i]);
 }
 
 void fa_problem_release(struct fa_problem *problem)
 {
-    release((struct fa_tensor *const[]){&problem->q,
-                                        &problem->k,
-                                        &problem->v,
-                                        &problem->sink,
-                                        &problem->dropout_seed,
-                                        &problem->alibi_slopes,
-                                        &problem->bias,
-                                        &problem->k_descale,
-                                        &problem->v_descale,
-                                        &problem->out,
-                                        &problem->lse,
-                                        &problem->cu_seqlens_q,
-                                        &problem->cu_seqlens_k,
-                                        &problem->seqused_q,
-                                        &problem->seqused_k,
-                                        &problem->page_table,
-                                        &problem->leftpad_k,
-                                        &problem->append.k,
-                                        &problem->append.v,
-                                        &problem->append.cos,
-                                        &problem->append.sin},
-            21);
+    struct fa_tensor *const tensors[] = {&problem->q,
+                                         &problem->k,
+                                         &problem->v,
+                                         &problem->sink,
+                                         &problem->dropout_seed,
+                                         &problem->alibi_slopes,
+                                         &problem->bias,
+                                         &problem->k_descale,
+                                         &problem->v_descale,
+                                         &problem->out,
+                                         &problem->lse,
+                                         &problem->cu_seqlens_q,
+                                         &problem->cu_seqlens_k,
+                                         &problem->seqused_q,
+                                         &problem->seqused_k,
+                                         &problem->page_table,
+                                         &problem->leftpad_k,
+                                         &problem->append.k,
+                                         &problem->append.v,
+                                         &problem->append.cos,
+                                         &problem->append.sin};
+    release(tensors, sizeof tensors / sizeof *tensors);
     fa_block_lists_release(&problem->key_blocks);
     fa_block_lists_release(&problem->query_blocks);
     fa_mod_release(&problem->score_mod);
@@ -934,8 +927,8 @@ int fa_problem_recheck(const struct fa_problem *problem, const struct fa_gradien
 
 void fa_gradients_release(struct fa_gradients *gradients)
 {
-    release((struct fa_tensor *const[]){&gradients->dout, &gradients->dlse, &gradients->dq,
-                                        &gradients->dk, &gradients->dv, &gradients->dsink,
-                                        &gradients->dbias},
-            7);
+    struct fa_tensor *const tensors[] = {&gradients->dout, &gradients->dlse, &gradients->dq,
+                                         &gradients->dk,   &gradients->dv,   &gradients->dsink,
+                                         &gradients->dbias};
+    release(tensors, sizeof tensors / sizeof *tensors);
 }

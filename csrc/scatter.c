@@ -22,22 +22,7 @@ static int check_like_k(const struct fa_scatter *scatter, int i)
                         : expected_dtype == FA_FLOAT8_E4M3 ? " like k_cache"
                                                            : "",
                         fa_dtype_name(tensor->dtype));
-    if (tensor->device_type == k->device_type && tensor->device_id == k->device_id)
-        return 0;
-    char expected[FA_DEVICE_NAME_SIZE], got[FA_DEVICE_NAME_SIZE];
-    fa_device_name(k, expected);
-    fa_device_name(tensor, got);
-    return fa_raise(PyExc_ValueError, "%s must be on k's device, %s, got %s", NAMES[i], expected,
-                    got);
-}
-
-static int check_size(const struct fa_tensor *tensor, const char *name, int i, int64_t expected,
-                      const char *meaning)
-{
-    if (tensor->shape[i] == expected)
-        return 0;
-    return fa_raise(PyExc_ValueError, "%s must have %s %lld in dimension %d, got %lld", name,
-                    meaning, (long long)expected, i, (long long)tensor->shape[i]);
+    return fa_tensor_check_device(tensor, NAMES[i], k, "k");
 }
 
 static int check_sizes(const struct fa_scatter *scatter)
@@ -56,11 +41,11 @@ static int check_sizes(const struct fa_scatter *scatter)
             return fa_raise(PyExc_ValueError,
                             "the head_dim of %s must be a multiple of %d, got %lld", NAMES[i], step,
                             (long long)rows->shape[2]);
-        if (check_size(rows, NAMES[i], 1, k->shape[1], "k's heads") < 0 ||
-            check_size(cache, name, 0, k_cache->shape[0], "k_cache's pages") < 0 ||
-            check_size(cache, name, 1, k_cache->shape[1], "k_cache's page_size") < 0 ||
-            check_size(cache, name, 2, k->shape[1], "k's heads") < 0 ||
-            check_size(cache, name, 3, rows->shape[2], "the head_dim") < 0)
+        if (fa_tensor_check_size(rows, NAMES[i], 1, "k's heads", k->shape[1]) < 0 ||
+            fa_tensor_check_size(cache, name, 0, "k_cache's pages", k_cache->shape[0]) < 0 ||
+            fa_tensor_check_size(cache, name, 1, "k_cache's page_size", k_cache->shape[1]) < 0 ||
+            fa_tensor_check_size(cache, name, 2, "k's heads", k->shape[1]) < 0 ||
+            fa_tensor_check_size(cache, name, 3, "the head_dim", rows->shape[2]) < 0)
             return -1;
     }
     return 0;

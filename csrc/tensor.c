@@ -24,6 +24,27 @@ void fa_device_name(const struct fa_tensor *tensor, char name[FA_DEVICE_NAME_SIZ
              tensor->device_type == FA_DEVICE_CPU ? "cpu" : "cuda", tensor->device_id);
 }
 
+int fa_tensor_check_device(const struct fa_tensor *tensor, const char *name,
+                           const struct fa_tensor *like, const char *like_name)
+{
+    if (tensor->device_type == like->device_type && tensor->device_id == like->device_id)
+        return 0;
+    char expected[FA_DEVICE_NAME_SIZE], got[FA_DEVICE_NAME_SIZE];
+    fa_device_name(like, expected);
+    fa_device_name(tensor, got);
+    return fa_raise(PyExc_ValueError, "%s must be on %s's device, %s, got %s", name, like_name,
+                    expected, got);
+}
+
+int fa_tensor_check_size(const struct fa_tensor *tensor, const char *name, int dimension,
+                         const char *meaning, int64_t expected)
+{
+    if (tensor->shape[dimension] == expected)
+        return 0;
+    return fa_raise(PyExc_ValueError, "%s must have %s %lld in dimension %d, got %lld", name,
+                    meaning, (long long)expected, dimension, (long long)tensor->shape[dimension]);
+}
+
 static PyObject *import_frameworks(struct fa_dlpack *dlpack)
 {
     return fa_import(&dlpack->frameworks, dlpack->package, "frameworks");

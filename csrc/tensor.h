@@ -144,6 +144,13 @@ void fa_tensor_release(struct fa_tensor *tensor);
 #define FA_DEVICE_NAME_SIZE 24
 void fa_device_name(const struct fa_tensor *tensor, char name[FA_DEVICE_NAME_SIZE]);
 
+/* Whether a tensor is on the device of `like`, an argument called `like_name`; and whether it has
+ * the size `expected`, which `meaning` tells, in a dimension. 0, or -1 with ValueError set. */
+int fa_tensor_check_device(const struct fa_tensor *tensor, const char *name,
+                           const struct fa_tensor *like, const char *like_name);
+int fa_tensor_check_size(const struct fa_tensor *tensor, const char *name, int dimension,
+                         const char *meaning, int64_t expected);
+
 const char *fa_dtype_name(enum fa_dtype dtype); /* as torch names it: "float32", "float8_e4m3fn" */
 
 #endif
