@@ -17,6 +17,7 @@ from flash_attn_sm120.mods.trace import trace
 from flash_attn_sm120.mods.translate import check_captured, mask_text, score_text
 
 MOST_TRACES = 512
+_NOT_BESIDE = {"attn_bias": ": let score_mod add it", "k_descale": "", "v_descale": ""}
 
 Mod = Callable[..., Any]
 # (number of the text, captured tensors, their gradients), as _C takes it
@@ -24,21 +25,26 @@ Translated = tuple[int, tuple[Any, ...], tuple[Any, ...]]
 
 
 def attend(
+    score_mod: Mod | None,
+    mask_mod: Mod | None,
+    aux_tensors: Any,
     function: str,
     q: Any,
     k: Any,
     v: Any,
     learnable_sink: Any,
-    mods: dict[str, Mod | None],
-    aux_tensors: Any,
     tensors: dict[str, Any],
     options: dict[str, Any],
     return_lse: bool,
     out: Any,
     lse: Any,
 ) -> tuple[Any, Any]:
-    """``(out, lse)`` of a call of ``function`` whose ``mods`` are not all None."""
+    """``(out, lse)`` of a call of ``function`` with one of the mods, or both."""
+    mods = {"score_mod": score_mod, "mask_mod": mask_mod}
     tensors = {name: x for name, x in tensors.items() if x is not None}
+    for name, hint in _NOT_BESIDE.items():
+        if name in tensors:
+            raise NotImplementedError(f"{function} with {name} and a mod is not supported{hint}")
     given = (q, k, v, learnable_sink, *tensors.values())
     ops.check_tensors("a mod is given", q, k, v, learnable_sink, **tensors)
     if is_followed(*given):
