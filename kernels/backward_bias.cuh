@@ -49,8 +49,7 @@ __device__ __forceinline__ void add_to_dbias(const float (&dS)[N_FRAGS][M_FRAGS]
                         red_add(dbias + column * stride.seqlen + row, ds);
                 }
             if (!stride.seqlen) {
-                sum += __shfl_xor_sync(0xffffffff, sum, 1);
-                sum += __shfl_xor_sync(0xffffffff, sum, 2);
+                sum = quad_sum(sum);
                 if (exists && quad_lane() == 0)
                     red_add(dbias + row, sum);
             }

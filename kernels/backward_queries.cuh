@@ -53,7 +53,7 @@ struct backward_block {
 template <bool ORDERED, bool IS_SPARSE = BLOCK_SPARSE> struct query_walk;
 
 /* Head by head, tiles upwards. */
-template <> struct query_walk<false, false> {
+template <> struct query_walk<false, false> : unlisted_walk {
     int m_begin, m_end;
     int begin, end;
     int head, m_block; /* the current pair */
@@ -69,8 +69,6 @@ template <> struct query_walk<false, false> {
         head += begin / max(head_tiles, 1);
         m_block = m_begin + begin % max(head_tiles, 1);
     }
-    /* Whether a mask_mod may hide keys from its queries. */
-    __device__ __forceinline__ bool is_partial() const { return true; }
     __device__ __forceinline__ void advance()
     {
         m_block = m_block + 1 == m_end ? m_begin : m_block + 1;
@@ -81,7 +79,7 @@ template <> struct query_walk<false, false> {
 /* For ordered accumulation: whole heads, which alternate from tile to tile, and tiles downwards. So
  * all blocks that run together start with the same tile of dQ and go on at the same pace, and none
  * waits for long. */
-template <> struct query_walk<true, false> {
+template <> struct query_walk<true, false> : unlisted_walk {
     int head_begin, head_end;
     int begin, end;
     int head, m_block; /* the current pair */
@@ -97,8 +95,6 @@ template <> struct query_walk<true, false> {
         head = head_begin;
         m_block = m_end - 1;
     }
-    /* Whether a mask_mod may hide keys from its queries. */
-    __device__ __forceinline__ bool is_partial() const { return true; }
     __device__ __forceinline__ void advance()
     {
         head = head + 1 == head_end ? head_begin : head + 1;

@@ -76,6 +76,11 @@ struct listed_tiles {
     __device__ __forceinline__ int tile(int i) const { return tile_of(read_entry(i), i); }
 };
 
+/* A walk over tiles that no list has: a mask_mod may hide keys of any. */
+struct unlisted_walk {
+    static __device__ __forceinline__ bool is_partial() { return true; }
+};
+
 /* A walk over the tiles from number `i` on; the list is read a tile ahead. */
 struct listed_walk {
     listed_tiles tiles;
@@ -87,6 +92,7 @@ struct listed_walk {
         : tiles(tiles), i(begin), tile(tiles.tile(begin)), entry(tiles.read_entry(begin + 1))
     {
     }
+    /* Whether a mask_mod may hide keys of the current tile. */
     __device__ __forceinline__ bool is_partial() const { return i < tiles.partial_tiles(); }
     __device__ __forceinline__ void advance()
     {

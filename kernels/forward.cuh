@@ -32,7 +32,8 @@ __device__ __forceinline__ void store_split(const fa_forward_params &params,
 {
     const forward_block block(params);
     const fa_int64 split_offset = block.split_offset();
-    const float v_descale = KV_E4M3 ? load_descale(params.v_descale, block) : 1.0f;
+    const float v_descale =
+        KV_E4M3 ? load_descale(params.v_descale, block.seq.batch, block.head_kv) : 1.0f;
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
@@ -73,7 +74,8 @@ __device__ __forceinline__ void store_rows(const fa_forward_params &params,
     element *out_gmem =
         static_cast<element *>(params.out) + block.seq.q_offset(params.out_stride, block.head);
     float *lse_gmem = quad_lane() == 0 ? params.lse : nullptr;
-    const float v_descale = KV_E4M3 ? load_descale(params.v_descale, block) : 1.0f;
+    const float v_descale =
+        KV_E4M3 ? load_descale(params.v_descale, block.seq.batch, block.head_kv) : 1.0f;
     const float sink0 = load_sink(params.sink, params.sink_dtype, block.head);
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)

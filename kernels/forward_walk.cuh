@@ -28,7 +28,7 @@ template <bool IS_SPARSE = BLOCK_SPARSE> struct forward_walk;
  * alone. m is found at the right edge, so if START_KEYS is 1 the first unmasked tile counts as one
  * of the edge: then every row has seen a key. With ALiBi the edge goes on to the diagonal, where
  * scores are largest: from there on m is large enough, unless slopes are negative. */
-template <> struct forward_walk<false> {
+template <> struct forward_walk<false> : unlisted_walk {
     int end, count;
     int inner_begin, inner_end;
 
@@ -53,8 +53,6 @@ template <> struct forward_walk<false> {
     __device__ __forceinline__ int right_end() const { return min(end - inner_end + 1, count); }
     __device__ __forceinline__ int masked_end_from(int) const { return count; }
     __device__ __forceinline__ bool is_inner() const { return true; }
-    /* Whether a mask_mod may hide keys of it. */
-    __device__ __forceinline__ bool is_partial() const { return true; }
 
     /* The first key of the i-th tile. */
     __device__ __forceinline__ int key(int i) const { return order().key(i); }

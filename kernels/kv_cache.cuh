@@ -4,7 +4,7 @@
 #ifndef FA_KV_CACHE_CUH
 #define FA_KV_CACHE_CUH
 
-#include "ptx.cuh"
+#include "descale.cuh"
 
 template <bool IS_E4M3> struct cached {
     using type = element;
@@ -13,14 +13,6 @@ template <> struct cached<true> {
     using type = unsigned char;
 };
 using cache_element = cached<KV_E4M3>::type;
-
-/* The factor of a head of a sequence. */
-__device__ __forceinline__ float load_descale(const fa_descale &descale, int number, int head)
-{
-    return descale.scale ? ld_global(descale.scale + number * descale.batch_stride +
-                                     head * descale.head_stride)
-                         : 1.0f;
-}
 
 /* Eight elements of a row, as they go to a cache. */
 __device__ __forceinline__ uint2 narrow_chunk(const float (&x)[CHUNK_ELEMENTS], float descale)

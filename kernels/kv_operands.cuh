@@ -31,7 +31,7 @@ constexpr int V_COLUMNS = KV_E4M3 ? 4 : 2; /* columns of 8 dims, of 16 keys */
  * A lane gets four adjacent dims of e4m3, 4t to 4t + 3 of 16, where the operand has 2t, 2t + 1, and
  * 8 further on: the order of dims in a product is free, and load_queries() has the same. */
 template <class layout>
-__device__ __forceinline__ void load_keys(unsigned (&K_rmem)[K_STEPS][2][2], unsigned smem, int n,
+__device__ __forceinline__ void load_keys(unsigned (&K_rmem)[4 * K_STEPS], unsigned smem, int n,
                                           int d)
 {
     unsigned x[4]; /* [2 key columns][2 chunks] */
@@ -40,10 +40,13 @@ __device__ __forceinline__ void load_keys(unsigned (&K_rmem)[K_STEPS][2][2], uns
     for (int column = 0; column < 2; column++)
 #pragma unroll
         for (int chunk = 0; chunk < 2; chunk++)
-            if (KV_E4M3)
-                widen_e4m3(K_rmem[chunk % K_STEPS][column], x[2 * column + chunk]);
-            else
-                K_rmem[0][column][chunk] = x[2 * column + chunk];
+            if (KV_E4M3) {
+                unsigned halves[2];
+                widen_e4m3(halves, x[2 * column + chunk]);
+                K_rmem[2 * (chunk % K_STEPS * 2 + column)] = halves[0];
+                K_rmem[2 * (chunk % K_STEPS * 2 + column) + 1] = halves[1];
+            } else
+                K_rmem[2 * column + chunk] = x[2 * column + chunk];
 }
 
 /* B operands of P V, [columns of 8 dims][2 halves of the 16 keys]: of the keys from 16 k on, and
@@ -52,7 +55,7 @@ __device__ __forceinline__ void load_keys(unsigned (&K_rmem)[K_STEPS][2][2], uns
  * ldmatrix transposes pairs of bytes: a lane gets the dims 2g, 2g + 1 of two keys. The even dims of
  * a chunk become one column, the odd ones the next, see adjacent_dims(). */
 template <class layout>
-__device__ __forceinline__ void load_values(unsigned (&V_rmem)[V_COLUMNS][2], unsigned smem, int k,
+__device__ __forceinline__ void load_values(unsigned (&V_rmem)[2 * V_COLUMNS], unsigned smem, int k,
                                             int n)
 {
     unsigned x[4]; /* [2 chunks][2 halves of the 16 keys] */
@@ -64,10 +67,10 @@ __device__ __forceinline__ void load_values(unsigned (&V_rmem)[V_COLUMNS][2], un
             if (KV_E4M3) {
                 unsigned columns[2];
                 widen_e4m3(columns, __byte_perm(x[2 * chunk + half], 0, 0x3120));
-                V_rmem[2 * chunk % V_COLUMNS][half] = columns[0];
-                V_rmem[(2 * chunk + 1) % V_COLUMNS][half] = columns[1];
+                V_rmem[4 * chunk % (2 * V_COLUMNS) + half] = columns[0];
+                V_rmem[(4 * chunk + 2) % (2 * V_COLUMNS) + half] = columns[1];
             } else
-                V_rmem[chunk][half] = x[2 * chunk + half];
+                V_rmem[2 * chunk + half] = x[2 * chunk + half];
 }
 
 /* Of a row of O that V in e4m3 made, from dim 16 * chunk + 4t on. */

@@ -9,6 +9,20 @@ __device__ __forceinline__ unsigned lane_id() { return threadIdx.x % 32; }
 __device__ __forceinline__ unsigned quad_row() { return threadIdx.x % 32 / 4; }
 __device__ __forceinline__ int quad_lane() { return threadIdx.x % 4; }
 
+/* The sum of what the four lanes of a quad have, which share a row. */
+__device__ __forceinline__ float quad_sum(float x)
+{
+    x += __shfl_xor_sync(0xffffffff, x, 1);
+    return x + __shfl_xor_sync(0xffffffff, x, 2);
+}
+
+/* The max of what the four lanes of a quad have. */
+__device__ __forceinline__ unsigned quad_max(unsigned x)
+{
+    x = max(x, __shfl_xor_sync(0xffffffff, x, 1));
+    return max(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
+
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 /* A [ROWS, DIM] tile in shared memory: [segment][row][chunk], with segments of COLS chunks, as wide

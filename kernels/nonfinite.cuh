@@ -28,15 +28,15 @@ __device__ __forceinline__ void add_values_seen(float (&O_rmem)[M_FRAGS][O_FRAGS
     for (int k = 0; k < S_FRAGS / 2; k++)
 #pragma unroll
         for (int n = 0; n < O_FRAGS; n++) {
-            unsigned V_rmem[V_COLUMNS][2];
+            unsigned V_rmem[2 * V_COLUMNS];
             load_values<V_layout>(V_rmem, V_smem, k, n / V_COLUMNS * V_COLUMNS);
 #pragma unroll 1
             for (int j = 0; j < 16; j++) {
                 /* A register of the B operand holds two keys: which half of which register
                  * survives. */
                 const unsigned keep = j % 8 / 2 == t ? 0xffffu << j % 2 * 16 : 0;
-                const unsigned V0 = V_rmem[n % V_COLUMNS][0] & (j < 8 ? keep : 0);
-                const unsigned V1 = V_rmem[n % V_COLUMNS][1] & (j < 8 ? 0 : keep);
+                const unsigned V0 = V_rmem[n % V_COLUMNS * 2] & (j < 8 ? keep : 0);
+                const unsigned V1 = V_rmem[n % V_COLUMNS * 2 + 1] & (j < 8 ? 0 : keep);
 #pragma unroll
                 for (int m = 0; m < M_FRAGS; m++) {
                     float O_key[4] = {};

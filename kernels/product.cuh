@@ -11,33 +11,38 @@
 
 #include "ptx.cuh"
 
-/* C [16 * FRAGS_M, 8 * FRAGS] += A [16 * FRAGS_M, 16] * B [16, 8 * FRAGS], where A is step `k` of
- * A_rmem. load(B, n) brings the columns of the fragments n and n + 1: of each both halves of the 16
- * k. */
-template <int FRAGS, int FRAGS_M, int MAX_FRAGS, int STEPS, class F>
+/* C [16 * FRAGS_M, 8 * FRAGS] += A [16 * FRAGS_M, 16 * K] * B [16 * K, 8 * FRAGS], where A is the
+ * steps of A_rmem from `k` on, as many as it has. load(B, n) brings COLUMNS columns of fragments, from
+ * n on: [K][COLUMNS][2 halves of the 16 k]. */
+template <int FRAGS, int TYPE = DTYPE, int K = 1, int COLUMNS = 2, int FRAGS_M, int MAX_FRAGS,
+          int STEPS, class F>
 __device__ __forceinline__ void mma_step(float (&C_rmem)[FRAGS_M][MAX_FRAGS][4],
                                          const unsigned (&A_rmem)[FRAGS_M][STEPS][4], int k, F load)
 {
-    constexpr int LOADS = TENSOR_REPEAT > 1 && FRAGS_M == 1 && FRAGS > 2 ? 2 : 1; /* of a group */
+    constexpr int PRODUCTS = FRAGS_M * K * COLUMNS;                                /* of a load */
+    constexpr int LOADS = TENSOR_REPEAT > 1 && PRODUCTS == 2 && FRAGS > 2 ? 2 : 1; /* of a group */
 #pragma unroll
-    for (int n0 = 0; n0 < FRAGS; n0 += 2 * LOADS) {
-        unsigned B_rmem[LOADS][4];
+    for (int n0 = 0; n0 < FRAGS; n0 += COLUMNS * LOADS) {
+        unsigned B_rmem[LOADS][2 * K * COLUMNS];
 #pragma unroll
         for (int i = 0; i < LOADS; i++)
-            if (n0 + 2 * i < FRAGS)
-                load(B_rmem[i], n0 + 2 * i);
+            if (n0 + COLUMNS * i < FRAGS)
+                load(B_rmem[i], n0 + COLUMNS * i);
 #pragma unroll
         for (int repeat = 0; repeat < TENSOR_REPEAT; repeat++)
 #pragma unroll
             for (int i = 0; i < LOADS; i++)
 #pragma unroll
-                for (int m = 0; m < FRAGS_M; m++) {
-                    const int n = n0 + 2 * i;
-                    if (n < FRAGS)
-                        mma_m16n8k16(C_rmem[m][n], A_rmem[m][k], B_rmem[i][0], B_rmem[i][1]);
-                    if (n + 1 < FRAGS)
-                        mma_m16n8k16(C_rmem[m][n + 1], A_rmem[m][k], B_rmem[i][2], B_rmem[i][3]);
-                }
+                for (int step = 0; step < K; step++)
+#pragma unroll
+                    for (int m = 0; m < FRAGS_M; m++)
+#pragma unroll
+                        for (int column = 0; column < COLUMNS; column++) {
+                            const int n = n0 + COLUMNS * i + column;
+                            const unsigned *B = B_rmem[i] + 2 * (step * COLUMNS + column);
+                            if (n < FRAGS && k + step < STEPS)
+                                mma_m16n8k16<TYPE>(C_rmem[m][n], A_rmem[m][k + step], B[0], B[1]);
+                        }
     }
 }
 

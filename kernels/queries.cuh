@@ -3,6 +3,7 @@
 #ifndef FA_QUERIES_CUH
 #define FA_QUERIES_CUH
 
+#include "descale.cuh"
 #include "forward_block.cuh"
 
 /* What the rows of Q K^T are multiplied by to be scores; where KV_E4M3, else not there. */
@@ -15,22 +16,6 @@ struct row_factors {
             for_each_score(S_rmem, [&](float &s, int row, int) { s *= of[row / 16][row / 8 % 2]; });
     }
 };
-
-/* The factor of K, or of V, of the sequence and KV head of a block. */
-__device__ __forceinline__ float load_descale(const fa_descale &descale, const forward_block &block)
-{
-    if (!descale.scale)
-        return 1.0f;
-    return ld_global(descale.scale + block.seq.batch * descale.batch_stride +
-                     block.head_kv * descale.head_stride);
-}
-
-/* The max of what the four lanes of a quad have. */
-__device__ __forceinline__ unsigned quad_max(unsigned x)
-{
-    x = max(x, __shfl_xor_sync(0xffffffff, x, 1));
-    return max(x, __shfl_xor_sync(0xffffffff, x, 2));
-}
 
 /* A row of Q [.., HEAD_DIM] from bf16 to fp16, times a power of two, whose inverse is returned: the
  * largest element then is in [2^14, 2^15). Elements below 2^-31 of that lose bits, all others are
@@ -85,7 +70,7 @@ __device__ __forceinline__ void load_queries(unsigned (&Q_rmem)[M_FRAGS][D_STEPS
         }
     if (!KV_E4M3)
         return;
-    const float descale = load_descale(params.k_descale, block);
+    const float descale = load_descale(params.k_descale, block.seq.batch, block.head_kv);
 #pragma unroll
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll

@@ -73,52 +73,6 @@ struct ring_place {
     __device__ __forceinline__ unsigned V_tile() const { return smem + stage + K_layout::BYTES; }
 };
 
-/* The products of K and V in e4m3, of which one ldmatrix brings twice as much: S and O as below. */
-template <class layout>
-__device__ __forceinline__ void mma_e4m3_keys(float (&S_rmem)[M_FRAGS][S_FRAGS][4],
-                                              const unsigned (&Q_rmem)[M_FRAGS][D_STEPS][4],
-                                              unsigned K_smem)
-{
-#pragma unroll
-    for (int d = 0; d < D_STEPS; d += K_STEPS)
-#pragma unroll
-        for (int n = 0; n < S_FRAGS; n += 2) {
-            unsigned K_rmem[K_STEPS][2][2];
-            load_keys<layout>(K_rmem, K_smem, n, d);
-#pragma unroll
-            for (int repeat = 0; repeat < TENSOR_REPEAT; repeat++)
-#pragma unroll
-                for (int step = 0; step < min(K_STEPS, D_STEPS - d); step++)
-#pragma unroll
-                    for (int m = 0; m < M_FRAGS; m++)
-#pragma unroll
-                        for (int column = 0; column < 2; column++)
-                            mma_m16n8k16<OPERAND>(S_rmem[m][n + column], Q_rmem[m][d + step],
-                                                  K_rmem[step][column][0], K_rmem[step][column][1]);
-        }
-}
-template <class layout>
-__device__ __forceinline__ void mma_e4m3_values(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
-                                                const unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4],
-                                                unsigned V_smem)
-{
-#pragma unroll
-    for (int k = 0; k < S_FRAGS / 2; k++)
-#pragma unroll
-        for (int n = 0; n < O_FRAGS; n += V_COLUMNS) {
-            unsigned V_rmem[V_COLUMNS][2];
-            load_values<layout>(V_rmem, V_smem, k, n);
-#pragma unroll
-            for (int repeat = 0; repeat < TENSOR_REPEAT; repeat++)
-#pragma unroll
-                for (int m = 0; m < M_FRAGS; m++)
-#pragma unroll
-                    for (int column = 0; column < min(V_COLUMNS, O_FRAGS - n); column++)
-                        mma_m16n8k16<OPERAND>(O_rmem[m][n + column], P_rmem[m][k],
-                                              V_rmem[column][0], V_rmem[column][1]);
-        }
-}
-
 /* S [WARP_M, SUB_N] = Q [WARP_M, HEAD_DIM] * K [SUB_N, HEAD_DIM]^T */
 __device__ __forceinline__ void scores(float (&S_rmem)[M_FRAGS][S_FRAGS][4],
                                        const unsigned (&Q_rmem)[M_FRAGS][D_STEPS][4],
@@ -132,15 +86,12 @@ __device__ __forceinline__ void scores(float (&S_rmem)[M_FRAGS][S_FRAGS][4],
             for (int e = 0; e < 4; e++)
                 S_rmem[m][n][e] = 0.0f;
 
-    if (KV_E4M3) {
-        mma_e4m3_keys<K_layout>(S_rmem, Q_rmem, K_smem);
-        return;
-    }
 #pragma unroll
-    for (int d = 0; d < D_STEPS; d++)
-        mma_step<S_FRAGS>(S_rmem, Q_rmem, d, [&](unsigned (&K_rmem)[4], int n) {
-            ldmatrix_x4(K_rmem, K_layout::moved(K_smem, 8 * n, 2 * d));
-        });
+    for (int d = 0; d < D_STEPS; d += K_STEPS)
+        mma_step<S_FRAGS, OPERAND, K_STEPS>(S_rmem, Q_rmem, d,
+                                            [&](unsigned (&K_rmem)[4 * K_STEPS], int n) {
+                                                load_keys<K_layout>(K_rmem, K_smem, n, d);
+                                            });
 }
 
 /* O [WARP_M, HEAD_DIM_V] += P [WARP_M, SUB_N] * V [SUB_N, HEAD_DIM_V] */
@@ -148,22 +99,12 @@ __device__ __forceinline__ void add_values(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
                                            const unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4],
                                            unsigned V_smem)
 {
-    if (KV_E4M3) {
-        mma_e4m3_values<V_layout>(O_rmem, P_rmem, V_smem);
-        return;
-    }
 #pragma unroll
     for (int k = 0; k < S_FRAGS / 2; k++)
-        mma_step<O_FRAGS>(O_rmem, P_rmem, k, [&](unsigned (&V_rmem)[4], int n) {
-            ldmatrix_x4_trans(V_rmem, V_layout::moved(V_smem, 16 * k, n));
-        });
-}
-
-/* The sum of what the four lanes of a quad have, which share a row. */
-__device__ __forceinline__ float quad_sum(float x)
-{
-    x += __shfl_xor_sync(0xffffffff, x, 1);
-    return x + __shfl_xor_sync(0xffffffff, x, 2);
+        mma_step<O_FRAGS, OPERAND, 1, V_COLUMNS>(O_rmem, P_rmem, k,
+                                                 [&](unsigned (&V_rmem)[2 * V_COLUMNS], int n) {
+                                                     load_values<V_layout>(V_rmem, V_smem, k, n);
+                                                 });
 }
 
 #endif

@@ -318,21 +318,21 @@ BROKEN = {
         "softmax.cuh", "            l_rmem[m][half] = 0.0f;\n", "", "never been written"
     ),
     "a shuffle of half a warp": Broken(
-        "tile.cuh",
+        "layout.cuh",
         "return x + __shfl_xor_sync(0xffffffff, x, 2);",
         "return quad_lane() < 2 ? x + __shfl_xor_sync(0xffffffff, x, 2) : x;",
         "lanes",
     ),
     "the halves of a K fragment are swapped": Broken(
         "product.cuh",
-        "A_rmem[m][k], B_rmem[i][0], B_rmem[i][1]",
-        "A_rmem[m][k], B_rmem[i][1], B_rmem[i][0]",
+        "A_rmem[m][k + step], B[0], B[1]",
+        "A_rmem[m][k + step], B[1], B[0]",
         "",
     ),
     "a fragment takes the place of the next": Broken(
         "product.cuh",
-        "A_rmem[m][k], B_rmem[i][2], B_rmem[i][3]",
-        "A_rmem[m][k], B_rmem[i][0], B_rmem[i][1]",
+        "2 * (step * COLUMNS + column)",
+        "2 * (step * COLUMNS)",
         "",
     ),
     "the registers of Q are swapped": Broken(
@@ -342,9 +342,9 @@ BROKEN = {
         "",
     ),
     "V is not transposed": Broken(
-        "tile.cuh",
-        "ldmatrix_x4_trans(V_rmem, V_layout::moved(V_smem, 16 * k, n));",
-        "ldmatrix_x4(V_rmem, V_layout::moved(V_smem, 16 * k, n));",
+        "kv_operands.cuh",
+        "ldmatrix_x4_trans(x, layout::moved",
+        "ldmatrix_x4(x, layout::moved",
         "",
     ),
     "another swizzle is read than written": Broken(
@@ -361,7 +361,7 @@ BROKEN = {
         options=CAUSAL,
     ),
     "a sum over half a quad": Broken(
-        "tile.cuh", "return x + __shfl_xor_sync(0xffffffff, x, 2);", "return x;", ""
+        "layout.cuh", "return x + __shfl_xor_sync(0xffffffff, x, 2);", "return x;", ""
     ),
     "an element of P is rounded into the wrong half": Broken(
         "softmax.cuh", "pack<OPERAND>(p0, p1)", "pack<OPERAND>(p1, p0)", ""
