@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 from typing import Any
@@ -71,7 +72,10 @@ def _compiler() -> str:
 def _cache() -> str:
     """Where compiled kernels are kept, and how many."""
     where = cache.directory()
-    sizes = [path.stat().st_size for path in where.rglob("*.cubin")]
+    sizes = []
+    for path in where.rglob("*.cubin"):
+        with contextlib.suppress(FileNotFoundError):  # other processes drop the oldest
+            sizes.append(path.stat().st_size)
     return f"{where}, {len(sizes)} kernels, {sum(sizes) / 1e6:.1f} MB"
 
 

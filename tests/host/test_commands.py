@@ -10,9 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from flash_attn_sm120 import fa2, flash_attn_func, sdpa, vllm
+from flash_attn_sm120 import cache, fa2, flash_attn_func, sdpa, vllm
 from flash_attn_sm120.__main__ import COMMANDS, main
-from flash_attn_sm120.commands import check, demo, doctor
+from flash_attn_sm120.commands import check, demo, doctor, info
 from helpers.children import run_command
 
 
@@ -28,6 +28,14 @@ def test_info_is_one_screen():
         assert f"\n{fact}: " in done.stdout
     assert re.search(r"^ +128  \d+ x \d+.*\d+ splits.*\d+ x \d+", done.stdout, re.M)
     assert done.stdout.count("\n") <= 24 and "_bf16_" not in done.stdout
+
+
+def test_info_beside_a_process_that_drops_kernels(monkeypatch, tmp_path):
+    """A file that is listed may be gone when its size is asked for."""
+    (tmp_path / "a.cubin").write_bytes(b"12")
+    (tmp_path / "b.cubin").symlink_to(tmp_path / "gone")
+    monkeypatch.setattr(cache, "directory", lambda: tmp_path)
+    assert info._cache().endswith(", 1 kernels, 0.0 MB")
 
 
 def test_info_names_the_kernels_if_asked():
