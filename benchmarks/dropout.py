@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import harness
 import torch
@@ -24,7 +24,6 @@ from flash_attn_sm120 import flash_attn_func
 P = 0.1
 PRESETS = (Preset(16, 16, 64), Preset(16, 16, 128))
 SEQLEN = {"cuda": 4096, "cpu": 128}
-FLOPS = {"forward": 1.0, "backward": 2.5}  # of a forward's
 NAMES = tuple(f"{who}, p {p:g}" for who in (OURS, FLASH) for p in (0.0, P))
 
 
@@ -41,12 +40,7 @@ def contestants(problem: Problem, dout: Tensor, direction: str) -> list[Contesta
     def ours(p: float) -> Tensor:
         return flash_attn_func(*inputs, causal=causal, dropout_p=p)[0]
 
-    def call_of(attend: Callable[[], Tensor]) -> Callable[[], Sequence[Tensor]]:
-        if direction == "forward":
-            return torch.no_grad()(lambda: [attend()])
-        kept = functools.cache(attend)  # the first call, in the context that it needs
-        return lambda: torch.autograd.grad(kept(), inputs, dout, retain_graph=True)
-
+    call_of = functools.partial(harness.call_of, direction=direction, inputs=inputs, dout=dout)
     attends = [functools.partial(ours, p) for p in (0.0, P)]
     attends += [functools.partial(sdpa, *inputs, causal, p) for p in (0.0, P)]
     of_peers = by_backend(FLASH)
@@ -83,7 +77,7 @@ def measure(problem: Problem, direction: str, args: argparse.Namespace) -> dict[
         contestants(problem, dout, direction), Check(problem, dout, direction), (dout,)
     )
     timings, without = harness.time_interleaved(entrants, args.device, args.rounds)
-    flops = FLOPS[direction] * harness.forward_flops(problem)
+    flops = harness.FLOPS[direction] * harness.forward_flops(problem)
     fields = {name: harness.timing_fields(x, flops) for name, x in timings.items()}
     return fields | harness.absent_fields(absent | without)
 
@@ -117,7 +111,7 @@ def main() -> None:
     args = harness.parse(parser)
     records = harness.Records(args.output, "dropout", args.device)
     found = []
-    for direction in FLOPS:
+    for direction in harness.FLOPS:
         measured = functools.partial(measure, direction=direction, args=args)
         of_one = cells(direction, args.device)
         found += harness.measure_cells(of_one, measured, NAMES, records, args.device, copies=4)

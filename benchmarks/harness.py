@@ -145,6 +145,22 @@ class Cell:
         return Problem(q, k, v, self.causal)
 
 
+FLOPS = {"forward": 1.0, "backward": 2.5}  # of a forward's
+
+
+def call_of(
+    attend: Callable[[], torch.Tensor],
+    direction: str,
+    inputs: Sequence[torch.Tensor],
+    dout: torch.Tensor,
+) -> Callable[[], Sequence[torch.Tensor]]:
+    """The forward without autograd, or the gradients of one that the first call runs."""
+    if direction == "forward":
+        return torch.no_grad()(lambda: [attend()])
+    kept = functools.cache(attend)  # in the context that the first call needs
+    return lambda: torch.autograd.grad(kept(), inputs, dout, retain_graph=True)
+
+
 def forward_flops(problem: Problem) -> float:
     """2 * B * Hq * pairs * (D + Dv): a multiply and an add for q.k and for p.v of each pair.
 

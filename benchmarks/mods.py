@@ -28,7 +28,6 @@ PRESETS = (Preset(16, 16, 64), Preset(16, 16, 128))
 SEQLEN = {"cuda": 8192, "cpu": 200}
 NO_MOD, BUILT_IN, FLEX = "no mod", "built in", "flex_attention, compiled"
 NAMES = (OURS, NO_MOD, BUILT_IN, FLEX)
-FLOPS = {"forward": 1.0, "backward": 2.5}  # of a forward's
 CAP, WINDOW = 30.0, 1024
 
 
@@ -107,12 +106,7 @@ def contestants(
     def flex() -> Tensor:
         return compiled_flex(*heads_first, score_mod=mod.score, block_mask=mask).transpose(1, 2)
 
-    def call_of(attend: Callable[[], Tensor]) -> Callable[[], Sequence[Tensor]]:
-        if direction == "forward":
-            return torch.no_grad()(lambda: [attend()])
-        kept = functools.cache(attend)
-        return lambda: torch.autograd.grad(kept(), inputs, dout, retain_graph=True)
-
+    call_of = functools.partial(harness.call_of, direction=direction, inputs=inputs, dout=dout)
     found = [
         Contestant(OURS, call_of(functools.partial(ours, **named))),
         Contestant(NO_MOD, call_of(functools.partial(ours, causal=True))),
@@ -147,7 +141,7 @@ def measure(
     found = contestants(problem, mod, mask, dout, direction)
     entrants, absent = harness.admit(found, Check(), (dout,))
     timings, without = harness.time_interleaved(entrants, args.device, args.rounds)
-    flops = FLOPS[direction] * harness.forward_flops(problem)
+    flops = harness.FLOPS[direction] * harness.forward_flops(problem)
     fields = {name: harness.timing_fields(x, flops) for name, x in timings.items()}
     if not mod.built_in:
         absent[BUILT_IN] = "there is none"
@@ -180,7 +174,7 @@ def main() -> None:
         mask = block_mask.create_block_mask(
             mod.mask or causal, None, None, seqlen, seqlen, BLOCK, args.device
         )
-        for direction in FLOPS:
+        for direction in harness.FLOPS:
             cells = [
                 Cell(preset, seqlen, True, 1, torch.bfloat16, fields={
                     "direction": direction, "head_dim": preset.head_dim, "mod": mod.name,

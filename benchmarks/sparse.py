@@ -29,7 +29,6 @@ PRESETS = (Preset(16, 16, 64), Preset(16, 16, 128))
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
 DENSE, FLEX = "ours, dense", "flex_attention, compiled"
 NAMES = (OURS, DENSE, FLEX)
-FLOPS = {"forward": 1.0, "backward": 2.5}  # of a forward's
 SEQLEN = {
     "cuda": {8192: 8192, 16384: 16384, 32768: 32768},
     "cpu": dict.fromkeys((8192, 16384, 32768), 256),
@@ -145,12 +144,7 @@ def contestants(
     def flex() -> Tensor:
         return compiled_flex(*heads_first, block_mask=mask).transpose(1, 2)
 
-    def call_of(attend: Callable[[], Tensor]) -> Callable[[], Sequence[Tensor]]:
-        if direction == "forward":
-            return torch.no_grad()(lambda: [attend()])
-        kept = functools.cache(attend)
-        return lambda: torch.autograd.grad(kept(), inputs, dout, retain_graph=True)
-
+    call_of = functools.partial(harness.call_of, direction=direction, inputs=inputs, dout=dout)
     attends = (functools.partial(ours, block_sparse_tensors=mask), ours, flex)
     return [
         Contestant(name, call_of(attend), cannot=(NotImplementedError, RuntimeError))
@@ -199,7 +193,7 @@ def measure(
     check = functools.partial(Check(problem, case, mask, dout), direction)
     entrants, absent = harness.admit(contestants(problem, mask, dout, direction), check, (dout,))
     timings, without = harness.time_interleaved(entrants, args.device, args.rounds)
-    flops = FLOPS[direction] * harness.forward_flops(problem)
+    flops = harness.FLOPS[direction] * harness.forward_flops(problem)
     shares = dict.fromkeys(NAMES, listed(mask)) | {DENSE: 1.0}
     fields = {name: harness.timing_fields(x, flops * shares[name]) for name, x in timings.items()}
     return fields | harness.absent_fields(absent | without)
@@ -230,7 +224,7 @@ def main() -> None:
     found = []
     for case in cases(args.device):
         mask = mask_of(case, args.device)
-        for direction in FLOPS:
+        for direction in harness.FLOPS:
             fields = {"direction": direction, "mask": case.name, "seqlen": case.seqlen}
             of_case = [
                 Cell(preset, case.seqlen, False, 1, torch.bfloat16, fields={

@@ -59,13 +59,28 @@ def _max_finite(x: Tensor) -> Tensor:
     return torch.where(x.isfinite(), x, 0).abs().max() if x.numel() else x.new_zeros(())
 
 
-def plain_attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
+def plain_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    *,
+    softcap: float = 0.0,
+    sink: Tensor | None = None,
+) -> Tensor:
     """Attention in the type of its inputs, rounded at every step; rows without keys give 0.
 
-    q ``[..., rows, D]``, k ``[..., keys, D]``, v ``[..., keys, Dv]``, visible ``[rows, keys]``.
+    q ``[..., rows, D]``, k ``[..., keys, D]``, v ``[..., keys, Dv]``, visible ``[rows, keys]``;
+    sink, a score without a value, of any shape that broadcasts to ``[..., rows]``.
     """
     scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
-    weights = torch.softmax(scores.masked_fill(~visible, -torch.inf), -1)
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if sink is not None:
+        own = sink.to(scores)[..., None].expand(*scores.shape[:-1], 1)
+        scores = torch.cat([scores, own], -1)
+    weights = torch.softmax(scores, -1)[..., : k.shape[-2]]
     return weights.masked_fill(~visible, 0) @ v
 
 

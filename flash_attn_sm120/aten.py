@@ -17,6 +17,7 @@ from torch import Tensor
 from flash_attn_sm120 import _C
 from flash_attn_sm120.autograd import written_in_place
 from flash_attn_sm120.dropout import draw_seed
+from flash_attn_sm120.masks import in_rows
 from flash_attn_sm120.plan import Window
 
 
@@ -264,7 +265,7 @@ def _efficient_backward(
     wants_bias = attn_bias is not None and grad_input_mask[3]
     options: dict[str, Any] = {"bias_gradient": wants_bias}
     if attn_bias is not None:  # whose gradient has all its elements, those that share memory, too
-        options["attn_bias"] = _in_rows(attn_bias) if wants_bias else _without_copies(attn_bias)
+        options["attn_bias"] = in_rows(attn_bias) if wants_bias else _without_copies(attn_bias)
     if dropout_p:
         options.update(_dropout(dropout_p, torch.stack((philox_seed, philox_offset))))
     dq, dk, dv, _, *dbias = _C.backward(
@@ -385,11 +386,7 @@ def _without_copies(bias: Tensor) -> Tensor:
     for dim in range(3):
         if bias.stride(dim) == 0:
             bias = bias.narrow(dim, 0, min(bias.shape[dim], 1))
-    return _in_rows(bias)
-
-
-def _in_rows(bias: Tensor) -> Tensor:
-    return bias if bias.stride(-1) == 1 else bias.contiguous()
+    return in_rows(bias)
 
 
 def _in_padded_rows(gradient: Tensor, bias: Any) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flash_attn_sm120.masks import in_rows
+
 
 class BlockLists(NamedTuple):
     """For each block of the one side the blocks of the other, as csrc/block_lists.h has them."""
@@ -103,8 +105,8 @@ def _of_fields(name: str, tensors: Any, seqlen_q: int, seqlen_k: int) -> BlockLi
 
 
 def _in_rows(x: torch.Tensor | None) -> torch.Tensor | None:
-    """As kernels read it: contiguous in the last dimension."""
-    return x if x is None or x.dim() == 0 or x.stride(-1) == 1 else x.contiguous()
+    """As kernels read it, where there is a list."""
+    return x if x is None or x.dim() == 0 else in_rows(x)
 
 
 # ---- the transpose -------------------------------------------------------------------------------

@@ -147,7 +147,7 @@ def flash_attn_func(
     Gradients of torch tensors reach ``q``, ``k``, ``v``, ``learnable_sink`` and ``attn_bias``. That
     of a bias with a dimension of size 1 is summed in any order on CUDA; with ``deterministic`` in
     order, from a gradient of all scores in float32. The backward keeps those, ``out`` and the
-    log-sum-exp, and has no derivative of its own, nor has the forward a forward-mode one. Calls
+    log-sum-exp. There are no second derivatives, and none in forward mode. Calls
     that torch follows (compile, export, vmap, modes, DTensor) are those of the operator
     ``torch.ops.flash_attn_sm120.forward``. Under ``torch.autocast``, ``q``, ``k`` and ``v`` are
     cast to its dtype, as for ``torch.nn.functional.scaled_dot_product_attention``, and so is an

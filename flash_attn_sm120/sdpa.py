@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from flash_attn_sm120.aten import OPERATORS, NotTaken, dtypes_on
 from flash_attn_sm120.interface import flash_attn_func
+from flash_attn_sm120.masks import as_bias, in_rows
 
 NAME = "SM120"  # in torch.nn.attention.list_flash_attention_impls()
 
@@ -335,8 +336,7 @@ def _to_bias(mask: Tensor, query: Tensor, seqlen_k: int, batch: tuple[int, ...])
 
     ``query`` has its heads already; ``batch``: the dimensions that have become one.
     """
-    if mask.dtype is torch.bool:
-        mask = torch.where(mask, query.new_zeros(()), -torch.inf)
+    mask = as_bias(mask, query)
     mask = mask[(None,) * (max(len(batch), 1) + 3 - mask.dim())]
     if mask.dim() > 4:
         if any(n != 1 for n in mask.shape[:-3]):
@@ -344,7 +344,7 @@ def _to_bias(mask: Tensor, query: Tensor, seqlen_k: int, batch: tuple[int, ...])
         mask = mask.flatten(0, -4)
     if mask.shape[-1] != seqlen_k:
         mask = mask.expand(-1, -1, -1, seqlen_k)
-    return mask if mask.stride(-1) == 1 else mask.contiguous()
+    return in_rows(mask)
 
 
 def _broadcast(shapes: Iterable[tuple[int, ...]]) -> tuple[int, ...]:

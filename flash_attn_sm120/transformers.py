@@ -28,6 +28,7 @@ from transformers import modeling_flash_attention_utils as flash_path_of_hf
 from transformers.integrations.flash_attention import get_target_dtype
 
 from flash_attn_sm120 import fa2, interface
+from flash_attn_sm120.masks import as_bias, in_rows
 
 ATTENTION = "sm120_attention"
 # Transformers looks for "flash" in a name, and for decoding from pages for a 2 or 3 behind it.
@@ -519,7 +520,7 @@ def _attend(
         "deterministic": deterministic,
     }
     if _is_dense(shown):
-        bias = None if shown.seen is None else _bias_of(shown.seen, q)
+        bias = None if shown.seen is None else in_rows(as_bias(shown.seen, q))
         dense: Tensor = interface.flash_attn_func(q, k, v, attn_bias=bias, **options)[0]
         return dense
     k_is_packed = shown.k.cu_seqlens is not None
@@ -536,14 +537,6 @@ def _attend(
         **options,
     )[0]
     return out.view(*q.shape[:3], v.shape[3])
-
-
-def _bias_of(seen: Tensor, q: Tensor) -> Tensor:
-    if seen.dtype == torch.bool:
-        seen = torch.where(seen, q.new_zeros(()), -torch.inf)
-    elif seen.dtype != torch.float32:
-        seen = seen.to(q.dtype)
-    return seen if seen.stride(-1) == 1 else seen.contiguous()
 
 
 def _decode(

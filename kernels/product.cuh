@@ -12,8 +12,8 @@
 #include "ptx.cuh"
 
 /* C [16 * FRAGS_M, 8 * FRAGS] += A [16 * FRAGS_M, 16 * K] * B [16 * K, 8 * FRAGS], where A is the
- * steps of A_rmem from `k` on, as many as it has. load(B, n) brings COLUMNS columns of fragments, from
- * n on: [K][COLUMNS][2 halves of the 16 k]. */
+ * steps of A_rmem from `k` on, as many as it has. load(B, n) brings COLUMNS columns of fragments
+ * from n on: [K][COLUMNS][2 halves of the 16 k]. */
 template <int FRAGS, int TYPE = DTYPE, int K = 1, int COLUMNS = 2, int FRAGS_M, int MAX_FRAGS,
           int STEPS, class F>
 __device__ __forceinline__ void mma_step(float (&C_rmem)[FRAGS_M][MAX_FRAGS][4],

@@ -87,10 +87,7 @@ def check_pages(device: str, dtype: torch.dtype, head_dim: int, causal: bool) ->
     seqlen = 300
     q, k, v = inputs.normal(device, dtype, seqlen, (8, 2, 2), head_dim)
     table = torch.randperm(-(-seqlen // PAGE_SIZE)).to(device, torch.int32)
-    k_pages, v_pages = (x.new_zeros(len(table), PAGE_SIZE, *x.shape[2:]) for x in (k, v))
-    for x, cache in ((k, k_pages), (v, v_pages)):
-        for page, rows in zip(table.tolist(), torch.split(x[0], PAGE_SIZE), strict=True):
-            cache[page, : len(rows)] = rows
+    k_pages, v_pages = (inputs.in_pages(x, table, PAGE_SIZE) for x in (k, v))
     out, _ = flash_attn_func(
         q, k_pages, v_pages, page_table=table[None], max_seqlen_k=seqlen, causal=causal
     )

@@ -31,3 +31,11 @@ def plain(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, causal: bool) ->
         for h, q_group in enumerate(q.transpose(1, 2).chunk(heads_kv, dim=1))
     ]
     return torch.cat(of_heads, dim=1).transpose(1, 2)
+
+
+def in_pages(x: torch.Tensor, table: torch.Tensor, page_size: int) -> torch.Tensor:
+    """The rows of ``x (1, seqlen, heads, dim)`` in the pages that ``table`` has, in its order."""
+    cache = x.new_zeros(len(table), page_size, *x.shape[2:])
+    for page, rows in zip(table.tolist(), torch.split(x[0], page_size), strict=True):
+        cache[page, : len(rows)] = rows
+    return cache

@@ -280,6 +280,11 @@ def as_fa2_lse(lse: Tensor) -> Tensor:
     return lse.nan_to_num(nan=math.nan, posinf=math.inf, neginf=math.inf)
 
 
+def from_fa2_lse(lse: Tensor) -> Tensor:
+    """The other way round: ours is +inf where a score is."""
+    return lse.masked_fill(lse == math.inf, -math.inf)
+
+
 def unpacked(name: str, packed: Tensor, ndim: int, count: int) -> tuple[Tensor, ...]:
     """The tensors in the third dimension from the end; their gradients are stacked again."""
     if packed.ndim != ndim or packed.shape[-3] != count:

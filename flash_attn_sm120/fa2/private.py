@@ -11,14 +11,13 @@ order and returns are those of FlashAttention-2.7 and 2.8, with these difference
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from flash_attn_sm120 import interface, ops
-from flash_attn_sm120.fa2.attention import as_fa2_lse, bound, unbounded
+from flash_attn_sm120.fa2.attention import as_fa2_lse, bound, from_fa2_lse, unbounded
 from flash_attn_sm120.following import is_followed
 
 __all__ = [
@@ -209,7 +208,7 @@ def _write(
 ) -> Tensor:
     """Gradients of ``inputs``, copied to ``to``. A row whose lse is +inf has none."""
     with torch.no_grad():
-        lse = lse.masked_fill(lse == math.inf, -math.inf)  # +inf of ours is a score of +inf
+        lse = from_fa2_lse(lse)
         run = ops.backward if is_followed(dout, *inputs, out, lse) else ops.run_backward
         gradients = run(options, dout, None, *inputs, None, out, lse, *lengths)
         for gradient, target in zip(gradients, to, strict=False):

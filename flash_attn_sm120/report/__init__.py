@@ -1,6 +1,6 @@
 """``python -m flash_attn_sm120 report``: what an owner of a card can paste.
 
-Every part runs in a process of its own within a time limit, correctness first: a hang, or a fault
+Every part runs in a child process within a time limit, correctness first: a hang, or a fault
 that breaks the GPU, costs the part, and what it had found by then stands. A part prints a JSON
 record a line. Nothing in the report names a person, a machine or a folder.
 """

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_sm120 import _C, _measure, flash_attn_func, flash_attn_varlen_func
+from flash_attn_sm120.commands import inputs
 
 Place = Callable[[Tensor], Tensor]  # a tensor to the device
 GRADIENT_FACTOR = 3.0  # of plain PyTorch's error, as in FlashAttention-2's tests of gradients
@@ -141,26 +142,26 @@ def _plain(
 
 def _plain_heads(q: Tensor, k: Tensor, v: Tensor, heads: slice, options: dict[str, Any]) -> Tensor:
     """Attention of some query heads over one KV head, every step in the type of the inputs."""
-    scores = torch.einsum("bqhd,bkd->bhqk", q, k[:, :, 0]) * q.shape[-1] ** -0.5
-    if cap := options.get("softcap"):
-        scores = cap * torch.tanh(scores / cap)
-    queries, keys = scores.shape[-2:]
+    queries, keys = q.shape[1], k.shape[1]
     distance = torch.arange(keys, device=q.device) - torch.arange(queries, device=q.device)[:, None]
     distance = distance - (keys - queries)  # of the key after the query's diagonal
     left, right = options.get("window_size", (None, None))
     right = 0 if options.get("causal") else right
-    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    visible = torch.ones_like(distance, dtype=torch.bool)
     if right is not None:
-        hidden |= distance > right
+        visible &= distance <= right
     if left is not None:
-        hidden |= distance < -left
-    scores = scores.masked_fill(hidden, -torch.inf)
+        visible &= distance >= -left
     sink = options.get("learnable_sink")
-    if sink is not None:
-        own = sink.as_subclass(Tensor)[heads].to(scores)[None, :, None, None]
-        scores = torch.cat([scores, own.expand(*scores.shape[:-1], 1)], -1)
-    weights = torch.softmax(scores, -1)[..., :keys]
-    return torch.einsum("bhqk,bkd->bqhd", weights, v[:, :, 0])
+    out = _measure.plain_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        visible,
+        softcap=options.get("softcap", 0.0),
+        sink=None if sink is None else sink.as_subclass(Tensor)[heads, None],
+    )
+    return out.transpose(1, 2)
 
 
 def _same_bits(case: Case, place: Place) -> str:
@@ -209,12 +210,7 @@ def _pages(place: Place) -> str:
     generator = torch.Generator().manual_seed(4)
     q, k, v = _tensors(case, generator)
     table = torch.randperm(-(-keys // PAGE_SIZE), generator=generator).to(torch.int32)
-    pages: list[Tensor] = []
-    for x in (k, v):
-        cache = x.new_zeros(len(table), PAGE_SIZE, *x.shape[2:])
-        for page, rows in zip(table.tolist(), torch.split(x[0], PAGE_SIZE), strict=True):
-            cache[page, : len(rows)] = rows
-        pages.append(place(cache))
+    pages = [place(inputs.in_pages(x, table, PAGE_SIZE)) for x in (k, v)]
     used = place(torch.tensor([keys], dtype=torch.int32))
     out = flash_attn_varlen_func(
         place(q),

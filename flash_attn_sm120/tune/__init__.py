@@ -16,7 +16,7 @@ chooses. Those that are right are timed beside it (``contest.py``, on the GPU of
 
 Tiles that spill registers are not sought out: they compile, and lose against the clock.
 
-The command has every contest in a process of its own (``trial.py``): a tile that hangs or breaks
+The command runs every contest in a child process (``trial.py``): a tile that hangs or breaks
 the GPU is noted, and is not run again.
 
 Every cell is appended to ``<gpu>-<arch>.jsonl`` (``journal.py``) as soon as it is done.

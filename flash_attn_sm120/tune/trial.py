@@ -1,4 +1,4 @@
-"""A contest in a process of its own: a tile that hangs, or breaks the GPU, costs itself alone.
+"""A contest in a child process: a tile that hangs, or breaks the GPU, costs itself alone.
 
 The child says which candidate it is about to run for the first time. If it then dies, or says
 nothing for LIMIT_S, that candidate is noted, and the contest starts again without it.
@@ -62,9 +62,7 @@ def watch(
     try:
         while ours.poll(limit_s):
             kind, value = ours.recv()
-            if kind == "record":
-                return value, begun
-            if kind == "error":
+            if kind in ("record", "error"):
                 return value, begun
             if kind == "begin":
                 begun = value

@@ -46,6 +46,25 @@ def run_command(*command, cwd=None, timeout=600, **environment):
     )
 
 
+# What the code of a rank begins with; DEVICE is set before.
+BEGIN_RANK = """
+import os
+import torch
+import torch.distributed as dist
+
+torch.set_num_threads(1)
+rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+if DEVICE == "cuda":
+    torch.cuda.set_device(rank)
+dist.init_process_group(
+    "nccl" if DEVICE == "cuda" else "gloo",
+    init_method=os.environ["INIT"],
+    rank=rank,
+    world_size=size,
+)
+"""
+
+
 def run_ranks(code, size, directory, timeout=300, **environment):
     """What came of ``code`` in each of ``size`` processes, which torch.distributed brings together
     through the environment variables of torchrun and a file store at INIT."""

@@ -5,7 +5,7 @@ import torch
 
 from flash_attn_sm120 import flash_attn_func
 from flash_attn_sm120.fa2 import flash_attn_with_kvcache
-from helpers.children import run_ranks
+from helpers.children import BEGIN_RANK, run_ranks
 from helpers.devices import CPU, CUDA, params_of
 
 
@@ -17,24 +17,9 @@ def device(request):
 # ---- training ------------------------------------------------------------------------------------
 
 TRAINING = """
-import os
-import torch
-import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-
-torch.set_num_threads(1)
-rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-if DEVICE == "cuda":
-    torch.cuda.set_device(rank)
-dist.init_process_group(
-    "nccl" if DEVICE == "cuda" else "gloo",
-    init_method=os.environ["INIT"],
-    rank=rank,
-    world_size=size,
-)
-
 from helpers.models import Transformer, causal
 
 HALF = DEVICE == "cuda"
@@ -92,7 +77,7 @@ def test_compiled_training_of_sharded_weights(device, tmp_path):
     """FSDP2 on two ranks: losses and weights are those of one process with all sequences."""
     if device is CUDA and torch.cuda.device_count() < 2:
         pytest.skip("needs 2 GPUs")
-    code = f"DEVICE = {device.torch_device!r}\n{TRAINING}"
+    code = f"DEVICE = {device.torch_device!r}\n{BEGIN_RANK}\n{TRAINING}"
     for done in run_ranks(code, 2, tmp_path, timeout=200):
         assert done.returncode == 0, done.stderr
 

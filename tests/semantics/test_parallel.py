@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from flash_attn_sm120 import flash_attn_func, parallel
-from helpers.children import run_ranks
+from helpers.children import BEGIN_RANK, run_ranks
 from helpers.devices import CPU, CUDA, params_of
 
 
@@ -119,21 +119,6 @@ def test_blocks_cover_what_is_visible_once(zigzag):
 
 
 RANKS = """
-import os
-import torch
-import torch.distributed as dist
-
-torch.set_num_threads(1)
-rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-if DEVICE == "cuda":
-    torch.cuda.set_device(rank)
-dist.init_process_group(
-    "nccl" if DEVICE == "cuda" else "gloo",
-    init_method=os.environ["INIT"],
-    rank=rank,
-    world_size=size,
-)
-
 from flash_attn_sm120 import flash_attn_func, flash_attn_varlen_func, parallel
 
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
@@ -266,7 +251,7 @@ def run_on(device, size, code, directory):
     if device is CUDA and torch.cuda.device_count() < size:
         pytest.skip(f"needs {size} GPUs")
     end = "dist.barrier()\ndist.destroy_process_group()\n"
-    whole = f"DEVICE = {device.torch_device!r}\n{RANKS}\n{code}\n{end}"
+    whole = f"DEVICE = {device.torch_device!r}\n{BEGIN_RANK}\n{RANKS}\n{code}\n{end}"
     for done in run_ranks(whole, size, directory, timeout=120):
         assert done.returncode == 0, done.stderr
 
