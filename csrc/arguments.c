@@ -229,16 +229,6 @@ static void set_mods(const struct fa_problem *problem, struct fa_mods *mods)
         mods->gradients[i] = data_of(&problem->score_mod.captured[i].gradient);
 }
 
-static struct fa_descale descale_of(const struct fa_tensor *descale)
-{
-    const bool is_one = descale->ndim < 2; /* for all */
-    return (struct fa_descale){
-        .scale = data_of(descale),
-        .batch_stride = is_one ? 0 : descale->stride[0],
-        .head_stride = is_one ? 0 : descale->stride[1],
-    };
-}
-
 /* Where the tiles of all sequences are listed; NULL: they are not. */
 static struct fa_listed_tile *list_of(const struct fa_plan *plan, float *workspace)
 {
@@ -285,8 +275,8 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .dropout = dropout_of(problem),
         .alibi = alibi_of(problem),
         .bias = bias_of(problem),
-        .k_descale = descale_of(&problem->k_descale),
-        .v_descale = descale_of(&problem->v_descale),
+        .k_descale = fa_tensor_descale(&problem->k_descale),
+        .v_descale = fa_tensor_descale(&problem->v_descale),
     };
 }
 
@@ -364,8 +354,8 @@ struct fa_scatter_params fa_arguments_of_scatter(const struct fa_scatter *scatte
         .page_size = divisor_of(scatter->page_size),
         .chunks = divisor_of((int)k->shape[2] / chunk),
         .chunks_v = divisor_of((int)v->shape[2] / chunk),
-        .k_descale = descale_of(&tensors[FA_SCATTER_K_DESCALE]),
-        .v_descale = descale_of(&tensors[FA_SCATTER_V_DESCALE]),
+        .k_descale = fa_tensor_descale(&tensors[FA_SCATTER_K_DESCALE]),
+        .v_descale = fa_tensor_descale(&tensors[FA_SCATTER_V_DESCALE]),
     };
 }
 
@@ -443,8 +433,8 @@ static struct fa_append_params append_params(const struct fa_problem *problem,
         .chunks_v = divisor_of(shape->head_dim_v / chunk),
         .lengths = lengths_of(problem),
         .pages = pages_of(problem),
-        .k_descale = descale_of(&problem->k_descale),
-        .v_descale = descale_of(&problem->v_descale),
+        .k_descale = fa_tensor_descale(&problem->k_descale),
+        .v_descale = fa_tensor_descale(&problem->v_descale),
     };
 }
 
@@ -513,12 +503,10 @@ static float scale_of_dS(const struct fa_shape *shape, const struct fa_plan *pla
 
 static struct fa_backward_params backward_params(const struct fa_problem *problem,
                                                  const struct fa_gradients *gradients,
-                                                 const struct fa_plan *plan, float *workspace)
+                                                 const struct fa_plan *plan)
 {
     const struct fa_shape *shape = &problem->shape;
-    const struct fa_workspace *at = &plan->workspace;
     const struct scales scales = scales_of(shape, plan);
-    const int64_t zero_chunks = (at->size - at->zeros) / 4;
     return (struct fa_backward_params){
         .q = problem->q.data,
         .k = problem->k.data,
@@ -531,15 +519,6 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .dk = gradients->dk.data,
         .dv = gradients->dv.data,
         .dsink = data_of(&gradients->dsink),
-        .lse_delta = workspace,
-        .dq_accum = workspace + at->dq_accum,
-        .dk_accum = workspace + at->dk_accum,
-        .dv_accum = workspace + at->dv_accum,
-        .dq_semaphores = (int *)(workspace + at->dq_semaphores),
-        .dkv_semaphores = (int *)(workspace + at->dkv_semaphores),
-        .block_counter = (int *)(workspace + at->block_counter),
-        .zeros = workspace + at->zeros,
-        .zero_chunks = zero_chunks,
         .q_stride = fa_tensor_strides(&problem->q),
         .k_stride = fa_tensor_strides(&problem->k),
         .v_stride = fa_tensor_strides(&problem->v),
@@ -565,15 +544,31 @@ static struct fa_backward_params backward_params(const struct fa_problem *proble
         .softmax_scale = scale_of_dS(shape, plan),
         .dq = gradients->dq.data,
         .dq_stride = fa_tensor_strides(&gradients->dq),
-        .zero_share = CEIL_DIV(zero_chunks, MAX(plan->steps[0].blocks, 1)),
         .lengths = lengths_of(problem),
-        .list = list_of(plan, workspace),
         .group_heads = plan->group_heads,
         .query_tiles = plan->query_tiles,
         .head_dim = shape->head_dim,
         .tile_n = plan->tile_n,
         .alibi = alibi_of(problem),
     };
+}
+
+/* What lies in the workspace. */
+static void set_workspace(const struct fa_plan *plan, float *workspace,
+                          struct fa_backward_params *params)
+{
+    const struct fa_workspace *at = &plan->workspace;
+    params->lse_delta = workspace;
+    params->dq_accum = workspace + at->dq_accum;
+    params->dk_accum = workspace + at->dk_accum;
+    params->dv_accum = workspace + at->dv_accum;
+    params->dq_semaphores = (int *)(workspace + at->dq_semaphores);
+    params->dkv_semaphores = (int *)(workspace + at->dkv_semaphores);
+    params->block_counter = (int *)(workspace + at->block_counter);
+    params->list = list_of(plan, workspace);
+    params->zeros = workspace + at->zeros;
+    params->zero_chunks = (at->size - at->zeros) / 4;
+    params->zero_share = CEIL_DIV(params->zero_chunks, MAX(plan->steps[0].blocks, 1));
 }
 
 /* An accumulator, or several added up, to a gradient of `rows` rows per head in it. */
@@ -606,7 +601,8 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     const float scale = scale_of_dS(shape, plan);
     const float scale_of_P = 1 / (fa_keep_probability(shape) * tensor_repeat(plan));
     struct fa_backward_params *main = &arguments->main.dense;
-    *main = backward_params(problem, gradients, plan, workspace);
+    *main = backward_params(problem, gradients, plan);
+    set_workspace(plan, workspace, main);
     main->dropout = dropout_of(problem);
     main->bias = bias_of(problem);
     if (gradients->dbias.object) {

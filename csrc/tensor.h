@@ -91,6 +91,17 @@ static inline struct fa_strides fa_tensor_strides(const struct fa_tensor *tensor
     return (struct fa_strides){tensor->ndim == 4 ? inner[-1] : 0, inner[0], inner[1]};
 }
 
+/* The factors of e4m3: [batch, heads_kv], or, of fewer dimensions, one for all. */
+static inline struct fa_descale fa_tensor_descale(const struct fa_tensor *descale)
+{
+    const bool is_one = descale->ndim < 2;
+    return (struct fa_descale){
+        .scale = descale->object ? descale->data : NULL,
+        .batch_stride = is_one ? 0 : descale->stride[0],
+        .head_stride = is_one ? 0 : descale->stride[1],
+    };
+}
+
 /* Whether rows of the innermost dimension lie contiguous and, for the 16-byte accesses of the
  * kernels, aligned. */
 bool fa_tensor_is_readable(const struct fa_tensor *tensor);

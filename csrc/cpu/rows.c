@@ -167,9 +167,10 @@ void fa_store_rows(const struct fa_tensor *tensor, struct side side, struct rang
 
 float fa_descale(const struct fa_tensor *descale, int64_t number, int64_t head_kv)
 {
-    const bool is_one = descale->ndim < 2; /* for all */
-    const int64_t at = is_one ? 0 : number * descale->stride[0] + head_kv * descale->stride[1];
-    return descale->object ? ((const float *)descale->data)[at] : 1;
+    const struct fa_descale factors = fa_tensor_descale(descale);
+    return factors.scale
+               ? factors.scale[number * factors.batch_stride + head_kv * factors.head_stride]
+               : 1;
 }
 
 /* ---- Arithmetic ------------------------------------------------------------------------------ */
