@@ -40,6 +40,7 @@ def forward(
     deterministic: bool = False,
     key_blocks: tuple[Any, ...] | None = None,
     query_blocks: tuple[Any, ...] | None = None,
+    heads_first: bool = False,
     return_lse: bool = False,
     out: Any | None = None,
     lse: Any | None = None,
@@ -75,6 +76,7 @@ def forward_if_plain(
     deterministic: bool = False,
     key_blocks: tuple[Any, ...] | None = None,
     query_blocks: tuple[Any, ...] | None = None,
+    heads_first: bool = False,
     return_lse: bool = False,
     out: Any | None = None,
     lse: Any | None = None,
@@ -110,6 +112,7 @@ def cache_forward(
     deterministic: bool = False,
     key_blocks: tuple[Any, ...] | None = None,
     query_blocks: tuple[Any, ...] | None = None,
+    heads_first: bool = False,
     return_lse: bool = False,
     out: Any | None = None,
     lse: Any | None = None,
@@ -153,6 +156,7 @@ def cache_forward_if_plain(
     deterministic: bool = False,
     key_blocks: tuple[Any, ...] | None = None,
     query_blocks: tuple[Any, ...] | None = None,
+    heads_first: bool = False,
     return_lse: bool = False,
     out: Any | None = None,
     lse: Any | None = None,
@@ -200,6 +204,7 @@ def backward(
     deterministic: bool = False,
     key_blocks: tuple[Any, ...] | None = None,
     query_blocks: tuple[Any, ...] | None = None,
+    heads_first: bool = False,
     bias_gradient: bool = False,
 ) -> tuple[Any, ...]: ...
 def combine(
@@ -252,6 +257,7 @@ def explain(
     deterministic: bool = False,
     key_blocks: tuple[Any, ...] | None = None,
     query_blocks: tuple[Any, ...] | None = None,
+    heads_first: bool = False,
     bias_gradient: bool = False,
     arch: int | None = None,
 ) -> dict[str, Any]: ...
@@ -286,6 +292,7 @@ def explain_backward(
     deterministic: bool = False,
     key_blocks: tuple[Any, ...] | None = None,
     query_blocks: tuple[Any, ...] | None = None,
+    heads_first: bool = False,
     bias_gradient: bool = False,
     arch: int | None = None,
 ) -> dict[str, Any]: ...

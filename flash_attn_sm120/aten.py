@@ -37,16 +37,17 @@ def _sdpa_forward(
 ) -> tuple[Any, ...]:
     """Tensors are (batch, heads, seqlen, head_dim), and out has the layout of the query."""
     _check(query, value, dropout_p, return_debug_mask)
-    out, drawn = torch.empty_like(query), _random_numbers(query, dropout_p)
-    _, lse = _C.forward(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        out=out.transpose(1, 2),
-        return_lse=True,
+    drawn = _random_numbers(query, dropout_p)
+    out, lse = _C.forward(
+        query,
+        key,
+        value,
         softmax_scale=scale,
         causal=is_causal,
-        **_dropout(dropout_p, drawn[0]),
+        dropout_p=dropout_p,
+        dropout_seed=drawn[0] if dropout_p else None,
+        heads_first=True,
+        return_lse=True,
     )
     return out, lse, None, None, query.shape[2], key.shape[2], *drawn
 
@@ -70,19 +71,19 @@ def _sdpa_backward(
     scale: float | None = None,
 ) -> list[Tensor]:
     _check(query, value, dropout_p)
-    dout, q, k, v, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
     gradients = _gradients(
-        dout,
-        q,
-        k,
-        v,
+        grad_out,
+        query,
+        key,
+        value,
         out,
         logsumexp,
         softmax_scale=scale,
         causal=is_causal,
+        heads_first=True,
         **_dropout(dropout_p, philox_seed),
     )
-    return _in_layout_of((query, key, value), (x.transpose(1, 2) for x in gradients))
+    return _in_layout_of((query, key, value), gradients)
 
 
 def _flash_forward(
@@ -311,9 +312,9 @@ def _check(
         raise NotTaken("dropout_p")
     if return_debug_mask:
         _leave("return_debug_mask", dropout_p)
+    _check_tensors(query, value)
     if value.shape[-1] != query.shape[-1]:
         raise NotTaken("head_dim")
-    _check_tensors(query, value)
 
 
 def _check_dense(query: Tensor, value: Tensor, bias: Tensor | None, dropout_p: float) -> None:
@@ -325,7 +326,8 @@ def _check_dense(query: Tensor, value: Tensor, bias: Tensor | None, dropout_p: f
 
 
 def _check_tensors(query: Tensor, value: Tensor) -> None:
-    if any(n > 256 or n % 8 for n in (query.shape[-1], value.shape[-1])):
+    dim, dim_v = query.shape[-1], value.shape[-1]
+    if dim > 256 or dim % 8 or dim_v > 256 or dim_v % 8:
         raise NotTaken("head_dim")
     if query.stride(-1) != 1:
         raise NotTaken("stride of the last dimension")
