@@ -226,14 +226,15 @@ def _efficient_forward(
     heads, seqlen_q, seqlen_k)."""
     _check_dense(query, value, attn_bias, dropout_p)
     batch, heads, rows, _ = query.shape
-    out = query.new_empty((batch, rows, heads, value.shape[-1]))
+    out = query.new_empty((batch, rows, heads, value.shape[-1])).transpose(1, 2)
     drawn = draw_seed(query) if dropout_p else query.new_empty(2, dtype=torch.int64)
     _, lse = _C.forward(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        query,
+        key,
+        value,
         out=out,
         return_lse=compute_log_sumexp,
+        heads_first=True,
         attn_bias=None if attn_bias is None else _without_copies(attn_bias),
         softmax_scale=scale,
         window_size=_top_left(query, key, is_causal),
@@ -242,7 +243,7 @@ def _efficient_forward(
     if lse is None:
         lse = query.new_empty((batch, heads, 0), dtype=torch.float32)
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32))
-    return out.transpose(1, 2), padded, *(x.clone() for x in drawn)
+    return out, padded, *(x.clone() for x in drawn)
 
 
 def _efficient_backward(
@@ -427,13 +428,18 @@ def _dropout(dropout_p: float, drawn: Tensor) -> dict[str, Any]:
 
 def _random_numbers(query: Tensor, dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
     """What torch returns of its random numbers and of its debug mask: the first is our seed."""
-    state, unused = _like_random_numbers(query.device)
+    state, unused, mask = _like_random_numbers(query.device, query.dtype)
     state = draw_seed(query).view(torch.uint64) if dropout_p else torch.empty_like(state)
-    return state, torch.empty_like(unused), query.new_empty(0)
+    return state, torch.empty_like(unused), mask
 
 
 @cache
-def _like_random_numbers(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tensors to make others like, which takes torch half the time of saying type and device."""
+def _like_random_numbers(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors to make others like, which takes torch half the time of saying type and device; and
+    the mask, which has no elements. The others are saved for the backward, and a CUDA graph of
+    torch.compile refuses what was allocated before it."""
     state = torch.empty(2, dtype=torch.uint64, device=device)
-    return state, torch.empty((), dtype=torch.uint64, device=device)
+    unused = torch.empty((), dtype=torch.uint64, device=device)
+    return state, unused, torch.empty(0, dtype=dtype, device=device)

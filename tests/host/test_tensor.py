@@ -97,7 +97,7 @@ def test_any_outer_strides(axes):
 
 
 @pytest.mark.parametrize("make", [torch.from_numpy, np.asarray, lambda x: Producer(Capsule(x))])
-@pytest.mark.parametrize("axes", itertools.permutations(range(4)))
+@pytest.mark.parametrize("axes", list(itertools.permutations(range(4))))
 def test_heads_first(axes, make):
     """Of any strides; where rows are not innermost it is copied."""
     laid = [array(i).transpose(0, 2, 1, 3) for i in range(3)]
