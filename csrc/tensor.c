@@ -170,15 +170,29 @@ too_far:
     return fa_raise(PyExc_ValueError, "%s spans more than 64-bit byte offsets can address", name);
 }
 
-/* The tensor with 1 and 2 exchanged where its object has them so: in the order of its object. */
-static struct fa_tensor in_order_of_object(const struct fa_tensor *tensor)
+static void exchange(int64_t *a, int64_t *b)
 {
-    struct fa_tensor given = *tensor;
-    if (tensor->is_heads_first) {
-        given.shape[1] = tensor->shape[2], given.shape[2] = tensor->shape[1];
-        given.stride[1] = tensor->stride[2], given.stride[2] = tensor->stride[1];
-    }
-    return given;
+    const int64_t kept = *a;
+    *a = *b;
+    *b = kept;
+}
+
+/* From the order of the object to ours, and back. */
+static void exchange_heads(struct fa_tensor *tensor)
+{
+    exchange(&tensor->shape[1], &tensor->shape[2]);
+    exchange(&tensor->stride[1], &tensor->stride[2]);
+}
+
+/* The tensor in the order of its object: itself, or `other`, which is set. */
+static const struct fa_tensor *in_order_of_object(const struct fa_tensor *tensor,
+                                                  struct fa_tensor *other)
+{
+    if (!tensor->is_heads_first)
+        return tensor;
+    *other = *tensor;
+    exchange_heads(other);
+    return other;
 }
 
 /* Reads what a producer gave, borrowed or owned, into the tensor, which has its object. 0 or -1. */
@@ -213,7 +227,8 @@ static int read_dltensor(struct fa_dlpack *dlpack, const DLTensor *source, const
         /* What does not fit is refused by set_extent where it is used. */
         compact = fa_saturating_multiply(compact, MAX(size, 1));
     }
-    *tensor = in_order_of_object(tensor); /* the exchange is its own inverse */
+    if (tensor->is_heads_first)
+        exchange_heads(tensor);
     if (fa_tensor_is_empty(tensor))
         return 0;
     if (!source->data)
@@ -457,7 +472,8 @@ static bool is_alike(const struct fa_tensor *a, const struct fa_tensor *b)
 /* Whether what is borrowed now is what was read; an exception may be set where it is not. */
 static bool is_still(const DLTensor *now, const struct fa_tensor *read, const char *name)
 {
-    const struct fa_tensor given = in_order_of_object(read), *tensor = &given;
+    struct fa_tensor other;
+    const struct fa_tensor *tensor = in_order_of_object(read, &other);
     const size_t size = sizeof *now->shape * (size_t)tensor->ndim;
     enum fa_dtype dtype = tensor->dtype;
     enum fa_device_type device_type;
@@ -668,9 +684,10 @@ static PyObject *lend(struct fa_tensor *tensor, const char *name)
     struct lent *lent = calloc(1, sizeof *lent);
     if (!lent)
         return PyErr_NoMemory();
-    const struct fa_tensor given = in_order_of_object(tensor);
-    memcpy(lent->shape, given.shape, sizeof lent->shape);
-    memcpy(lent->stride, given.stride, sizeof lent->stride);
+    struct fa_tensor other;
+    const struct fa_tensor *given = in_order_of_object(tensor, &other);
+    memcpy(lent->shape, given->shape, sizeof lent->shape);
+    memcpy(lent->stride, given->stride, sizeof lent->stride);
     lent->managed = tensor->managed;
     lent->release = tensor->release;
     lent->dlpack = (DLManagedTensor){
@@ -799,8 +816,8 @@ static PyObject *make_empty(PyObject *frameworks, const struct fa_tensor *like,
         is_pattern_of(like, expected) && is_unchanged(like, "it"))
         return PyObject_CallFunctionObjArgs(like->empty_like, like->object, NULL);
     PyErr_Clear(); /* of what is no longer what it was: fa_tensor_recheck() tells */
-    const struct fa_tensor given = in_order_of_object(expected);
-    PyObject *sizes = tuple_of(given.ndim, given.shape);
+    struct fa_tensor other;
+    PyObject *sizes = tuple_of(expected->ndim, in_order_of_object(expected, &other)->shape);
     PyObject *made =
         sizes ? PyObject_CallMethod(frameworks, "empty", "OOiii", like->object, sizes,
                                     expected->dtype, expected->device_type, expected->device_id)
