@@ -212,13 +212,11 @@ static bool takes(enum fa_method_kind kind, int option)
  * there is none. */
 static int find_option(const struct fa_option_names *names, PyObject *name, int next)
 {
-    for (int i = 0; i < FA_OPTION_COUNT; i++) {
-        const int option = (next + i) % FA_OPTION_COUNT;
+    for (int option = next; option < FA_OPTION_COUNT; option++)
         if (names->names[option] == name)
             return option;
-    }
     for (int option = 0; option < FA_OPTION_COUNT; option++)
-        if (PyUnicode_Compare(names->names[option], name) == 0)
+        if (names->names[option] == name || PyUnicode_Compare(names->names[option], name) == 0)
             return option;
     return -1;
 }

@@ -117,7 +117,6 @@ struct fa_workspace {
 
 #define FA_MAX_STEPS 7
 struct fa_plan {
-    struct fa_step steps[FA_MAX_STEPS]; /* in the order of their launches */
     int step_count;
     int main;               /* the step that multiplies matrices */
     int tile_m, tile_n;     /* queries and keys of a tile of the main kernel */
@@ -135,8 +134,9 @@ struct fa_plan {
     int blocks_per_sm;  /* of the main kernel; in the forward registers may allow fewer */
     int sms;            /* forward: multiprocessors of the device */
     struct fa_workspace workspace;
-    struct fa_reason reasons[FA_MAX_REASONS];
     int reason_count;
+    struct fa_step steps[FA_MAX_STEPS]; /* in the order of their launches */
+    struct fa_reason reasons[FA_MAX_REASONS];
 };
 
 /* What could not be planned: an error for the caller to raise. */
