@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define NAME_SIZE 96
+#define NAME_SIZE 128
 
 /* .reg .b32 %r<9>: names %r0 ... %r8. A count of 0: the one name alone. */
 struct registers {
@@ -356,7 +356,7 @@ static bool read_operands(struct parser *parser, char *at, const char *items,
 /* ---- instructions --------------------------------------------------------------------------- */
 
 static const struct opcode *const TABLES[] = {
-    CONTROL_OPCODES, ARITHMETIC_OPCODES, LANE_OPCODES,    MATRIX_OPCODES,
+    CONTROL_OPCODES, ARITHMETIC_OPCODES, LANE_OPCODES,    MMA_OPCODES,  MATRIX_OPCODES,
     MEMORY_OPCODES,  COPY_OPCODES,       BARRIER_OPCODES, BULK_OPCODES,
 };
 
