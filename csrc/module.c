@@ -10,7 +10,8 @@
 
 /* ---- arguments ------------------------------------------------------------------------------- */
 
-/* A method's arguments: tensors by position, options by name. */
+/* A method's arguments: tensors by position, then options by position, as far as all calls have
+ * them, or by name. */
 struct method {
     const char *name;
     enum fa_method_kind kind;
@@ -23,14 +24,16 @@ static int read_options(struct fa_state *state, const struct method *method,
                         struct fa_problem *problem)
 {
     memset(problem, 0, sizeof *problem);
-    if (count != method->tensors) {
-        PyErr_Format(PyExc_TypeError, "%s() takes %d positional arguments, got %d", method->name,
-                     method->tensors, (int)count);
+    const Py_ssize_t options = count - method->tensors;
+    if (options < 0 || options > FA_OPTION_return_lse) {
+        PyErr_Format(PyExc_TypeError, "%s() takes %d to %d positional arguments, got %d",
+                     method->name, method->tensors, method->tensors + FA_OPTION_return_lse,
+                     (int)count);
         return -1;
     }
     problem->is_cache = method->kind == FA_METHOD_CACHE;
-    return fa_options_read(&state->option_names, method->name, method->kind, arguments + count,
-                           kwnames, &problem->options);
+    return fa_options_read(&state->option_names, method->name, method->kind,
+                           arguments + method->tensors, (int)options, kwnames, &problem->options);
 }
 
 /* ---- methods --------------------------------------------------------------------------------- */
@@ -265,23 +268,22 @@ static PyObject *tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(un
     {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS, doc}
 
 static PyMethodDef METHODS[] = {
-    FAST_METHOD(forward, "forward($module, q, k, v, /, *" CALL_OPTIONS RESULT_OPTIONS ")\n--\n\n"
+    FAST_METHOD(forward, "forward($module, q, k, v, /" CALL_OPTIONS ", *" RESULT_OPTIONS ")\n--\n\n"
                          "(out, lse) of a call; the options are those of flash_attn_func."),
     FAST_METHOD(forward_if_plain,
-                "forward_if_plain($module, q, k, v, /, *" CALL_OPTIONS RESULT_OPTIONS ")\n--\n\n"
+                "forward_if_plain($module, q, k, v, /" CALL_OPTIONS ", *" RESULT_OPTIONS ")\n--\n\n"
                 "The same, or NotImplemented where torch may follow the call: see follow()."),
-    FAST_METHOD(
-        cache_forward,
-        "cache_forward($module, q, k_cache, v_cache, /, *" CALL_OPTIONS RESULT_OPTIONS CACHE_OPTIONS
-        ")\n--\n\n(out, lse) of a call of caches, to which k and v are "
-        "appended first."),
+    FAST_METHOD(cache_forward, "cache_forward($module, q, k_cache, v_cache, /" CALL_OPTIONS
+                               ", *" RESULT_OPTIONS CACHE_OPTIONS
+                               ")\n--\n\n(out, lse) of a call of caches, to which k and v are "
+                               "appended first."),
     FAST_METHOD(cache_forward_if_plain,
-                "cache_forward_if_plain($module, q, k_cache, v_cache, /, *" CALL_OPTIONS
-                    RESULT_OPTIONS CACHE_OPTIONS
+                "cache_forward_if_plain($module, q, k_cache, v_cache, /" CALL_OPTIONS
+                ", *" RESULT_OPTIONS CACHE_OPTIONS
                 ")\n--\n\nThe same, or NotImplemented, as forward_if_plain()."),
     FAST_METHOD(
         backward,
-        "backward($module, dout, q, k, v, out, lse, dlse, /, *" CALL_OPTIONS GRADIENT_OPTIONS
+        "backward($module, dout, q, k, v, out, lse, dlse, /" CALL_OPTIONS ", *" GRADIENT_OPTIONS
         ")\n--\n\n(dq, dk, dv, dsink) of a call, and dbias where bias_gradient asks for it; dlse "
         "and dsink may be None."),
     {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL,
@@ -290,13 +292,12 @@ static PyMethodDef METHODS[] = {
     {"scatter", (PyCFunction)(void (*)(void))scatter, METH_FASTCALL,
      "scatter($module, k, v, k_cache, v_cache, slots, k_descale=None, v_descale=None, /)\n--\n\n"
      "Writes rows of k and v to their slots in caches of pages; a negative slot is none."},
-    FAST_METHOD(explain, "explain($module, q, k, v, /, *" CALL_OPTIONS GRADIENT_OPTIONS PLAN_OPTIONS
-                         ")\n--\n\n"
+    FAST_METHOD(explain, "explain($module, q, k, v, /" CALL_OPTIONS
+                         ", *" GRADIENT_OPTIONS PLAN_OPTIONS ")\n--\n\n"
                          "The plan of the forward of a call: a dict."),
-    FAST_METHOD(explain_backward,
-                "explain_backward($module, q, k, v, /, *" CALL_OPTIONS GRADIENT_OPTIONS PLAN_OPTIONS
-                ")\n--\n\n"
-                "The plan of the backward of a call: a dict."),
+    FAST_METHOD(explain_backward, "explain_backward($module, q, k, v, /" CALL_OPTIONS
+                                  ", *" GRADIENT_OPTIONS PLAN_OPTIONS ")\n--\n\n"
+                                  "The plan of the backward of a call: a dict."),
     {"follow", follow, METH_VARARGS,
      "follow($module, plain_types, questions, forward_ad, /)\n--\n\n"
      "Tells what forward_if_plain() asks: see flash_attn_sm120/following.py."},

@@ -242,21 +242,32 @@ int fa_option_names_make(struct fa_option_names *names)
     return 0;
 }
 
+static int read_option(int option, PyObject *value, struct fa_options *options)
+{
+    const struct row *row = &ROWS[option];
+    return row->read(value, row->name, (char *)options + row->offset);
+}
+
 int fa_options_read(const struct fa_option_names *names, const char *method,
-                    enum fa_method_kind kind, PyObject *const *values, PyObject *kwnames,
-                    struct fa_options *options)
+                    enum fa_method_kind kind, PyObject *const *values, int positional,
+                    PyObject *kwnames, struct fa_options *options)
 {
     *options = DEFAULTS;
+    for (int i = 0; i < positional; i++)
+        if (read_option(i, values[i], options) < 0)
+            return -1;
     const Py_ssize_t count = kwnames ? PyTuple_Size(kwnames) : 0;
-    int next = 0;
+    int next = positional;
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *name = PyTuple_GetItem(kwnames, i);
         const int option = find_option(names, name, next);
         if (option < 0 || !takes(kind, option))
             return fa_raise(PyExc_TypeError, "%s() got an unexpected keyword argument '%U'", method,
                             name);
-        const struct row *row = &ROWS[option];
-        if (row->read(values[i], row->name, (char *)options + row->offset) < 0)
+        if (option < positional)
+            return fa_raise(PyExc_TypeError, "%s() got multiple values for argument '%U'", method,
+                            name);
+        if (read_option(option, values[positional + i], options) < 0)
             return -1;
         next = option + 1;
     }
