@@ -30,6 +30,15 @@ QUICK_CHOICES: Choices = {
     "stages": (2, 3),
 }
 
+# Of struct fa_backward_tile.
+BACKWARD_CHOICES: Choices = {
+    "warps": (4, 8, 16),
+    "warp_n": (16, 32, 64),
+    "tile_m": (32, 64, 128),
+    "sub_m": (16, 32, 64),
+    "stages": (1, 2),
+}
+
 # How K and V come to shared memory, by the names that csrc/tiles.c has for it.
 CP_ASYNC = {"kernel": 0, "producer": 0}
 FEEDS = {
@@ -62,6 +71,31 @@ def _is_promising(row: Row, cell: Cell) -> bool:
         and row["warp_m"] * row["sub_n"] >= 512  # fewer mma at a time leave the tensor cores idle
         and (row["warps"] > 2 or cell.bucket.upto == BUCKETS[0].upto)
         and (cell.bucket.upto == ANY or tile_m <= 2 * cell.bucket.upto)
+    )
+
+
+def backward_tiles(head_dim: int, head_dim_v: int, choices: Choices) -> Iterator[Row]:
+    """The tiles of the backward that may be worth compiling."""
+    for values in itertools.product(*choices.values()):
+        tile = dict(zip(choices, values, strict=True))
+        if _is_promising_backward(tile, max(head_dim, head_dim_v)):
+            yield tile
+
+
+def _is_promising_backward(tile: Row, head_dim: int) -> bool:
+    """As above."""
+    group_warps, fragments = tile["warps"] // 2, tile["tile_m"] // 2 * head_dim // 32
+    # Registers that a thread holds: K or V in 16 bits, dV or dK in fp32, and then a sub-tile of
+    # scores, or its part of dQ.
+    held = tile["warp_n"] * (head_dim / 64 + head_dim / 32)
+    held += max(tile["sub_m"] * tile["warp_n"] / 32, fragments / group_warps)
+    return (
+        2 * tile["sub_m"] <= tile["tile_m"]
+        and tile["tile_m"]
+        >= min(4096 // head_dim, 128)  # fewer products do not hide a tile's barriers
+        and (tile["sub_m"] * tile["warp_n"] >= 512 or head_dim > 128)  # nor an mma's latency
+        and 64 <= group_warps * tile["warp_n"] <= 256  # keys
+        and held <= (112 if tile["warps"] > 8 else 232)  # of 128, of 255
     )
 
 
