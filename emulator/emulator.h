@@ -63,7 +63,8 @@ typedef void handler(struct warp *warp, const struct instruction *in, lanes acti
 
 /* A row of an opcode table. `operands` has one item per operand, in PTX's order, with a space
  * between two:
- *     p h w d    a source: predicate, 16, 32, 64 bits; P H W D a destination. Constants are fine.
+ *     p b h w d  a source: predicate, 8, 16, 32, 64 bits; P B H W D a destination. Constants are
+ *                fine.
  *     w4         a vector {a, b, c, d} of four such registers: four operands in a row
  *     W|P        a destination with a predicate beside it: two operands
  *     [          an address: register plus constant, or symbol plus constant: one operand

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import numpy as np
@@ -54,15 +55,54 @@ def mma_statement(mma):
     return statement(mma.name, [c], ["r4", "r2", c, *scales])
 
 
+def nibbles_statement(name):
+    """With e2m1x2, which is in a register of 8 bits, on its way from or to a larger one."""
+    if name.endswith("x2.e2m1x2"):
+        return (
+            '    asm volatile("{ .reg .b8 n; mov.b32 {n, _, _, _}, %1; '
+            f'{name} %0, n; }}" : "=r"(r[0]) : "r"(r[1]));\n'
+            '    asm volatile("{ .reg .b8 n, m; mov.b16 {n, m}, %1; '
+            f'{name} %0, m; }}" : "=r"(r[0]) : "h"(h[1]));\n'
+        )
+    sources, letter = ("%1, %2", "f") if name.endswith(".f32") else ("%1", "r")
+    inputs = f'"{letter}"({letter}[0]), "{letter}"({letter}[1])'
+    ends = ("mov.b32 %0, {n, n, n, n}", "r"), ("mov.b16 %0, {n, 0}", "h")
+    ends += ("cvt.u32.u8 %0, n", "r"), ("cvt.u16.u8 %0, n", "h")
+    return "".join(
+        f'    asm volatile("{{ .reg .b8 n; {name} n, {sources}; {end}; }}" '
+        f': "={d}"({d}[0]) : {inputs});\n'
+        for end, d in ends
+    )
+
+
+def conversions():
+    """Name -> registers of the destination and of the sources."""
+    for relu, small in itertools.product(("", ".relu"), ("e4m3x2", "e5m2x2", "e2m1x2")):
+        yield f"cvt.rn.satfinite{relu}.{small}.f32", "h", ["f", "f"]
+        yield f"cvt.rn.satfinite{relu}.{small}.f16x2", "h", ["r"]
+        yield f"cvt.rn{relu}.f16x2.{small}", "r", ["h"]
+    for mode, finite in itertools.product(("rz", "rp"), ("", ".satfinite")):
+        yield f"cvt.{mode}{finite}.ue8m0x2.f32", "h", ["f", "f"]
+        yield f"cvt.{mode}{finite}.ue8m0x2.bf16x2", "h", ["r"]
+    yield "cvt.rn.bf16x2.ue8m0x2", "r", ["h"]
+
+
+def conversion_statement(name, destination, sources):
+    if "e2m1x2" in name:
+        return nibbles_statement(name)
+    return statement(name, [destination], sources)
+
+
 STATEMENTS = (
     {str(mma): mma_statement(mma) for mma in PLAIN + SPELLINGS}
     | {name: statement(name, [f"r{n}"], ["[r]"]) for name, n in LOADS.items()}
     | {name: statement(name, [], ["[r]", f"r{n}"]) for name, n in STORES.items()}
+    | {name: conversion_statement(name, d, sources) for name, d, sources in conversions()}
 )
 
 
 def compiled(statements, architecture):
-    """PTX or cubin of a kernel that nothing calls: registers have no values worth anything."""
+    """The PTX of a kernel of these statements, assembled where the architecture is a real one."""
     api, _ = jit.load_nvrtc()
     source = 'extern "C" __global__ void test(unsigned *words)\n{\n'
     source += "    unsigned r[40];\n    float f[40];\n    unsigned short h[40];\n"
