@@ -231,7 +231,8 @@ def mask(
         valid = _rows_of_keys(attention_mask, kv_length, kv_offset)
         if is_self_attention:
             valid = valid & (torch.arange(kv_length, device=device) < end)
-        return _padded(window_size, lengths, valid, end) or every_pair()
+        padded = _padded(window_size, lengths, valid, end)
+        return every_pair() if padded is None else padded
     if isinstance(end, Tensor):
         used = end.to(device, torch.int32).expand(batch_size).contiguous()
     elif end == kv_length:
