@@ -4,9 +4,10 @@
 
 On an H100 or H200: with FA_SM120_TENSOR_REPEAT=4 the tensor cores are as slow beside the rest of a
 multiprocessor as a GeForce card's, with 2 as those of an RTX PRO 6000 (docs/environment.md says
-what that leaves out). One process for each; the limits and the tile rows are those of 12.x unless
-FA_SM120_LIMITS and FA_SM120_PLAN_AS say something else. Results are compared with an fp32 reference
-before anything is timed. The peak is measured in turn with each cell, so at the same clocks.
+what that leaves out). One process for each; the limits are those of 12.x, and from 2 on the tile
+rows are those of such a card, unless FA_SM120_LIMITS and FA_SM120_PLAN_AS say something else.
+Results are compared with an fp32 reference before anything is timed. The peak is measured in turn
+with each cell, so at the same clocks.
 
 `--tiles` times every tile that may be fast in place of the plan's: which one is best, and what the
 plan's own loses beside it. Variants are compiled first, over all cores. A tile that hangs or breaks
@@ -58,8 +59,9 @@ FED, BEST = 4, 5  # tiles of a call that the TMA feeds, too; that come to the la
 EMULATED_SEQLEN = 96
 LIMIT_S = 90.0  # without a word from a process: the longest step is a kernel's compilation
 
-# Where the environment says nothing else.
-ENVIRONMENT = {"FA_SM120_LIMITS": "120", "FA_SM120_PLAN_AS": "120", "FA_SM120_TILES": ""}
+# Where the environment says nothing else; and the rows of which cards, at each repeat.
+ENVIRONMENT = {"FA_SM120_LIMITS": "120", "FA_SM120_TILES": ""}
+PLAN_AS = {1: "", 2: "120-pro", 4: "120-geforce"}
 
 # Published shares of real cards, each of its own peak; no such kernel can be measured here.
 PUBLISHED = """\
@@ -315,8 +317,9 @@ def forward_rows(call: Call) -> Iterator[tuple[str, tuple[int, ...]]]:
 
 
 def backward_rows(call: Call) -> Iterator[tuple[str, tuple[int, ...]]]:
+    of_all = dict.fromkeys(_C.backward_tile_fields(), tuned_tiles.ANY) | {"head_dim": 256}
     for tile in tune_tiles.backward_tiles(*call.head_dims, tune_tiles.BACKWARD_CHOICES):
-        yield ",".join(map(str, tile.values())), (256, tuned_tiles.ANY, *tile.values())
+        yield ",".join(map(str, tile.values())), tuple((of_all | tile).values())
 
 
 class Sweep:
@@ -458,6 +461,7 @@ def child(theirs: Connection, *job: Any) -> None:
 def measured_at(repeat: int, args: argparse.Namespace, add: Callable[..., dict]) -> None:
     """Adds the records of processes of their own: the environment is read once, and a tile that
     hangs or breaks the GPU ends its process alone."""
+    os.environ["FA_SM120_PLAN_AS"] = args.plan_as or PLAN_AS[repeat]
     os.environ["FA_SM120_TENSOR_REPEAT"] = str(repeat)
     done: set[str] = set()
     stopped: dict[str, str] = {}
@@ -553,6 +557,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu", "emulator"), default="cuda")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl")
     args = parser.parse_args()
+    args.plan_as = os.environ.get("FA_SM120_PLAN_AS")
     harness.require_device("cuda" if args.device == "cuda" else "cpu")
     args.calls = [
         call

@@ -4,6 +4,19 @@
 
 #include <stdbool.h>
 
+/* The class of a 12.x card: how fast its mma.sync is beside the rest of a multiprocessor. */
+enum fa_card_kind { FA_NO_KIND, FA_GEFORCE_LIKE, FA_PRO_LIKE };
+
+/* Why a card counts as of its class. */
+enum fa_kind_reason {
+    FA_KIND_BY_ARCH, /* of the card that stands for the architecture */
+    FA_KIND_BY_NAME,
+    FA_KIND_BY_TUNE, /* measured, as its name is unknown */
+    FA_KIND_BY_SETTING,
+    FA_KIND_BY_DEFAULT, /* neither: most cards are GeForce-like */
+    FA_KIND_REASON_COUNT
+};
+
 struct fa_device {
     int arch;           /* compute capability, major * 10 + minor; FA_SM120_PLAN_AS changes it */
     bool has_tma;       /* which it cannot change; programmatic dependent launch came with it */
@@ -11,7 +24,13 @@ struct fa_device {
     int smem_per_block; /* bytes of shared memory that one block may ask for */
     int smem_per_sm;    /* bytes that the blocks of one multiprocessor share */
     int l2_bytes;
+    int kind;        /* enum fa_card_kind; FA_NO_KIND outside 12.x */
+    int kind_reason; /* enum fa_kind_reason */
 };
+
+/* The class of a card by its name, as the driver has it; FA_NO_KIND where that is unknown, or the
+ * architecture has no classes. */
+int fa_device_kind_of_name(const char *name, int arch);
 
 /* The published figures of an architecture, for planning without the card. */
 struct fa_device fa_device_of_arch(int arch);

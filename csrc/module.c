@@ -5,6 +5,7 @@
 #include "append.h"
 #include "attention.h"
 #include "explain.h"
+#include "planning.h"
 #include "state.h"
 #include "tile_rows.h"
 
@@ -230,30 +231,62 @@ static PyObject *counts(PyObject *module, PyObject *Py_UNUSED(unused))
     return fa_explain_counts(PyModule_GetState(module));
 }
 
-static PyObject *use_tiles(PyObject *module, PyObject *rows)
+static PyObject *use_rows(PyObject *module, PyObject *rows, enum fa_direction direction)
 {
     struct fa_state *state = PyModule_GetState(module);
-    if (fa_use_tiles(rows, &state->tiles) < 0)
+    if (fa_use_tiles(rows, direction, &state->tiles) < 0)
         return NULL;
     Py_RETURN_NONE;
+}
+
+static PyObject *use_tiles(PyObject *module, PyObject *rows)
+{
+    return use_rows(module, rows, FA_FORWARD);
 }
 
 static PyObject *use_backward_tiles(PyObject *module, PyObject *rows)
 {
-    struct fa_state *state = PyModule_GetState(module);
-    if (fa_use_backward_tiles(rows, &state->tiles) < 0)
-        return NULL;
-    Py_RETURN_NONE;
+    return use_rows(module, rows, FA_BACKWARD);
 }
 
 static PyObject *tiles(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-    return fa_tiles();
+    return fa_tiles(FA_FORWARD);
+}
+
+static PyObject *backward_tiles(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    return fa_tiles(FA_BACKWARD);
 }
 
 static PyObject *tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-    return fa_tile_fields();
+    return fa_tile_fields(FA_FORWARD);
+}
+
+static PyObject *backward_tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    return fa_tile_fields(FA_BACKWARD);
+}
+
+static PyObject *use_card(PyObject *module, PyObject *arguments)
+{
+    struct fa_state *state = PyModule_GetState(module);
+    const char *name;
+    int kind;
+    if (!PyArg_ParseTuple(arguments, "si:use_card", &name, &kind) ||
+        fa_planning_use_card(state, name, kind) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *card_kind(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    const char *name;
+    int arch;
+    if (!PyArg_ParseTuple(arguments, "si:card_kind", &name, &arch))
+        return NULL;
+    return PyLong_FromLong(fa_device_kind_of_name(name, arch));
 }
 
 /* ---- the method table ------------------------------------------------------------------------ */
@@ -310,8 +343,17 @@ static PyMethodDef METHODS[] = {
     {"use_backward_tiles", use_backward_tiles, METH_O,
      "use_backward_tiles($module, rows, /)\n--\n\nThe same of the backward."},
     {"tiles", tiles, METH_NOARGS, "tiles($module, /)\n--\n\nThe rows of csrc/tiles.c."},
+    {"backward_tiles", backward_tiles, METH_NOARGS,
+     "backward_tiles($module, /)\n--\n\nThe same of the backward."},
     {"tile_fields", tile_fields, METH_NOARGS,
      "tile_fields($module, /)\n--\n\nThe names of a row's numbers."},
+    {"backward_tile_fields", backward_tile_fields, METH_NOARGS,
+     "backward_tile_fields($module, /)\n--\n\nThe same of the backward."},
+    {"use_card", use_card, METH_VARARGS,
+     "use_card($module, name, kind, /)\n--\n\n"
+     "Has a 12.x card of an unknown name count as of a class: 1 GeForce-like, 2 PRO-like."},
+    {"card_kind", card_kind, METH_VARARGS,
+     "card_kind($module, name, arch, /)\n--\n\nThe class of a card by its name; 0: unknown."},
     {NULL, NULL, 0, NULL},
 };
 

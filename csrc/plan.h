@@ -10,8 +10,6 @@
 #include "tiles.h"
 #include "variant.h"
 
-enum fa_direction { FA_FORWARD, FA_BACKWARD };
-
 /* No tile has fewer keys, or other than whole multiples of them. */
 #define FA_KEY_STEP 16
 
@@ -98,7 +96,7 @@ struct fa_step {
     bool overlaps_previous;
 };
 
-#define FA_MAX_REASONS 12
+#define FA_MAX_REASONS 13
 struct fa_reason {
     const char *choice, *why; /* "kernel", "float16 and bfloat16 run on ..." */
     bool dropped;             /* although the caller asked for it */

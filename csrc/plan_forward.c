@@ -37,8 +37,8 @@ static bool serves(const struct fa_tile_row *row, const struct fa_plan_input *in
     ((row->bound == FA_ANY || (value) <= row->bound) &&                                            \
      (row->above.bound == 0 || (value) > row->above.bound))
 #define SAME(wanted, value) ((wanted) == FA_ANY || (wanted) == (value))
-    return (row->arch == FA_ANY || row->arch / 10 == device->arch / 10) &&
-           WITHIN(head_dim, input->head_dim) && WITHIN(head_dim_v, input->head_dim_v) &&
+    return fa_row_is_of(row->arch, row->kind, device) && WITHIN(head_dim, input->head_dim) &&
+           WITHIN(head_dim_v, input->head_dim_v) &&
            WITHIN(heads_per_kv, fa_plan_heads_per_kv(input)) && WITHIN(seqlen_q, input->seqlen_q) &&
            WITHIN(rows_per_sm, rows_per_sm(input, device)) &&
            SAME(row->mask_right, input->mask_right) && SAME(row->mask_left, input->mask_left);

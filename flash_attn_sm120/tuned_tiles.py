@@ -23,6 +23,8 @@ from typing import Any
 
 from flash_attn_sm120 import _C, cache, files
 
+GEFORCE, PRO = "GeForce-like", "PRO-like"
+KINDS = ("", GEFORCE, PRO)  # enum fa_card_kind of csrc/device.h: classes of 12.x cards
 ANY = -1  # FA_ANY of csrc/tiles.h: a bound that is none
 HEAD_DIMS = ("head_dim", "head_dim_v")
 BOUNDS = (*HEAD_DIMS, "heads_per_kv", "seqlen_q", "rows_per_sm")
@@ -53,6 +55,7 @@ def load() -> None:
             entries, problem = usable(entry for table in read(file) for entry in table["rows"])
             rows = in_order(entries)
             _C.use_tiles(rows)
+            use_cards(read(file))
         except (OSError, ValueError, OverflowError, RecursionError) as error:
             rows, problem = [], str(getattr(error, "strerror", None) or error)
             _C.use_tiles(rows)
@@ -63,6 +66,13 @@ def load() -> None:
             f"{which} tuned tiles are left out: {files.one_line(problem, 100)}, in {file} "
             "(tune makes it anew, tune --reset removes it)"
         )
+
+
+def use_cards(tables: Iterable[Table]) -> None:
+    """Has cards of unknown names count as what tune measured them to be."""
+    for table in tables:
+        if table.get("gpu") and table.get("kind") in KINDS[1:]:
+            _C.use_card(str(table["gpu"]), KINDS.index(table["kind"]))
 
 
 def in_use() -> bool:

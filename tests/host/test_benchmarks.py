@@ -234,7 +234,7 @@ def test_a_dry_run_of_the_balance(monkeypatch, capsys, tmp_path, direction):
     calls = [balance.Call(preset, 32, True, is_backward, asked) for is_backward in (False, True)]
     call = calls[direction == "--backward"]
     monkeypatch.setattr(balance, "CALLS", calls)
-    for variable in (*balance.ENVIRONMENT, "FA_SM120_TENSOR_REPEAT"):
+    for variable in (*balance.ENVIRONMENT, "FA_SM120_TENSOR_REPEAT", "FA_SM120_PLAN_AS"):
         monkeypatch.setenv(variable, "")
     output = tmp_path / "balance.jsonl"
     argv = ["balance.py", "--device", "cpu", "--rounds", "2", "--repeat", "4", direction]
@@ -301,11 +301,13 @@ def test_a_process_that_breaks_costs_its_tile_alone(monkeypatch, capsys):
     added = []
     monkeypatch.setattr(balance.trial, "watch", watch)
     monkeypatch.setenv("FA_SM120_TENSOR_REPEAT", "")
-    balance.measured_at(4, None, lambda **record: added.append(record))
+    monkeypatch.setenv("FA_SM120_PLAN_AS", "")
+    args = argparse.Namespace(plan_as=None)
+    balance.measured_at(4, args, lambda **record: added.append(record))
     assert jobs == [{}, {"a tile": "HANGS"}] and len(added) == 1
     monkeypatch.setattr(balance.trial, "watch", lambda *_: ("fails", ""))
     with pytest.raises(SystemExit, match="fails"):
-        balance.measured_at(4, None, None)
+        balance.measured_at(4, args, None)
 
 
 def test_tiles_of_the_balance_are_those_of_its_kernels(monkeypatch):

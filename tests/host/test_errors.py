@@ -325,7 +325,7 @@ def test_devices_must_agree(device):
     ("variable", "known"),
     [
         ("FA_SM120_LIMITS", "120"),
-        ("FA_SM120_PLAN_AS", "120"),
+        ("FA_SM120_PLAN_AS", "120|120-geforce|120-pro"),
         ("FA_SM120_TENSOR_REPEAT", "1|2|4"),
         ("FA_SM120_CHECK", "1"),
     ],
