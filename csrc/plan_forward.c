@@ -90,7 +90,7 @@ static void shrink_ring(const struct fa_plan_input *input, struct fa_tile *tile)
 /* Random numbers take registers, of which a ninth warp would leave 168 to each; and 32 keys share
  * them. Where warps have 32 rows, or fewer keys at a time, the tile is that of windows at head_dim
  * 128, whose shared memory is enough for less. */
-static void make_room_for_dropout(struct fa_tile *tile)
+static void make_room(struct fa_tile *tile)
 {
     if (tile->producer == FA_PRODUCER_WARP && tile->warps == 8)
         tile->producer = FA_PRODUCER_THREAD;
@@ -101,6 +101,15 @@ static void make_room_for_dropout(struct fa_tile *tile)
     tile->warps = 8;
     tile->warp_m = 16;
     tile->stages = 3;
+}
+
+/* What takes registers where the TMA feeds warps of 32 rows, which at these head dims have none
+ * left. */
+static bool lacks_registers(const struct fa_plan_input *input, const struct fa_tile *tile)
+{
+    const bool has_steps = input->alibi || input->bias || input->score_mod || input->mask_mod;
+    return has_steps && tile->kernel == FA_KERNEL_FORWARD_TMA && tile->warp_m == 32 &&
+           input->head_dim > 96;
 }
 
 /* Tiles that whole listed blocks have. */
@@ -178,11 +187,11 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const bool is_asked = tile->kernel == FA_KERNEL_FORWARD_TMA;
     if (!is_own && input->paged)
         prefer_tma(input, device, tile, &why_not_tma);
-    if (input->dropout && !is_own)
-        make_room_for_dropout(tile);
+    if (!is_own && (input->dropout || lacks_registers(input, tile)))
+        make_room(tile);
     if (input->varlen && !is_own)
         shrink_ring(input, tile);
-    if (input->block_q) { /* again: dropout's tile is another */
+    if (input->block_q) { /* again: what needs room has another tile */
         divide_blocks(input, tile);
         fa_plan_because(plan, "blocks",
                         "a walk over lists: the tiles of listed blocks are read, and no others");

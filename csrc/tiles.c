@@ -29,6 +29,11 @@
 #define SM120(kind, head_dim, rows_per_sm, right, ...) \
     {120, kind, head_dim, head_dim, ANY, ANY, rows_per_sm, right, 0, {__VA_ARGS__}, {0}}
 
+/* Not of smaller head dims, where it spills registers. */
+#define FULL128(...) \
+    {120, ANY, 128, 128, ANY, ANY, ANY, 0, 0, {__VA_ARGS__}, \
+     {.head_dim = 120, .head_dim_v = 120, .rows_per_sm = 256}}
+
 #define GEFORCE FA_GEFORCE_LIKE
 #define PRO     FA_PRO_LIKE
 
@@ -76,8 +81,8 @@ const struct fa_tile_row FA_TILES[] = {
     SMALL(128,  64, ANY,       64, 64, 4, 16, 2, TMA_WARP),
     SM120(ANY, 128, 128, ANY,  32, 32, 4, 16, 3, TMA_WARP), /* SPLIT: the 48 KB of v6 */
     SM120(ANY, 128, 256, ANY,  64, 32, 8, 16, 2, TMA_THREAD), /* WIDE, BALANCE: S 1024 */
-    SM120(ANY, 128, ANY, 0,    64, 16, 8, 32, 3, TMA_THREAD), /* BALANCE: S 4096, both classes */
-    SM120(ANY, 128, ANY, 1,    64, 32, 8, 16, 2, TMA_THREAD), /* WIDE; BALANCE: S 4096, GEFORCE */
+    FULL128(                   64, 16, 8, 32, 3, TMA_THREAD), /* BALANCE: S 4096, both classes */
+    SM120(ANY, 128, ANY, ANY,  64, 32, 8, 16, 2, TMA_THREAD), /* WIDE; causal BALANCE, GEFORCE */
     SMALL(128, 128,   0,       64, 64, 8, 16, 3, TMA_THREAD),
     SMALL(128, 128,   1,       64, 32, 4, 16, 3, TMA_WARP),
     SMALL(128, 256,   1,       64, 32, 8, 16, 2, TMA_WARP),

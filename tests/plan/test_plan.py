@@ -125,7 +125,7 @@ def test_rows_of_12_x(arch, sms, head_dim, causal):
     medium = {"8x16_s2"} if head_dim > 96 or (arch, head_dim, causal) == (120, 64, True) else set()
     assert tile(256) in medium or (not medium and tile(256)[:-1] == "4x16_s")
     if head_dim > 64:
-        assert tile(300) == ("8x32_s3" if head_dim > 96 and not causal else "8x16_s2")
+        assert tile(300) == ("8x32_s3" if head_dim == 128 and not causal else "8x16_s2")
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
