@@ -24,8 +24,8 @@
  * GeForce-like cards, or twice, for PRO-like ones ("The balance of sm_120" in benchmarks/NOTES.md).
  * SPLIT and WIDE: what others published of their kernels there, as far as registers and shared
  * memory allow it. SPLIT: 64 rows by 4 warps and a warp that loads, two blocks per SM, after
- * gau-nernst's v6 (RTX 5090). WIDE: 128 rows by 8 warps, a block per SM, after NVIDIA's FROST (RTX PRO 6000). See
- * "Rows of 12.x" there. */
+ * gau-nernst's v6 (RTX 5090). WIDE: 128 rows by 8 warps, a block per SM, after NVIDIA's FROST
+ * (RTX PRO 6000). See "Rows of 12.x" there. */
 #define SM120(kind, head_dim, rows_per_sm, right, ...) \
     {120, kind, head_dim, head_dim, ANY, ANY, rows_per_sm, right, 0, {__VA_ARGS__}, {0}}
 
