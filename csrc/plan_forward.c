@@ -375,6 +375,8 @@ static struct fa_grid grid_of(const struct fa_plan_input *input, const struct fa
         .in_flight = plan->smem_bytes,
         .sms = plan->sms,
         .blocks_per_sm = plan->blocks_per_sm,
+        .share = plan->share,
+        .mma_time = plan->mma_time,
     };
 }
 
@@ -442,7 +444,14 @@ bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent
                        const struct fa_device *device)
 {
     const struct fa_plan nominal = {
-        .tile_m = 64, .tile_n = 64, .smem_bytes = 64 << 10, .blocks_per_sm = 1, .sms = device->sms};
+        .tile_m = 64,
+        .tile_n = 64,
+        .smem_bytes = 64 << 10,
+        .blocks_per_sm = 1,
+        .sms = device->sms,
+        .share = fa_device_share(device),
+        .mma_time = fa_device_mma_time(device),
+    };
     const int64_t out_rows = extent->rows_q * input->heads_q;
     if (!input->varlen || input->num_splits != 0 || extent->batch == 0 || out_rows == 0 ||
         out_rows > INT32_MAX)
@@ -605,6 +614,8 @@ int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_targ
         return fa_plan_refuse(error, true,
                               "no tile fits the shared memory of this device at these head dims");
     plan->sms = target->device.sms;
+    plan->share = fa_device_share(&target->device);
+    plan->mma_time = fa_device_mma_time(&target->device);
     add_append(input, plan);
     set_main(input, target, &tile, plan);
     const struct fa_extent extent = fa_plan_extent(input);
