@@ -418,8 +418,13 @@ static int read_by_capsule(struct fa_dlpack *dlpack, const char *name, int ndim,
 static int read_tensor(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                        enum fa_dtype dtype, struct fa_tensor *tensor)
 {
-    memset(tensor, 0, sizeof *tensor);
+    tensor->data = NULL;
+    tensor->begin = tensor->end = 0;
     tensor->dtype = dtype;
+    tensor->is_read_only = false;
+    tensor->api = NULL;
+    tensor->object = tensor->empty_like = NULL;
+    tensor->managed = NULL;
     if (set_type(dlpack, object, tensor) < 0)
         return fa_raise(PyExc_TypeError, "%s cannot be read through DLPack", name);
     tensor->object = Py_NewRef(object);
@@ -436,8 +441,8 @@ int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name,
     return read_tensor(dlpack, object, name, ndim, FA_FLOAT32, tensor);
 }
 
-int fa_tensor_read_kv(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
-                      struct fa_tensor *tensor)
+int fa_tensor_read_or_e4m3(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
+                           struct fa_tensor *tensor)
 {
     return read_tensor(dlpack, object, name, ndim, FA_FLOAT8_E4M3, tensor);
 }
@@ -527,15 +532,16 @@ bool fa_tensor_has_tma_strides(const struct fa_tensor *tensor)
 
 void fa_tensor_release(struct fa_tensor *tensor)
 {
-    /* Deleters may run Python code, which must not meet the exception that a caller is about to
-     * raise. */
-    PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);
-    if (tensor->managed && tensor->release)
+    /* A deleter may run Python code, which must not meet the exception that a caller is about to
+     * raise. What Python itself destroys does not. */
+    if (tensor->managed && tensor->release) {
+        PyObject *type, *value, *traceback;
+        PyErr_Fetch(&type, &value, &traceback);
         tensor->release(tensor->managed);
+        PyErr_Restore(type, value, traceback);
+    }
     tensor->managed = NULL;
     Py_CLEAR(tensor->object);
-    PyErr_Restore(type, value, traceback);
 }
 
 bool fa_tensor_is_readable(const struct fa_tensor *tensor)
@@ -794,10 +800,11 @@ static struct fa_tensor result_like(const struct fa_tensor *like, enum fa_dtype 
     return result;
 }
 
-/* Whether a tensor that its framework makes like this one has the layout that is expected. */
-static bool is_pattern_of(const struct fa_tensor *like, const struct fa_tensor *expected)
+/* Whether torch's empty_like() of `like` makes what is expected. */
+static bool is_made_like(const struct fa_tensor *like, const struct fa_tensor *expected)
 {
-    if (!is_alike(like, expected) || like->is_heads_first != expected->is_heads_first)
+    if (!like->api || !like->empty_like || like->empty_like == Py_None ||
+        !is_alike(like, expected) || like->is_heads_first != expected->is_heads_first)
         return false;
     if (!expected->is_heads_first)
         return fa_tensor_is_contiguous(like);
@@ -807,15 +814,11 @@ static bool is_pattern_of(const struct fa_tensor *like, const struct fa_tensor *
     return like->stride[3] == 1;
 }
 
-/* Uninitialised memory for what is expected, by the framework of `like`: like it, where it still is
- * what was read. NULL with the exception set. */
+/* Uninitialised memory for what is expected, by the framework of `like`. NULL with the exception
+ * set. */
 static PyObject *make_empty(PyObject *frameworks, const struct fa_tensor *like,
                             const struct fa_tensor *expected)
 {
-    if (like->api && like->empty_like && like->empty_like != Py_None &&
-        is_pattern_of(like, expected) && is_unchanged(like, "it"))
-        return PyObject_CallFunctionObjArgs(like->empty_like, like->object, NULL);
-    PyErr_Clear(); /* of what is no longer what it was: fa_tensor_recheck() tells */
     struct fa_tensor other;
     PyObject *sizes = tuple_of(expected->ndim, in_order_of_object(expected, &other)->shape);
     PyObject *made =
@@ -835,18 +838,33 @@ static int fill_with_zeros(PyObject *array)
     return status;
 }
 
+/* Reads a result that Python code made, or NULL where it raised; it is released. 0 or -1. */
+static int read_result(struct fa_dlpack *dlpack, PyObject *object, const char *name,
+                       const struct fa_tensor *expected, bool is_zeroed, struct fa_tensor *tensor)
+{
+    int status = -1;
+    if (object && (!is_zeroed || fill_with_zeros(object) == 0))
+        status = read_made(dlpack, object, name, expected, true, tensor);
+    Py_XDECREF(object);
+    return status;
+}
+
 static int allocate(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,
                     enum fa_dtype dtype, int ndim, const int64_t *shape, bool is_zeroed,
                     struct fa_tensor *tensor)
 {
     const struct fa_tensor expected = result_like(like, dtype, ndim, shape);
+    if (is_made_like(like, &expected)) {
+        PyObject *made = PyObject_CallFunctionObjArgs(like->empty_like, like->object, NULL);
+        if (read_result(dlpack, made, name, &expected, is_zeroed, tensor) == 0)
+            return 0;
+        if (is_unchanged(like, name))
+            return -1;
+        PyErr_Clear(); /* `like` is no longer what it was: fa_tensor_recheck() tells */
+    }
     PyObject *frameworks = import_frameworks(dlpack);
-    PyObject *object = frameworks ? make_empty(frameworks, like, &expected) : NULL;
-    int status = -1;
-    if (object && (!is_zeroed || fill_with_zeros(object) == 0))
-        status = read_made(dlpack, object, name, &expected, true, tensor);
-    Py_XDECREF(object);
-    return status;
+    return read_result(dlpack, frameworks ? make_empty(frameworks, like, &expected) : NULL, name,
+                       &expected, is_zeroed, tensor);
 }
 
 int fa_tensor_empty(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,

@@ -138,7 +138,7 @@ def _original(name: str, key: str) -> Callable[..., Any] | None:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
         return None
     call: Callable[..., Any] = torch.library.get_kernel(f"aten::{name}", key).call_boxed
-    keyset = torch._C.DispatchKeySet(torch._C._parse_dispatch_key(key))
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
     return partial(call, keyset)
 
 
