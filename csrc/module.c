@@ -83,7 +83,7 @@ static PyObject *run_if_plain(PyObject *module, const struct method *method,
         options->out,       options->lse,          options->cu_seqlens_q, options->cu_seqlens_k,
         options->seqused_q, options->seqused_k,    options->page_table,   options->k,
         options->v,         options->dropout_seed, options->alibi_slopes, options->attn_bias,
-        options->k_descale, options->v_descale};
+        options->k_descale, options->v_descale,    options->q_descale};
     const int is_plain =
         fa_following_is_plain_call(&state->following, tensors, sizeof tensors / sizeof *tensors);
     PyObject *result = NULL;

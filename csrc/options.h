@@ -40,6 +40,7 @@ struct fa_window {
     X(attn_bias, PyObject *, object, NULL, "None")                                                 \
     X(k_descale, PyObject *, object, NULL, "None")                                                 \
     X(v_descale, PyObject *, object, NULL, "None")                                                 \
+    X(q_descale, PyObject *, object, NULL, "None")                                                 \
     X(score_mod, PyObject *, object, NULL, "None")                                                 \
     X(mask_mod, PyObject *, object, NULL, "None")                                                  \
     X(deterministic, bool, flag, false, "False")                                                   \

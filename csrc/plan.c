@@ -43,6 +43,7 @@ struct fa_variant fa_plan_variant(const struct fa_plan_input *input)
         .score_mod = input->score_mod,
         .mask_mod = input->mask_mod,
         .kv_e4m3 = input->e4m3,
+        .q_e4m3 = input->q_e4m3,
     };
 }
 
@@ -107,8 +108,10 @@ int fa_plan_make(const struct fa_plan_input *input, const struct fa_plan_target 
     if (input->dtype == FA_FLOAT32)
         return fa_plan_refuse(
             error, true,
-            "float32 is supported on the CPU alone; on CUDA q, k and v must be float16 "
-            "or bfloat16");
+            input->q_e4m3 ? "out in float32 is supported on the CPU alone; on CUDA that of q in "
+                            "float8_e4m3fn must be float16 or bfloat16"
+                          : "float32 is supported on the CPU alone; on CUDA q, k and v must be "
+                            "float16 or bfloat16");
     if (input->e4m3 && target->device.arch < 89)
         return fa_plan_refuse(error, true,
                               "k and v in float8_e4m3fn need a CUDA device of compute capability "

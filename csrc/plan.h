@@ -49,6 +49,7 @@ struct fa_plan_input {
     int paged;            /* K and V lie in pages */
     int leftpad;          /* the first key of a sequence is not row 0 of its pages */
     int e4m3;             /* K and V are e4m3 */
+    int q_e4m3;           /* Q is, too */
     int append;           /* new rows of K and V are appended to them first */
     int box_rows;         /* where paged: of a box of the TMA, of FA_TMA_KEY_STEP at most */
     int block_q, block_k; /* queries and keys of listed blocks; 0: none are listed */
@@ -96,7 +97,7 @@ struct fa_step {
     bool overlaps_previous;
 };
 
-#define FA_MAX_REASONS 13
+#define FA_MAX_REASONS 14
 struct fa_reason {
     const char *choice, *why; /* "kernel", "float16 and bfloat16 run on ..." */
     bool dropped;             /* although the caller asked for it */

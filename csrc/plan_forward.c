@@ -131,6 +131,12 @@ static int smem_limit(const struct fa_device *device)
     return MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
 }
 
+/* Whether sub-tiles are steps of the mma of P V, which of e4m3 takes 32 keys. */
+static bool has_whole_steps(const struct fa_tile *tile, const struct fa_plan_input *input)
+{
+    return !input->q_e4m3 || tile->sub_n % fa_mma_k(FA_FLOAT8_E4M3) == 0;
+}
+
 /* The tile of the first of some rows that serves the call within the shared memory, stages
  * included. Where the TMA cannot bring K and V, which *why_not_tma tells, cp.async does. */
 static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
@@ -139,7 +145,7 @@ static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
 {
     const int smem_per_block = smem_limit(device);
     for (size_t i = 0; i < count; i++) {
-        if (!serves(&rows[i], input, device))
+        if (!serves(&rows[i], input, device) || !has_whole_steps(&rows[i].tile, input))
             continue;
         *tile = rows[i].tile;
         if (input->block_q)
@@ -180,7 +186,9 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const bool is_own = first_that_serves(own->rows, own->count, input, device, tile, &why_not_tma);
     const bool is_of_e4m3 =
         !is_own && input->e4m3 &&
-        first_that_serves(FA_E4M3_TILES, FA_E4M3_TILE_COUNT, input, device, tile, &why_not_tma);
+        first_that_serves(input->q_e4m3 ? FA_Q_E4M3_TILES : FA_E4M3_TILES,
+                          input->q_e4m3 ? FA_Q_E4M3_TILE_COUNT : FA_E4M3_TILE_COUNT, input, device,
+                          tile, &why_not_tma);
     if (!is_own && !is_of_e4m3 &&
         !first_that_serves(FA_TILES, FA_TILE_COUNT, input, device, tile, &why_not_tma))
         return false;
@@ -202,6 +210,10 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
                     : is_tma
                         ? "forward_tma: mma.sync fed by the TMA, which takes whole boxes of pages"
                         : "forward: mma.sync fed by cp.async, the path of every device from 8.0");
+    if (input->q_e4m3)
+        fa_plan_because(plan, "products",
+                        "of e4m3: mma.m16n8k32, weights as e4m3 up to 2^8 below a row max that is "
+                        "rounded up to a power of two");
     if (why_not_tma && !is_tma)
         fa_plan_because(plan, "not forward_tma", why_not_tma);
     fa_plan_because(

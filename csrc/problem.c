@@ -74,7 +74,7 @@ static const char *name_of_table(const struct fa_problem *problem)
 
 /* ---- e4m3 ------------------------------------------------------------------------------------ */
 
-/* v has the type of k, which is that of q or e4m3. */
+/* v has the type of k, which is that of q or e4m3. Of e4m3 head dims are whole chunks. */
 static int check_kv_dtypes(const struct fa_problem *problem)
 {
     const struct fa_tensor *q = &problem->q, *k = &problem->k, *v = &problem->v;
@@ -98,14 +98,16 @@ static int check_kv_dtypes(const struct fa_problem *problem)
 
 /* One number, or one for each sequence and KV head; of one that is expanded strides are 0. */
 static int read_descale(struct fa_dlpack *dlpack, const struct fa_problem *problem,
-                        PyObject *object, const char *name, struct fa_tensor *descale)
+                        PyObject *object, const char *name, const struct fa_tensor *factor_of,
+                        struct fa_tensor *descale)
 {
     const struct fa_shape *shape = &problem->shape;
     if (!object)
         return 0;
-    if (!shape->is_e4m3)
-        return fa_raise(PyExc_ValueError, "%s is for k and v in float8_e4m3fn, got %s", name,
-                        fa_dtype_name(problem->k.dtype));
+    if (factor_of->dtype != FA_FLOAT8_E4M3)
+        return fa_raise(PyExc_ValueError, "%s is for %s in float8_e4m3fn, got %s", name,
+                        factor_of == &problem->q ? "q" : "k and v",
+                        fa_dtype_name(factor_of->dtype));
     if (fa_tensor_read(dlpack, object, name, FA_UP_TO_TWO, descale) < 0)
         return -1;
     if (descale->dtype != FA_FLOAT32)
@@ -158,12 +160,20 @@ static int check_positive(const struct fa_problem *problem, const struct fa_tens
 static int read_descales(struct fa_dlpack *dlpack, struct fa_problem *problem)
 {
     const struct fa_options *options = &problem->options;
-    if (read_descale(dlpack, problem, options->k_descale, "k_descale", &problem->k_descale) < 0 ||
-        read_descale(dlpack, problem, options->v_descale, "v_descale", &problem->v_descale) < 0)
-        return -1;
-    return check_positive(problem, &problem->k_descale, "k_descale") < 0
-               ? -1
-               : check_positive(problem, &problem->v_descale, "v_descale");
+    const struct {
+        PyObject *object;
+        const char *name;
+        const struct fa_tensor *factor_of;
+        struct fa_tensor *descale;
+    } all[] = {{options->q_descale, "q_descale", &problem->q, &problem->q_descale},
+               {options->k_descale, "k_descale", &problem->k, &problem->k_descale},
+               {options->v_descale, "v_descale", &problem->v, &problem->v_descale}};
+    for (int i = 0; i < 3; i++)
+        if (read_descale(dlpack, problem, all[i].object, all[i].name, all[i].factor_of,
+                         all[i].descale) < 0 ||
+            check_positive(problem, all[i].descale, all[i].name) < 0)
+            return -1;
+    return 0;
 }
 
 /* ---- lengths on the device ------------------------------------------------------------------- */
@@ -357,8 +367,9 @@ static void set_shape(struct fa_problem *problem, int batch)
     struct fa_shape *shape = &problem->shape;
     const struct fa_options *options = &problem->options;
     const struct fa_tensor *q = &problem->q, *k = &problem->k;
-    shape->dtype = q->dtype;
     shape->is_e4m3 = k->dtype == FA_FLOAT8_E4M3;
+    shape->is_q_e4m3 = q->dtype == FA_FLOAT8_E4M3;
+    shape->dtype = shape->is_q_e4m3 ? FA_BFLOAT16 : q->dtype; /* or as set_out() finds out */
     shape->batch = batch;
     shape->seqlen_q = bound_of(q, options->max_seqlen_q);
     shape->seqlen_k = bound_of_keys(problem);
@@ -528,6 +539,10 @@ bool fa_bias_is_shared(const struct fa_problem *problem)
 static int check_e4m3(const struct fa_problem *problem)
 {
     const struct fa_options *options = &problem->options;
+    if (problem->shape.is_q_e4m3 && (options->alibi_slopes || problem->shape.dropout || options->k))
+        return fa_raise(PyExc_NotImplementedError,
+                        "q in float8_e4m3fn is not supported with alibi_slopes, dropout_p or rows "
+                        "that are appended yet");
     if (!problem->shape.is_e4m3 || (!options->attn_bias && !options->key_blocks &&
                                     !problem->score_mod.number && !problem->mask_mod.number))
         return 0;
@@ -571,12 +586,14 @@ static int check_sizes(const struct fa_tensor *tensor, const char *name, const i
     return 0;
 }
 
+/* Of q in e4m3 it is out alone that comes here, and may have any of the wider types. */
 int fa_problem_read_like_q(struct fa_dlpack *dlpack, const struct fa_problem *problem,
                            PyObject *object, const char *name, int ndim, const int64_t *sizes,
                            const char *const *meanings, struct fa_tensor *tensor)
 {
     if (fa_tensor_read(dlpack, object, name, ndim, tensor) < 0 ||
-        check_dtype(&problem->q, tensor, name) < 0 || check_device(&problem->q, tensor, name) < 0)
+        (!problem->shape.is_q_e4m3 && check_dtype(&problem->q, tensor, name) < 0) ||
+        check_device(&problem->q, tensor, name) < 0)
         return -1;
     return check_sizes(tensor, name, sizes, meanings);
 }
@@ -631,6 +648,7 @@ static const struct place PLACES[] = {
     PLACE(bias, "attn_bias", NULL),
     PLACE(k_descale, "k_descale", NULL),
     PLACE(v_descale, "v_descale", NULL),
+    PLACE(q_descale, "q_descale", NULL),
     PLACE(out, "out", NULL),
     PLACE(lse, "lse", NULL),
     PLACE(cu_seqlens_q, "cu_seqlens_q", NULL),
@@ -718,14 +736,15 @@ static int set_out(struct fa_dlpack *dlpack, struct fa_problem *problem)
     int64_t sizes[FA_MAX_NDIM];
     const int ndim = sizes_of_out(shape, sizes);
     struct fa_tensor *out = &problem->out;
-    if (problem->options.out)
-        return read_like_out(dlpack, problem->options.out, "out", problem, out) < 0
-                   ? -1
-                   : fa_problem_check_written(
-                         problem, out, "out",
-                         fa_tensor_is_readable(out)
-                             ? NULL
-                             : "must have contiguous rows at multiples of 16 bytes");
+    if (problem->options.out) {
+        if (read_like_out(dlpack, problem->options.out, "out", problem, out) < 0)
+            return -1;
+        problem->shape.dtype = out->dtype;
+        return fa_problem_check_written(problem, out, "out",
+                                        fa_tensor_is_readable(out)
+                                            ? NULL
+                                            : "must have contiguous rows at multiples of 16 bytes");
+    }
     if (fa_tensor_empty(dlpack, &problem->q, "out", shape->dtype, ndim, sizes, out) < 0)
         return -1;
     return check_apart(problem, NULL, out, "out");
@@ -766,8 +785,7 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
                                           "not packed, their lengths are seqused_k");
     for (int i = 0; i < 3; i++) {
         const bool packed = i == 0 ? problem->options.cu_seqlens_q : problem->options.cu_seqlens_k;
-        if ((i == 0 ? fa_tensor_read : fa_tensor_read_kv)(dlpack, qkv[i], names[i], packed ? 3 : 4,
-                                                          tensors[i]) < 0)
+        if (fa_tensor_read_or_e4m3(dlpack, qkv[i], names[i], packed ? 3 : 4, tensors[i]) < 0)
             return -1;
     }
     if (read_lengths_and_pages(dlpack, problem) < 0 || check_shapes(problem) < 0 ||

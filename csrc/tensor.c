@@ -411,8 +411,8 @@ int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name,
     return read_tensor(dlpack, object, name, ndim, FA_FLOAT32, tensor);
 }
 
-int fa_tensor_read_kv(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
-                      struct fa_tensor *tensor)
+int fa_tensor_read_or_e4m3(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
+                           struct fa_tensor *tensor)
 {
     return read_tensor(dlpack, object, name, ndim, FA_FLOAT8_E4M3, tensor);
 }

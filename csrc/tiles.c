@@ -24,8 +24,8 @@
  * GeForce-like cards, or twice, for PRO-like ones ("The balance of sm_120" in benchmarks/NOTES.md).
  * SPLIT and WIDE: what others published of their kernels there, as far as registers and shared
  * memory allow it. SPLIT: 64 rows by 4 warps and a warp that loads, two blocks per SM, after
- * gau-nernst's v6 (RTX 5090). WIDE: 128 rows by 8 warps, a block per SM, after NVIDIA's FROST (RTX PRO 6000). See
- * "Rows of 12.x" there. */
+ * gau-nernst's v6 (RTX 5090). WIDE: 128 rows by 8 warps, a block per SM, after NVIDIA's FROST
+ * (RTX PRO 6000). See "Rows of 12.x" there. */
 #define SM120(kind, head_dim, rows_per_sm, right, ...) \
     {120, kind, head_dim, head_dim, ANY, ANY, rows_per_sm, right, 0, {__VA_ARGS__}, {0}}
 
@@ -137,6 +137,22 @@ const struct fa_tile_row FA_E4M3_TILES[] = {
 /* clang-format on */
 
 const size_t FA_E4M3_TILE_COUNT = sizeof FA_E4M3_TILES / sizeof *FA_E4M3_TILES;
+
+/* Of 64 keys a sub-tile is two steps of P V. 64 rows for small grids, 128 for large ones, without
+ * spills. NOT MEASURED. */
+/* clang-format off */
+const struct fa_tile_row FA_Q_E4M3_TILES[] = {
+    /* head_dim, rows_per_sm,     tile_n, sub_n, warps, warp_m, stages */
+    FEW( 128, 16,                 64, 64, 1, 16, 3, TMA_BARRIER),
+    FEW( 256, 16,                 32, 32, 1, 16, 2, TMA_BARRIER),
+    SMALL(128, 128, ANY,          64, 64, 4, 16, 3, TMA_WARP),
+    LARGE( 64,  64, ANY, ANY,     128, 64, 8, 16, 3, TMA_WARP),
+    LARGE(128, 128, ANY, ANY,     64, 64, 8, 16, 3, TMA_WARP),
+    LARGE(256, 256, ANY, ANY,     64, 32, 8, 16, 3, TMA_THREAD),
+};
+/* clang-format on */
+
+const size_t FA_Q_E4M3_TILE_COUNT = sizeof FA_Q_E4M3_TILES / sizeof *FA_Q_E4M3_TILES;
 
 /* Measured on an H100, see F31 in benchmarks/NOTES.md. */
 const struct fa_tile_row FA_PAGED_TILES[] = {

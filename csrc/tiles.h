@@ -63,6 +63,10 @@ extern const size_t FA_TILE_COUNT;
 extern const struct fa_tile_row FA_E4M3_TILES[];
 extern const size_t FA_E4M3_TILE_COUNT;
 
+/* Q in e4m3, too: rows for every call. */
+extern const struct fa_tile_row FA_Q_E4M3_TILES[];
+extern const size_t FA_Q_E4M3_TILE_COUNT;
+
 /* Where K and V are in pages of whole boxes, and a row of FA_TILES asks for cp.async. */
 extern const struct fa_tile_row FA_PAGED_TILES[];
 extern const size_t FA_PAGED_TILE_COUNT;

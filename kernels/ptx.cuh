@@ -355,7 +355,18 @@ __device__ __forceinline__ void mma_m16n8k16(float (&c)[4], const unsigned (&a)[
 #undef FA_MMA
 }
 
-/* The same in fp16, accumulated in fp16: GeForce cards take half as long for it. */
+/* C [16, 8] += A [16, 32] * B [32, 8] of e4m3, accumulated in fp32. From 8.9 on. */
+__device__ __forceinline__ void mma_m16n8k32_e4m3(float (&c)[4], const unsigned (&a)[4],
+                                                  unsigned b0, unsigned b1)
+{
+    asm("mma.sync.aligned.m16n8k32.row.col.f32.e4m3.e4m3.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+/* C [16, 8] += A [16, 16] * B [16, 8] of fp16, accumulated in fp16: GeForce cards take half as long
+ * for it. */
 __device__ __forceinline__ void mma_m16n8k16_fp16(unsigned (&c)[2], const unsigned (&a)[4],
                                                   unsigned b0, unsigned b1)
 {

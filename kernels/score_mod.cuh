@@ -3,6 +3,9 @@
 #ifndef FA_SCORE_MOD_CUH
 #define FA_SCORE_MOD_CUH
 
+/* Whether its result may differ from key to key where the score does not. */
+enum : bool { SCORE_MOD_READS_KEY = false };
+
 __device__ __forceinline__ float score_mod_of(float score, const score_coords &,
                                               const fa_captured *)
 {

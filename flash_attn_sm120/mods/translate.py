@@ -432,8 +432,14 @@ def score_text(trace: Trace, joint: Trace | None) -> str:
                 "void", "add_score_mod_gradients", f"float dout, float score, {place}", additions
             ),
             _function("void", "add_score_mod_sums", place, sums),
+            f"enum : bool {{ SCORE_MOD_READS_KEY = {_literal(_reads_key(trace), torch.bool)} }};\n",
         )
     )
+
+
+def _reads_key(trace: Trace) -> bool:
+    placeholders = [node for node in trace.graph.nodes if node.op == "placeholder"]
+    return bool(placeholders[trace.inputs - 1].users)
 
 
 def _text_of(slope: Number | None) -> str:

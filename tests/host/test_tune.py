@@ -253,7 +253,7 @@ def test_the_best_tile_of_the_backward_wins_and_is_used(fake, tmp_path, capsys):
     machine = fake({"m64x32_w4x32_s2": 1.07, "m64x32_w8x32_s2": 1.05})
     assert run(machine, tmp_path, backward_cells()) == 0
     assert backward_winners(tmp_path) == [(0, 4, 32, 64, 32, 2), (1, 4, 32, 64, 32, 2)]
-    assert "1.070x with warps 4, tile_m 64\n" in capsys.readouterr().out
+    assert "1.070x with warps 4, tile_m 64, stages 2\n" in capsys.readouterr().out
 
     def plan(seqlen, arch=120, **options):
         return explain_backward(*shape(64, seqlen), arch=arch, causal=True, **options)
