@@ -119,8 +119,8 @@ def _packed(
 def common_kernels(arch: int) -> list[Kernel]:
     """What the common calls launch on compute capability ``arch``, each kernel once.
 
-    Those of the forward come first, so that a warm-up that is interrupted serves inference. Cards of
-    12.0 are of two classes, of which 12.1 stands for the other one.
+    Those of the forward come first, so that a warm-up that is interrupted serves inference. Cards
+    of 12.0 are of two classes, of which 12.1 stands for the other one.
     """
     makers: tuple[Callable[[int], Iterable[Plan]], ...] = (
         common_plans,
