@@ -498,4 +498,18 @@ __device__ __forceinline__ float log2_approx(float x)
     return y;
 }
 
+/* NaN where either is. */
+__device__ __forceinline__ float min_or_nan(float a, float b)
+{
+    float x;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+    return x;
+}
+__device__ __forceinline__ float max_or_nan(float a, float b)
+{
+    float x;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+    return x;
+}
+
 #endif
