@@ -33,8 +33,8 @@ struct fa_device {
  * there, 512 and 1024 on 12.x. 1 outside 12.x. */
 double fa_device_mma_time(const struct fa_device *device);
 
-/* Bytes per microsecond that a multiprocessor of a 12.x card has of the bandwidth; 0 elsewhere, where
- * what depends on it has been measured. */
+/* Bytes per microsecond that a multiprocessor of a 12.x card has of the bandwidth; 0 elsewhere,
+ * where what depends on it has been measured. */
 int fa_device_share(const struct fa_device *device);
 
 /* The class of a card by its name, as the driver has it; FA_NO_KIND where that is unknown, or the

@@ -4,8 +4,9 @@
 
 /* The choice rests on a count of bytes: K and V are read from memory once, cold, and what else
  * takes time counts as the bytes that a multiprocessor could have read meanwhile, its share of the
- * bandwidth being 24 KB per microsecond. Measured on an H100, see S07 in benchmarks/NOTES.md. A 12.x
- * card has 6 to 10 KB: the same times count as fewer bytes there, which has not been measured. */
+ * bandwidth being 24 KB per microsecond. Measured on an H100, see S07 in benchmarks/NOTES.md. On a
+ * 12.x card it is 6 to 10 KB: there the same times count as fewer bytes, which has not been
+ * measured. */
 #define MEASURED_SHARE (24 * 1024.0)
 
 /* From a request to its bytes. A block has in_flight bytes on their way and gets no more than those

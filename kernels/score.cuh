@@ -3,7 +3,8 @@
  *   1. scale      softmax_scale: a factor of scale_log2, which the exponential applies; where
  *                 SOFTCAP, of scale_in_cap
  *   2. softcap    c * tanh(s / c)
- *   3. score_mod  of the scaled score, see mods.cuh; where there is one, in its unit from here on
+ *   3. score_mod  of the scaled score, see mods.cuh; where there is one, in powers of two from here
+ *                 on
  *   4. biases     in powers of two from here on: s * scale_log2 - slope * |distance| with ALiBi,
  *                 then + bias * log2(e), see bias.cuh
  *   5. mask       -inf where the query does not see the key, by the window or a mask_mod
@@ -21,7 +22,7 @@
 #include "sink.cuh"
 
 /* Whether scores are in powers of two when they are masked. */
-enum : bool { IS_PRESCALED = ALIBI || BIAS };
+enum : bool { IS_PRESCALED = ALIBI || BIAS || SCORE_MOD };
 
 /* Calls f(s, row, column) for each score of C fragments; row and column count from those of
  * S[0][0][0] of this lane. */
@@ -60,7 +61,7 @@ __device__ __forceinline__ void score_mod(float (&S)[ROW_FRAGS][COLUMN_FRAGS][4]
 {
     if (SCORE_MOD)
         for_each_score(S, [&](float &s, int row, int column) {
-            s = score_mod_of(s * natural_scale(params), coords_of(row, column),
+            s = score_mod_of(s, natural_scale(params), coords_of(row, column),
                              mods_of(params).score);
         });
 }
@@ -81,7 +82,7 @@ __device__ __forceinline__ void score_mod_and_slopes(float (&S)[ROW_FRAGS][COLUM
                     const float s = S[m][n][e];
                     const float of_cap = SOFTCAP ? 1.0f - fminf(s * s, 1.0f) : 1.0f;
                     slopes[m][n][e] =
-                        of_cap * score_mod_slope(s * natural_scale(params),
+                        of_cap * score_mod_slope(s, natural_scale(params),
                                                  coords_of(16 * m + 8 * (e / 2), 8 * n + e % 2),
                                                  mods_of(params).score);
                 }
@@ -91,7 +92,7 @@ __device__ __forceinline__ void score_mod_and_slopes(float (&S)[ROW_FRAGS][COLUM
 /* What takes a score behind score_mod to powers of two. */
 template <class params_t> __device__ __forceinline__ float scale_of_rest(const params_t &params)
 {
-    return SCORE_MOD ? LOG2_E : params.scale_log2;
+    return SCORE_MOD ? 1.0f : params.scale_log2;
 }
 
 /* ---- 4. ALiBi. The slope of a head, for powers of two. */
