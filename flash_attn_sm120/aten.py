@@ -434,9 +434,7 @@ def _random_numbers(query: Tensor, dropout_p: float) -> tuple[Tensor, Tensor, Te
 
 
 @cache
-def _like_random_numbers(
-    device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _like_random_numbers(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Tensors to make others like, which takes torch half the time of saying type and device; and
     the mask, which has no elements. The others are saved for the backward, and a CUDA graph of
     torch.compile refuses what was allocated before it."""

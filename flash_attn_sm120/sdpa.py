@@ -150,7 +150,9 @@ def _or_else(
 
     def operator(*args: Any, **kwargs: Any) -> Any:
         try:
-            if kwargs and not kwargs.keys() <= known:  # of a newer PyTorch; the default is never passed
+            if (
+                kwargs and not kwargs.keys() <= known
+            ):  # of a newer PyTorch; the default is never passed
                 raise NotTaken(", ".join(kwargs.keys() - known))
             results = ours(*args, **kwargs)
         except NotTaken as why:
