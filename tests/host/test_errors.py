@@ -351,9 +351,9 @@ print(explain(q, q, q, arch=120).tile_m)
 
 
 def test_function_arguments_are_counted():
-    with pytest.raises(TypeError, match=r"forward\(\) takes 3 to 28 positional arguments, got 2"):
+    with pytest.raises(TypeError, match=r"forward\(\) takes 3 to \d+ positional arguments, got 2"):
         _C.forward(1, 2)
-    with pytest.raises(TypeError, match=r"backward\(\) takes 7 to 32 positional arguments, got 1"):
+    with pytest.raises(TypeError, match=r"backward\(\) takes 7 to \d+ positional arguments, got 1"):
         _C.backward(1)
-    with pytest.raises(TypeError, match=r"explain\(\) takes 3 to 28 positional arguments, got 0"):
+    with pytest.raises(TypeError, match=r"explain\(\) takes 3 to \d+ positional arguments, got 0"):
         _C.explain()

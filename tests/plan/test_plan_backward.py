@@ -161,7 +161,7 @@ def test_arguments_are_counted():
     from flash_attn_sm120 import _C
 
     with pytest.raises(
-        TypeError, match=r"explain_backward\(\) takes 3 to 29 positional arguments, got 1"
+        TypeError, match=r"explain_backward\(\) takes 3 to \d+ positional arguments, got 1"
     ):
         _C.explain_backward(1)
 
