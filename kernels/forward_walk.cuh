@@ -67,8 +67,8 @@ template <> struct forward_walk<false> : unlisted_walk {
 
 /* Listed tiles, one after the other, see block_list.cuh. Partial ones are masked, if there is a
  * mask_mod, and every one that is not seen by all rows. m is found at these, and at the first full
- * one: then every row has seen a key, unless masks hide all so far. ALiBi, whose scores rise towards the diagonal, would
- * overflow behind any other tile: with it all are masked. */
+ * one: then every row has seen a key, unless masks hide all so far. ALiBi, whose scores rise
+ * towards the diagonal, would overflow behind any other tile: with it all are masked. */
 template <> struct forward_walk<true> {
     tile_order<true> listed;
     int count;

@@ -6,11 +6,11 @@
  * that was not enough. A sum is never too small: m belongs to a key that the row has seen. Where
  * BIAS the keys at the edge may be those that weigh least, or nothing: then every tile updates m.
  *
- * A mod may make scores rise at any key, or hide all keys before it (SCORES_RISE). In bf16 each tile
- * then looks at the sums, and m rises in the rows whose sum is large, before it overflows. A row
- * that has seen no key where that begins takes a guess for its m. In fp16, which has no exponents
- * for that, every tile looks at the scores, and m rises in the rows where the row max has grown by
- * more than rows_that_grew() allows.
+ * A mod may make scores rise at any key, or hide all keys before it (SCORES_RISE). In bf16 each
+ * tile then looks at the sums, and m rises in the rows whose sum is large, before it overflows. A
+ * row that has seen no key where that begins takes a guess for its m. In fp16, which has no
+ * exponents for that, every tile looks at the scores, and m rises in the rows where the row max has
+ * grown by more than rows_that_grew() allows.
  *
  * FlashAttention-4 goes half of this way: it keeps m while the row max has not grown by more than
  * rescale_threshold (2^8), and looks at every tile. */
