@@ -158,7 +158,7 @@ def flash_attn_func(
         TypeError: not a tensor, or a dtype other than the above.
         ValueError: shapes, sizes, devices or scalars out of range.
         NotImplementedError: valid, but not supported yet; the message says what. Also where a
-            gradient of ``alibi_slopes`` is wanted.
+            gradient of ``alibi_slopes`` is wanted under ``torch.compile``, or with dropout.
         RuntimeError: the driver or the compiler; ``out`` or ``lse`` where a gradient is wanted or
             torch follows the call.
     """
@@ -536,6 +536,11 @@ def _attend(
                 "the call (compile, func, modes, subclasses): torch.compiler.disable() it"
             )
         by_operator = False
+    learns_slopes = is_grad_enabled() and ops.learns_slopes(lengths)
+    tensors = q, k, v, learnable_sink
+    if learns_slopes and not (ops.has_lengths(lengths) or is_followed(*tensors, *lengths.values())):
+        call = *tensors, lengths, options, return_lse, out, lse  # no operator has that gradient
+        return _attend_with_mods(None, None, None, function, *call)
     if not by_operator and _is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v, lengths.get("page_table"))
         if "attn_bias" in lengths:

@@ -150,6 +150,11 @@ def has_lengths(lengths: dict[str, Any]) -> bool:
     return any(name not in _OTHERS for name in lengths)
 
 
+def learns_slopes(tensors: dict[str, Any]) -> bool:
+    """Whether the slopes of a call are to have a gradient."""
+    return getattr(tensors.get(SLOPES), "requires_grad", None) is True
+
+
 def in_order(lengths: dict[str, Any]) -> tuple[Any, ...]:
     """Lengths, slopes, a seed and a bias as the operators take them; none where a call has none."""
     others = tuple(map(lengths.get, _OTHERS))

@@ -58,6 +58,9 @@ def attend(
         )
     q, k, v = autograd.autocast(q, k, v, tensors.get("page_table"))
     called = {name: _with_aux(name, mod, aux_tensors) for name, mod in mods.items() if mod}
+    if torch.is_grad_enabled() and ops.learns_slopes(tensors):
+        called["score_mod"] = _with_learned_alibi(called.get("score_mod"), q, k, tensors)
+        tensors = {name: x for name, x in tensors.items() if name != ops.SLOPES}
     is_cpu = q.__dlpack_device__()[0] == 1
     found = {name: captured_by(mod, aux_tensors) for name, mod in called.items()}
     captured = [x for _, xs in found.values() for x in xs]
@@ -107,6 +110,26 @@ def _with_aux(name: str, mod: Mod, aux_tensors: Any) -> Mod:
         return mod(*numbers, aux_tensors)
 
     return with_aux
+
+
+def _with_learned_alibi(score_mod: Mod | None, q: Any, k: Any, tensors: dict[str, Any]) -> Mod:
+    """A score_mod that adds ALiBi after another: what a score_mod captures gets a gradient."""
+    if ops.has_lengths({name: x for name, x in tensors.items() if x is not None}):
+        raise NotImplementedError(
+            "alibi_slopes has no gradient in calls with lengths: detach() it, or use no_grad()"
+        )
+    slopes = tensors[ops.SLOPES]
+    ops._check_slopes(slopes, q, {})
+    diagonal = k.shape[1] - q.shape[1]
+    has_batch = slopes.dim() == 2
+
+    def with_alibi(score: Any, b: Any, h: Any, q_idx: Any, kv_idx: Any) -> Any:
+        if score_mod is not None:
+            score = score_mod(score, b, h, q_idx, kv_idx)
+        slope = slopes[b, h] if has_batch else slopes[h]
+        return score - slope * (q_idx + diagonal - kv_idx).abs()
+
+    return with_alibi
 
 
 def _check(q: Any, k: Any, v: Any, sink: Any, tensors: Any, options: Any) -> None:
@@ -178,8 +201,6 @@ def explain_mod(name: str, mod: Mod, aux_tensors: Any, gradient: bool) -> tuple[
 def _record(
     q: Any, k: Any, v: Any, sink: Any, tensors: Any, options: Any, both: Any, return_lse: bool
 ) -> tuple[Any, Any]:  # fmt: skip
-    if "alibi_slopes" in tensors and tensors["alibi_slopes"].requires_grad:
-        raise NotImplementedError("alibi_slopes has no gradient: detach() it, or use no_grad()")
     captured = both[1]["score_mod"][1] if "score_mod" in both[1] else ()
     record: Any = _Attention.apply
     results = record(tensors, options, both, return_lse, q, k, v, sink, *captured)

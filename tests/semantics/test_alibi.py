@@ -288,13 +288,46 @@ def test_wrong_device():
 
 
 @pytest.mark.quick
+@pytest.mark.parametrize("device", params_of(CPU, CUDA))
+@pytest.mark.parametrize("options", [{}, {"causal": True, "softcap": 2.0}], ids=["all", "capped"])
+@pytest.mark.parametrize("batch", [None, 2])
+def test_slopes_that_are_learned(device, options, batch):
+    """The gradient of slopes is that of autograd through the same scores in plain torch."""
+    q, k, v = (device.place(torch.randn(2, n, 2, 16).half()) for n in (20, 40, 40))
+    slopes = slopes_of(device, 2, batch).detach().requires_grad_()
+    expected = slopes.detach().clone().requires_grad_()
+    flash_attn_func(q, k, v, alibi_slopes=slopes, **options)[0].float().square().sum().backward()
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.float(), k.float()) / 4
+    distance = torch.arange(20, device=q.device)[:, None] + 20 - torch.arange(40, device=q.device)
+    if options:
+        scores = 2 * (scores / 2).tanh()
+    scores = scores - expected.expand(2, 2)[:, :, None, None] * distance.abs()
+    if options:
+        scores = scores.masked_fill(distance < 0, -torch.inf)
+    weights = scores.softmax(-1)
+    torch.einsum("bhqk,bkhd->bqhd", weights, v.float()).square().sum().backward()
+    torch.testing.assert_close(slopes.grad, expected.grad, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.quick
+def test_slopes_are_learned_beside_a_score_mod():
+    """The mod comes first, as in calls without gradients, which have the built-in ALiBi."""
+    q = torch.randn(1, 24, 2, 16)
+    slopes = torch.tensor([0.3, -0.1], requires_grad=True)
+    out = flash_attn_func(q, q, q, alibi_slopes=slopes, score_mod=lambda s, b, h, i, j: 2 * s)[0]
+    with torch.no_grad():
+        expected = flash_attn_func(q, q, q, alibi_slopes=slopes, softmax_scale=0.5)[0]
+    torch.testing.assert_close(out, expected)
+    out.square().sum().backward()
+    assert slopes.grad.abs().min() > 0
+
+
+@pytest.mark.quick
 def test_slopes_have_no_gradient():
     q, slopes = torch.randn(2, 5, 4, 16), torch.ones(4, requires_grad=True)
     cache = q.clone()
     compiled = torch.compile(flash_attn_func, backend="aot_eager")
     for call in (
-        lambda: flash_attn_func(q, q, q, alibi_slopes=slopes),
-        lambda: fa2.flash_attn_func(q, q, q, alibi_slopes=slopes),
         lambda: ops.FORWARD(q, q, q, None, slopes),
         lambda: fa2.flash_attn_with_kvcache(q, cache, cache, alibi_slopes=slopes),
     ):

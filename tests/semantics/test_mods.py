@@ -262,3 +262,16 @@ def test_what_is_refused_by_name(name):
     q, k, v = qkv(CPU, 1, 20, 20)
     with pytest.raises(NotImplementedError, match=name):
         flash_attn_func(q, k, v, score_mod=lambda s, *_: s, **{name: [1.0]})
+
+
+@pytest.mark.parametrize("device", params_of(EMULATOR, CUDA))
+def test_alibi_as_a_mod_that_learns(device):
+    """What a call makes of slopes that require a gradient."""
+    q, k, v = (device.place(torch.randn(1, n, 2, 32).to(device.dtypes[0])) for n in (20, 40, 40))
+    pair = []
+    for place in (device.place, lambda x: x):
+        slopes = place(torch.tensor([0.3, -0.1])).requires_grad_()
+        mod = attention._with_learned_alibi(None, plain(q), plain(k), {"alibi_slopes": slopes})
+        pair.append((slopes, {"score_mod": mod}))
+    (slopes, mod), (cpu_slopes, cpu_mod) = pair
+    check_gradients(device, q, k, v, mod, cpu_mod, [slopes], [cpu_slopes])
