@@ -66,8 +66,9 @@ def quantized_attention(
     Args:
         q: ``(batch, seqlen_q, heads_q, head_dim)`` bfloat16 or float16, or what :func:`quantize`
             made of it with the same recipe.
-        k: ``(batch, seqlen_k, heads_kv, head_dim)``, likewise; ``heads_kv`` divides ``heads_q``.
-        v: ``(batch, seqlen_k, heads_kv, head_dim_v)``, likewise. Head dims are multiples of 16 up
+        k: ``(batch, seqlen_k, heads_kv, head_dim)``, or quantised; ``heads_kv`` divides
+            ``heads_q``.
+        v: ``(batch, seqlen_k, heads_kv, head_dim_v)``, or quantised. Head dims are multiples of 16 up
             to 256, of Q and K in mxfp8 multiples of 32, and need not be equal.
         recipe: a name in ``RECIPES``.
         softmax_scale, causal, window_size, softcap: as in :func:`flash_attn_func`.
