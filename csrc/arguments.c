@@ -34,7 +34,8 @@ static struct scales scales_of(const struct fa_shape *shape, const struct fa_pla
     }
     const float scale_log2 = (float)(factor * log2_e);
     scales.scale_log2 = scale_log2 != 0 ? scale_log2 : FLT_TRUE_MIN;
-    scales.masked_score = scales.scale_log2 > 0 ? -INFINITY : INFINITY;
+    /* Q in e4m3 takes the sign of its scale. */
+    scales.masked_score = scales.scale_log2 > 0 || shape->is_q_e4m3 ? -INFINITY : INFINITY;
     return scales;
 }
 
@@ -277,6 +278,7 @@ static struct fa_forward_params forward_params(const struct fa_problem *problem,
         .bias = bias_of(problem),
         .k_descale = fa_tensor_descale(&problem->k_descale),
         .v_descale = fa_tensor_descale(&problem->v_descale),
+        .q_descale = fa_tensor_descale(&problem->q_descale),
     };
 }
 

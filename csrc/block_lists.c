@@ -94,11 +94,3 @@ struct fa_strides fa_block_list_strides(const struct fa_tensor *tensor)
         .head = shape[1] > 1 ? stride[1] : 0,
     };
 }
-
-void fa_block_lists_release(struct fa_block_lists_read *lists)
-{
-    fa_tensor_release(&lists->counts);
-    fa_tensor_release(&lists->indices);
-    fa_tensor_release(&lists->full_counts);
-    fa_tensor_release(&lists->full_indices);
-}

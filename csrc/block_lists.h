@@ -26,6 +26,4 @@ int fa_block_lists_read(struct fa_dlpack *dlpack, PyObject *option, const char *
 /* Where the list of a row is in counts (or indices), of any kind, in elements. */
 struct fa_strides fa_block_list_strides(const struct fa_tensor *tensor);
 
-void fa_block_lists_release(struct fa_block_lists_read *lists);
-
 #endif

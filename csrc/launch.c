@@ -12,7 +12,7 @@ struct call {
     int ordinal;
     CUstream stream;
     struct fa_plan_key key;
-    struct fa_planned planned;
+    struct fa_planned *planned;
     bool is_kept; /* in the cache: its kernels are loaded */
 };
 
@@ -26,10 +26,10 @@ static int find_plan(struct call *call)
         .ordinal = call->ordinal,
         .tiles_version = state->tiles.version,
     };
-    struct fa_plan *plan = &call->planned.plan;
+    struct fa_plan *plan = &call->planned->plan;
     if (fa_planning_set_may_split(state, call->problem, call->ordinal, 0, &call->key.input) < 0)
         return -1;
-    call->is_kept = fa_plan_cache_find(&state->plans, &call->key, &call->planned);
+    call->is_kept = fa_plan_cache_find(&state->plans, &call->key, call->planned);
     if (call->is_kept)
         return fa_planning_fit(call->problem, &call->key.input, plan);
     state->plans.made++;
@@ -54,22 +54,22 @@ static int check(const struct call *call)
 /* The kernels of the plan, loaded, where they are not yet. 0 or -1. */
 static int load_kernels(struct call *call)
 {
-    const struct fa_plan *plan = &call->planned.plan;
+    const struct fa_plan *plan = &call->planned->plan;
     struct fa_state *state = call->state;
     if (call->is_kept)
         return 0;
     for (int i = 0; i < plan->step_count; i++) {
         const struct fa_step *step = &plan->steps[i];
-        call->planned.kernels[i] = NULL;
+        call->planned->kernels[i] = NULL;
         if (step->blocks == 0 && !call->key.input.varlen)
             continue; /* nor has the next call with this plan any */
-        call->planned.kernels[i] =
+        call->planned->kernels[i] =
             fa_kernel_table_get(&state->kernels, &state->driver, &step->variant, step->smem_request,
                                 call->ordinal, call->stream);
-        if (!call->planned.kernels[i])
+        if (!call->planned->kernels[i])
             return -1;
     }
-    fa_plan_cache_keep(&state->plans, &call->key, &call->planned);
+    fa_plan_cache_keep(&state->plans, &call->key, call->planned);
     return 0;
 }
 
@@ -104,14 +104,14 @@ static int enqueue(struct fa_driver *driver, CUkernel kernel, const struct fa_st
 
 static int launch_kernels(const struct call *call, float *workspace)
 {
-    const struct fa_plan *plan = &call->planned.plan;
+    const struct fa_plan *plan = &call->planned->plan;
     struct fa_driver *driver = &call->state->driver;
     union fa_arguments arguments;
     if (fa_arguments_make(driver, call->problem, call->gradients, plan, workspace, &arguments) < 0)
         return -1;
     for (int i = 0; i < plan->step_count; i++) {
         const struct fa_step *step = &plan->steps[i];
-        if (step->blocks > 0 && enqueue(driver, call->planned.kernels[i], step, call->stream,
+        if (step->blocks > 0 && enqueue(driver, call->planned->kernels[i], step, call->stream,
                                         fa_arguments_of(&arguments, step->job)) < 0)
             return -1;
     }
@@ -129,18 +129,20 @@ static bool has_blocks(const struct fa_plan *plan)
 int fa_launch(struct fa_state *state, const struct fa_problem *problem,
               const struct fa_gradients *gradients)
 {
+    struct fa_planned planned; /* large, and set by find_plan() as far as it is read */
     struct call call = {
         .state = state,
         .problem = problem,
         .gradients = gradients,
         .ordinal = problem->q.device_id,
+        .planned = &planned,
     };
     struct fa_driver *driver = &state->driver;
     struct fa_tensor workspace = {0};
     void *stream;
     if (find_plan(&call) < 0 || fa_tensor_stream(&state->dlpack, &problem->q, &stream) < 0)
         return -1;
-    const struct fa_plan *plan = &call.planned.plan;
+    const struct fa_plan *plan = &planned.plan;
     if (!has_blocks(plan))
         return 0;
     if (plan->workspace.size > 0 &&

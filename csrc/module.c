@@ -5,12 +5,14 @@
 #include "append.h"
 #include "attention.h"
 #include "explain.h"
+#include "planning.h"
 #include "state.h"
 #include "tile_rows.h"
 
 /* ---- arguments ------------------------------------------------------------------------------- */
 
-/* A method's arguments: tensors by position, options by name. */
+/* A method's arguments: tensors by position, then options by position, as far as all calls have
+ * them, or by name. */
 struct method {
     const char *name;
     enum fa_method_kind kind;
@@ -23,14 +25,16 @@ static int read_options(struct fa_state *state, const struct method *method,
                         struct fa_problem *problem)
 {
     memset(problem, 0, sizeof *problem);
-    if (count != method->tensors) {
-        PyErr_Format(PyExc_TypeError, "%s() takes %d positional arguments, got %d", method->name,
-                     method->tensors, (int)count);
+    const Py_ssize_t options = count - method->tensors;
+    if (options < 0 || options > FA_OPTION_return_lse) {
+        PyErr_Format(PyExc_TypeError, "%s() takes %d to %d positional arguments, got %d",
+                     method->name, method->tensors, method->tensors + FA_OPTION_return_lse,
+                     (int)count);
         return -1;
     }
     problem->is_cache = method->kind == FA_METHOD_CACHE;
-    return fa_options_read(&state->option_names, method->name, method->kind, arguments + count,
-                           kwnames, &problem->options);
+    return fa_options_read(&state->option_names, method->name, method->kind,
+                           arguments + method->tensors, (int)options, kwnames, &problem->options);
 }
 
 /* ---- methods --------------------------------------------------------------------------------- */
@@ -79,7 +83,7 @@ static PyObject *run_if_plain(PyObject *module, const struct method *method,
         options->out,       options->lse,          options->cu_seqlens_q, options->cu_seqlens_k,
         options->seqused_q, options->seqused_k,    options->page_table,   options->k,
         options->v,         options->dropout_seed, options->alibi_slopes, options->attn_bias,
-        options->k_descale, options->v_descale};
+        options->k_descale, options->v_descale,    options->q_descale};
     const int is_plain =
         fa_following_is_plain_call(&state->following, tensors, sizeof tensors / sizeof *tensors);
     PyObject *result = NULL;
@@ -227,30 +231,62 @@ static PyObject *counts(PyObject *module, PyObject *Py_UNUSED(unused))
     return fa_explain_counts(PyModule_GetState(module));
 }
 
-static PyObject *use_tiles(PyObject *module, PyObject *rows)
+static PyObject *use_rows(PyObject *module, PyObject *rows, enum fa_direction direction)
 {
     struct fa_state *state = PyModule_GetState(module);
-    if (fa_use_tiles(rows, &state->tiles) < 0)
+    if (fa_use_tiles(rows, direction, &state->tiles) < 0)
         return NULL;
     Py_RETURN_NONE;
+}
+
+static PyObject *use_tiles(PyObject *module, PyObject *rows)
+{
+    return use_rows(module, rows, FA_FORWARD);
 }
 
 static PyObject *use_backward_tiles(PyObject *module, PyObject *rows)
 {
-    struct fa_state *state = PyModule_GetState(module);
-    if (fa_use_backward_tiles(rows, &state->tiles) < 0)
-        return NULL;
-    Py_RETURN_NONE;
+    return use_rows(module, rows, FA_BACKWARD);
 }
 
 static PyObject *tiles(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-    return fa_tiles();
+    return fa_tiles(FA_FORWARD);
+}
+
+static PyObject *backward_tiles(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    return fa_tiles(FA_BACKWARD);
 }
 
 static PyObject *tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
 {
-    return fa_tile_fields();
+    return fa_tile_fields(FA_FORWARD);
+}
+
+static PyObject *backward_tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused))
+{
+    return fa_tile_fields(FA_BACKWARD);
+}
+
+static PyObject *use_card(PyObject *module, PyObject *arguments)
+{
+    struct fa_state *state = PyModule_GetState(module);
+    const char *name;
+    int kind;
+    if (!PyArg_ParseTuple(arguments, "si:use_card", &name, &kind) ||
+        fa_planning_use_card(state, name, kind) < 0)
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *card_kind(PyObject *Py_UNUSED(module), PyObject *arguments)
+{
+    const char *name;
+    int arch;
+    if (!PyArg_ParseTuple(arguments, "si:card_kind", &name, &arch))
+        return NULL;
+    return PyLong_FromLong(fa_device_kind_of_name(name, arch));
 }
 
 /* ---- the method table ------------------------------------------------------------------------ */
@@ -265,23 +301,22 @@ static PyObject *tile_fields(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(un
     {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL | METH_KEYWORDS, doc}
 
 static PyMethodDef METHODS[] = {
-    FAST_METHOD(forward, "forward($module, q, k, v, /, *" CALL_OPTIONS RESULT_OPTIONS ")\n--\n\n"
+    FAST_METHOD(forward, "forward($module, q, k, v, /" CALL_OPTIONS ", *" RESULT_OPTIONS ")\n--\n\n"
                          "(out, lse) of a call; the options are those of flash_attn_func."),
     FAST_METHOD(forward_if_plain,
-                "forward_if_plain($module, q, k, v, /, *" CALL_OPTIONS RESULT_OPTIONS ")\n--\n\n"
+                "forward_if_plain($module, q, k, v, /" CALL_OPTIONS ", *" RESULT_OPTIONS ")\n--\n\n"
                 "The same, or NotImplemented where torch may follow the call: see follow()."),
-    FAST_METHOD(
-        cache_forward,
-        "cache_forward($module, q, k_cache, v_cache, /, *" CALL_OPTIONS RESULT_OPTIONS CACHE_OPTIONS
-        ")\n--\n\n(out, lse) of a call of caches, to which k and v are "
-        "appended first."),
+    FAST_METHOD(cache_forward, "cache_forward($module, q, k_cache, v_cache, /" CALL_OPTIONS
+                               ", *" RESULT_OPTIONS CACHE_OPTIONS
+                               ")\n--\n\n(out, lse) of a call of caches, to which k and v are "
+                               "appended first."),
     FAST_METHOD(cache_forward_if_plain,
-                "cache_forward_if_plain($module, q, k_cache, v_cache, /, *" CALL_OPTIONS
-                    RESULT_OPTIONS CACHE_OPTIONS
+                "cache_forward_if_plain($module, q, k_cache, v_cache, /" CALL_OPTIONS
+                ", *" RESULT_OPTIONS CACHE_OPTIONS
                 ")\n--\n\nThe same, or NotImplemented, as forward_if_plain()."),
     FAST_METHOD(
         backward,
-        "backward($module, dout, q, k, v, out, lse, dlse, /, *" CALL_OPTIONS GRADIENT_OPTIONS
+        "backward($module, dout, q, k, v, out, lse, dlse, /" CALL_OPTIONS ", *" GRADIENT_OPTIONS
         ")\n--\n\n(dq, dk, dv, dsink) of a call, and dbias where bias_gradient asks for it; dlse "
         "and dsink may be None."),
     {"combine", (PyCFunction)(void (*)(void))combine, METH_FASTCALL,
@@ -290,13 +325,12 @@ static PyMethodDef METHODS[] = {
     {"scatter", (PyCFunction)(void (*)(void))scatter, METH_FASTCALL,
      "scatter($module, k, v, k_cache, v_cache, slots, k_descale=None, v_descale=None, /)\n--\n\n"
      "Writes rows of k and v to their slots in caches of pages; a negative slot is none."},
-    FAST_METHOD(explain, "explain($module, q, k, v, /, *" CALL_OPTIONS GRADIENT_OPTIONS PLAN_OPTIONS
-                         ")\n--\n\n"
+    FAST_METHOD(explain, "explain($module, q, k, v, /" CALL_OPTIONS
+                         ", *" GRADIENT_OPTIONS PLAN_OPTIONS ")\n--\n\n"
                          "The plan of the forward of a call: a dict."),
-    FAST_METHOD(explain_backward,
-                "explain_backward($module, q, k, v, /, *" CALL_OPTIONS GRADIENT_OPTIONS PLAN_OPTIONS
-                ")\n--\n\n"
-                "The plan of the backward of a call: a dict."),
+    FAST_METHOD(explain_backward, "explain_backward($module, q, k, v, /" CALL_OPTIONS
+                                  ", *" GRADIENT_OPTIONS PLAN_OPTIONS ")\n--\n\n"
+                                  "The plan of the backward of a call: a dict."),
     {"follow", follow, METH_VARARGS,
      "follow($module, plain_types, questions, forward_ad, /)\n--\n\n"
      "Tells what forward_if_plain() asks: see flash_attn_sm120/following.py."},
@@ -309,8 +343,17 @@ static PyMethodDef METHODS[] = {
     {"use_backward_tiles", use_backward_tiles, METH_O,
      "use_backward_tiles($module, rows, /)\n--\n\nThe same of the backward."},
     {"tiles", tiles, METH_NOARGS, "tiles($module, /)\n--\n\nThe rows of csrc/tiles.c."},
+    {"backward_tiles", backward_tiles, METH_NOARGS,
+     "backward_tiles($module, /)\n--\n\nThe same of the backward."},
     {"tile_fields", tile_fields, METH_NOARGS,
      "tile_fields($module, /)\n--\n\nThe names of a row's numbers."},
+    {"backward_tile_fields", backward_tile_fields, METH_NOARGS,
+     "backward_tile_fields($module, /)\n--\n\nThe same of the backward."},
+    {"use_card", use_card, METH_VARARGS,
+     "use_card($module, name, kind, /)\n--\n\n"
+     "Has a 12.x card of an unknown name count as of a class: 1 GeForce-like, 2 PRO-like."},
+    {"card_kind", card_kind, METH_VARARGS,
+     "card_kind($module, name, arch, /)\n--\n\nThe class of a card by its name; 0: unknown."},
     {NULL, NULL, 0, NULL},
 };
 

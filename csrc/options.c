@@ -212,13 +212,11 @@ static bool takes(enum fa_method_kind kind, int option)
  * there is none. */
 static int find_option(const struct fa_option_names *names, PyObject *name, int next)
 {
-    for (int i = 0; i < FA_OPTION_COUNT; i++) {
-        const int option = (next + i) % FA_OPTION_COUNT;
+    for (int option = next; option < FA_OPTION_COUNT; option++)
         if (names->names[option] == name)
             return option;
-    }
     for (int option = 0; option < FA_OPTION_COUNT; option++)
-        if (PyUnicode_Compare(names->names[option], name) == 0)
+        if (names->names[option] == name || PyUnicode_Compare(names->names[option], name) == 0)
             return option;
     return -1;
 }
@@ -244,21 +242,32 @@ int fa_option_names_make(struct fa_option_names *names)
     return 0;
 }
 
+static int read_option(int option, PyObject *value, struct fa_options *options)
+{
+    const struct row *row = &ROWS[option];
+    return row->read(value, row->name, (char *)options + row->offset);
+}
+
 int fa_options_read(const struct fa_option_names *names, const char *method,
-                    enum fa_method_kind kind, PyObject *const *values, PyObject *kwnames,
-                    struct fa_options *options)
+                    enum fa_method_kind kind, PyObject *const *values, int positional,
+                    PyObject *kwnames, struct fa_options *options)
 {
     *options = DEFAULTS;
+    for (int i = 0; i < positional; i++)
+        if (read_option(i, values[i], options) < 0)
+            return -1;
     const Py_ssize_t count = kwnames ? PyTuple_Size(kwnames) : 0;
-    int next = 0;
+    int next = positional;
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *name = PyTuple_GetItem(kwnames, i);
         const int option = find_option(names, name, next);
         if (option < 0 || !takes(kind, option))
             return fa_raise(PyExc_TypeError, "%s() got an unexpected keyword argument '%U'", method,
                             name);
-        const struct row *row = &ROWS[option];
-        if (row->read(values[i], row->name, (char *)options + row->offset) < 0)
+        if (option < positional)
+            return fa_raise(PyExc_TypeError, "%s() got multiple values for argument '%U'", method,
+                            name);
+        if (read_option(option, values[positional + i], options) < 0)
             return -1;
         next = option + 1;
     }

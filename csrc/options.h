@@ -32,16 +32,17 @@ struct fa_window {
     X(window_size, struct fa_window, window, FA_NO_WINDOW, "(None, None)")                         \
     X(learnable_sink, PyObject *, object, NULL, "None")                                            \
     X(alibi_slopes, PyObject *, object, NULL, "None")                                              \
-    X(attn_bias, PyObject *, object, NULL, "None")                                                 \
-    X(k_descale, PyObject *, object, NULL, "None")                                                 \
-    X(v_descale, PyObject *, object, NULL, "None")                                                 \
     X(softcap, float, softcap, 0, "0.0")                                                           \
-    X(score_mod, PyObject *, object, NULL, "None")                                                 \
-    X(mask_mod, PyObject *, object, NULL, "None")                                                  \
     X(dropout_p, double, probability, 0, "0.0")                                                    \
     X(dropout_seed, PyObject *, object, NULL, "None")                                              \
     X(num_splits, int, count, 0, "0")                                                              \
     X(pack_gqa, enum fa_pack_gqa, choice, FA_PACK_AUTO, "None")                                    \
+    X(attn_bias, PyObject *, object, NULL, "None")                                                 \
+    X(k_descale, PyObject *, object, NULL, "None")                                                 \
+    X(v_descale, PyObject *, object, NULL, "None")                                                 \
+    X(q_descale, PyObject *, object, NULL, "None")                                                 \
+    X(score_mod, PyObject *, object, NULL, "None")                                                 \
+    X(mask_mod, PyObject *, object, NULL, "None")                                                  \
     X(deterministic, bool, flag, false, "False")                                                   \
     X(key_blocks, PyObject *, object, NULL, "None")                                                \
     X(query_blocks, PyObject *, object, NULL, "None")
@@ -103,10 +104,11 @@ struct fa_option_names {
 /* 0, or -1 with the exception set. */
 int fa_option_names_make(struct fa_option_names *names);
 
-/* Reads the keyword arguments of `method`: `values` in the order of `kwnames`, a tuple or NULL;
- * causal is resolved into the window. 0, or -1 with TypeError or ValueError set. */
+/* Reads the options of `method`: `values` has those of the first `positional` rows, then those that
+ * `kwnames` names, a tuple or NULL; causal is resolved into the window. 0, or -1 with TypeError or
+ * ValueError set. */
 int fa_options_read(const struct fa_option_names *names, const char *method,
-                    enum fa_method_kind kind, PyObject *const *values, PyObject *kwnames,
-                    struct fa_options *options);
+                    enum fa_method_kind kind, PyObject *const *values, int positional,
+                    PyObject *kwnames, struct fa_options *options);
 
 #endif

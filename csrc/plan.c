@@ -43,6 +43,7 @@ struct fa_variant fa_plan_variant(const struct fa_plan_input *input)
         .score_mod = input->score_mod,
         .mask_mod = input->mask_mod,
         .kv_e4m3 = input->e4m3,
+        .q_e4m3 = input->q_e4m3,
     };
 }
 
@@ -78,6 +79,25 @@ int fa_plan_fit(const struct fa_plan_input *input, const struct fa_extent *exten
                                           : fa_plan_fit_backward(input, extent, plan, error);
 }
 
+/* The class of a 12.x card, whose rows of tiles.c a plan takes. */
+static void explain_kind(const struct fa_device *device, struct fa_plan *plan)
+{
+#define BOTH(why)                                                                                  \
+    {                                                                                              \
+        "GeForce-like: " why, "PRO-like: " why                                                     \
+    }
+    static const char *const why[FA_KIND_REASON_COUNT][2] = {
+        [FA_KIND_BY_ARCH] = BOTH("that of the card that stands for the architecture"),
+        [FA_KIND_BY_NAME] = BOTH("by the name of the device"),
+        [FA_KIND_BY_TUNE] = BOTH("as tune measured, for a name that is unknown"),
+        [FA_KIND_BY_SETTING] = BOTH("as FA_SM120_PLAN_AS asks"),
+        [FA_KIND_BY_DEFAULT] = BOTH("the name is unknown, and tune has not measured the device"),
+    };
+#undef BOTH
+    if (device->kind != FA_NO_KIND)
+        fa_plan_because(plan, "class", why[device->kind_reason][device->kind == FA_PRO_LIKE]);
+}
+
 int fa_plan_make(const struct fa_plan_input *input, const struct fa_plan_target *target,
                  struct fa_plan *plan, struct fa_plan_error *error)
 {
@@ -88,8 +108,10 @@ int fa_plan_make(const struct fa_plan_input *input, const struct fa_plan_target 
     if (input->dtype == FA_FLOAT32)
         return fa_plan_refuse(
             error, true,
-            "float32 is supported on the CPU alone; on CUDA q, k and v must be float16 "
-            "or bfloat16");
+            input->q_e4m3 ? "out in float32 is supported on the CPU alone; on CUDA that of q in "
+                            "float8_e4m3fn must be float16 or bfloat16"
+                          : "float32 is supported on the CPU alone; on CUDA q, k and v must be "
+                            "float16 or bfloat16");
     if (input->e4m3 && target->device.arch < 89)
         return fa_plan_refuse(error, true,
                               "k and v in float8_e4m3fn need a CUDA device of compute capability "
@@ -97,6 +119,7 @@ int fa_plan_make(const struct fa_plan_input *input, const struct fa_plan_target 
     if ((input->direction == FA_FORWARD ? fa_plan_forward(input, target, plan, error)
                                         : fa_plan_backward(input, target, plan, error)) < 0)
         return -1;
+    explain_kind(&target->device, plan);
     plan->steps[plan->main].variant.tensor_repeat = MAX(target->tensor_repeat, 1);
     if (target->tensor_repeat > 1)
         fa_plan_because(plan, "tensor_repeat",

@@ -10,8 +10,6 @@
 #include "tiles.h"
 #include "variant.h"
 
-enum fa_direction { FA_FORWARD, FA_BACKWARD };
-
 /* No tile has fewer keys, or other than whole multiples of them. */
 #define FA_KEY_STEP 16
 
@@ -51,6 +49,7 @@ struct fa_plan_input {
     int paged;            /* K and V lie in pages */
     int leftpad;          /* the first key of a sequence is not row 0 of its pages */
     int e4m3;             /* K and V are e4m3 */
+    int q_e4m3;           /* Q is, too */
     int append;           /* new rows of K and V are appended to them first */
     int box_rows;         /* where paged: of a box of the TMA, of FA_TMA_KEY_STEP at most */
     int block_q, block_k; /* queries and keys of listed blocks; 0: none are listed */
@@ -98,7 +97,7 @@ struct fa_step {
     bool overlaps_previous;
 };
 
-#define FA_MAX_REASONS 12
+#define FA_MAX_REASONS 14
 struct fa_reason {
     const char *choice, *why; /* "kernel", "float16 and bfloat16 run on ..." */
     bool dropped;             /* although the caller asked for it */
@@ -117,7 +116,6 @@ struct fa_workspace {
 
 #define FA_MAX_STEPS 7
 struct fa_plan {
-    struct fa_step steps[FA_MAX_STEPS]; /* in the order of their launches */
     int step_count;
     int main;               /* the step that multiplies matrices */
     int tile_m, tile_n;     /* queries and keys of a tile of the main kernel */
@@ -133,10 +131,13 @@ struct fa_plan {
     int combine_slices; /* of the parts of a row, each summed up by threads of its own */
     int smem_bytes;     /* that a block of the main kernel uses */
     int blocks_per_sm;  /* of the main kernel; in the forward registers may allow fewer */
-    int sms;            /* forward: multiprocessors of the device */
+    int sms;            /* forward: multiprocessors of the device; its figures for split.h */
+    int share;
+    double mma_time;
     struct fa_workspace workspace;
-    struct fa_reason reasons[FA_MAX_REASONS];
     int reason_count;
+    struct fa_step steps[FA_MAX_STEPS]; /* in the order of their launches */
+    struct fa_reason reasons[FA_MAX_REASONS];
 };
 
 /* What could not be planned: an error for the caller to raise. */

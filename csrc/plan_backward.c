@@ -86,26 +86,48 @@ static bool divides_blocks(const struct fa_plan_input *input, const struct fa_ba
     return input->block_q % tile->tile_m == 0 && input->block_k % tile_n_of(tile) == 0;
 }
 
-/* The first of `count` rows that serves sequences of up to `varlen_k` keys, and fits the shared
- * memory; else NULL. */
-static const struct fa_backward_tile *
-first_that_serves(const struct fa_backward_tile *rows, size_t count,
-                  const struct fa_plan_input *input, int varlen_k, const struct fa_device *device)
+/* Keys of all KV heads for each multiprocessor. How many sequences there are a plan for any lengths
+ * does not know. */
+static double keys_per_sm(const struct fa_plan_input *input, const struct fa_device *device)
+{
+    if (input->varlen)
+        return input->seqlen_k;
+    return (double)input->batch * input->heads_kv * input->seqlen_k / MAX(1, device->sms);
+}
+
+static bool serves(const struct fa_backward_row *row, const struct fa_plan_input *input,
+                   int varlen_k, const struct fa_device *device)
 {
     const int head_dim = MAX(input->head_dim, input->head_dim_v);
+    const double keys = keys_per_sm(input, device);
+    return fa_row_is_of(row->arch, row->kind, device) && row->head_dim >= head_dim &&
+           row->above.head_dim < head_dim && divides_blocks(input, &row->tile) &&
+           (row->varlen_k == FA_ANY || row->varlen_k >= varlen_k) &&
+           (row->keys_per_sm == FA_ANY || row->keys_per_sm >= keys) &&
+           (row->above.keys_per_sm == 0 || row->above.keys_per_sm < keys) &&
+           (row->mask_right == FA_ANY || row->mask_right == input->mask_right) &&
+           (row->mask_left == FA_ANY || row->mask_left == input->mask_left);
+}
+
+/* The first of `count` rows that serves sequences of up to `varlen_k` keys, and fits the shared
+ * memory; else NULL. */
+static const struct fa_backward_row *first_that_serves(const struct fa_backward_row *rows,
+                                                       size_t count,
+                                                       const struct fa_plan_input *input,
+                                                       int varlen_k, const struct fa_device *device)
+{
     const int most_smem = MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
-    for (const struct fa_backward_tile *tile = rows; tile < rows + count; tile++) {
-        const struct fa_variant variant = variant_of(input, device, tile);
-        if (tile->head_dim >= head_dim && divides_blocks(input, tile) &&
-            (tile->varlen_k == FA_ANY || tile->varlen_k >= varlen_k) &&
-            backward_smem(input, &variant, tile_n_of(tile)) <= most_smem)
-            return tile;
+    for (const struct fa_backward_row *row = rows; row < rows + count; row++) {
+        const struct fa_variant variant = variant_of(input, device, &row->tile);
+        if (serves(row, input, varlen_k, device) &&
+            backward_smem(input, &variant, tile_n_of(&row->tile)) <= most_smem)
+            return row;
     }
     return NULL;
 }
 
 static void explain_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
-                         const struct fa_backward_tile *tile, const struct fa_variant *variant,
+                         const struct fa_backward_row *row, const struct fa_variant *variant,
                          struct fa_plan *plan)
 {
     fa_plan_because(plan, "kernel",
@@ -121,10 +143,12 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
                             : "it needs Q and dO at strides that are multiples of 16 bytes, from a "
                               "row up to 2^40: neither expanded nor flipped");
     fa_plan_because(plan, "tile",
-                    !tile ? "first row of use_backward_tiles() that serves the call and fits"
-                    : tile->varlen_k == FA_ANY
-                        ? "row of csrc/tiles.c for the larger head dim"
-                        : "row of csrc/tiles.c for the larger head dim, and for few keys");
+                    !row ? "first row of use_backward_tiles() that serves the call and fits"
+                    : row->varlen_k != FA_ANY
+                        ? "row of csrc/tiles.c for the larger head dim, and for few keys"
+                    : row->arch != FA_ANY
+                        ? "row of csrc/tiles.c for the larger head dim, of this class of cards"
+                        : "row of csrc/tiles.c for the larger head dim");
     if (input->block_q)
         fa_plan_because(plan, "blocks",
                         "a walk over lists: a block of keys goes through listed queries alone");
@@ -154,33 +178,34 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
 }
 
 /* Rows of the caller's come first, which *is_own tells. NULL: whole listed blocks have no tiles. */
-static const struct fa_backward_tile *choose_tile(const struct fa_plan_input *input,
-                                                  const struct fa_plan_target *target, bool *is_own)
+static const struct fa_backward_row *choose_row(const struct fa_plan_input *input,
+                                                const struct fa_plan_target *target, bool *is_own)
 {
     const struct fa_tile_list *own = target->tiles;
     const int varlen_k = input->varlen ? input->seqlen_k : INT32_MAX;
-    const struct fa_backward_tile *tile = first_that_serves(own->backward_rows, own->backward_count,
-                                                            input, varlen_k, &target->device);
-    *is_own = tile != NULL;
-    if (!tile) /* the last one serves all but listed blocks */
-        tile = first_that_serves(FA_BACKWARD_TILES, FA_BACKWARD_TILE_COUNT, input, varlen_k,
-                                 &target->device);
-    if (!tile) /* rows of few keys are of smaller tiles */
-        tile =
+    const struct fa_backward_row *row = first_that_serves(own->backward_rows, own->backward_count,
+                                                          input, varlen_k, &target->device);
+    *is_own = row != NULL;
+    if (!row) /* the last one serves all but listed blocks */
+        row = first_that_serves(FA_BACKWARD_TILES, FA_BACKWARD_TILE_COUNT, input, varlen_k,
+                                &target->device);
+    if (!row) /* rows of few keys are of smaller tiles */
+        row =
             first_that_serves(FA_BACKWARD_TILES, FA_BACKWARD_TILE_COUNT, input, 0, &target->device);
-    return tile;
+    return row;
 }
 
 static void set_main(const struct fa_plan_input *input, const struct fa_plan_target *target,
-                     const struct fa_backward_tile *tile, bool is_own, struct fa_plan *plan)
+                     const struct fa_backward_row *row, bool is_own, struct fa_plan *plan)
 {
     enum { REGISTERS_PER_SM = 64 << 10, REGISTERS_PER_THREAD = 256 };
+    const struct fa_backward_tile *tile = &row->tile;
     const struct fa_variant variant = variant_of(input, &target->device, tile);
     const int threads = tile->warps * 32;
     plan->tile_m = tile->tile_m;
     plan->tile_n = tile_n_of(tile);
     plan->smem_bytes = backward_smem(input, &variant, plan->tile_n);
-    explain_main(input, target, is_own ? NULL : tile, &variant, plan);
+    explain_main(input, target, is_own ? NULL : row, &variant, plan);
     int by_smem;
     const int smem_request = fa_device_smem_request(&target->device, target->limits_arch,
                                                     plan->smem_bytes, threads, &by_smem);
@@ -493,13 +518,13 @@ int fa_plan_backward(const struct fa_plan_input *input, const struct fa_plan_tar
                               "deterministic is not supported with listed blocks: they add to dQ "
                               "in no order");
     bool is_own;
-    const struct fa_backward_tile *tile = choose_tile(input, target, &is_own);
-    if (!tile)
+    const struct fa_backward_row *row = choose_row(input, target, &is_own);
+    if (!row)
         return fa_plan_refuse(error, true,
                               "on CUDA the backward takes listed blocks of a multiple of 64 keys, "
                               "and of a multiple of 32 to 128 queries, more at small head dims");
     struct fa_step *first = fa_plan_add(plan, (struct fa_step){0});
-    set_main(input, target, tile, is_own, plan);
+    set_main(input, target, row, is_own, plan);
     set_group_limit(input, &target->device, plan);
     const struct fa_extent extent = fa_plan_extent(input);
     plan->splits = 1;

@@ -29,7 +29,8 @@ struct fa_plan_cache {
     } entries[FA_PLAN_SLOTS];
 };
 
-/* Copies what is kept of `key`; false where nothing is. */
+/* Copies what a launch reads of what is kept of `key`: the steps that there are, and no reasons.
+ * False where nothing is kept. */
 bool fa_plan_cache_find(const struct fa_plan_cache *cache, const struct fa_plan_key *key,
                         struct fa_planned *planned);
 

@@ -37,8 +37,8 @@ static bool serves(const struct fa_tile_row *row, const struct fa_plan_input *in
     ((row->bound == FA_ANY || (value) <= row->bound) &&                                            \
      (row->above.bound == 0 || (value) > row->above.bound))
 #define SAME(wanted, value) ((wanted) == FA_ANY || (wanted) == (value))
-    return (row->arch == FA_ANY || row->arch / 10 == device->arch / 10) &&
-           WITHIN(head_dim, input->head_dim) && WITHIN(head_dim_v, input->head_dim_v) &&
+    return fa_row_is_of(row->arch, row->kind, device) && WITHIN(head_dim, input->head_dim) &&
+           WITHIN(head_dim_v, input->head_dim_v) &&
            WITHIN(heads_per_kv, fa_plan_heads_per_kv(input)) && WITHIN(seqlen_q, input->seqlen_q) &&
            WITHIN(rows_per_sm, rows_per_sm(input, device)) &&
            SAME(row->mask_right, input->mask_right) && SAME(row->mask_left, input->mask_left);
@@ -90,7 +90,7 @@ static void shrink_ring(const struct fa_plan_input *input, struct fa_tile *tile)
 /* Random numbers take registers, of which a ninth warp would leave 168 to each; and 32 keys share
  * them. Where warps have 32 rows, or fewer keys at a time, the tile is that of windows at head_dim
  * 128, whose shared memory is enough for less. */
-static void make_room_for_dropout(struct fa_tile *tile)
+static void make_room(struct fa_tile *tile)
 {
     if (tile->producer == FA_PRODUCER_WARP && tile->warps == 8)
         tile->producer = FA_PRODUCER_THREAD;
@@ -101,6 +101,15 @@ static void make_room_for_dropout(struct fa_tile *tile)
     tile->warps = 8;
     tile->warp_m = 16;
     tile->stages = 3;
+}
+
+/* What takes registers where the TMA feeds warps of 32 rows, which at these head dims have none
+ * left. */
+static bool lacks_registers(const struct fa_plan_input *input, const struct fa_tile *tile)
+{
+    const bool has_steps = input->alibi || input->bias || input->score_mod || input->mask_mod;
+    return has_steps && tile->kernel == FA_KERNEL_FORWARD_TMA && tile->warp_m == 32 &&
+           input->head_dim > 96;
 }
 
 /* Tiles that whole listed blocks have. */
@@ -122,6 +131,12 @@ static int smem_limit(const struct fa_device *device)
     return MIN(device->smem_per_block, fa_device_of_arch(120).smem_per_block);
 }
 
+/* Whether sub-tiles are steps of the mma of P V, which of e4m3 takes 32 keys. */
+static bool has_whole_steps(const struct fa_tile *tile, const struct fa_plan_input *input)
+{
+    return !input->q_e4m3 || tile->sub_n % fa_mma_k(FA_FLOAT8_E4M3) == 0;
+}
+
 /* The tile of the first of some rows that serves the call within the shared memory, stages
  * included. Where the TMA cannot bring K and V, which *why_not_tma tells, cp.async does. */
 static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
@@ -130,7 +145,7 @@ static bool first_that_serves(const struct fa_tile_row *rows, size_t count,
 {
     const int smem_per_block = smem_limit(device);
     for (size_t i = 0; i < count; i++) {
-        if (!serves(&rows[i], input, device))
+        if (!serves(&rows[i], input, device) || !has_whole_steps(&rows[i].tile, input))
             continue;
         *tile = rows[i].tile;
         if (input->block_q)
@@ -171,18 +186,20 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const bool is_own = first_that_serves(own->rows, own->count, input, device, tile, &why_not_tma);
     const bool is_of_e4m3 =
         !is_own && input->e4m3 &&
-        first_that_serves(FA_E4M3_TILES, FA_E4M3_TILE_COUNT, input, device, tile, &why_not_tma);
+        first_that_serves(input->q_e4m3 ? FA_Q_E4M3_TILES : FA_E4M3_TILES,
+                          input->q_e4m3 ? FA_Q_E4M3_TILE_COUNT : FA_E4M3_TILE_COUNT, input, device,
+                          tile, &why_not_tma);
     if (!is_own && !is_of_e4m3 &&
         !first_that_serves(FA_TILES, FA_TILE_COUNT, input, device, tile, &why_not_tma))
         return false;
     const bool is_asked = tile->kernel == FA_KERNEL_FORWARD_TMA;
     if (!is_own && input->paged)
         prefer_tma(input, device, tile, &why_not_tma);
-    if (input->dropout && !is_own)
-        make_room_for_dropout(tile);
+    if (!is_own && (input->dropout || lacks_registers(input, tile)))
+        make_room(tile);
     if (input->varlen && !is_own)
         shrink_ring(input, tile);
-    if (input->block_q) { /* again: dropout's tile is another */
+    if (input->block_q) { /* again: what needs room has another tile */
         divide_blocks(input, tile);
         fa_plan_because(plan, "blocks",
                         "a walk over lists: the tiles of listed blocks are read, and no others");
@@ -193,6 +210,10 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
                     : is_tma
                         ? "forward_tma: mma.sync fed by the TMA, which takes whole boxes of pages"
                         : "forward: mma.sync fed by cp.async, the path of every device from 8.0");
+    if (input->q_e4m3)
+        fa_plan_because(plan, "products",
+                        "of e4m3: mma.m16n8k32, weights as e4m3 up to 2^8 below a row max that is "
+                        "rounded up to a power of two");
     if (why_not_tma && !is_tma)
         fa_plan_because(plan, "not forward_tma", why_not_tma);
     fa_plan_because(
@@ -366,6 +387,8 @@ static struct fa_grid grid_of(const struct fa_plan_input *input, const struct fa
         .in_flight = plan->smem_bytes,
         .sms = plan->sms,
         .blocks_per_sm = plan->blocks_per_sm,
+        .share = plan->share,
+        .mma_time = plan->mma_time,
     };
 }
 
@@ -433,7 +456,14 @@ bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent
                        const struct fa_device *device)
 {
     const struct fa_plan nominal = {
-        .tile_m = 64, .tile_n = 64, .smem_bytes = 64 << 10, .blocks_per_sm = 1, .sms = device->sms};
+        .tile_m = 64,
+        .tile_n = 64,
+        .smem_bytes = 64 << 10,
+        .blocks_per_sm = 1,
+        .sms = device->sms,
+        .share = fa_device_share(device),
+        .mma_time = fa_device_mma_time(device),
+    };
     const int64_t out_rows = extent->rows_q * input->heads_q;
     if (!input->varlen || input->num_splits != 0 || extent->batch == 0 || out_rows == 0 ||
         out_rows > INT32_MAX)
@@ -596,6 +626,8 @@ int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_targ
         return fa_plan_refuse(error, true,
                               "no tile fits the shared memory of this device at these head dims");
     plan->sms = target->device.sms;
+    plan->share = fa_device_share(&target->device);
+    plan->mma_time = fa_device_mma_time(&target->device);
     add_append(input, plan);
     set_main(input, target, &tile, plan);
     const struct fa_extent extent = fa_plan_extent(input);

@@ -1,5 +1,7 @@
 #include "planning.h"
 
+#include <string.h>
+
 #include "arithmetic.h"
 
 /* The least power of two that is not below it: few plans serve all lengths. */
@@ -107,6 +109,7 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .paged = shape->page_size != 0,
         .leftpad = shape->page_size && problem->leftpad_k.object,
         .e4m3 = shape->is_e4m3,
+        .q_e4m3 = shape->is_q_e4m3,
         .append = problem->append.k.object != NULL,
         .box_rows = planned_box_rows(shape->page_size),
         .block_q = lists->block_q,
@@ -152,6 +155,32 @@ int fa_planning_fit(const struct fa_problem *problem, const struct fa_plan_input
     return raise_plan_error(&error);
 }
 
+/* The class of a 12.x card, or of what is to be planned as one. */
+static void set_kind(const struct fa_state *state, const char *name, struct fa_device *device)
+{
+    if (state->settings.plan_as) {
+        device->arch = state->settings.plan_as;
+        device->kind = state->settings.plan_kind;
+        device->kind_reason = FA_KIND_BY_SETTING;
+    } else if (device->kind == FA_NO_KIND && device->arch / 10 == 12) {
+        const bool is_tuned = state->tuned_kind && strcmp(state->tuned_card, name) == 0;
+        device->kind = is_tuned ? state->tuned_kind : FA_GEFORCE_LIKE;
+        device->kind_reason = is_tuned ? FA_KIND_BY_TUNE : FA_KIND_BY_DEFAULT;
+    }
+}
+
+int fa_planning_use_card(struct fa_state *state, const char *name, int kind)
+{
+    if (strlen(name) >= sizeof state->tuned_card || kind < FA_NO_KIND || kind > FA_PRO_LIKE) {
+        PyErr_Format(PyExc_ValueError, "no class %d of the card %.40s", kind, name);
+        return -1;
+    }
+    strcpy(state->tuned_card, name);
+    state->tuned_kind = kind;
+    state->tiles.version++;
+    return 0;
+}
+
 static int set_target(struct fa_state *state, int ordinal, int arch, struct fa_plan_target *target)
 {
     if (fa_settings_read(&state->settings) < 0)
@@ -169,8 +198,7 @@ static int set_target(struct fa_state *state, int ordinal, int arch, struct fa_p
     if (!cuda)
         return -1;
     target->device = cuda->device;
-    if (state->settings.plan_as)
-        target->device.arch = state->settings.plan_as;
+    set_kind(state, cuda->name, &target->device);
     return 0;
 }
 

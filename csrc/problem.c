@@ -3,6 +3,7 @@
 #include "problem.h"
 
 #include <math.h>
+#include <stddef.h>
 #include <string.h>
 
 #include "arithmetic.h"
@@ -73,7 +74,7 @@ static const char *name_of_table(const struct fa_problem *problem)
 
 /* ---- e4m3 ------------------------------------------------------------------------------------ */
 
-/* v has the type of k, which is that of q or e4m3. */
+/* v has the type of k, which is that of q or e4m3. Of e4m3 head dims are whole chunks. */
 static int check_kv_dtypes(const struct fa_problem *problem)
 {
     const struct fa_tensor *q = &problem->q, *k = &problem->k, *v = &problem->v;
@@ -95,35 +96,18 @@ static int check_kv_dtypes(const struct fa_problem *problem)
     return 0;
 }
 
-/* Where the host sees it. */
-static int check_positive(const struct fa_tensor *descale, const char *name)
-{
-    if (descale->device_type != FA_DEVICE_CPU || fa_tensor_is_empty(descale))
-        return 0;
-    for (int64_t i = 0; i < descale->shape[0]; i++)
-        for (int64_t j = 0; j < descale->shape[1]; j++) {
-            const float x =
-                ((const float *)descale->data)[i * descale->stride[0] + j * descale->stride[1]];
-            if (!(x > 0) || !isfinite(x))
-                return fa_raise(PyExc_ValueError, "%s must be positive and finite, got %s", name,
-                                isnan(x) ? "NaN"
-                                : x == 0 ? "0"
-                                : x < 0  ? "a negative number"
-                                         : "inf");
-        }
-    return 0;
-}
-
 /* One number, or one for each sequence and KV head; of one that is expanded strides are 0. */
 static int read_descale(struct fa_dlpack *dlpack, const struct fa_problem *problem,
-                        PyObject *object, const char *name, struct fa_tensor *descale)
+                        PyObject *object, const char *name, const struct fa_tensor *factor_of,
+                        struct fa_tensor *descale)
 {
     const struct fa_shape *shape = &problem->shape;
     if (!object)
         return 0;
-    if (!shape->is_e4m3)
-        return fa_raise(PyExc_ValueError, "%s is for k and v in float8_e4m3fn, got %s", name,
-                        fa_dtype_name(problem->k.dtype));
+    if (factor_of->dtype != FA_FLOAT8_E4M3)
+        return fa_raise(PyExc_ValueError, "%s is for %s in float8_e4m3fn, got %s", name,
+                        factor_of == &problem->q ? "q" : "k and v",
+                        fa_dtype_name(factor_of->dtype));
     if (fa_tensor_read(dlpack, object, name, FA_UP_TO_TWO, descale) < 0)
         return -1;
     if (descale->dtype != FA_FLOAT32)
@@ -153,17 +137,43 @@ static struct fa_tensor expanded(const struct fa_problem *problem, const struct 
     return all;
 }
 
+/* Where the host sees it. */
+static int check_positive(const struct fa_problem *problem, const struct fa_tensor *descale,
+                          const char *name)
+{
+    if (!descale->object || descale->device_type != FA_DEVICE_CPU || fa_tensor_is_empty(descale))
+        return 0;
+    const struct fa_tensor all = expanded(problem, descale);
+    for (int64_t i = 0; i < all.shape[0]; i++)
+        for (int64_t j = 0; j < all.shape[1]; j++) {
+            const float x = ((const float *)all.data)[i * all.stride[0] + j * all.stride[1]];
+            if (!(x > 0) || !isfinite(x))
+                return fa_raise(PyExc_ValueError, "%s must be positive and finite, got %s", name,
+                                isnan(x) ? "NaN"
+                                : x == 0 ? "0"
+                                : x < 0  ? "a negative number"
+                                         : "inf");
+        }
+    return 0;
+}
+
 static int read_descales(struct fa_dlpack *dlpack, struct fa_problem *problem)
 {
     const struct fa_options *options = &problem->options;
-    if (read_descale(dlpack, problem, options->k_descale, "k_descale", &problem->k_descale) < 0 ||
-        read_descale(dlpack, problem, options->v_descale, "v_descale", &problem->v_descale) < 0)
-        return -1;
-    const struct fa_tensor k = expanded(problem, &problem->k_descale);
-    const struct fa_tensor v = expanded(problem, &problem->v_descale);
-    if (problem->k_descale.object && check_positive(&k, "k_descale") < 0)
-        return -1;
-    return problem->v_descale.object ? check_positive(&v, "v_descale") : 0;
+    const struct {
+        PyObject *object;
+        const char *name;
+        const struct fa_tensor *factor_of;
+        struct fa_tensor *descale;
+    } all[] = {{options->q_descale, "q_descale", &problem->q, &problem->q_descale},
+               {options->k_descale, "k_descale", &problem->k, &problem->k_descale},
+               {options->v_descale, "v_descale", &problem->v, &problem->v_descale}};
+    for (int i = 0; i < 3; i++)
+        if (read_descale(dlpack, problem, all[i].object, all[i].name, all[i].factor_of,
+                         all[i].descale) < 0 ||
+            check_positive(problem, all[i].descale, all[i].name) < 0)
+            return -1;
+    return 0;
 }
 
 /* ---- lengths on the device ------------------------------------------------------------------- */
@@ -357,8 +367,9 @@ static void set_shape(struct fa_problem *problem, int batch)
     struct fa_shape *shape = &problem->shape;
     const struct fa_options *options = &problem->options;
     const struct fa_tensor *q = &problem->q, *k = &problem->k;
-    shape->dtype = q->dtype;
     shape->is_e4m3 = k->dtype == FA_FLOAT8_E4M3;
+    shape->is_q_e4m3 = q->dtype == FA_FLOAT8_E4M3;
+    shape->dtype = shape->is_q_e4m3 ? FA_BFLOAT16 : q->dtype; /* or as set_out() finds out */
     shape->batch = batch;
     shape->seqlen_q = bound_of(q, options->max_seqlen_q);
     shape->seqlen_k = bound_of_keys(problem);
@@ -528,6 +539,10 @@ bool fa_bias_is_shared(const struct fa_problem *problem)
 static int check_e4m3(const struct fa_problem *problem)
 {
     const struct fa_options *options = &problem->options;
+    if (problem->shape.is_q_e4m3 && (options->alibi_slopes || problem->shape.dropout || options->k))
+        return fa_raise(PyExc_NotImplementedError,
+                        "q in float8_e4m3fn is not supported with alibi_slopes, dropout_p or rows "
+                        "that are appended yet");
     if (!problem->shape.is_e4m3 || (!options->attn_bias && !options->key_blocks &&
                                     !problem->score_mod.number && !problem->mask_mod.number))
         return 0;
@@ -571,12 +586,14 @@ static int check_sizes(const struct fa_tensor *tensor, const char *name, const i
     return 0;
 }
 
+/* Of q in e4m3 it is out alone that comes here, and may have any of the wider types. */
 int fa_problem_read_like_q(struct fa_dlpack *dlpack, const struct fa_problem *problem,
                            PyObject *object, const char *name, int ndim, const int64_t *sizes,
                            const char *const *meanings, struct fa_tensor *tensor)
 {
     if (fa_tensor_read(dlpack, object, name, ndim, tensor) < 0 ||
-        check_dtype(&problem->q, tensor, name) < 0 || check_device(&problem->q, tensor, name) < 0)
+        (!problem->shape.is_q_e4m3 && check_dtype(&problem->q, tensor, name) < 0) ||
+        check_device(&problem->q, tensor, name) < 0)
         return -1;
     return check_sizes(tensor, name, sizes, meanings);
 }
@@ -613,76 +630,92 @@ static int read_like_lse(struct fa_dlpack *dlpack, PyObject *object, const char 
 
 /* ---- results: written in place, ours or the caller's ----------------------------------------- */
 
-struct named_tensor {
-    const struct fa_tensor *tensor;
+/* A tensor of a call, which may not be there (yet), and what messages call it. */
+struct place {
+    size_t offset; /* in its struct */
     const char *name;
+    const char *(*name_of)(const struct fa_problem *problem); /* where the name depends on it */
 };
 
-/* All tensors of a call, some of which may not be there (yet). */
-#define FORWARD_TENSORS 29
-#define MAX_TENSORS     36
-static int tensors_of(const struct fa_problem *problem, const struct fa_gradients *gradients,
-                      struct named_tensor tensors[MAX_TENSORS])
+#define PLACE(field, ...) {offsetof(struct fa_problem, field), __VA_ARGS__}
+static const struct place PLACES[] = {
+    PLACE(q, "q", NULL),
+    PLACE(k, NULL, name_of_k),
+    PLACE(v, NULL, name_of_v),
+    PLACE(sink, "learnable_sink", NULL),
+    PLACE(dropout_seed, "dropout_seed", NULL),
+    PLACE(alibi_slopes, "alibi_slopes", NULL),
+    PLACE(bias, "attn_bias", NULL),
+    PLACE(k_descale, "k_descale", NULL),
+    PLACE(v_descale, "v_descale", NULL),
+    PLACE(q_descale, "q_descale", NULL),
+    PLACE(out, "out", NULL),
+    PLACE(lse, "lse", NULL),
+    PLACE(cu_seqlens_q, "cu_seqlens_q", NULL),
+    PLACE(cu_seqlens_k, "cu_seqlens_k", NULL),
+    PLACE(seqused_q, "seqused_q", NULL),
+    PLACE(seqused_k, NULL, name_of_seqused_k),
+    PLACE(page_table, NULL, name_of_table),
+    PLACE(leftpad_k, "cache_leftpad", NULL),
+    PLACE(append.k, "k", NULL),
+    PLACE(append.v, "v", NULL),
+    PLACE(append.cos, "rotary_cos", NULL),
+    PLACE(append.sin, "rotary_sin", NULL),
+    PLACE(key_blocks.counts, "counts of key blocks", NULL),
+    PLACE(key_blocks.indices, "indices of key blocks", NULL),
+    PLACE(key_blocks.full_counts, "counts of full key blocks", NULL),
+    PLACE(key_blocks.full_indices, "indices of full key blocks", NULL),
+    PLACE(query_blocks.counts, "counts of query blocks", NULL),
+    PLACE(query_blocks.indices, "indices of query blocks", NULL),
+    PLACE(query_blocks.full_counts, "counts of full query blocks", NULL),
+    PLACE(query_blocks.full_indices, "indices of full query blocks", NULL),
+};
+#undef PLACE
+
+#define PLACE(field) {offsetof(struct fa_gradients, field), #field, NULL}
+static const struct place GRADIENTS[] = {PLACE(dout), PLACE(dlse),  PLACE(dq),   PLACE(dk),
+                                         PLACE(dv),   PLACE(dsink), PLACE(dbias)};
+#undef PLACE
+
+#define LENGTH(array) ((int)(sizeof(array) / sizeof *(array)))
+
+static const char *name_of(const struct fa_problem *problem, const struct place *place)
 {
-    const struct named_tensor forward[] = {
-        {&problem->q, "q"},
-        {&problem->k, name_of_k(problem)},
-        {&problem->v, name_of_v(problem)},
-        {&problem->sink, "learnable_sink"},
-        {&problem->dropout_seed, "dropout_seed"},
-        {&problem->alibi_slopes, "alibi_slopes"},
-        {&problem->bias, "attn_bias"},
-        {&problem->k_descale, "k_descale"},
-        {&problem->v_descale, "v_descale"},
-        {&problem->out, "out"},
-        {&problem->lse, "lse"},
-        {&problem->cu_seqlens_q, "cu_seqlens_q"},
-        {&problem->cu_seqlens_k, "cu_seqlens_k"},
-        {&problem->seqused_q, "seqused_q"},
-        {&problem->seqused_k, name_of_seqused_k(problem)},
-        {&problem->page_table, name_of_table(problem)},
-        {&problem->leftpad_k, "cache_leftpad"},
-        {&problem->append.k, "k"},
-        {&problem->append.v, "v"},
-        {&problem->append.cos, "rotary_cos"},
-        {&problem->append.sin, "rotary_sin"},
-        {&problem->key_blocks.counts, "counts of key blocks"},
-        {&problem->key_blocks.indices, "indices of key blocks"},
-        {&problem->key_blocks.full_counts, "counts of full key blocks"},
-        {&problem->key_blocks.full_indices, "indices of full key blocks"},
-        {&problem->query_blocks.counts, "counts of query blocks"},
-        {&problem->query_blocks.indices, "indices of query blocks"},
-        {&problem->query_blocks.full_counts, "counts of full query blocks"},
-        {&problem->query_blocks.full_indices, "indices of full query blocks"},
-    };
-    memcpy(tensors, forward, sizeof forward);
-    if (!gradients)
-        return FORWARD_TENSORS;
-    const struct named_tensor backward[] = {
-        {&gradients->dout, "dout"},   {&gradients->dlse, "dlse"}, {&gradients->dq, "dq"},
-        {&gradients->dk, "dk"},       {&gradients->dv, "dv"},     {&gradients->dsink, "dsink"},
-        {&gradients->dbias, "dbias"},
-    };
-    memcpy(tensors + FORWARD_TENSORS, backward, sizeof backward);
-    return MAX_TENSORS;
+    return place->name ? place->name : place->name_of(problem);
+}
+
+static const struct fa_tensor *tensor_at(const void *base, const struct place *place)
+{
+    return (const void *)((const char *)base + place->offset);
+}
+
+static int check_apart_from(const struct fa_problem *problem, const void *base,
+                            const struct place *places, int count, const struct fa_tensor *result,
+                            const char *name)
+{
+    for (int i = 0; i < count; i++) {
+        const struct fa_tensor *tensor = tensor_at(base, &places[i]);
+        if (!tensor->object || tensor == result || !fa_tensors_overlap(result, tensor))
+            continue;
+        const char *other = name_of(problem, &places[i]);
+        /* memory that was freed meanwhile may be the result's now */
+        return fa_tensor_recheck(tensor, other) < 0
+                   ? -1
+                   : fa_raise(PyExc_ValueError, "%s overlaps %s", name, other);
+    }
+    return 0;
 }
 
 /* Whether the tensors of the call that are there leave a result to itself. 0 or -1. */
 static int check_apart(const struct fa_problem *problem, const struct fa_gradients *gradients,
                        const struct fa_tensor *result, const char *name)
 {
-    struct named_tensor tensors[MAX_TENSORS];
-    const int count = tensors_of(problem, gradients, tensors);
-    for (int i = 0; i < count; i++)
-        if (tensors[i].tensor != result && tensors[i].tensor->object &&
-            fa_tensors_overlap(result, tensors[i].tensor))
-            /* memory that was freed meanwhile may be the result's now */
-            return fa_tensor_recheck(tensors[i].tensor, tensors[i].name) < 0
-                       ? -1
-                       : fa_raise(PyExc_ValueError, "%s overlaps %s", name, tensors[i].name);
-    return fa_mod_check_apart(&problem->score_mod, "score_mod", result, name) < 0
-               ? -1
-               : fa_mod_check_apart(&problem->mask_mod, "mask_mod", result, name);
+    if (check_apart_from(problem, problem, PLACES, LENGTH(PLACES), result, name) < 0 ||
+        (gradients &&
+         check_apart_from(problem, gradients, GRADIENTS, LENGTH(GRADIENTS), result, name) < 0) ||
+        fa_mod_check_apart(&problem->score_mod, "score_mod", result, name) < 0)
+        return -1;
+    return fa_mod_check_apart(&problem->mask_mod, "mask_mod", result, name);
 }
 
 int fa_problem_check_written(const struct fa_problem *problem, const struct fa_tensor *tensor,
@@ -703,14 +736,15 @@ static int set_out(struct fa_dlpack *dlpack, struct fa_problem *problem)
     int64_t sizes[FA_MAX_NDIM];
     const int ndim = sizes_of_out(shape, sizes);
     struct fa_tensor *out = &problem->out;
-    if (problem->options.out)
-        return read_like_out(dlpack, problem->options.out, "out", problem, out) < 0
-                   ? -1
-                   : fa_problem_check_written(
-                         problem, out, "out",
-                         fa_tensor_is_readable(out)
-                             ? NULL
-                             : "must have contiguous rows at multiples of 16 bytes");
+    if (problem->options.out) {
+        if (read_like_out(dlpack, problem->options.out, "out", problem, out) < 0)
+            return -1;
+        problem->shape.dtype = out->dtype;
+        return fa_problem_check_written(problem, out, "out",
+                                        fa_tensor_is_readable(out)
+                                            ? NULL
+                                            : "must have contiguous rows at multiples of 16 bytes");
+    }
     if (fa_tensor_empty(dlpack, &problem->q, "out", shape->dtype, ndim, sizes, out) < 0)
         return -1;
     return check_apart(problem, NULL, out, "out");
@@ -751,8 +785,7 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
                                           "not packed, their lengths are seqused_k");
     for (int i = 0; i < 3; i++) {
         const bool packed = i == 0 ? problem->options.cu_seqlens_q : problem->options.cu_seqlens_k;
-        if ((i == 0 ? fa_tensor_read : fa_tensor_read_kv)(dlpack, qkv[i], names[i], packed ? 3 : 4,
-                                                          tensors[i]) < 0)
+        if (fa_tensor_read_or_e4m3(dlpack, qkv[i], names[i], packed ? 3 : 4, tensors[i]) < 0)
             return -1;
     }
     if (read_lengths_and_pages(dlpack, problem) < 0 || check_shapes(problem) < 0 ||
@@ -783,38 +816,15 @@ int fa_problem_set_results(struct fa_dlpack *dlpack, struct fa_problem *problem)
     return set_out(dlpack, problem) < 0 ? -1 : set_lse(dlpack, problem);
 }
 
-static void release(struct fa_tensor *const *tensors, size_t count)
+static void release_all(void *base, const struct place *places, int count)
 {
-    for (size_t i = 0; i < count; i++)
-        fa_tensor_release(tensors[i]);
+    for (int i = 0; i < count; i++)
+        fa_tensor_release((void *)((char *)base + places[i].offset));
 }
 
 void fa_problem_release(struct fa_problem *problem)
 {
-    struct fa_tensor *const tensors[] = {&problem->q,
-                                         &problem->k,
-                                         &problem->v,
-                                         &problem->sink,
-                                         &problem->dropout_seed,
-                                         &problem->alibi_slopes,
-                                         &problem->bias,
-                                         &problem->k_descale,
-                                         &problem->v_descale,
-                                         &problem->out,
-                                         &problem->lse,
-                                         &problem->cu_seqlens_q,
-                                         &problem->cu_seqlens_k,
-                                         &problem->seqused_q,
-                                         &problem->seqused_k,
-                                         &problem->page_table,
-                                         &problem->leftpad_k,
-                                         &problem->append.k,
-                                         &problem->append.v,
-                                         &problem->append.cos,
-                                         &problem->append.sin};
-    release(tensors, sizeof tensors / sizeof *tensors);
-    fa_block_lists_release(&problem->key_blocks);
-    fa_block_lists_release(&problem->query_blocks);
+    release_all(problem, PLACES, LENGTH(PLACES));
     fa_mod_release(&problem->score_mod);
     fa_mod_release(&problem->mask_mod);
 }
@@ -907,28 +917,33 @@ int fa_gradients_allocate(struct fa_dlpack *dlpack, const struct fa_problem *pro
                              &heads, &gradients->dsink);
 }
 
+static int recheck_all(const struct fa_problem *problem, const void *base,
+                       const struct place *places, int count)
+{
+    for (int i = 0; i < count; i++) {
+        const struct fa_tensor *tensor = tensor_at(base, &places[i]);
+        if (tensor->object && fa_tensor_recheck(tensor, name_of(problem, &places[i])) < 0)
+            return -1;
+    }
+    return 0;
+}
+
 int fa_problem_recheck(const struct fa_problem *problem, const struct fa_gradients *gradients,
                        const struct fa_tensor *workspace)
 {
     static const char NAME[] = "the workspace";
-    struct named_tensor tensors[MAX_TENSORS];
-    const int count = tensors_of(problem, gradients, tensors);
     if (workspace && workspace->object &&
         (fa_tensor_recheck(workspace, NAME) < 0 ||
          check_apart(problem, gradients, workspace, NAME) < 0))
         return -1;
-    for (int i = 0; i < count; i++)
-        if (tensors[i].tensor->object && fa_tensor_recheck(tensors[i].tensor, tensors[i].name) < 0)
-            return -1;
-    return fa_mod_recheck(&problem->score_mod, "score_mod") < 0
-               ? -1
-               : fa_mod_recheck(&problem->mask_mod, "mask_mod");
+    if (recheck_all(problem, problem, PLACES, LENGTH(PLACES)) < 0 ||
+        (gradients && recheck_all(problem, gradients, GRADIENTS, LENGTH(GRADIENTS)) < 0) ||
+        fa_mod_recheck(&problem->score_mod, "score_mod") < 0)
+        return -1;
+    return fa_mod_recheck(&problem->mask_mod, "mask_mod");
 }
 
 void fa_gradients_release(struct fa_gradients *gradients)
 {
-    struct fa_tensor *const tensors[] = {&gradients->dout, &gradients->dlse, &gradients->dq,
-                                         &gradients->dk,   &gradients->dv,   &gradients->dsink,
-                                         &gradients->dbias};
-    release(tensors, sizeof tensors / sizeof *tensors);
+    release_all(gradients, GRADIENTS, LENGTH(GRADIENTS));
 }

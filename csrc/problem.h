@@ -34,7 +34,7 @@ struct fa_problem {
     struct fa_tensor bias;
     /* fp32 [batch, heads_kv], or of fewer dimensions one number: what e4m3 is multiplied by; object
      * NULL: 1 */
-    struct fa_tensor k_descale, v_descale;
+    struct fa_tensor k_descale, v_descale, q_descale;
     /* int32, rows contiguous; object NULL where there are none */
     struct fa_tensor cu_seqlens_q, cu_seqlens_k; /* [batch + 1]: where sequences begin and end */
     struct fa_tensor seqused_q, seqused_k;       /* [batch]: how many of their rows are used */

@@ -120,7 +120,7 @@ int fa_scatter_read(struct fa_dlpack *dlpack, PyObject *const *arguments,
         int ndim;
         int (*read)(struct fa_dlpack *, PyObject *, const char *, int, struct fa_tensor *);
     } how[] = {{3, fa_tensor_read},           {3, fa_tensor_read},
-               {4, fa_tensor_read_kv},        {4, fa_tensor_read_kv},
+               {4, fa_tensor_read_or_e4m3},   {4, fa_tensor_read_or_e4m3},
                {1, fa_tensor_read_int32},     {FA_UP_TO_TWO, fa_tensor_read},
                {FA_UP_TO_TWO, fa_tensor_read}};
     struct fa_tensor *tensors = scatter->tensors;

@@ -4,6 +4,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "device.h"
+
 /* Whether `value` is one of those that `known` separates by "|". */
 static bool is_known(const char *known, const char *value)
 {
@@ -33,6 +35,17 @@ static int read_number(const char *variable, const char *known, int *number)
     return 0;
 }
 
+/* An architecture, and the class of its cards. */
+static int read_plan_as(struct fa_settings *settings)
+{
+    static const char variable[] = "FA_SM120_PLAN_AS";
+    if (read_number(variable, "120|120-geforce|120-pro", &settings->plan_as) < 0)
+        return -1;
+    const bool is_pro = settings->plan_as && strstr(getenv(variable), "pro");
+    settings->plan_kind = is_pro ? FA_PRO_LIKE : FA_GEFORCE_LIKE;
+    return 0;
+}
+
 static int read_path(const char *variable, char *path, size_t size)
 {
     const char *value = getenv(variable);
@@ -49,7 +62,7 @@ int fa_settings_read(struct fa_settings *settings)
     if (settings->ready)
         return 0;
     if (read_number("FA_SM120_LIMITS", "120", &settings->limits_arch) < 0 ||
-        read_number("FA_SM120_PLAN_AS", "120", &settings->plan_as) < 0 ||
+        read_plan_as(settings) < 0 ||
         read_number("FA_SM120_TENSOR_REPEAT", "1|2|4", &settings->tensor_repeat) < 0 ||
         read_number("FA_SM120_CHECK", "1", &settings->check) < 0 ||
         read_path("FA_SM120_DRIVER", settings->driver, sizeof settings->driver) < 0)

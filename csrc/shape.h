@@ -22,6 +22,7 @@ enum fa_pack_gqa { FA_PACK_AUTO, FA_PACK_ALWAYS, FA_PACK_NEVER };
 struct fa_shape {
     enum fa_dtype dtype; /* of q, and of what is not said to have another */
     bool is_e4m3;        /* k and v are FA_FLOAT8_E4M3 */
+    bool is_q_e4m3;      /* q is, too: dtype is that of out */
     int batch;
     int seqlen_q, seqlen_k; /* where is_varlen bounds of the lengths, which the device has */
     bool is_varlen;

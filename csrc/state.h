@@ -22,6 +22,8 @@ struct fa_state {
     struct fa_kernel_table kernels;
     struct fa_plan_cache plans;
     struct fa_tile_list tiles;           /* those of use_tiles() */
+    char tuned_card[256];                /* the name of what use_card() classed */
+    int tuned_kind;                      /* enum fa_card_kind; FA_NO_KIND: it has not been called */
     const char *warned[FA_MAX_WARNINGS]; /* reasons of plan.c that callers have been warned of */
     int warned_count;
 };

@@ -388,8 +388,13 @@ static int read_by_capsule(struct fa_dlpack *dlpack, const char *name, int ndim,
 static int read_tensor(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                        enum fa_dtype dtype, struct fa_tensor *tensor)
 {
-    memset(tensor, 0, sizeof *tensor);
+    tensor->data = NULL;
+    tensor->begin = tensor->end = 0;
     tensor->dtype = dtype;
+    tensor->is_read_only = false;
+    tensor->api = NULL;
+    tensor->object = tensor->empty_like = NULL;
+    tensor->managed = NULL;
     if (set_type(dlpack, object, tensor) < 0)
         return fa_raise(PyExc_TypeError, "%s cannot be read through DLPack", name);
     tensor->object = Py_NewRef(object);
@@ -406,8 +411,8 @@ int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name,
     return read_tensor(dlpack, object, name, ndim, FA_FLOAT32, tensor);
 }
 
-int fa_tensor_read_kv(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
-                      struct fa_tensor *tensor)
+int fa_tensor_read_or_e4m3(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
+                           struct fa_tensor *tensor)
 {
     return read_tensor(dlpack, object, name, ndim, FA_FLOAT8_E4M3, tensor);
 }
@@ -495,15 +500,16 @@ bool fa_tensor_has_tma_strides(const struct fa_tensor *tensor)
 
 void fa_tensor_release(struct fa_tensor *tensor)
 {
-    /* Deleters may run Python code, which must not meet the exception that a caller is about to
-     * raise. */
-    PyObject *type, *value, *traceback;
-    PyErr_Fetch(&type, &value, &traceback);
-    if (tensor->managed && tensor->release)
+    /* A deleter may run Python code, which must not meet the exception that a caller is about to
+     * raise. What Python itself destroys does not. */
+    if (tensor->managed && tensor->release) {
+        PyObject *type, *value, *traceback;
+        PyErr_Fetch(&type, &value, &traceback);
         tensor->release(tensor->managed);
+        PyErr_Restore(type, value, traceback);
+    }
     tensor->managed = NULL;
     Py_CLEAR(tensor->object);
-    PyErr_Restore(type, value, traceback);
 }
 
 bool fa_tensor_is_readable(const struct fa_tensor *tensor)
@@ -752,15 +758,18 @@ static struct fa_tensor result_like(const struct fa_tensor *like, enum fa_dtype 
     return result;
 }
 
-/* Uninitialised memory for what is expected, by the framework of `like`: like it, where it still is
- * what was read. NULL with the exception set. */
+/* Whether torch's empty_like() of `like` makes what is expected. */
+static bool is_made_like(const struct fa_tensor *like, const struct fa_tensor *expected)
+{
+    return like->api && like->empty_like && like->empty_like != Py_None &&
+           is_alike(like, expected) && fa_tensor_is_contiguous(like);
+}
+
+/* Uninitialised memory for what is expected, by the framework of `like`. NULL with the exception
+ * set. */
 static PyObject *make_empty(PyObject *frameworks, const struct fa_tensor *like,
                             const struct fa_tensor *expected)
 {
-    if (like->api && like->empty_like && like->empty_like != Py_None && is_alike(like, expected) &&
-        fa_tensor_is_contiguous(like) && is_unchanged(like, "it"))
-        return PyObject_CallFunctionObjArgs(like->empty_like, like->object, NULL);
-    PyErr_Clear(); /* of what is no longer what it was: fa_tensor_recheck() tells */
     PyObject *sizes = tuple_of(expected->ndim, expected->shape);
     PyObject *made =
         sizes ? PyObject_CallMethod(frameworks, "empty", "OOiii", like->object, sizes,
@@ -779,18 +788,33 @@ static int fill_with_zeros(PyObject *array)
     return status;
 }
 
+/* Reads a result that Python code made, or NULL where it raised; it is released. 0 or -1. */
+static int read_result(struct fa_dlpack *dlpack, PyObject *object, const char *name,
+                       const struct fa_tensor *expected, bool is_zeroed, struct fa_tensor *tensor)
+{
+    int status = -1;
+    if (object && (!is_zeroed || fill_with_zeros(object) == 0))
+        status = read_made(dlpack, object, name, expected, true, tensor);
+    Py_XDECREF(object);
+    return status;
+}
+
 static int allocate(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,
                     enum fa_dtype dtype, int ndim, const int64_t *shape, bool is_zeroed,
                     struct fa_tensor *tensor)
 {
     const struct fa_tensor expected = result_like(like, dtype, ndim, shape);
+    if (is_made_like(like, &expected)) {
+        PyObject *made = PyObject_CallFunctionObjArgs(like->empty_like, like->object, NULL);
+        if (read_result(dlpack, made, name, &expected, is_zeroed, tensor) == 0)
+            return 0;
+        if (is_unchanged(like, name))
+            return -1;
+        PyErr_Clear(); /* `like` is no longer what it was: fa_tensor_recheck() tells */
+    }
     PyObject *frameworks = import_frameworks(dlpack);
-    PyObject *object = frameworks ? make_empty(frameworks, like, &expected) : NULL;
-    int status = -1;
-    if (object && (!is_zeroed || fill_with_zeros(object) == 0))
-        status = read_made(dlpack, object, name, &expected, true, tensor);
-    Py_XDECREF(object);
-    return status;
+    return read_result(dlpack, frameworks ? make_empty(frameworks, like, &expected) : NULL, name,
+                       &expected, is_zeroed, tensor);
 }
 
 int fa_tensor_empty(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,

@@ -56,9 +56,9 @@ int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name,
 int fa_tensor_read_int32(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                          struct fa_tensor *tensor);
 
-/* For K and V: float8_e4m3fn, too. */
-int fa_tensor_read_kv(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
-                      struct fa_tensor *tensor);
+/* The same, of float8_e4m3fn, too. */
+int fa_tensor_read_or_e4m3(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
+                           struct fa_tensor *tensor);
 
 /* And for seeds: int64 or uint64. */
 int fa_tensor_read_int64(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,

@@ -3,42 +3,72 @@
 #include <limits.h>
 #include <stdlib.h>
 
-#define FIELD_COUNT (offsetof(struct fa_tile_row, above) / sizeof(int))
-#define ABOVE_COUNT (sizeof(struct fa_tile_above) / sizeof(int))
+/* ---- the numbers of a row -------------------------------------------------------------------- */
 
-PyObject *fa_tile_fields(void)
+/* A table of rows: what their numbers are called, how many come before `above`, which may be
+ * missing, and how many there are with it; what tiles.c has; and what a kernel asks of a tile. */
+struct table {
+    const char *const *names;
+    Py_ssize_t count, with_above;
+    const void *rows;
+    const size_t *row_count;
+    const char *(*why_impossible)(const void *row);
+};
+
+#define INTS(type)  ((Py_ssize_t)(sizeof(type) / sizeof(int)))
+#define NAME(field) #field,
+
+static const char *why_impossible(const void *row);
+static const char *why_impossible_backward(const void *row);
+
+static const struct table *table_of(enum fa_direction direction)
 {
-    static const char *const names[] = {
-#define FA_NAME(field) #field,
-        FA_TILE_KEY(FA_NAME) FA_TILE(FA_NAME)
-#undef FA_NAME
+    static const char *const names[] = {FA_TILE_KEY(NAME) FA_TILE(NAME)};
+    static const char *const backward_names[] = {FA_BACKWARD_KEY(NAME) FA_BACKWARD_TILE(NAME)};
+    static const struct table tables[] = {
+        [FA_FORWARD] = {names, INTS(struct fa_tile_row) - INTS(struct fa_tile_above),
+                        INTS(struct fa_tile_row), FA_TILES, &FA_TILE_COUNT, why_impossible},
+        [FA_BACKWARD] = {backward_names,
+                         INTS(struct fa_backward_row) - INTS(struct fa_backward_above),
+                         INTS(struct fa_backward_row), FA_BACKWARD_TILES, &FA_BACKWARD_TILE_COUNT,
+                         why_impossible_backward},
     };
-    PyObject *fields = PyTuple_New(FIELD_COUNT);
-    for (size_t i = 0; fields && i < FIELD_COUNT; i++) {
-        PyObject *name = PyUnicode_FromString(names[i]);
-        if (!name || PyTuple_SetItem(fields, (Py_ssize_t)i, name) < 0)
+    return &tables[direction];
+}
+
+PyObject *fa_tile_fields(enum fa_direction direction)
+{
+    const struct table *table = table_of(direction);
+    PyObject *fields = PyTuple_New(table->count);
+    for (Py_ssize_t i = 0; fields && i < table->count; i++) {
+        PyObject *name = PyUnicode_FromString(table->names[i]);
+        if (!name || PyTuple_SetItem(fields, i, name) < 0)
             Py_CLEAR(fields);
     }
     return fields;
 }
 
-static PyObject *write_ints(const struct fa_tile_row *row)
+static PyObject *write_ints(const int *fields, Py_ssize_t count)
 {
-    const int *fields = (const int *)row;
-    PyObject *numbers = PyTuple_New(FIELD_COUNT);
-    for (size_t i = 0; numbers && i < FIELD_COUNT; i++) {
+    PyObject *numbers = PyTuple_New(count);
+    for (Py_ssize_t i = 0; numbers && i < count; i++) {
         PyObject *number = PyLong_FromLong(fields[i]);
-        if (!number || PyTuple_SetItem(numbers, (Py_ssize_t)i, number) < 0)
+        if (!number || PyTuple_SetItem(numbers, i, number) < 0)
             Py_CLEAR(numbers);
     }
     return numbers;
 }
 
-PyObject *fa_tiles(void)
+PyObject *fa_tiles(enum fa_direction direction)
 {
+    const struct table *table = table_of(direction);
     PyObject *rows = PyList_New(0);
-    for (size_t i = 0; rows && i < FA_TILE_COUNT; i++) {
-        PyObject *row = write_ints(&FA_TILES[i]);
+    for (size_t i = 0; rows && i < *table->row_count; i++) {
+        const int *fields = (const int *)table->rows + i * (size_t)table->with_above;
+        bool has_above = false;
+        for (Py_ssize_t field = table->count; field < table->with_above; field++)
+            has_above |= fields[field] != 0;
+        PyObject *row = write_ints(fields, has_above ? table->with_above : table->count);
         if (!row || PyList_Append(rows, row) < 0)
             Py_CLEAR(rows);
         Py_XDECREF(row);
@@ -72,9 +102,12 @@ static int read_ints(PyObject *row, Py_ssize_t count, Py_ssize_t with_above, int
     return 0;
 }
 
+/* ---- what a tile must be --------------------------------------------------------------------- */
+
 /* A tile that keeps the rules compiles, or spills at worst. */
-static const char *why_impossible(const struct fa_tile *tile)
+static const char *why_impossible(const void *row)
 {
+    const struct fa_tile *tile = &((const struct fa_tile_row *)row)->tile;
 #define CHECK(condition, message)                                                                  \
     if (!(condition))                                                                              \
         return message;
@@ -88,22 +121,12 @@ static const char *why_impossible(const struct fa_tile *tile)
     return NULL;
 }
 
-static int read_row(PyObject *row, void *memory)
-{
-    struct fa_tile_row *into = memory;
-    /* `above`, which may be missing, comes last. */
-    if (read_ints(row, FIELD_COUNT, FIELD_COUNT + ABOVE_COUNT, (int *)into) < 0)
-        return -1;
-    const char *why = why_impossible(&into->tile);
-    if (!why)
-        return 0;
-    PyErr_Format(PyExc_ValueError, "%s in the tile row %R", why, row);
-    return -1;
-}
-
 /* The rules of kernels/backward_tile.cuh. */
-static const char *why_impossible_backward(const struct fa_backward_tile *tile)
+static const char *why_impossible_backward(const void *row)
 {
+    const struct fa_backward_tile *tile = &((const struct fa_backward_row *)row)->tile;
+    if (((const struct fa_backward_row *)row)->head_dim == FA_ANY)
+        return "head_dim must be a bound";
     if (tile->warps < 4 || tile->warps > 16 || tile->warps % 4 || tile->warp_n < 16 ||
         tile->warp_n % 16)
         return "warps must be 4 to 16 in groups of four, warp_n a multiple of 16";
@@ -113,34 +136,34 @@ static const char *why_impossible_backward(const struct fa_backward_tile *tile)
     return tile->stages == 1 || tile->stages == 2 ? NULL : "stages must be 1 or 2";
 }
 
-static int read_backward_row(PyObject *row, void *memory)
+/* ---- rows that replace others ---------------------------------------------------------------- */
+
+static int read_row(PyObject *row, const struct table *table, int *into)
 {
-    struct fa_backward_tile *into = memory;
-    enum { COUNT = sizeof *into / sizeof(int) };
-    if (read_ints(row, COUNT, COUNT, (int *)into) < 0)
+    if (read_ints(row, table->count, table->with_above, into) < 0)
         return -1;
-    const char *why = why_impossible_backward(into);
+    const char *why = table->why_impossible(into);
     if (!why)
         return 0;
     PyErr_Format(PyExc_ValueError, "%s in the tile row %R", why, row);
     return -1;
 }
 
-/* An array of rows of `size` bytes; NULL with the exception set. */
-static void *read_rows(PyObject *rows, size_t size, int (*read)(PyObject *row, void *into),
-                       size_t *count)
+/* An array of rows; NULL with the exception set. */
+static void *read_rows(PyObject *rows, const struct table *table, size_t *count)
 {
     const Py_ssize_t length = PySequence_Size(rows);
+    const size_t ints = (size_t)table->with_above;
     if (length < 0)
         return NULL;
-    char *array = calloc((size_t)length + 1, size);
+    int *array = calloc((size_t)length + 1, ints * sizeof *array);
     if (!array) {
         PyErr_NoMemory();
         return NULL;
     }
     for (*count = 0; *count < (size_t)length; ++*count) {
         PyObject *row = PySequence_GetItem(rows, (Py_ssize_t)*count);
-        const int status = row ? read(row, array + *count * size) : -1;
+        const int status = row ? read_row(row, table, array + *count * ints) : -1;
         Py_XDECREF(row);
         if (status < 0) {
             free(array);
@@ -150,28 +173,21 @@ static void *read_rows(PyObject *rows, size_t size, int (*read)(PyObject *row, v
     return array;
 }
 
-int fa_use_tiles(PyObject *rows, struct fa_tile_list *list)
+int fa_use_tiles(PyObject *rows, enum fa_direction direction, struct fa_tile_list *list)
 {
     size_t count;
-    struct fa_tile_row *read = read_rows(rows, sizeof *read, read_row, &count);
+    void *read = read_rows(rows, table_of(direction), &count);
     if (!read)
         return -1;
-    free(list->rows);
-    list->rows = read;
-    list->count = count;
-    list->version++;
-    return 0;
-}
-
-int fa_use_backward_tiles(PyObject *rows, struct fa_tile_list *list)
-{
-    size_t count;
-    struct fa_backward_tile *read = read_rows(rows, sizeof *read, read_backward_row, &count);
-    if (!read)
-        return -1;
-    free(list->backward_rows);
-    list->backward_rows = read;
-    list->backward_count = count;
+    if (direction == FA_FORWARD) {
+        free(list->rows);
+        list->rows = read;
+        list->count = count;
+    } else {
+        free(list->backward_rows);
+        list->backward_rows = read;
+        list->backward_count = count;
+    }
     list->version++;
     return 0;
 }

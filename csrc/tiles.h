@@ -4,10 +4,14 @@
 
 #include <stddef.h>
 
+#include "device.h"
 #include "variant.h"
+
+enum fa_direction { FA_FORWARD, FA_BACKWARD };
 
 /* X(field): which calls a row is for, and the tile that they get. All are ints.
  *   arch            compute capability: serves all of the same major version
+ *   kind            enum fa_card_kind, of a 12.x card
  *   head_dim, head_dim_v, heads_per_kv, seqlen_q, rows_per_sm
  *                   serves calls up to these; heads_per_kv is query heads per KV head, rows_per_sm
  *                   the query rows of all heads for each multiprocessor: how large tiles may be
@@ -17,6 +21,7 @@
  * FA_ANY in place of a number: of any. */
 #define FA_TILE_KEY(X)                                                                             \
     X(arch)                                                                                        \
+    X(kind)                                                                                        \
     X(head_dim) X(head_dim_v) X(heads_per_kv) X(seqlen_q) X(rows_per_sm) X(mask_right) X(mask_left)
 
 /*   tile_n          keys per stage of the ring in shared memory
@@ -48,9 +53,8 @@ struct fa_tile_above {
 struct fa_tile_row {
     FA_TILE_KEY(FA_INT)
     struct fa_tile tile;
-    struct fa_tile_above above; /* 0 in FA_TILES */
+    struct fa_tile_above above;
 };
-#undef FA_INT
 
 extern const struct fa_tile_row FA_TILES[];
 extern const size_t FA_TILE_COUNT;
@@ -59,28 +63,62 @@ extern const size_t FA_TILE_COUNT;
 extern const struct fa_tile_row FA_E4M3_TILES[];
 extern const size_t FA_E4M3_TILE_COUNT;
 
+/* Q in e4m3, too: rows for every call. */
+extern const struct fa_tile_row FA_Q_E4M3_TILES[];
+extern const size_t FA_Q_E4M3_TILE_COUNT;
+
 /* Where K and V are in pages of whole boxes, and a row of FA_TILES asks for cp.async. */
 extern const struct fa_tile_row FA_PAGED_TILES[];
 extern const size_t FA_PAGED_TILE_COUNT;
 
-/* A tile of kernels/backward.cu, for calls whose head dims are both up to head_dim; where varlen_k
- * is not FA_ANY only for sequences of any lengths, of up to so many keys.
- *   warps, warp_n   keys per warp of a group, of which there are two
+/* The same of kernels/backward.cu.
+ *   head_dim        serves calls whose head dims are both up to it
+ *   varlen_k        serves sequences of any lengths alone, of up to so many keys
+ *   keys_per_sm     the keys of all KV heads for each multiprocessor; of sequences of any lengths,
+ *                   the keys of the longest */
+#define FA_BACKWARD_KEY(X)                                                                         \
+    X(arch)                                                                                        \
+    X(kind)                                                                                        \
+    X(head_dim) X(varlen_k) X(keys_per_sm) X(mask_right) X(mask_left)
+
+/*   warps, warp_n   keys per warp of a group, of which there are two
  *   tile_m, sub_m   queries in shared memory, and in registers
  *   stages          of Q in shared memory */
+#define FA_BACKWARD_TILE(X) X(warps) X(warp_n) X(tile_m) X(sub_m) X(stages)
+
+#define FA_BACKWARD_ABOVE(X) X(head_dim) X(keys_per_sm)
+
 struct fa_backward_tile {
-    int head_dim, varlen_k, warps, warp_n, tile_m, sub_m, stages;
+    FA_BACKWARD_TILE(FA_INT)
 };
 
-#define FA_BACKWARD_TILE_COUNT 6
-extern const struct fa_backward_tile FA_BACKWARD_TILES[FA_BACKWARD_TILE_COUNT];
+struct fa_backward_above {
+    FA_BACKWARD_ABOVE(FA_INT)
+};
+
+struct fa_backward_row {
+    FA_BACKWARD_KEY(FA_INT)
+    struct fa_backward_tile tile;
+    struct fa_backward_above above;
+};
+#undef FA_INT
+
+extern const struct fa_backward_row FA_BACKWARD_TILES[];
+extern const size_t FA_BACKWARD_TILE_COUNT;
+
+/* Whether a row of an architecture and a class of cards serves a device. */
+static inline bool fa_row_is_of(int arch, int kind, const struct fa_device *device)
+{
+    return (arch == FA_ANY || arch / 10 == device->arch / 10) &&
+           (kind == FA_ANY || kind == device->kind);
+}
 
 /* Rows that come before those above. The first row that serves a call is taken, if it fits the
  * device's shared memory. */
 struct fa_tile_list {
     struct fa_tile_row *rows;
     size_t count;
-    struct fa_backward_tile *backward_rows;
+    struct fa_backward_row *backward_rows;
     size_t backward_count;
     unsigned version; /* how often the rows were replaced: plans with other ones are void */
 };

@@ -34,12 +34,28 @@ INLINE uint32_t relu2(uint32_t halves)
     return high | (halves >> 15 & 1 ? 0 : halves & 0xffff);
 }
 
+/* The power of two that |a| is cut to, or rounded up to: its exponent as 8 bits. */
+INLINE uint32_t to_ue8m0(float a, bool is_up, bool is_finite)
+{
+    const uint32_t magnitude = bits_of(a) & 0x7fffffff, exponent = magnitude >> 23;
+    const bool is_between = (magnitude & 0x7fffff) && magnitude > 0x400000; /* 2^-127 is 0 */
+    const uint32_t power = exponent + (is_up && is_between && magnitude < 0x7f800000);
+    return is_finite && magnitude <= 0x7f800000 && power == 0xff ? 0xfe : power;
+}
+
+INLINE uint32_t ue8m0_to_bf16(uint32_t power)
+{
+    return power == 0xff ? 0x7fff : power == 0 ? 0x0040 : power << 7;
+}
+
 /* ---- types ---------------------------------------------------------------------------------- */
 
 /* A type: how many a lane has in a register, its element in warp->values, the C type to compute
- * in, and the way there and back. 8 and 16 bits are kept zero-extended, a converted s8 as s16.
+ * in, and the way there and back. 8 and 16 bits are kept zero-extended, a converted s8 as s16; a
+ * b8 is a register of 8 bits.
  * ftz is f32 whose subnormals are zeros. */
 #define TYPES(X)                                                                                   \
+    X(b8, 1, uint32_t, uint32_t, bits, (uint8_t)value)                                             \
     X(s8, 1, uint32_t, int32_t, (int8_t)bits, (uint16_t)(int8_t)value)                             \
     X(u8, 1, uint32_t, uint32_t, (uint8_t)bits, (uint8_t)value)                                    \
     X(s16, 1, uint32_t, int32_t, (int16_t)bits, (uint16_t)value)                                   \
@@ -66,6 +82,7 @@ INLINE uint32_t relu2(uint32_t halves)
 TYPES(DEFINE_TYPE)
 
 /* The letters of a type's register in opcode.operands. */
+#define IN_b8      "b"
 #define IN_s8      "h"
 #define IN_u8      "h"
 #define IN_s16     "h"
@@ -81,6 +98,7 @@ TYPES(DEFINE_TYPE)
 #define IN_bf16    "h"
 #define IN_f16x2   "w"
 #define IN_bf16x2  "w"
+#define OUT_b8     "B"
 #define OUT_s8     "H"
 #define OUT_u8     "H"
 #define OUT_s16    "H"
@@ -360,10 +378,10 @@ COMPARISONS(DEFINE)
 
 MOVES(DEFINE)
 
-/* mov.b32 %r, {%rs1, %rs2} and the like: the first part is the lowest. */
+/* mov.b32 %r, {%rs1, %rs2} and the like: the first part is the lowest; opcode.detail its width. */
 HANDLER(pack)
 {
-    const int parts = in->count - 1, width = (in->operand[0].is_wide ? 64 : 32) / parts;
+    const int parts = in->count - 1, width = in->opcode->detail;
     for (int lane = 0; lane < LANES; lane++) {
         uint64_t whole = 0;
         for (int part = 0; part < parts; part++)
@@ -379,7 +397,7 @@ HANDLER(pack)
 
 HANDLER(unpack)
 {
-    const int parts = in->count - 1, width = (in->operand[parts].is_wide ? 64 : 32) / parts;
+    const int parts = in->count - 1, width = in->opcode->detail;
     const uint32_t mask = ALL_LANES >> (32 - width);
     for (int lane = 0; lane < LANES; lane++) {
         const uint64_t whole =
@@ -774,17 +792,26 @@ INLINE float from_integer(__int128 exact, char towards)
     X(2, "cvt.rn.relu." type "x2.f32", cvt_rn_relu_##T##x2_f32, CONVERT, u32, f32, f32,            \
       narrow2(format, relu(a), relu(b)))
 
-#define CVT_FP8(X, type, format)                                                                   \
-    X(2, "cvt.rn.satfinite." #type "x2.f32", cvt_##type##x2_f32, CONVERT, u16, f32, f32,           \
-      narrow2(format, a, b))                                                                       \
-    X(2, "cvt.rn.satfinite.relu." #type "x2.f32", cvt_relu_##type##x2_f32, CONVERT, u16, f32, f32, \
-      narrow2(format, relu(a), relu(b)))                                                           \
-    X(1, "cvt.rn.satfinite." #type "x2.f16x2", cvt_##type##x2_f16x2, CONVERT, u16, u32,            \
-      convert2(format, F16_FORMAT, a))                                                             \
-    X(1, "cvt.rn.f16x2." #type "x2", cvt_f16x2_##type##x2, CONVERT, u32, u16,                      \
-      convert2(F16_FORMAT, format, a))                                                             \
-    X(1, "cvt.rn.relu.f16x2." #type "x2", cvt_relu_f16x2_##type##x2, CONVERT, u32, u16,            \
-      relu2(convert2(F16_FORMAT, format, a)))
+/* From floats or halves to two of a small format, a register D, and back to halves. */
+#define CVT_PAIR(X, type, D, format, relu_, C, clamp, clamp2)                                      \
+    X(2, "cvt.rn.satfinite" relu_ "." #type ".f32", cvt_##C##type##_f32, CONVERT, D, f32, f32,     \
+      narrow2(format, clamp(a), clamp(b)))                                                         \
+    X(1, "cvt.rn.satfinite" relu_ "." #type ".f16x2", cvt_##C##type##_f16x2, CONVERT, D, u32,      \
+      narrow2(format, clamp(widen(F16_FORMAT, a >> 16)), clamp(widen(F16_FORMAT, a))))             \
+    X(1, "cvt.rn" relu_ ".f16x2." #type, cvt_##C##f16x2_##type, CONVERT, u32, D,                   \
+      clamp2(convert2(F16_FORMAT, format, a)))
+
+#define CVT_PAIRS(X, type, D, format)                                                              \
+    CVT_PAIR(X, type, D, format, "", , , )                                                         \
+    CVT_PAIR(X, type, D, format, ".relu", relu_, relu, relu2)
+
+#define CVT_UE8M0(X, mode, is_up, finite, C, is_finite)                                            \
+    X(2, "cvt." #mode finite ".ue8m0x2.f32", cvt_##mode##_##C##ue8m0x2_f32, CONVERT, u16, f32,     \
+      f32, to_ue8m0(a, is_up, is_finite) << 8 | to_ue8m0(b, is_up, is_finite))                     \
+    X(1, "cvt." #mode finite ".ue8m0x2.bf16x2", cvt_##mode##_##C##ue8m0x2_bf16x2, CONVERT, u16,    \
+      u32,                                                                                         \
+      to_ue8m0(float_of(a & 0xffff0000), is_up, is_finite) << 8 |                                  \
+          to_ue8m0(float_of(a << 16), is_up, is_finite))
 
 #define CONVERSIONS(X)                                                                             \
     CVT_INTEGERS(X, s8)                                                                            \
@@ -822,8 +849,17 @@ INLINE float from_integer(__int128 exact, char towards)
     CVT_FROM_INTEGER(X, u64)                                                                       \
     CVT_SMALL(X, "f16", f16, F16_FORMAT)                                                           \
     CVT_SMALL(X, "bf16", bf16, BF16_FORMAT)                                                        \
-    CVT_FP8(X, e4m3, E4M3_FORMAT)                                                                  \
-    CVT_FP8(X, e5m2, E5M2_FORMAT)
+    CVT_PAIRS(X, e4m3x2, u16, E4M3_FORMAT)                                                         \
+    CVT_PAIRS(X, e5m2x2, u16, E5M2_FORMAT)                                                         \
+    CVT_PAIRS(X, e2m1x2, b8, E2M1_FORMAT)                                                          \
+    CVT_UE8M0(X, rz, false, "", , false)                                                           \
+    CVT_UE8M0(X, rz, false, ".satfinite", finite_, true)                                           \
+    CVT_UE8M0(X, rp, true, "", , false)                                                            \
+    CVT_UE8M0(X, rp, true, ".satfinite", finite_, true)                                            \
+    X(1, "cvt.rn.bf16x2.ue8m0x2", cvt_bf16x2_ue8m0x2, CONVERT, u32, u16,                           \
+      ue8m0_to_bf16(a >> 8) << 16 | ue8m0_to_bf16(a & 0xff))                                       \
+    X(ALSO, "cvt.u16.u8", cvt_u16_u8, CONVERT, "H b")                                              \
+    X(ALSO, "cvt.u32.u8", cvt_u32_u8, CONVERT, "W b")
 
 CONVERSIONS(DEFINE)
 
@@ -837,12 +873,16 @@ CONVERSIONS(DEFINE)
     CONVERSIONS(X)
 
 const struct opcode ARITHMETIC_OPCODES[] = {
-    {"mov.b32", "W h2", pack, KIND_MOVE, 0},
-    {"mov.b64", "D w2", pack, KIND_MOVE, 0},
-    {"mov.b64", "D h4", pack, KIND_MOVE, 0},
-    {"mov.b32", "H2 w", unpack, KIND_MOVE, 0},
-    {"mov.b64", "W2 d", unpack, KIND_MOVE, 0},
-    {"mov.b64", "H4 d", unpack, KIND_MOVE, 0},
+    {"mov.b16", "H b2", pack, KIND_MOVE, 8},
+    {"mov.b32", "W b4", pack, KIND_MOVE, 8},
+    {"mov.b32", "W h2", pack, KIND_MOVE, 16},
+    {"mov.b64", "D w2", pack, KIND_MOVE, 32},
+    {"mov.b64", "D h4", pack, KIND_MOVE, 16},
+    {"mov.b16", "B2 h", unpack, KIND_MOVE, 8},
+    {"mov.b32", "B4 w", unpack, KIND_MOVE, 8},
+    {"mov.b32", "H2 w", unpack, KIND_MOVE, 16},
+    {"mov.b64", "W2 d", unpack, KIND_MOVE, 32},
+    {"mov.b64", "H4 d", unpack, KIND_MOVE, 16},
     {"lop3.b32", "W w w w i", lop3_b32, KIND_INTEGER, 0},
     FAMILIES(ROW) /* each ends with a comma */
     {NULL, NULL, NULL, 0, 0},

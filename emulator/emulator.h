@@ -3,7 +3,7 @@
  *     PTX text             parse.c     -> struct program, one struct instruction per line
  *     a launch             run.c       blocks over threads, a block's warps in turns by a seed
  *     an instruction       its row of an opcode table -> a handler over all lanes of a warp:
- *                          arithmetic.c lanes.c matrix.c memory.c copies.c barriers.c bulk.c
+ *                          arithmetic.c lanes.c mma.c matrix.c memory.c copies.c barriers.c bulk.c
  *     a byte of memory     memory.c    is it the launch's at all?
  *     a shared byte        shadow.c    who touched it last, and did a barrier come between?
  *     the driver's API     driver.c    cuInit ... cuLaunchKernelEx, and what the tests ask
@@ -22,7 +22,7 @@ enum {
     AGENTS = MAX_WARPS + 1, /* who can touch shared memory: the warps, */
     BULK_AGENT = MAX_WARPS, /* and the engine of the bulk copies */
     BARRIERS = 16,
-    MAX_OPERANDS = 16,
+    MAX_OPERANDS = 20,
     MAX_SHARED = 99 * 1024, /* bytes per block on compute capability 12.x */
     SHARED_BASE = 1024,     /* the first shared address: below is the system's, as on hardware */
 };
@@ -63,7 +63,8 @@ typedef void handler(struct warp *warp, const struct instruction *in, lanes acti
 
 /* A row of an opcode table. `operands` has one item per operand, in PTX's order, with a space
  * between two:
- *     p h w d    a source: predicate, 16, 32, 64 bits; P H W D a destination. Constants are fine.
+ *     p b h w d  a source: predicate, 8, 16, 32, 64 bits; P B H W D a destination. Constants are
+ *                fine.
  *     w4         a vector {a, b, c, d} of four such registers: four operands in a row
  *     W|P        a destination with a predicate beside it: two operands
  *     [          an address: register plus constant, or symbol plus constant: one operand
@@ -80,8 +81,8 @@ struct opcode {
 };
 
 /* Each ends with a row whose name is NULL. */
-extern const struct opcode ARITHMETIC_OPCODES[], LANE_OPCODES[], MATRIX_OPCODES[], MEMORY_OPCODES[],
-    COPY_OPCODES[], BARRIER_OPCODES[], BULK_OPCODES[], CONTROL_OPCODES[];
+extern const struct opcode ARITHMETIC_OPCODES[], LANE_OPCODES[], MMA_OPCODES[], MATRIX_OPCODES[],
+    MEMORY_OPCODES[], COPY_OPCODES[], BARRIER_OPCODES[], BULK_OPCODES[], CONTROL_OPCODES[];
 
 struct operand {
     uint32_t slot;  /* in warp->values; constants and special registers have slots too */
@@ -247,6 +248,10 @@ __attribute__((format(printf, 4, 5))) void fault(struct warp *warp, const struct
 
 /* Runs a launch to its end or to its first fault, on `threads` threads. */
 void run_launch(struct launch *launch, int threads);
+
+/* The aligned instructions are undefined unless the whole warp executes them together: false after
+ * a fault. */
+bool is_whole(struct warp *warp, const struct instruction *in, lanes active);
 
 /* The path that executes now polled in vain: other paths and warps go first. */
 void yield_path(struct warp *warp);

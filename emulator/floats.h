@@ -41,7 +41,7 @@ struct format {
 
 static const struct format F16_FORMAT = {5, 10, 0x7c00, 0x7c00},
                            BF16_FORMAT = {8, 7, 0x7f80, 0x7f80}, E4M3_FORMAT = {4, 3, 0x7e, 0x7f},
-                           E5M2_FORMAT = {5, 2, 0x7b, 0x7c};
+                           E5M2_FORMAT = {5, 2, 0x7b, 0x7c}, E2M1_FORMAT = {2, 1, 0x7, 0x8};
 
 /* What is added to the exponent to make it that of a float. */
 INLINE uint32_t rebias(struct format f) { return 127 + 1 - (1u << (f.exponent - 1)); }

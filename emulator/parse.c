@@ -11,13 +11,13 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define NAME_SIZE 96
+#define NAME_SIZE 128
 
 /* .reg .b32 %r<9>: names %r0 ... %r8. A count of 0: the one name alone. */
 struct registers {
     char prefix[NAME_SIZE];
     int count;
-    char letter; /* p, h, w, d as in opcode.operands */
+    char letter; /* p, b, h, w, d as in opcode.operands */
     uint32_t slot;
     int depth; /* of the braces that it lives in */
 };
@@ -196,6 +196,7 @@ static bool add_constant(struct parser *parser, uint64_t value, char letter, uin
 {
     switch (letter) {
     case 'p': value = value ? ALL_LANES : 0; break; /* a predicate is a set of lanes */
+    case 'b': value &= 0xff; break;
     case 'h': value &= 0xffff; break;
     case 'w': value &= 0xffffffff; break;
     }
@@ -356,7 +357,7 @@ static bool read_operands(struct parser *parser, char *at, const char *items,
 /* ---- instructions --------------------------------------------------------------------------- */
 
 static const struct opcode *const TABLES[] = {
-    CONTROL_OPCODES, ARITHMETIC_OPCODES, LANE_OPCODES,    MATRIX_OPCODES,
+    CONTROL_OPCODES, ARITHMETIC_OPCODES, LANE_OPCODES,    MMA_OPCODES,  MATRIX_OPCODES,
     MEMORY_OPCODES,  COPY_OPCODES,       BARRIER_OPCODES, BULK_OPCODES,
 };
 
@@ -481,6 +482,7 @@ static uint32_t read_type(const char *type, char *letter)
               : bits == 64               ? 'd'
               : bits == 32               ? 'w'
               : bits == 16               ? 'h'
+              : bits == 8                ? 'b'
                                          : 0;
     return (uint32_t)bits / 8;
 }

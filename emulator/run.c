@@ -46,6 +46,15 @@ void fault(struct warp *warp, const struct instruction *in, lanes where, const c
     pthread_mutex_unlock(&fault_lock);
 }
 
+bool is_whole(struct warp *warp, const struct instruction *in, lanes active)
+{
+    if (active == ALL_LANES)
+        return true;
+    fault(warp, in, ~active, "%s needs all 32 lanes at once, but the warp has diverged",
+          in->opcode->name);
+    return false;
+}
+
 /* ---- paths ---------------------------------------------------------------------------------- */
 
 static void remove_path(struct warp *warp, int i)

@@ -1,20 +1,19 @@
 """The two classes of 12.x cards: how fast mma.sync is beside the rest of a multiprocessor.
 
-Told by name; where the name is unknown, by a measurement of a few milliseconds: products with
-accumulators in fp16 take a GeForce card half as long as those in fp32, and other cards as long.
+By name (csrc/device.c); where the name is unknown, by a measurement of a few milliseconds: products
+with accumulators in fp16 take a GeForce card half as long as those in fp32, and other cards as
+long.
 """
 
 from __future__ import annotations
 
-import contextlib
-import re
 import statistics
 from typing import NamedTuple
 
-from flash_attn_sm120 import _measure, tuned_tiles
+from flash_attn_sm120 import _C, _measure
 from flash_attn_sm120.mma_peak import MmaPeak
+from flash_attn_sm120.tuned_tiles import GEFORCE, KINDS, PRO
 
-GEFORCE, PRO = "GeForce-like", "PRO-like"
 HALF_RATE = 1.4  # fp32's time over fp16's: 2 on a GeForce card, 1 on the others
 
 
@@ -22,21 +21,17 @@ class Card(NamedTuple):
     """What is known of a card, bytes per second in units of 10^9. Not its partitions or clocks."""
 
     pattern: str  # of its name
-    kind: str
-    sms: int = 0
-    l2_mb: int = 0
-    dram_gbs: int = 0
+    sms: int
+    l2_mb: int
+    dram_gbs: int
 
 
 # NVIDIA RTX Blackwell and RTX PRO Blackwell architecture whitepapers; DGX Spark's data sheet, whose
-# L2 is not published and is what the driver reports. GB10 reaches 95 TF in attention on 48
-# multiprocessors, more than the 512 FLOP per clock of a GeForce card allow.
+# L2 is not published and is what the driver reports.
 CARDS = (
-    Card(r"RTX 5090(?! D| Laptop)", GEFORCE, 170, 96, 1792),
-    Card(r"RTX PRO 6000", PRO, 188, 128, 1792),
-    Card(r"GB10", PRO, 48, 24, 273),
-    Card(r"RTX PRO", PRO),
-    Card(r"GeForce|RTX 50\d\d", GEFORCE),
+    Card(r"RTX 5090(?! D| Laptop)", 170, 96, 1792),
+    Card(r"RTX PRO 6000", 188, 128, 1792),
+    Card(r"GB10", 48, 24, 273),
 )
 
 
@@ -57,23 +52,13 @@ def kind_of(name: str, arch: int, half_rate: float | None = None) -> Kind:
     """
     if arch // 10 != 12:
         return Kind("", "classes are of compute capability 12.x")
-    for card in CARDS:
-        if re.search(card.pattern, name):
-            return Kind(card.kind, "by its name")
+    by_name = _C.card_kind(name, arch)
+    if by_name:
+        return Kind(KINDS[by_name], "by its name")
     if half_rate is None:
         return Kind("", "its name is unknown, and its products have not been measured")
     kind = GEFORCE if half_rate > HALF_RATE else PRO
     return Kind(kind, f"products in fp32 take {half_rate:.2f} times as long as in fp16")
-
-
-def tuned_kind(gpu: str) -> Kind | None:
-    """The class of a card, as ``tune`` found and kept it; None where it did not."""
-    file = tuned_tiles.path()
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        for table in tuned_tiles.read(file) if file else ():
-            if table.get("gpu") == gpu and table.get("kind"):
-                return Kind(str(table["kind"]), f"as tune found: {table.get('why')}")
-    return None
 
 
 def measured_half_rate() -> float:

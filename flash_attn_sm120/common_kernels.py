@@ -74,15 +74,20 @@ def serving_plans(arch: int) -> Iterator[Plan]:
 def backward_plans(arch: int, head_dims: Iterable[tuple[int, int]] | None = None) -> Iterator[Plan]:
     """The plans of the gradients of common calls; needs no GPU.
 
-    Of calls that need every step: those of few keys, which blocks share, and of a sink. Not of
-    ``deterministic=True``: few ask for it, and it would double the kernels.
+    Of calls that need every step: those of few keys, which blocks share, and of a sink; and of
+    those that fill the machine, where their tile is another. Not of ``deterministic=True``: few ask
+    for it, and it would double the kernels.
     """
+    seen = set()
     sink = torch.empty(HEADS)
-    for dtype, dims, causal in itertools.product(
-        DTYPES, head_dims or COMMON_HEAD_DIMS, (False, True)
+    for dtype, dims, causal, seqlen in itertools.product(
+        DTYPES, head_dims or COMMON_HEAD_DIMS, (False, True), (512, 16384)
     ):
-        qkv = _qkv(dtype, dims, 512, 512)
-        yield explain_backward(*qkv, causal=causal, learnable_sink=sink, arch=arch)
+        qkv = _qkv(dtype, dims, seqlen, seqlen)
+        plan = explain_backward(*qkv, causal=causal, learnable_sink=sink, arch=arch)
+        if plan.variant not in seen:
+            seen.add(plan.variant)
+            yield plan
 
 
 def packed_backward_plans(arch: int) -> Iterator[Plan]:
@@ -114,16 +119,19 @@ def _packed(
 def common_kernels(arch: int) -> list[Kernel]:
     """What the common calls launch on compute capability ``arch``, each kernel once.
 
-    Those of the forward come first, so that a warm-up that is interrupted serves inference.
+    Those of the forward come first, so that a warm-up that is interrupted serves inference. Cards
+    of 12.0 are of two classes, of which 12.1 stands for the other one.
     """
-    plans: Iterable[Plan] = itertools.chain(
-        common_plans(arch),
-        decoding_plans(arch),
-        packed_plans(arch),
-        serving_plans(arch),
-        backward_plans(arch),
-        packed_backward_plans(arch),
+    makers: tuple[Callable[[int], Iterable[Plan]], ...] = (
+        common_plans,
+        decoding_plans,
+        packed_plans,
+        serving_plans,
+        backward_plans,
+        packed_backward_plans,
     )
+    classes = (120, 121) if arch == 120 else (arch,)
+    plans = (plan for make in makers for each in classes for plan in make(each))
     return list(dict.fromkeys(kernel for plan in plans for kernel in plan.kernels))
 
 

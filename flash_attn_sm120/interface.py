@@ -49,6 +49,7 @@ def flash_attn_func(
     attn_bias: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
+    q_descale: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     **unsupported: Any,
@@ -201,6 +202,7 @@ def flash_attn_func(
             alibi_slopes=alibi_slopes,
             k_descale=k_descale,
             v_descale=v_descale,
+            q_descale=q_descale,
             softcap=softcap,
             dropout_p=dropout_p,
             dropout_seed=dropout_seed,
@@ -228,6 +230,7 @@ def flash_attn_func(
         or attn_bias is not None
         or k_descale is not None
         or v_descale is not None
+        or q_descale is not None
         or is_dynamo_compiling()
         or _is_any_autocast_enabled()
         or profiler._is_profiler_enabled
@@ -268,7 +271,7 @@ def flash_attn_func(
         wants_lists = is_grad_enabled() if has_mods else wants_gradients  # what mods capture, too
         options.update(blocks.options(k.shape[1], wants_lists))  # type: ignore[typeddict-item]
     others = {} if alibi_slopes is None else {"alibi_slopes": alibi_slopes}
-    others |= _descales(k_descale, v_descale)
+    others |= _descales(k_descale, v_descale, q_descale)
     if dropout_seed is not None:
         others["dropout_seed"] = dropout_seed
     if attn_bias is not None:
@@ -318,6 +321,7 @@ def flash_attn_varlen_func(
     attn_bias: Tensor | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
+    q_descale: Tensor | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
     **unsupported: Any,
@@ -424,34 +428,36 @@ def flash_attn_varlen_func(
     has_mods = score_mod is not None or mask_mod is not None
     if not (
         has_mods
+        or q_descale is not None
         or is_dynamo_compiling()
         or _is_any_autocast_enabled()
         or profiler._is_profiler_enabled
         or (is_grad_enabled() and _any_requires_grad(q, k, v, learnable_sink, alibi_slopes))
     ):
+        # By keyword all of it would go through a dict, see flash_attn_func.
         results = _C.forward_if_plain(
             q,
             k,
             v,
-            cu_seqlens_q=cu_seqlens_q,
-            cu_seqlens_k=cu_seqlens_k,
-            max_seqlen_q=max_seqlen_q,
-            max_seqlen_k=max_seqlen_k,
-            seqused_q=seqused_q,
-            seqused_k=seqused_k,
-            page_table=page_table,
-            softmax_scale=softmax_scale,
-            causal=causal,
-            window_size=window_size,
-            learnable_sink=learnable_sink,
-            alibi_slopes=alibi_slopes,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            seqused_q,
+            seqused_k,
+            page_table,
+            softmax_scale,
+            causal,
+            window_size,
+            learnable_sink,
+            alibi_slopes,
+            softcap,
+            dropout_p,
+            dropout_seed,
+            num_splits,
+            pack_gqa,
             k_descale=k_descale,
             v_descale=v_descale,
-            softcap=softcap,
-            dropout_p=dropout_p,
-            dropout_seed=dropout_seed,
-            num_splits=num_splits,
-            pack_gqa=pack_gqa,
             return_lse=return_lse,
             out=out,
             lse=lse,
@@ -471,7 +477,7 @@ def flash_attn_varlen_func(
         lengths["dropout_seed"] = dropout_seed
     if alibi_slopes is not None:
         lengths["alibi_slopes"] = alibi_slopes
-    lengths |= _descales(k_descale, v_descale)
+    lengths |= _descales(k_descale, v_descale, q_descale)
     options: VarlenOptions = {
         "max_seqlen_q": max_seqlen_q,
         "max_seqlen_k": max_seqlen_k,
@@ -496,8 +502,10 @@ def _attend_with_mods(*arguments: Any) -> tuple[Tensor, Tensor | None]:
     return attend(*arguments)
 
 
-def _descales(k_descale: Tensor | None, v_descale: Tensor | None) -> dict[str, Tensor | None]:
-    named = {"k_descale": k_descale, "v_descale": v_descale}
+def _descales(
+    k_descale: Tensor | None, v_descale: Tensor | None, q_descale: Tensor | None
+) -> dict[str, Tensor | None]:
+    named = {"k_descale": k_descale, "v_descale": v_descale, "q_descale": q_descale}
     return {name: x for name, x in named.items() if x is not None}
 
 
@@ -588,7 +596,6 @@ _NOT_YET = {
     **dict.fromkeys(("block_sparse_tensors", "block_sparse_tensors_bwd")),
     **dict.fromkeys(("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "seqused_q")),
     **dict.fromkeys(("block_table", "cache_seqlens")),
-    "q_descale": None,
     **dict.fromkeys(("min_seqlen_k", "scheduler_metadata", "seqlen_k_per_split")),
     "return_attn_probs": False,
 }

@@ -50,6 +50,7 @@ class CallOptions(VarlenOptions, total=False):
     score_mod: Any
     mask_mod: Any
     k_descale: Tensor | None
+    q_descale: Tensor | None
     v_descale: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None

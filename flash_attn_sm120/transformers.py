@@ -13,6 +13,7 @@ caches cost none.
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 import weakref
 from collections.abc import Callable
@@ -230,7 +231,8 @@ def mask(
         valid = _rows_of_keys(attention_mask, kv_length, kv_offset)
         if is_self_attention:
             valid = valid & (torch.arange(kv_length, device=device) < end)
-        return _padded(window_size, lengths, valid, end) or every_pair()
+        padded = _padded(window_size, lengths, valid, end)
+        return every_pair() if padded is None else padded
     if isinstance(end, Tensor):
         used = end.to(device, torch.int32).expand(batch_size).contiguous()
     elif end == kv_length:
@@ -378,11 +380,10 @@ def _smallest(bounds: tuple[int | None, ...]) -> int | None:
 @torch._dynamo.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_one_graph() -> bool:
     """Whether torch compiles this with fullgraph=True; it is asked while it does."""
-    if not torch.compiler.is_compiling():
-        return False
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    return bool(getattr(InstructionTranslator.current_tx(), "one_graph", False))
+    # torch.compiler.is_compiling() is False here before torch 2.13.
+    tracing = sys.modules.get("torch._dynamo.symbolic_convert")
+    current = getattr(getattr(tracing, "tls", None), "current_tx", None)
+    return bool(getattr(current, "one_graph", False))
 
 
 def _local_window(

@@ -1,5 +1,5 @@
 /* The data type of Q, K, V and O, by the constant DTYPE, a number of enum fa_dtype; K and V of the
- * forward may have another, see kv_operands.cuh. */
+ * forward, and Q with them, may have another, see kv_operands.cuh. */
 #ifndef FA_ELEMENT_CUH
 #define FA_ELEMENT_CUH
 

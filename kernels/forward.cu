@@ -5,7 +5,7 @@
  * stream through a ring in shared memory, from the last tile of keys to the first.
  *
  * One source, compiled once per set of constants:
- *   DTYPE                  enum fa_dtype in params.h, of all tensors
+ *   DTYPE                  enum fa_dtype in params.h, of all tensors but those below
  *   HEAD_DIM, HEAD_DIM_V   of Q and K, of V and O: multiples of 8 up to 256
  *   WARPS, WARP_M          queries: WARP_M (16 or 32) rows per warp, TILE_M = WARPS * WARP_M in all
  *   TILE_N, SUB_N          keys: TILE_N per stage of the ring, SUB_N at a time through registers
@@ -23,6 +23,7 @@
  *   BLOCK_SPARSE           1: blocks of queries and keys are listed, and no others are read
  *   SCORE_MOD, MASK_MOD    not 0: a callable changes scores, hides keys: see mods.cuh
  *   KV_E4M3                1: K and V are e4m3, not DTYPE
+ *   Q_E4M3                 1: so is Q, and both products are; DTYPE is that of O
  *   TENSOR_REPEAT          how often each mma is issued: 1, see product.cuh */
 #include "params.h"
 

@@ -1,14 +1,19 @@
 /* K and V on their way from shared memory to the mma.
  *
- *   KV_E4M3   1: K and V are e4m3, in global and in shared memory; in registers they become fp16,
- *             which holds every e4m3 number, and so do P, and Q: see queries.cuh. */
+ *   KV_E4M3   1: K and V are e4m3, in global and in shared memory. Unless Q_E4M3 they become fp16
+ *             in registers, which holds every e4m3 number, and so do P, and Q: see queries.cuh
+ *   Q_E4M3    1: Q is e4m3, too, and so are the operands of both products */
 #ifndef FA_KV_OPERANDS_CUH
 #define FA_KV_OPERANDS_CUH
 
 #include "layout.cuh"
 
 constexpr int KV_DTYPE = KV_E4M3 ? FA_FLOAT8_E4M3 : DTYPE;
-constexpr int OPERAND = KV_E4M3 ? FA_FLOAT16 : DTYPE; /* of both products */
+constexpr bool WIDENS = KV_E4M3 && !Q_E4M3;
+constexpr int OPERAND = Q_E4M3    ? FA_FLOAT8_E4M3
+                        : KV_E4M3 ? FA_FLOAT16
+                                  : DTYPE;   /* of both products */
+constexpr int OPERAND_K = fa_mma_k(OPERAND); /* dims, or keys, of a step of the mma */
 constexpr bool IS_BF16_OPERAND = OPERAND == FA_BFLOAT16;
 
 template <int BYTES> struct bits_of;
@@ -19,28 +24,30 @@ template <> struct bits_of<2> {
     using type = unsigned short;
 };
 using kv_element = bits_of<fa_element_bytes(KV_DTYPE)>::type;
+using q_element = bits_of<Q_E4M3 ? 1 : ELEMENT_BYTES>::type;
 
 /* What the four matrices of an ldmatrix are enough for: a chunk has 8 elements of 16 bits, and 16
  * of e4m3. */
-constexpr int K_STEPS = KV_E4M3 ? 2 : 1;   /* steps of 16 dims, of 16 keys */
-constexpr int V_COLUMNS = KV_E4M3 ? 4 : 2; /* columns of 8 dims, of 16 keys */
+constexpr int K_STEPS = WIDENS ? 2 : 1;   /* steps of OPERAND_K dims, of 16 keys */
+constexpr int V_COLUMNS = WIDENS ? 4 : 2; /* columns of 8 dims, of OPERAND_K keys */
 
-/* B operands of Q K^T, [steps][2 columns of 8 keys][2 halves of the 16 dims]: of the keys from 8 n
- * on, and the dims from 16 d on. `smem`: of this lane, see K_lane_offset().
+/* B operands of Q K^T, [steps][2 columns of 8 keys][2 halves of the dims]: of the keys from 8 n on,
+ * and the dims from OPERAND_K * d on. `smem`: of this lane, see K_lane_offset().
  *
- * A lane gets four adjacent dims of e4m3, 4t to 4t + 3 of 16, where the operand has 2t, 2t + 1, and
- * 8 further on: the order of dims in a product is free, and load_queries() has the same. */
+ * Where WIDENS a lane gets four adjacent dims of e4m3, 4t to 4t + 3 of 16, where the operand has
+ * 2t, 2t + 1, and 8 further on: the order of dims in a product is free, and load_queries() has the
+ * same. */
 template <class layout>
 __device__ __forceinline__ void load_keys(unsigned (&K_rmem)[4 * K_STEPS], unsigned smem, int n,
                                           int d)
 {
     unsigned x[4]; /* [2 key columns][2 chunks] */
-    ldmatrix_x4(x, layout::moved(smem, 8 * n, KV_E4M3 ? d : 2 * d));
+    ldmatrix_x4(x, layout::moved(smem, 8 * n, WIDENS ? d : 2 * d));
 #pragma unroll
     for (int column = 0; column < 2; column++)
 #pragma unroll
         for (int chunk = 0; chunk < 2; chunk++)
-            if (KV_E4M3) {
+            if (WIDENS) {
                 unsigned halves[2];
                 widen_e4m3(halves, x[2 * column + chunk]);
                 K_rmem[2 * (chunk % K_STEPS * 2 + column)] = halves[0];
@@ -49,16 +56,27 @@ __device__ __forceinline__ void load_keys(unsigned (&K_rmem)[4 * K_STEPS], unsig
                 K_rmem[2 * column + chunk] = x[2 * column + chunk];
 }
 
-/* B operands of P V, [columns of 8 dims][2 halves of the 16 keys]: of the keys from 16 k on, and
- * the columns from n on. `smem`: of this lane, see V_lane_offset().
+/* B operands of P V, [columns of 8 dims][2 halves of the keys]: of the keys from OPERAND_K * k on,
+ * and the columns from n on. `smem`: of this lane, see V_lane_offset().
  *
  * ldmatrix transposes pairs of bytes: a lane gets the dims 2g, 2g + 1 of two keys. The even dims of
- * a chunk become one column, the odd ones the next, see adjacent_dims(). */
+ * a chunk become one column, the odd ones the next, see adjacent_dims(). Two such pairs of keys are
+ * the four k of a register of e4m3: 2t, 2t + 1, 2t + 8, 2t + 9 of 16, as narrow_weights() has
+ * them. */
 template <class layout>
 __device__ __forceinline__ void load_values(unsigned (&V_rmem)[2 * V_COLUMNS], unsigned smem, int k,
                                             int n)
 {
-    unsigned x[4]; /* [2 chunks][2 halves of the 16 keys] */
+    unsigned x[4]; /* [2 chunks][2 halves of the 16 keys]; where Q_E4M3 [4 times 8 keys] */
+    if (Q_E4M3) {
+        ldmatrix_x4_trans(x, layout::moved(smem, OPERAND_K * k, n / 2));
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            V_rmem[half] = __byte_perm(x[2 * half], x[2 * half + 1], 0x6420);
+            V_rmem[2 + half] = __byte_perm(x[2 * half], x[2 * half + 1], 0x7531);
+        }
+        return;
+    }
     ldmatrix_x4_trans(x, layout::moved(smem, 16 * k, KV_E4M3 ? n / 2 : n));
 #pragma unroll
     for (int chunk = 0; chunk < 2; chunk++)
@@ -71,6 +89,14 @@ __device__ __forceinline__ void load_values(unsigned (&V_rmem)[2 * V_COLUMNS], u
                 V_rmem[(4 * chunk + 2) % (2 * V_COLUMNS) + half] = columns[1];
             } else
                 V_rmem[2 * chunk + half] = x[2 * chunk + half];
+}
+
+/* Four weights of a row as e4m3, of two blocks of 8 keys: c0, c1 of one C fragment and of the next.
+ */
+__device__ __forceinline__ unsigned narrow_weights(float c0, float c1, float next0, float next1)
+{
+    const float x[4] = {c0, c1, next0, next1};
+    return pack_e4m3(x);
 }
 
 /* Of a row of O that V in e4m3 made, from dim 16 * chunk + 4t on. */

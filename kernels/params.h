@@ -130,7 +130,7 @@ struct fa_mods {
                                         * backward_captured.cu alone */
 };
 
-/* What K or V of a sequence and KV head are multiplied by; read only where KV_E4M3. */
+/* What K or V of a sequence and KV head are multiplied by, read only where KV_E4M3; and Q. */
 struct fa_descale {
     const float *scale; /* [batch, heads_kv]; NULL: 1 */
     fa_int64 batch_stride, head_stride;
@@ -167,9 +167,10 @@ struct fa_forward_params {
     struct fa_alibi alibi;
     struct fa_bias bias;
     struct fa_descale k_descale, v_descale;
+    struct fa_descale q_descale; /* read only where Q_E4M3 */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 464, "host and device disagree on the layout");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_params) == 488, "host and device disagree on the layout");
 
 /* A tensor as the TMA reads it, in the driver's own encoding. */
 struct fa_tensor_map {
@@ -182,7 +183,7 @@ struct fa_forward_tma_params {
     struct fa_tensor_map k_map, v_map; /* [batch, heads_kv, seqlen_k, head_dim or head_dim_v] */
 };
 
-FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 768, "464, padding, then maps");
+FA_STATIC_ASSERT(sizeof(struct fa_forward_tma_params) == 768, "488, padding, then maps");
 
 /* The single argument of both where BLOCK_SPARSE; forward.cu has no maps. */
 struct fa_extended_forward_params {

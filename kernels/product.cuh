@@ -11,9 +11,19 @@
 
 #include "ptx.cuh"
 
-/* C [16 * FRAGS_M, 8 * FRAGS] += A [16 * FRAGS_M, 16 * K] * B [16 * K, 8 * FRAGS], where A is the
+/* C [16, 8] += A [16, k] * B [k, 8], with as many k as an mma of the type takes. */
+template <int TYPE>
+__device__ __forceinline__ void mma(float (&C)[4], const unsigned (&A)[4], unsigned B0, unsigned B1)
+{
+    if (TYPE == FA_FLOAT8_E4M3)
+        mma_m16n8k32_e4m3(C, A, B0, B1);
+    else
+        mma_m16n8k16<TYPE>(C, A, B0, B1);
+}
+
+/* C [16 * FRAGS_M, 8 * FRAGS] += A [16 * FRAGS_M, K steps] * B [K steps, 8 * FRAGS], where A is the
  * steps of A_rmem from `k` on, as many as it has. load(B, n) brings COLUMNS columns of fragments
- * from n on: [K][COLUMNS][2 halves of the 16 k]. */
+ * from n on: [K][COLUMNS][2 halves of the step]. */
 template <int FRAGS, int TYPE = DTYPE, int K = 1, int COLUMNS = 2, int FRAGS_M, int MAX_FRAGS,
           int STEPS, class F>
 __device__ __forceinline__ void mma_step(float (&C_rmem)[FRAGS_M][MAX_FRAGS][4],
@@ -41,7 +51,7 @@ __device__ __forceinline__ void mma_step(float (&C_rmem)[FRAGS_M][MAX_FRAGS][4],
                             const int n = n0 + COLUMNS * i + column;
                             const unsigned *B = B_rmem[i] + 2 * (step * COLUMNS + column);
                             if (n < FRAGS && k + step < STEPS)
-                                mma_m16n8k16<TYPE>(C_rmem[m][n], A_rmem[m][k + step], B[0], B[1]);
+                                mma<TYPE>(C_rmem[m][n], A_rmem[m][k + step], B[0], B[1]);
                         }
     }
 }

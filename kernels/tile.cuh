@@ -11,7 +11,8 @@ constexpr int TILE_M = WARPS * WARP_M;  /* queries per block */
 constexpr int M_FRAGS = WARP_M / 16;    /* 16-row fragments per warp */
 constexpr int S_FRAGS = SUB_N / 8;      /* 8-key columns of a sub-tile of scores */
 constexpr int O_FRAGS = HEAD_DIM_V / 8; /* 8-dim columns of the output */
-constexpr int D_STEPS = ceil_div(HEAD_DIM, MMA_K);
+constexpr int D_STEPS = ceil_div(HEAD_DIM, OPERAND_K);
+constexpr int P_STEPS = SUB_N / OPERAND_K;
 
 /* Unrolled sub-tiles overlap, which takes registers; wide rows leave none to spare, nor does the
  * tanh of a cap or a mod. */
@@ -23,6 +24,7 @@ static_assert(HEAD_DIM % fa_chunk_elements(KV_DTYPE) == 0 &&
               "a row is whole 16-byte chunks");
 #define FA_ASSERT(condition, message) static_assert(condition, message);
 FA_FORWARD_TILE_RULES(FA_ASSERT, WARPS, WARP_M, TILE_N, SUB_N, STAGES)
+FA_ASSERT(SUB_N % OPERAND_K == 0, "a sub-tile is whole steps of P V")
 #undef FA_ASSERT
 
 using K_layout = tile_layout<HEAD_DIM, TILE_N, fa_mma_k(KV_DTYPE), kv_element>;
@@ -33,8 +35,8 @@ constexpr int STAGE_BYTES = fa_forward_stage_bytes(HEAD_DIM, HEAD_DIM_V, TILE_N,
 constexpr int RING_BYTES = STAGES * STAGE_BYTES;
 
 /* This lane's row for an ldmatrix of 16 keys x 2 chunks of dims, whose matrices 0 and 1, then 2 and
- * 3, are of K two chunks of 8 keys, of V two times 8 keys of one chunk: in 16 bits the B operand of
- * one mma. */
+ * 3, are of K two chunks of 8 keys, of V two times 8 keys of one chunk: unless WIDENS the B operand
+ * of one mma. Of V where Q_E4M3 it is one of 32 keys x 1 chunk. */
 __device__ __forceinline__ unsigned K_lane_offset()
 {
     const int lane = threadIdx.x % 32;
@@ -43,7 +45,7 @@ __device__ __forceinline__ unsigned K_lane_offset()
 __device__ __forceinline__ unsigned V_lane_offset()
 {
     const int lane = threadIdx.x % 32;
-    return V_layout::offset(lane % 16, lane / 16);
+    return Q_E4M3 ? V_layout::offset(lane, 0) : V_layout::offset(lane % 16, lane / 16);
 }
 
 /* The stage of the ring that is computed on, and this lane's rows for ldmatrix in it. */
@@ -96,11 +98,11 @@ __device__ __forceinline__ void scores(float (&S_rmem)[M_FRAGS][S_FRAGS][4],
 
 /* O [WARP_M, HEAD_DIM_V] += P [WARP_M, SUB_N] * V [SUB_N, HEAD_DIM_V] */
 __device__ __forceinline__ void add_values(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
-                                           const unsigned (&P_rmem)[M_FRAGS][S_FRAGS / 2][4],
+                                           const unsigned (&P_rmem)[M_FRAGS][P_STEPS][4],
                                            unsigned V_smem)
 {
 #pragma unroll
-    for (int k = 0; k < S_FRAGS / 2; k++)
+    for (int k = 0; k < P_STEPS; k++)
         mma_step<O_FRAGS, OPERAND, 1, V_COLUMNS>(O_rmem, P_rmem, k,
                                                  [&](unsigned (&V_rmem)[2 * V_COLUMNS], int n) {
                                                      load_values<V_layout>(V_rmem, V_smem, k, n);

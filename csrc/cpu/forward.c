@@ -73,17 +73,31 @@ static struct range next_tile(const struct block *block, int64_t from)
     return tile_from(block->keys, from, KEYS);
 }
 
-/* Rows of K or V into the tile; those in e4m3 times their factor. */
+/* Rows in e4m3 times their factor. */
+static void scale_rows(const struct block *block, const struct fa_tensor *tensor,
+                       const struct fa_tensor *descale, struct range rows, float *matrix)
+{
+    const int width = fa_width((int)tensor->shape[tensor->ndim - 1]);
+    if (tensor->dtype != FA_FLOAT8_E4M3)
+        return;
+    const float factor = fa_descale(descale, block->sequence.number, block->head_kv);
+    for (int64_t i = 0; i < count_of(rows) * width; i++)
+        matrix[i] *= factor;
+}
+
+static void load_queries(struct block *block)
+{
+    const struct fa_problem *problem = block->problem;
+    fa_load_rows(&problem->q, block->sequence.q, block->rows, block->head, block->Q);
+    scale_rows(block, &problem->q, &problem->q_descale, block->rows, block->Q);
+}
+
+/* Rows of K or V into the tile. */
 static void load_tile(struct block *block, const struct fa_tensor *tensor,
                       const struct fa_tensor *descale, struct range tile)
 {
-    const int width = fa_width((int)tensor->shape[tensor->ndim - 1]);
     fa_load_rows(tensor, block->sequence.k, tile, block->head_kv, block->tile);
-    if (!block->problem->shape.is_e4m3)
-        return;
-    const float factor = fa_descale(descale, block->sequence.number, block->head_kv);
-    for (int64_t i = 0; i < count_of(tile) * width; i++)
-        block->tile[i] *= factor;
+    scale_rows(block, tensor, descale, tile, block->tile);
 }
 
 /* Whether a loop over tiles goes on with this one. */
@@ -140,7 +154,9 @@ static void weigh_tile(struct block *block, struct range tile, int64_t row)
         const float *v = block->tile + (key - tile.begin) * width;
         if (!is_listed(block, row, key))
             continue;
-        const float weight = weight_of(softmax, scores[key - block->keys.begin]);
+        const double score = scores[key - block->keys.begin];
+        const float weight = block->problem->shape.is_q_e4m3 ? narrow_weight_of(softmax, score)
+                                                             : weight_of(softmax, score);
         fa_add_scaled(block->part, weight * dropout_factor(&block->dropout, row, key), v, width);
     }
     fa_add_scaled(block->O + (row - block->rows.begin) * width, 1, block->part, width);
@@ -205,20 +221,21 @@ static int compute_block(void *context, int64_t index, struct fa_worker *worker)
     if (rows <= 0)
         return 0;
     const int64_t tile_size = KEYS * max64(block.width, block.width_v);
-    const int64_t doubles = rows * (count_of(block.keys) + 2); /* S and softmax */
+    enum { DOUBLES = sizeof(struct softmax) / sizeof(double) };
+    const int64_t doubles = rows * (count_of(block.keys) + DOUBLES); /* S and softmax */
     const int64_t floats = rows * (block.width + block.width_v) + tile_size + block.width_v;
     double *memory = malloc((size_t)doubles * sizeof(double) + (size_t)floats * sizeof(float));
     if (memory == NULL)
         return FA_OUT_OF_MEMORY;
     block.worker = worker;
     block.softmax = (struct softmax *)memory;
-    block.S = memory + 2 * rows;
+    block.S = memory + DOUBLES * rows;
     block.Q = (float *)(memory + doubles);
     block.tile = block.Q + rows * block.width;
     block.O = block.tile + tile_size;
     block.part = block.O + rows * block.width_v;
 
-    fa_load_rows(&block.problem->q, block.sequence.q, block.rows, block.head, block.Q);
+    load_queries(&block);
     compute_scores(&block);
     compute_softmax(&block);
     weigh_values(&block);

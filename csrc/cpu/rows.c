@@ -88,6 +88,8 @@ static uint8_t to_e4m3(float value)
     return (uint8_t)(sign | (rebiased + 0x7ffff + (magnitude >> 20 & 1)) >> 20);
 }
 
+float fa_round_to_e4m3(float value) { return from_e4m3(to_e4m3(value)); }
+
 /* ---- Rows of tensors ------------------------------------------------------------------------- */
 
 int fa_width(int n) { return (n + FA_LANES - 1) / FA_LANES * FA_LANES; }

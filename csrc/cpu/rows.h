@@ -72,6 +72,9 @@ void fa_load_rows(const struct fa_tensor *tensor, struct side side, struct range
 void fa_store_rows(const struct fa_tensor *tensor, struct side side, struct range rows,
                    int64_t head, const float *matrix);
 
+/* The nearest number of e4m3, saturating. */
+float fa_round_to_e4m3(float value);
+
 /* What e4m3 rows of a sequence and KV head are multiplied by; 1 where there is no factor. */
 float fa_descale(const struct fa_tensor *descale, int64_t number, int64_t head_kv);
 

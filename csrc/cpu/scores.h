@@ -89,24 +89,27 @@ static inline float sink_of(const struct fa_problem *problem, int64_t head)
 /* The softmax of a row of scores: a score s has the weight exp(s - max) / sum. */
 struct softmax {
     double max, sum;
+    double key_max; /* of the scores alone, without the sink */
 };
 
 static inline struct softmax softmax_of(const double *scores, int64_t count, float sink)
 {
-    double max = sink;
+    double max = sink, key_max = -INFINITY;
     for (int64_t n = 0; n < count; n++) {
         if (scores[n] > max || isnan(scores[n]))
             max = scores[n];
+        if (scores[n] > key_max)
+            key_max = scores[n];
     }
     if (max == -INFINITY)
-        return (struct softmax){max, 0}; /* nothing has any weight */
+        return (struct softmax){max, 0, key_max}; /* nothing has any weight */
     double sums[FA_LANES] = {expf((float)(sink - max))};
     for (int64_t n = 0; n < count; n++)
         sums[n % FA_LANES] += expf((float)(scores[n] - max));
     double sum = 0;
     for (int lane = 0; lane < FA_LANES; lane++)
         sum += sums[lane];
-    return (struct softmax){max, sum};
+    return (struct softmax){max, sum, key_max};
 }
 
 static inline float weight_of(struct softmax softmax, double score)
@@ -114,6 +117,18 @@ static inline float weight_of(struct softmax softmax, double score)
     if (softmax.sum == 0)
         return 0;
     return (float)(expf((float)(score - softmax.max)) / softmax.sum);
+}
+
+/* The same as kernels have it where q is e4m3: rounded to e4m3 as p = 2^(s - m), where s is in
+ * powers of two and m lies 8 below their max, which is rounded up. The sum is that of the exact p. */
+static inline float narrow_weight_of(struct softmax softmax, double score)
+{
+    static const double LOG2_E = 1.44269504088896340736;
+    if (softmax.sum == 0 || isnan(score) || isinf(softmax.max))
+        return weight_of(softmax, score);
+    const double m = ceil(softmax.key_max * LOG2_E) - 8;
+    const float p = fa_round_to_e4m3(exp2f((float)(score * LOG2_E - m)));
+    return (float)(p * exp2(m - softmax.max * LOG2_E) / softmax.sum);
 }
 
 /* Which weights of a head of a sequence are dropped, and what the others count. */

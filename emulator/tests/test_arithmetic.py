@@ -1,6 +1,7 @@
 """Every opcode of the emulator's arithmetic.c and lanes.c against Python: exact numbers, rounded once."""
 
 import ctypes
+import functools
 import itertools
 import math
 import random
@@ -84,6 +85,32 @@ FP8 = {
 }
 
 
+def to_fp4(value: float) -> int:
+    """With .satfinite: there is no NaN."""
+    numbers = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
+    if value != value:
+        return 7
+    magnitude = min(rounded(abs(value), 2, 0), 6)
+    return numbers.index(magnitude) | (8 if math.copysign(1, value) < 0 else 0)
+
+
+def from_fp4(nibble: int) -> float:
+    return [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0][nibble & 7] * (-1 if nibble & 8 else 1)
+
+
+def to_ue8m0(value: float, is_up: bool, is_finite: bool) -> int:
+    """The exponent of a power of two not above (not below) a magnitude; of NaN 255."""
+    if not math.isfinite(value):
+        return 254 if is_finite and value == value else 255
+    mantissa, exponent = math.frexp(abs(value))
+    power = exponent - (0 if is_up and mantissa > 0.5 else 1) + 127 if value else 0
+    return min(max(power, 0), 254 if is_finite else 255)
+
+
+def from_ue8m0(power: int) -> float:
+    return NAN if power == 255 else 2.0 ** (power - 127)
+
+
 def to_fp8(name: str, value: float) -> int:
     """With .satfinite."""
     if value != value:
@@ -135,11 +162,13 @@ SMALL += [1.25 * 2.0**-24, 65504.0, 6e-6, 1023.0, 1e-5, INF, NAN]
 SINGLE = [*SMALL, 2.0**-126, 2.0**-127, 2.0**-149, 1e-40, 3.4028234e38, 1e30, 1e-30, 2.0**24 + 2]
 SINGLE += [2.0**31, 2.0**32, 2.0**63, 2.0**64, 2147483520.0, 1.5 * 2.0**126, 127.5, -149.5, 13.7]
 SINGLE += [448.0, 463.9, 464.0, 480.0, 57344.0, 61440.0, 1e6, 65519.0, 65520.0, 2.0**-10, 2.0**-17]
+SINGLE += [0.25, 0.75, 1.25, 1.75, 5.0, 6.5, 0.2500001, 4.9999995, 1.00001 * 2.0**-127]
 SINGLE += [1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-11, 1 + 3 * 2.0**-11, 3 * 2.0**-25, 2.0**-25]
 
 KINDS = {
     **{f"{'us'[s]}{width}": integer(width, bool(s)) for width in (16, 32, 64) for s in (0, 1)},
     **{f"{'us'[s]}8": integer(8, bool(s), register=16) for s in (0, 1)},
+    "b8": integer(8, False, register=16)._replace(letter="b", edges=list(range(256))),
     "pred": Kind("p", "u4", 1, bool, int, [0, 1]),
     "f32": floating("w", "u4", 1, from_f32, to_f32, SINGLE),
     "ftz": floating(
@@ -492,29 +521,53 @@ for small, encode in (("f16", to_f16), ("bf16", to_bf16)):
             "u32 f32 f32",
             lambda a, b, e=encode, f=clamp: e(f(a)) << 16 | e(f(b)),
         )
-for fp8 in FP8:
+SMALLER = {fp8: ("u16", 8, functools.partial(to_fp8, fp8), FP8[fp8].__getitem__) for fp8 in FP8} | {
+    "e2m1": ("b8", 4, to_fp4, from_fp4)
+}
+for small, (kind, bits, encode, decode) in SMALLER.items():
     for name, clamp in (("", float), (".relu", relu)):
+
+        def narrowed(a, b, bits=bits, encode=encode, clamp=clamp):
+            return encode(clamp(a)) << bits | encode(clamp(b))
+
+        case(f"cvt.rn.satfinite{name}.{small}x2.f32", f"{kind} f32 f32", narrowed)
         case(
-            f"cvt.rn.satfinite{name}.{fp8}x2.f32",
-            "u16 f32 f32",
-            lambda a, b, n=fp8, f=clamp: to_fp8(n, f(a)) << 8 | to_fp8(n, f(b)),
+            f"cvt.rn.satfinite{name}.{small}x2.f16x2",
+            f"{kind} u32",
+            lambda a, narrowed=narrowed: narrowed(from_f16(a >> 16), from_f16(a)),
         )
         case(
-            f"cvt.rn{name}.f16x2.{fp8}x2",
-            "u32 u16",
-            lambda a, n=FP8[fp8], f=clamp: to_f16(f(n[a >> 8])) << 16 | to_f16(f(n[a & 255])),
+            f"cvt.rn{name}.f16x2.{small}x2",
+            f"u32 {kind}",
+            lambda a, bits=bits, decode=decode, clamp=clamp: (
+                to_f16(clamp(decode(a >> bits))) << 16 | to_f16(clamp(decode(a & (1 << bits) - 1)))
+            ),
         )
+for (mode, is_up), is_finite in itertools.product((("rz", False), ("rp", True)), (False, True)):
+    name = f"cvt.{mode}{'.satfinite' * is_finite}.ue8m0x2"
+
+    def powers(a, b, is_up=is_up, is_finite=is_finite):
+        return to_ue8m0(a, is_up, is_finite) << 8 | to_ue8m0(b, is_up, is_finite)
+
+    case(f"{name}.f32", "u16 f32 f32", powers)
     case(
-        f"cvt.rn.satfinite.{fp8}x2.f16x2",
+        f"{name}.bf16x2",
         "u16 u32",
-        lambda a, n=fp8: to_fp8(n, from_f16(a >> 16)) << 8 | to_fp8(n, from_f16(a)),
+        lambda a, powers=powers: powers(from_bf16(a >> 16), from_bf16(a)),
     )
+case(
+    "cvt.rn.bf16x2.ue8m0x2",
+    "u32 u16",
+    lambda a: to_bf16(from_ue8m0(a >> 8)) << 16 | to_bf16(from_ue8m0(a & 255)),
+)
+case("cvt.u16.u8", "u16 b8", lambda a: a)
+case("cvt.u32.u8", "u32 b8", lambda a: a)
 
 
 # ---- PTX -----------------------------------------------------------------------------------------
 
-REGISTERS = {"p": ".pred", "h": ".b16", "w": ".b32", "d": ".b64"}
-BYTES = {"p": 4, "h": 2, "w": 4, "d": 8}
+REGISTERS = {"p": ".pred", "b": ".b8", "h": ".b16", "w": ".b32", "d": ".b64"}
+BYTES = {"p": 4, "b": 2, "h": 2, "w": 4, "d": 8}  # in memory: a .b8 is unpacked from two bytes
 
 
 def kernel(letters: str, body: str) -> str:
@@ -528,17 +581,22 @@ def kernel(letters: str, body: str) -> str:
         lines.append(f"mad.wide.u32 %{name}_at, %thread, {BYTES[letter]}, %{name}_at;")
         if name == "out":
             continue
-        register = "%word" if letter == "p" else f"%{name}"
+        register = {"p": "%word", "b": "%half"}.get(letter, f"%{name}")
         lines.append(f"ld.global.u{8 * BYTES[letter]} {register}, [%{name}_at];")
         if letter == "p":
             lines.append(f"setp.ne.u32 %{name}, %word, 0;")
+        if letter == "b":
+            lines.append(f"mov.b16 {{%{name}, _}}, %half;")
     lines.append(body)
     if letters[0] == "p":
         lines.append("selp.u32 %word, 1, 0, %out;")
-    register = "%word" if letters[0] == "p" else "%out"
+    if letters[0] == "b":
+        lines.append("mov.b16 %half, {%out, 0};")
+    register = {"p": "%word", "b": "%half"}.get(letters[0], "%out")
     lines.append(f"st.global.u{8 * BYTES[letters[0]]} [%out_at], {register};")
     preamble = f"""
     .reg .b32 %thread, %block, %word, %lane;
+    .reg .b16 %half;
     mov.u32 %lane, %tid.x;
     mov.u32 %block, %ctaid.x;
     mad.lo.u32 %thread, %block, {LANES}, %lane;
@@ -626,7 +684,8 @@ def table(symbol: str) -> list[tuple[str, str]]:
 
 
 PACKS = {
-    "mov.b32": ["W h2", "H2 w"],
+    "mov.b16": ["H b2", "B2 h"],
+    "mov.b32": ["W h2", "H2 w", "W b4", "B4 w"],
     "mov.b64": ["D w2", "W2 d", "D h4", "H4 d"],
 }
 
@@ -638,9 +697,12 @@ def test_every_row_is_tested_once():
     assert set(rows) == {(case.name, case.operands) for case in CASES} | packs
 
 
-@pytest.mark.parametrize(("whole", "part"), [("w", "h"), ("d", "w"), ("d", "h")])
+@pytest.mark.parametrize(
+    ("whole", "part"), [("h", "b"), ("w", "b"), ("w", "h"), ("d", "w"), ("d", "h")]
+)
 def test_packs(whole, part):
-    count = BYTES[whole] // BYTES[part]
+    part_bytes = 1 if part == "b" else BYTES[part]
+    count = BYTES[whole] // part_bytes
     rng = np.random.default_rng(0)
     words = rng.integers(0, 256, LANES * BYTES[whole], dtype=np.uint8).view(f"u{BYTES[whole]}")
     bits = 8 * BYTES[whole]
@@ -651,7 +713,7 @@ def test_packs(whole, part):
     mov.b{bits} {{{names}}}, %in0;
     mov.b{bits} %out, {{{reversed_names}}};
     """
-    expected = words.view(f"u{BYTES[part]}").reshape(LANES, count)[:, ::-1]
+    expected = words.view(f"u{part_bytes}").reshape(LANES, count)[:, ::-1]
     assert np.array_equal(run(whole * 2, body, words).view(expected.dtype), expected.ravel())
 
 

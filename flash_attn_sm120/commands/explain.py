@@ -17,7 +17,7 @@ import torch
 
 from flash_attn_sm120 import cards
 from flash_attn_sm120.commands.info import dotted
-from flash_attn_sm120.plan import explain, explain_backward
+from flash_attn_sm120.plan import Plan, explain, explain_backward
 
 PLANNED_SMS = {120: 170, 121: 48}  # csrc/device.c, without a card
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -100,18 +100,14 @@ def run(arguments: argparse.Namespace) -> int:
         raise RuntimeError(str(error)) from error
     described = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
     print(f"{described}, {a.dtype}")
-    print(f"on {dotted(arch) if arch else torch.cuda.get_device_name()}{_class(arch)}\n\n{plan}")
+    device = dotted(arch) if arch else torch.cuda.get_device_name()
+    print(f"on {device}{_planned_for(plan, arch)}\n\n{plan}")
     return 0
 
 
-def _class(arch: int | None) -> str:
-    """The class of a 12.x card, and why it is that: by its name, or as tune found."""
-    if arch:
-        example = next((card for card in cards.CARDS if card.sms == PLANNED_SMS.get(arch)), None)
-        return f", planned for {example.sms} SMs: {example.kind}" if example else ""
-    name = torch.cuda.get_device_name()
-    major, minor = torch.cuda.get_device_capability()
-    found = cards.kind_of(name, major * 10 + minor)
-    if not found.kind:
-        found = cards.tuned_kind(name) or found
-    return f", {found.kind} {found.why}" if found.kind else ""
+def _planned_for(plan: Plan, arch: int | None) -> str:
+    """What stands for an architecture; of a device, its reasons say which class it is of."""
+    sms = PLANNED_SMS.get(arch or 0)
+    example = next((card for card in cards.CARDS if card.sms == sms), None)
+    kind = plan.reasons.get("class", "").partition(":")[0]
+    return f", planned for {example.sms} SMs: {kind}" if example else ""

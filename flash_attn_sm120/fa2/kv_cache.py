@@ -40,6 +40,7 @@ def flash_attn_with_kvcache(
     pack_gqa: bool | None = None,
     k_descale: Tensor | None = None,
     v_descale: Tensor | None = None,
+    q_descale: Tensor | None = None,
     out: Tensor | None = None,
     **unsupported: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -120,6 +121,7 @@ def flash_attn_with_kvcache(
             alibi_slopes=alibi_slopes,
             k_descale=k_descale,
             v_descale=v_descale,
+            q_descale=q_descale,
             softcap=softcap,
             num_splits=num_splits,
             pack_gqa=pack_gqa,
@@ -173,7 +175,7 @@ _FOLLOWED = (
 
 # Parameters of FlashAttention-3's function, and what asks for nothing.
 _NOT_YET = {
-    **dict.fromkeys(("qv", "q_descale")),
+    "qv": None,
     **dict.fromkeys(("cu_seqlens_k_new", "rotary_seqlens", "scheduler_metadata")),
     "attention_chunk": 0,
     "sm_margin": 0,

@@ -17,7 +17,10 @@ from flash_attn_sm120.mods.trace import trace
 from flash_attn_sm120.mods.translate import check_captured, mask_text, score_text
 
 MOST_TRACES = 512
-_NOT_BESIDE = {"attn_bias": ": let score_mod add it", "k_descale": "", "v_descale": ""}
+_NOT_BESIDE = {
+    "attn_bias": ": let score_mod add it",
+    **dict.fromkeys(("q_descale", "k_descale", "v_descale"), ""),
+}
 
 Mod = Callable[..., Any]
 # (number of the text, captured tensors, their gradients), as _C takes it

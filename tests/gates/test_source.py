@@ -83,10 +83,12 @@ def test_stubs_are_exact():
 
     def parameters(arguments):
         """[(name, kind, default), ...] of a stub."""
+        only = arguments.posonlyargs
+        positional = [(x.arg, "positional-only") for x in only]
+        positional += [(x.arg, "positional or keyword") for x in arguments.args]
         defaults = [ast.literal_eval(x) for x in arguments.defaults]
-        empty = [inspect.Parameter.empty] * (len(arguments.posonlyargs) - len(defaults))
-        positional = zip(arguments.posonlyargs, empty + defaults, strict=True)
-        found = [(argument.arg, "positional-only", default) for argument, default in positional]
+        empty = [inspect.Parameter.empty] * (len(positional) - len(defaults))
+        found = [(*x, default) for x, default in zip(positional, empty + defaults, strict=True)]
         for argument, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
             found.append((argument.arg, "keyword-only", ast.literal_eval(default)))
         return found
@@ -100,7 +102,7 @@ def test_stubs_are_exact():
     options = [
         p
         for p in inspect.signature(_C.backward).parameters.values()
-        if p.kind.name == "KEYWORD_ONLY"
+        if p.kind.name != "POSITIONAL_ONLY"
     ]
     assert {p.name for p in options} == set(CallOptions.__annotations__)
 
@@ -116,7 +118,7 @@ def test_functions_pass_every_option_on():
     varlen = inspect.signature(flash_attn_varlen_func).parameters
     for name, parameter in inspect.signature(_C.forward).parameters.items():
         name = "block_sparse_tensors" if name in ("key_blocks", "query_blocks") else name
-        if parameter.kind.name == "KEYWORD_ONLY":
+        if parameter.kind.name != "POSITIONAL_ONLY":
             assert varlen[name].default == parameter.default, name
             is_length = name.startswith(("cu_seqlens", "max_seqlen", "seqused", "page_table"))
             assert is_length or dense[name].default == parameter.default, name

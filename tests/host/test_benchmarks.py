@@ -1,5 +1,6 @@
 """The benchmarks' own logic, in dry runs on the CPU: what they say where something cannot run."""
 
+import argparse
 import functools
 import itertools
 import json
@@ -35,6 +36,7 @@ import video  # noqa: E402
 from harness import OURS, Contestant  # noqa: E402
 
 import flash_attn_sm120  # noqa: E402
+from helpers.devices import EMULATOR  # noqa: E402
 
 TORCH_SAYS = (
     "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79.11 GiB of "
@@ -226,18 +228,86 @@ def test_a_dry_run_of_packed_sequences(monkeypatch, capsys, tmp_path, direction)
     assert f"absent in 4 cells: ours: {SHORT}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("is_backward", [False, True])
-def test_a_dry_run_of_the_balance(monkeypatch, capsys, tmp_path, is_backward):
-    call = balance.Call(harness.Preset(2, 1, 16), 32, True, is_backward, {4: 0.9})
-    monkeypatch.setattr(balance, "CALLS", (call,))
+@pytest.mark.parametrize("direction", ["--forward", "--backward"])
+def test_a_dry_run_of_the_balance(monkeypatch, capsys, tmp_path, direction):
+    preset, asked = harness.Preset(2, 1, 16), {4: 0.9}
+    calls = [balance.Call(preset, 32, True, is_backward, asked) for is_backward in (False, True)]
+    call = calls[direction == "--backward"]
+    monkeypatch.setattr(balance, "CALLS", calls)
+    for variable in (*balance.ENVIRONMENT, "FA_SM120_TENSOR_REPEAT", "FA_SM120_PLAN_AS"):
+        monkeypatch.setenv(variable, "")
     output = tmp_path / "balance.jsonl"
-    argv = ["balance.py", "--device", "cpu", "--rounds", "2", "--repeat", "4"]
+    argv = ["balance.py", "--device", "cpu", "--rounds", "2", "--repeat", "4", direction]
     monkeypatch.setattr(sys, "argv", [*argv, "--output", str(output)])
     balance.main()
     records = harness.read_records(output)[1]
-    assert len(records) == 1 + is_backward and all(r["share"] > 0 for r in records)
-    row = balance.table(records, [4]).splitlines()[-1]
-    assert str(call) in row and "0.90" in row
+    assert len(records) == 1 + call.is_backward and all(r["share"] > 0 for r in records)
+    (row,) = (line for line in capsys.readouterr().out.splitlines() if str(call) in line)
+    assert "0.90" in row
+
+
+def sweep(call, stopped=None):
+    """The records of its tiles, run on the emulator in this process, and what it has begun."""
+    if EMULATOR.missing:
+        pytest.skip(EMULATOR.missing)
+    sent = []
+    args = argparse.Namespace(calls=[call], device="emulator", tiles=True, rounds=2)
+    balance.Job(args, 4, frozenset(), stopped or {}, sent.append).run()
+    call.use_tiles(())
+    (records,) = (value for kind, value in sent if kind == "found")
+    return records, [value for kind, value in sent if kind == "begin" and value]
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_tiles_of_the_balance_run_beside_the_plans_own(monkeypatch, is_backward):
+    """All are checked, the best ones timed again; a broken one is left out, and a call, too."""
+    few = {"tile_n": (64,), "sub_n": (32,), "warps": (4,), "warp_m": (16,), "stages": (2, 3)}
+    of_backward = {
+        "warps": (4,),
+        "warp_n": (32,),
+        "tile_m": (128,),
+        "sub_m": (32,),
+        "stages": (1, 2),
+    }
+    monkeypatch.setattr(balance.tune_tiles, "CHOICES", few)
+    monkeypatch.setattr(balance.tune_tiles, "BACKWARD_CHOICES", of_backward)
+    call = balance.Call(harness.Preset(1, 1, 32), 64, True, is_backward, {4: 0.9})
+    records, begun = sweep(call)
+    assert all("ms" in record for record in records)
+    assert [record["contestant"] for record in records].count(balance.OURS) == 1
+    tiles = [record["tile"] for record in records]
+    assert len(set(tiles)) == len(tiles)
+    expected = {"4,32,128,32,1", "4,32,128,32,2"} if is_backward else {"64,32,4,16,3 CP_ASYNC"}
+    assert expected < set(tiles) and any("TMA_WARP" in tile for tile in tiles) != is_backward
+    assert "**" in balance.tiles_table(records, [4])
+    broken, whole = begun[1], str(call)
+    records, _ = sweep(call, {broken: "HANGS"})
+    assert [r["absent"] for r in records if "absent" in r] == ["HANGS"]
+    records, begun = sweep(call, {whole: "BREAKS"})
+    assert [r["absent"] for r in records] == ["BREAKS"] and not begun
+
+
+def test_a_process_that_breaks_costs_its_tile_alone(monkeypatch, capsys):
+    call = balance.CALLS[0]
+    jobs = []
+
+    def watch(child, job, hear, limit_s):
+        jobs.append(dict(job[3]))
+        if len(jobs) == 1:
+            return "HANGS", "a tile"
+        hear([{"call": str(call), "ms": 1.0}])
+        return {}, ""
+
+    added = []
+    monkeypatch.setattr(balance.trial, "watch", watch)
+    monkeypatch.setenv("FA_SM120_TENSOR_REPEAT", "")
+    monkeypatch.setenv("FA_SM120_PLAN_AS", "")
+    args = argparse.Namespace(plan_as=None)
+    balance.measured_at(4, args, lambda **record: added.append(record))
+    assert jobs == [{}, {"a tile": "HANGS"}] and len(added) == 1
+    monkeypatch.setattr(balance.trial, "watch", lambda *_: ("fails", ""))
+    with pytest.raises(SystemExit, match="fails"):
+        balance.measured_at(4, args, None)
 
 
 def test_tiles_of_the_balance_are_those_of_its_kernels(monkeypatch):
@@ -248,9 +318,12 @@ def test_tiles_of_the_balance_are_those_of_its_kernels(monkeypatch):
     monkeypatch.setattr(balance, "explain_backward", explain_backward)
     for call in balance.CALLS[4:13:4]:
         problem = call.problem("cpu")
-        rows = balance.candidates(call, problem)
+        tiles = balance.first_tiles(call, problem)
         own = balance.plan_of(call, problem)
-        assert own.variant in rows and len(rows) > 20
+        every = tiles
+        if not call.is_backward:
+            every = tiles | balance.fed_otherwise(call, problem, tiles.values())
+        assert own.variant in every and len(tiles) > 10
         assert "tiles.c" in own.reasons["tile"]
 
 

@@ -325,7 +325,7 @@ def test_devices_must_agree(device):
     ("variable", "known"),
     [
         ("FA_SM120_LIMITS", "120"),
-        ("FA_SM120_PLAN_AS", "120"),
+        ("FA_SM120_PLAN_AS", "120|120-geforce|120-pro"),
         ("FA_SM120_TENSOR_REPEAT", "1|2|4"),
         ("FA_SM120_CHECK", "1"),
     ],
@@ -351,9 +351,9 @@ print(explain(q, q, q, arch=120).tile_m)
 
 
 def test_function_arguments_are_counted():
-    with pytest.raises(TypeError, match=r"forward\(\) takes 3 positional arguments, got 2"):
+    with pytest.raises(TypeError, match=r"forward\(\) takes 3 to 28 positional arguments, got 2"):
         _C.forward(1, 2)
-    with pytest.raises(TypeError, match=r"backward\(\) takes 7 positional arguments, got 1"):
+    with pytest.raises(TypeError, match=r"backward\(\) takes 7 to 32 positional arguments, got 1"):
         _C.backward(1)
-    with pytest.raises(TypeError, match=r"explain\(\) takes 3 positional arguments, got 0"):
+    with pytest.raises(TypeError, match=r"explain\(\) takes 3 to 28 positional arguments, got 0"):
         _C.explain()

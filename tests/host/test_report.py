@@ -12,6 +12,7 @@ from flash_attn_sm120 import cards, report
 from flash_attn_sm120.__main__ import main
 from flash_attn_sm120._measure import Timed
 from flash_attn_sm120.report import correctness, speed
+from helpers.children import run_python
 from helpers.devices import CPU, EMULATOR, params_of
 
 
@@ -149,11 +150,25 @@ def test_explain_says_which_class_is_planned_for(capsys):
     assert "-like" not in capsys.readouterr().out
 
 
-def test_tune_keeps_the_class(tmp_path, monkeypatch):
+EXPLAIN = """
+import torch
+from flash_attn_sm120 import _C, explain
+from helpers.devices import EMULATOR
+q = EMULATOR.place(torch.zeros(1, 4, 1, 64, dtype=torch.float16))
+print(_C.devices()[1][0]["name"], "|", explain(q, q, q).reasons["class"])
+"""
+
+
+def test_tune_keeps_the_class(tmp_path):
+    """A plan takes the rows of the class that tune has measured, where the name says nothing."""
+    if EMULATOR.missing:
+        pytest.skip(EMULATOR.missing)
     file = tmp_path / "tiles.json"
-    monkeypatch.setenv("FA_SM120_TILES", str(file))
-    assert cards.tuned_kind("NVIDIA Graphics Device") is None
-    table = {"gpu": "NVIDIA Graphics Device", "kind": cards.PRO, "why": "measured", "arch": 120}
-    file.write_text(json.dumps({"tables": [{**table, "rows": []}]}))
-    assert cards.tuned_kind("NVIDIA Graphics Device") == (cards.PRO, "as tune found: measured")
-    assert cards.tuned_kind("another") is None
+    name = "Emulated sm_120"
+    for gpu, said in ((name, "PRO-like: as tune measured"), ("another", "GeForce-like: the name is unknown")):  # fmt: skip
+        table = {"gpu": gpu, "kind": cards.PRO, "why": "measured", "arch": 120, "rows": []}
+        file.write_text(json.dumps({"tables": [table]}))
+        done = run_python(EXPLAIN, tmp_path, FA_SM120_TILES=str(file))
+        assert done.stdout.startswith(f"{name} | {said}"), done.stderr
+    asked = run_python(EXPLAIN, tmp_path, FA_SM120_TILES="", FA_SM120_PLAN_AS="120-pro")
+    assert asked.stdout == f"{name} | PRO-like: as FA_SM120_PLAN_AS asks\n", asked.stderr

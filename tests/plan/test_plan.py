@@ -100,7 +100,7 @@ def test_tiles_by_rows_per_sm():
     for batch, heads, seqlen in ((1, 8, 512), (8, 8, 64), (1, 1, 4096), (64, 1, 64)):
         small = explain(*shapes(seqlen_q=seqlen, heads=(heads, 1), batch=batch), arch=120)
         large = explain(*shapes(seqlen_q=seqlen, heads=(heads, 1), batch=16 * batch), arch=120)
-        assert (small.tile_m, large.tile_m) == (64, 128), (batch, heads, seqlen)
+        assert (small.tile_m, large.tile_m) == (64, 256), (batch, heads, seqlen)
 
 
 def plan_of_rows(arch, sms, head_dim, rows_per_sm, **options):
@@ -109,16 +109,32 @@ def plan_of_rows(arch, sms, head_dim, rows_per_sm, **options):
     return explain(q, q, q, arch=arch, num_splits=1, **options)
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 112, 128])
-@pytest.mark.parametrize("arch, sms", [(120, 170), (121, 48)])
-def test_rows_of_12_x(arch, sms, head_dim, causal):
-    """64 rows by 4 warps and one that loads, two blocks or more per SM; in large grids 128 by 8."""
-    for rows_per_sm in (65, 256):
-        plan = plan_of_rows(arch, sms, head_dim, rows_per_sm, causal=causal)
-        assert re.search(r"_w4x16_s\d_p2", plan.variant) and plan.blocks_per_sm >= 2
-    if head_dim > 64:
-        assert "_w8x16_s2_p" in plan_of_rows(arch, sms, head_dim, 300, causal=causal).variant
+SPLIT, WIDE = "64x64_w4x16_s2_p2", "64x64_w8x16_s2_p2"
+TILES_OF_12_X = {  # head dim, causal: of 65, 256 and 300 rows per SM; GeForce-like, PRO-like
+    (64, False): ((SPLIT, SPLIT, "64x32_w4x32_s3"), (SPLIT, SPLIT, "64x64_w4x32_s2_p0")),
+    (64, True): (
+        (SPLIT, "128x64_w8x16_s2_p2", "64x64_w4x32_s2"),
+        (SPLIT, SPLIT, "64x64_w4x32_s2"),
+    ),
+    (80, False): ((SPLIT, SPLIT, WIDE),) * 2,
+    (96, True): ((SPLIT, SPLIT, WIDE),) * 2,
+    (112, False): (("32x32_w4x16_s3_p2", "64x32_w8x16_s2_p1", "64x32_w8x16_s2_p1"),) * 2,
+    (128, False): (("32x32_w4x16_s3_p2", "64x16_w8x32_s3_p1", "64x16_w8x32_s3_p1"),) * 2,
+    (128, True): (
+        ("32x32_w4x16_s3_p2", "64x64_w8x16_s3_p1", "64x64_w8x16_s3_p1"),
+        ("32x32_w4x16_s3_p2", "64x64_w8x16_s3_p0", "32x16_w4x32_s3"),
+    ),
+}
+
+
+@pytest.mark.parametrize("arch, sms", [(120, 170), (121, 48)], ids=["GeForce-like", "PRO-like"])
+@pytest.mark.parametrize("head_dim, causal", TILES_OF_12_X)
+def test_rows_of_12_x(head_dim, causal, arch, sms):
+    found = [
+        plan_of_rows(arch, sms, head_dim, rows, causal=causal).variant for rows in (65, 256, 300)
+    ]
+    tiles = tuple(re.search(r"_n(\d+x\d+_w\d+x\d+_s\d(_p\d)?)", name)[1] for name in found)
+    assert tiles == TILES_OF_12_X[head_dim, causal][arch == 121]
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
@@ -178,8 +194,8 @@ def test_a_row_that_does_not_fit_is_passed_over(use_tiles):
     "rows, error, message",
     [
         (5, TypeError, "has no len"),
-        ([5], TypeError, "tuple of 15 ints, got 5"),
-        ([row()[1:]], TypeError, "tuple of 15 ints"),
+        ([5], TypeError, "tuple of 16 ints, got 5"),
+        ([row()[1:]], TypeError, "tuple of 16 ints"),
         ([(*row()[1:], "x")], TypeError, "int"),
         ([(*row()[1:], 2**70)], ValueError, "is out of range"),
         ([row(arch=-2)], ValueError, "-2 is out of range"),

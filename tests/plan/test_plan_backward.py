@@ -1,11 +1,13 @@
 """How the backward is carried out, for any architecture: planned without a GPU."""
 
+import functools
 import itertools
+import re
 
 import pytest
 import torch
 
-from flash_attn_sm120 import common_kernels, explain_backward
+from flash_attn_sm120 import _C, common_kernels, explain_backward
 from helpers.shapes import EVERY_HEAD_DIM, SM120_SMEM, shapes
 
 pytestmark = pytest.mark.quick
@@ -159,6 +161,100 @@ def test_arguments_are_counted():
     from flash_attn_sm120 import _C
 
     with pytest.raises(
-        TypeError, match=r"explain_backward\(\) takes 3 positional arguments, got 1"
+        TypeError, match=r"explain_backward\(\) takes 3 to 29 positional arguments, got 1"
     ):
         _C.explain_backward(1)
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def use_tiles():
+    yield _C.use_backward_tiles
+    _C.use_backward_tiles(())
+
+
+TILE = {"warps": 8, "warp_n": 16, "tile_m": 64, "sub_m": 16, "stages": 2}
+
+
+def row(*above, **fields):
+    of_all = dict.fromkeys(_C.backward_tile_fields(), -1) | {"head_dim": 256} | TILE
+    return (*(of_all | fields).values(), *above)
+
+
+def is_taken(seqlen=4096, heads=(8, 8), dims=(64, 64), **options):
+    planned = plan(seqlen, heads, dims, **options)
+    taken = "use_backward_tiles" in planned.reasons["tile"]
+    assert taken == ("m64x16_w8x16_s2" in planned.variant)
+    return taken
+
+
+def test_rows_of_the_caller_come_first(use_tiles):
+    """A row serves calls up to its bounds that are above others."""
+    assert not is_taken()
+    use_tiles([row(arch=120)])
+    assert is_taken(arch=121) and not is_taken(arch=90)
+    use_tiles([row(kind=2)])  # PRO-like
+    assert is_taken(arch=121) and not is_taken(arch=120) and not is_taken(arch=90)
+    use_tiles([row(head_dim=64)])
+    assert is_taken(dims=(64, 32)) and not is_taken(dims=(32, 72))
+    use_tiles([row(56, 0, head_dim=64)])
+    assert is_taken(dims=(32, 64)) and not is_taken(dims=(56, 56))
+    use_tiles([row(mask_right=1, mask_left=0)])
+    assert is_taken(causal=True) and not is_taken() and not is_taken(window_size=(9, 0))
+    use_tiles([row(0, 64, keys_per_sm=256)])
+    keys = [is_taken(keys * 170, (7, 1), arch=120) for keys in (64, 65, 256, 257)]
+    assert keys == [False, True, True, False]
+
+
+def test_a_row_that_does_not_fit_is_passed_over(use_tiles):
+    use_tiles([row(tile_m=128, warp_n=32)])
+    assert "csrc/tiles.c" in plan(4096, (8, 8), (256, 256)).reasons["tile"]
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"head_dim": -1}, "head_dim must be"),
+        ({"warps": 6}, "warps must be"),
+        ({"sub_m": 64}, "sub_m must be"),
+        ({"stages": 3}, "stages must be"),
+    ],
+)
+def test_rows_that_cannot_be(use_tiles, fields, message):
+    use_tiles([row()])
+    with pytest.raises(ValueError, match=message):
+        use_tiles([row(**fields)])
+    with pytest.raises(TypeError, match="tuple of 12 ints"):
+        use_tiles([row()[1:]])
+    assert is_taken(), "the rows before are still there"
+
+
+def test_rows_of_the_table_serve_as_the_table_does(use_tiles):
+    """Each call by its own row alone, `above` included."""
+    for dims, keys, causal, arch in itertools.product(
+        [(64, 64), (128, 128), (192, 128), (256, 256)], (100, 300), (False, True), (90, 120, 121)
+    ):
+        call = functools.partial(plan, keys * 170, (1, 1), dims, causal=causal, arch=arch)
+        use_tiles(())
+        planned = call()
+        found = []
+        for own in _C.backward_tiles():
+            use_tiles([own])
+            if "use_backward_tiles" in call().reasons["tile"]:
+                found.append(call().variant)
+        assert found[0] == planned.variant
+
+
+def test_rows_of_a_class_of_cards():
+    """From the balance of each, on an H100 that issues every mma several times."""
+
+    def tile(dims, arch, keys=1000, **options):
+        sms = {120: 170, 121: 48, 90: 132}[arch]
+        name = plan(keys * sms, (1, 1), (dims, dims), arch=arch, **options).variant
+        return re.search(r"_m(\d+x\d+)_w8x\d+_(s\d)", name).groups()
+
+    assert tile(64, 90) == tile(64, 120) == ("128x32", "s1")
+    assert tile(64, 121) == tile(64, 121, causal=True) == ("128x64", "s1")
+    assert {tile(128, arch) for arch in (90, 120, 121)} == {("64x32", "s1")}

@@ -96,7 +96,7 @@ def test_schemas_have_every_option():
     for what is refused where torch follows a call, or is of dense calls alone."""
     parameters = inspect.signature(_C.backward).parameters
     inputs = {*ops.LENGTHS, ops.SLOPES, ops.SEED, "learnable_sink"}
-    numbers = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    numbers = {name: p.default for name, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY}
     assert inputs <= numbers.keys() and VarlenOptions.__annotations__.keys() <= numbers.keys()
     refused = {"key_blocks", "query_blocks", "score_mod", "mask_mod", "k_descale", "v_descale"}
     for name in inputs | refused | {"attn_bias", "bias_gradient"}:
