@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seqlen", type=int, default=4096)
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--only", default="", metavar="REGEX", help="recipes whose name has it")
-    parser.add_argument("--cases", default="", metavar="REGEX", help="distributions whose name has it")
+    parser.add_argument("--cases", default="", metavar="REGEX", help="the same for distributions")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="JSON lines")
     args = parser.parse_args(argv)
