@@ -42,8 +42,8 @@ def quantized_attention(
     made by ``benchmarks/accuracy.py``, whose table is in ``docs/quantized.md``.
 
     ``"int8_fp8"``: 0.040 and 0.9992. Q and K in int8 with scales of 32 queries and 64 keys
-    (SageAttention 2, https://arxiv.org/abs/2411.10958), P and V in e4m3. The most accurate. Not for K
-    that is in e4m3 already.
+    (SageAttention 2, https://arxiv.org/abs/2411.10958), P and V in e4m3. The most accurate. Not for
+    K that is in e4m3 already.
 
     ``"fp8"``: 0.055 and 0.9985. All in e4m3, a scale per head (FlashAttention-3,
     https://arxiv.org/abs/2407.08608). Not for sharp softmaxes or offsets before RoPE: there
