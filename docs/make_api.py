@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import flash_attn_sm120
-from flash_attn_sm120 import fa2
+from flash_attn_sm120 import fa2, quantized
 from flash_attn_sm120.fa2 import bert_padding
 
 # Below the package; what they say of themselves is shown, too.
-MODULES = {"fa2": fa2, "fa2.bert_padding": bert_padding}
+MODULES = {"fa2": fa2, "fa2.bert_padding": bert_padding, "quantized": quantized}
 
 TARGET = Path(__file__).with_name("api.md")
 HEAD = """# API
@@ -52,7 +52,7 @@ def make() -> str:
     for path, module in MODULES.items():
         contents.append(entry(path))
         sections.append(f"## {path}\n\n{markdown(inspect.getdoc(module) or '')}")
-        for name in module.__all__:
+        for name in (n for n in module.__all__ if callable(getattr(module, n))):
             contents.append("  " + entry(f"{path}.{name}"))
             sections.append(section(f"{path}.{name}", getattr(module, name)))
     return "\n".join([HEAD, *contents, "", *sections])

@@ -106,7 +106,7 @@ def _attend_rows(
     grid = torch.meshgrid(head, query, key, indexing="ij")
     coords = [torch.full_like(grid[0], batch), *grid]
     distance = query[:, None] + (k.shape[1] - q.shape[1]) - key
-    seen = _in_window(distance, options).expand(s.shape)
+    seen = in_window(distance, options).expand(s.shape)
     if "score_mod" in mods:
         s = _map(mods["score_mod"], s, *coords)
     if slopes is not None:
@@ -152,7 +152,7 @@ def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
     return tensor[tuple(inside)]
 
 
-def _in_window(distance: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+def in_window(distance: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     """Keys before the diagonal have a positive distance."""
     left, right = options.get("window_size") or (None, None)
     causal = options.get("causal")

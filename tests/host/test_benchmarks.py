@@ -18,6 +18,7 @@ if not BENCHMARKS.is_dir():
     pytest.skip("runs in a checkout alone", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
 
+import accuracy  # noqa: E402
 import backward  # noqa: E402
 import balance  # noqa: E402
 import decode  # noqa: E402
@@ -585,3 +586,17 @@ def test_a_dry_run_of_mods(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert len(re.findall(r"^\| (?:for|back)ward +\| 16 ", said, re.M)) == 16
     assert "wrong" not in said
+
+
+def test_accuracy_has_a_row_for_each_recipe_and_case(tmp_path, capsys):
+    output = tmp_path / "accuracy.jsonl"
+    argv = ["--seqlen", "96", "--head-dim", "32", "--only", "int8_fp8|^fp8"]
+    assert accuracy.main([*argv, "--output", str(output)]) == 0
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [(row["recipe"], row["case"]) for row in rows[:2]] == [
+        ("int8_fp8", "normal"),
+        ("fp8", "normal"),
+    ]
+    assert len(rows) == 2 * len(accuracy.CASES)
+    assert all(row["relative_l2"] < 0.2 and row["cosine"] > 0.98 for row in rows)
+    assert capsys.readouterr().out.count("\n") == 4

@@ -1,0 +1,36 @@
+"""The recipes: which formats the operands of both products have, and what is smoothed before."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Recipe(NamedTuple):
+    """One way to quantise attention. Subtracting K's mean over the tokens changes all scores of a
+    row by one number, which the softmax does not see. V's mean is added to the output again. A
+    rotation of Q and K by the same Hadamard matrix leaves the scores as they are."""
+
+    qk: str  # format of Q and K
+    pv: str  # format of P and V; "16bit": V as it is, P in the type of V
+    subtracts_k_mean: bool  # over the tokens, of each head and dim
+    subtracts_v_mean: bool  # over the tokens, of each head and dim
+    rotates: bool  # Q and K by blocks of a Hadamard matrix along the head dim
+
+
+#                        qk       pv       K mean V mean rotation
+RECIPES = {
+    "int8_fp8": Recipe("int8", "fp8", True, False, False),
+    "fp8": Recipe("fp8", "fp8", True, False, False),
+    "mxfp8": Recipe("mxfp8", "fp8", True, False, False),
+    "nvfp4_bf16": Recipe("nvfp4", "16bit", True, False, True),
+    "nvfp4_fp8": Recipe("nvfp4", "fp8", True, False, True),
+    "int8_nvfp4": Recipe("int8", "nvfp4", True, True, False),
+    "nvfp4": Recipe("nvfp4", "nvfp4", True, True, True),
+}
+
+
+def recipe_of(name: str) -> Recipe:
+    if name not in RECIPES:
+        known = ", ".join(map(repr, RECIPES))
+        raise ValueError(f"recipe must be one of {known}, got {name!r}")
+    return RECIPES[name]
