@@ -44,7 +44,7 @@ __device__ __forceinline__ void add_values_seen(float (&O_rmem)[M_FRAGS][O_FRAGS
                 for (int m = 0; m < M_FRAGS; m++) {
                     float O_key[4] = {};
                     for (int repeat = 0; repeat < TENSOR_REPEAT; repeat++)
-                        mma<OPERAND>(O_key, P_rmem[m][k], V0, V1);
+                        mma<PRODUCT_TYPE>(O_key, P_rmem[m][k], V0, V1);
 #pragma unroll
                     for (int e = 0; e < 4; e++)
                         if (block.sees(row + 16 * m + 8 * (e / 2), key + OPERAND_K * k + j))
