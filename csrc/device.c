@@ -13,16 +13,16 @@
 #define SMEM_STEP 128
 
 /* Shared memory per architecture: CUDA C++ programming guide, table "Technical specifications per
- * compute capability". Multiprocessors and L2: of the largest card of the kind that the project
- * knows. */
+ * compute capability". Multiprocessors, L2 and bandwidth: of the largest card of the kind that the
+ * project knows. */
 static const struct fa_device DEVICES[] = {
-    {80, false, false, 108, 163 << 10, 164 << 10, 40 << 20, 0, 0},             /* A100 */
-    {86, false, false, 84, 99 << 10, 100 << 10, 6 << 20, 0, 0},                /* RTX 3090 class */
-    {89, false, false, 128, 99 << 10, 100 << 10, 72 << 20, 0, 0},              /* RTX 4090 */
-    {90, true, false, 132, 227 << 10, 228 << 10, 50 << 20, 0, 0},              /* H100, H200 */
-    {100, true, false, 148, 227 << 10, 228 << 10, 126 << 20, 0, 0},            /* B200 */
-    {120, true, true, 170, 99 << 10, 100 << 10, 96 << 20, FA_GEFORCE_LIKE, 0}, /* RTX 5090 */
-    {121, true, true, 48, 99 << 10, 100 << 10, 24 << 20, FA_PRO_LIKE, 0},      /* DGX Spark */
+    {80, false, false, 108, 163 << 10, 164 << 10, 40 << 20, 2039, 0, 0},  /* A100 */
+    {86, false, false, 84, 99 << 10, 100 << 10, 6 << 20, 936, 0, 0},      /* RTX 3090 class */
+    {89, false, false, 128, 99 << 10, 100 << 10, 72 << 20, 1008, 0, 0},   /* RTX 4090 */
+    {90, true, false, 132, 227 << 10, 228 << 10, 50 << 20, 3350, 0, 0},   /* H100, H200 */
+    {100, true, false, 148, 227 << 10, 228 << 10, 126 << 20, 8000, 0, 0}, /* B200 */
+    {120, true, true, 170, 99 << 10, 100 << 10, 96 << 20, 1792, FA_GEFORCE_LIKE, 0}, /* RTX 5090 */
+    {121, true, true, 48, 99 << 10, 100 << 10, 24 << 20, 273, FA_PRO_LIKE, 0},       /* DGX Spark */
 };
 
 /* Warps that are resident on a multiprocessor at most, from the same table. */
@@ -36,6 +36,16 @@ struct fa_device fa_device_of_arch(int arch)
             device = DEVICES[i];
     device.arch = arch;
     return device;
+}
+
+double fa_device_mma_time(const struct fa_device *device)
+{
+    return device->kind == FA_GEFORCE_LIKE ? 3.6 : device->kind == FA_PRO_LIKE ? 1.8 : 1;
+}
+
+int fa_device_share(const struct fa_device *device)
+{
+    return device->arch / 10 == 12 ? (int)(device->dram_gbs * 1000LL / MAX(1, device->sms)) : 0;
 }
 
 /* GB10, that of DGX Spark, reaches 95 TF in attention on 48 multiprocessors, more than the 512 FLOP

@@ -25,9 +25,18 @@ struct fa_device {
     int smem_per_block;    /* bytes of shared memory that one block may ask for */
     int smem_per_sm;       /* bytes that the blocks of one multiprocessor share */
     int l2_bytes;
+    int dram_gbs;    /* bandwidth of its memory in 10^9 bytes per second, as published */
     int kind;        /* enum fa_card_kind; FA_NO_KIND outside 12.x */
     int kind_reason; /* enum fa_kind_reason */
 };
+
+/* How many times as long mma.sync takes as on an H100, at boost clocks: FLOP per clock are 2495
+ * there, 512 and 1024 on 12.x. 1 outside 12.x. */
+double fa_device_mma_time(const struct fa_device *device);
+
+/* Bytes per microsecond that a multiprocessor of a 12.x card has of the bandwidth; 0 elsewhere,
+ * where what depends on it has been measured. */
+int fa_device_share(const struct fa_device *device);
 
 /* The class of a card by its name, as the driver has it; FA_NO_KIND where that is unknown, or the
  * architecture has no classes. */

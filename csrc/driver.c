@@ -56,6 +56,18 @@ static int load_symbols(struct fa_driver *driver, void *library, const char *pat
     return 0;
 }
 
+/* Of two transfers in a clock. Some drivers do not tell: that of the architecture then. */
+static int dram_gbs_of(const struct fa_driver *driver, const struct fa_cuda_device *cuda)
+{
+    int khz = 0, bits = 0;
+    if (driver->cuDeviceGetAttribute(&khz, CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, cuda->handle) ||
+        driver->cuDeviceGetAttribute(&bits, CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH,
+                                     cuda->handle) ||
+        khz <= 0 || bits <= 0)
+        return fa_device_of_arch(cuda->device.arch).dram_gbs;
+    return (int)(2 * khz * (bits / 8LL) / 1000000);
+}
+
 static int read_device(struct fa_driver *driver, int ordinal)
 {
     struct fa_cuda_device *cuda = &driver->devices[ordinal];
@@ -81,6 +93,7 @@ static int read_device(struct fa_driver *driver, int ordinal)
     device->arch = major * 10 + minor;
     device->has_tma = major >= 9;
     device->has_block_scales = major == 12;
+    device->dram_gbs = dram_gbs_of(driver, cuda);
     device->kind = fa_device_kind_of_name(cuda->name, device->arch);
     device->kind_reason = FA_KIND_BY_NAME;
     return 0;

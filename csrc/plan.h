@@ -131,7 +131,9 @@ struct fa_plan {
     int combine_slices; /* of the parts of a row, each summed up by threads of its own */
     int smem_bytes;     /* that a block of the main kernel uses */
     int blocks_per_sm;  /* of the main kernel; in the forward registers may allow fewer */
-    int sms;            /* forward: multiprocessors of the device */
+    int sms;            /* forward: multiprocessors of the device; its figures for split.h */
+    int share;
+    double mma_time;
     struct fa_workspace workspace;
     int reason_count;
     struct fa_step steps[FA_MAX_STEPS]; /* in the order of their launches */

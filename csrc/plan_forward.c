@@ -90,7 +90,7 @@ static void shrink_ring(const struct fa_plan_input *input, struct fa_tile *tile)
 /* Random numbers take registers, of which a ninth warp would leave 168 to each; and 32 keys share
  * them. Where warps have 32 rows, or fewer keys at a time, the tile is that of windows at head_dim
  * 128, whose shared memory is enough for less. */
-static void make_room_for_dropout(struct fa_tile *tile)
+static void make_room(struct fa_tile *tile)
 {
     if (tile->producer == FA_PRODUCER_WARP && tile->warps == 8)
         tile->producer = FA_PRODUCER_THREAD;
@@ -101,6 +101,15 @@ static void make_room_for_dropout(struct fa_tile *tile)
     tile->warps = 8;
     tile->warp_m = 16;
     tile->stages = 3;
+}
+
+/* What takes registers where the TMA feeds warps of 32 rows, which at these head dims have none
+ * left. */
+static bool lacks_registers(const struct fa_plan_input *input, const struct fa_tile *tile)
+{
+    const bool has_steps = input->alibi || input->bias || input->score_mod || input->mask_mod;
+    return has_steps && tile->kernel == FA_KERNEL_FORWARD_TMA && tile->warp_m == 32 &&
+           input->head_dim > 96;
 }
 
 /* Tiles that whole listed blocks have. */
@@ -193,11 +202,11 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const bool is_asked = tile->kernel == FA_KERNEL_FORWARD_TMA;
     if (!is_own && input->paged)
         prefer_tma(input, device, tile, &why_not_tma);
-    if (input->dropout && !is_own)
-        make_room_for_dropout(tile);
+    if (!is_own && (input->dropout || lacks_registers(input, tile)))
+        make_room(tile);
     if (input->varlen && !is_own)
         shrink_ring(input, tile);
-    if (input->block_q) { /* again: dropout's tile is another */
+    if (input->block_q) { /* again: what needs room has another tile */
         divide_blocks(input, tile);
         fa_plan_because(plan, "blocks",
                         "a walk over lists: the tiles of listed blocks are read, and no others");
@@ -388,6 +397,8 @@ static struct fa_grid grid_of(const struct fa_plan_input *input, const struct fa
         .in_flight = plan->smem_bytes,
         .sms = plan->sms,
         .blocks_per_sm = plan->blocks_per_sm,
+        .share = plan->share,
+        .mma_time = plan->mma_time,
     };
 }
 
@@ -455,7 +466,14 @@ bool fa_plan_may_split(const struct fa_plan_input *input, const struct fa_extent
                        const struct fa_device *device)
 {
     const struct fa_plan nominal = {
-        .tile_m = 64, .tile_n = 64, .smem_bytes = 64 << 10, .blocks_per_sm = 1, .sms = device->sms};
+        .tile_m = 64,
+        .tile_n = 64,
+        .smem_bytes = 64 << 10,
+        .blocks_per_sm = 1,
+        .sms = device->sms,
+        .share = fa_device_share(device),
+        .mma_time = fa_device_mma_time(device),
+    };
     const int64_t out_rows = extent->rows_q * input->heads_q;
     if (!input->varlen || input->num_splits != 0 || extent->batch == 0 || out_rows == 0 ||
         out_rows > INT32_MAX)
@@ -618,6 +636,8 @@ int fa_plan_forward(const struct fa_plan_input *input, const struct fa_plan_targ
         return fa_plan_refuse(error, true,
                               "no tile fits the shared memory of this device at these head dims");
     plan->sms = target->device.sms;
+    plan->share = fa_device_share(&target->device);
+    plan->mma_time = fa_device_mma_time(&target->device);
     add_append(input, plan);
     set_main(input, target, &tile, plan);
     const struct fa_extent extent = fa_plan_extent(input);

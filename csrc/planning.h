@@ -26,8 +26,8 @@ int fa_planning_make(struct fa_state *state, const struct fa_plan_input *input, 
 int fa_planning_fit(const struct fa_problem *problem, const struct fa_plan_input *input,
                     struct fa_plan *plan);
 
-/* The class of cards of a name that says nothing of it, as it was measured. 0, or -1 with ValueError
- * set. */
+/* The class of cards of a name that says nothing of it, as it was measured. 0, or -1 with
+ * ValueError set. */
 int fa_planning_use_card(struct fa_state *state, const char *name, int kind);
 
 /* Nothing that was asked for is dropped silently: one warning per process and reason. 0 or -1. */

@@ -4,7 +4,10 @@
 
 /* The choice rests on a count of bytes: K and V are read from memory once, cold, and what else
  * takes time counts as the bytes that a multiprocessor could have read meanwhile, its share of the
- * bandwidth being 24 KB per microsecond. Measured on an H100, see S07 in benchmarks/NOTES.md. */
+ * bandwidth being 24 KB per microsecond. Measured on an H100, see S07 in benchmarks/NOTES.md. On a
+ * 12.x card it is 6 to 10 KB: there the same times count as fewer bytes, which has not been
+ * measured. */
+#define MEASURED_SHARE (24 * 1024.0)
 
 /* From a request to its bytes. A block has in_flight bytes on their way and gets no more than those
  * in this time: with 64 KB, a block on every other multiprocessor is enough. */
@@ -38,11 +41,14 @@ static double time_of(const struct fa_grid *grid, int parts)
     const double busiest = (double)CEIL_DIV((int64_t)grid->blocks * parts, grid->sms);
     const double key_bytes = (double)grid->tile_n * grid->key_bytes; /* of a tile */
     const double cold = (double)grid->kv_heads * grid->tiles * key_bytes / grid->sms;
-    const double asked = LATENCY_BYTES / (MIN(busiest, grid->blocks_per_sm) * grid->in_flight);
+    const double unit = grid->share ? grid->share / MEASURED_SHARE : 1;
+    const double compute = unit * COMPUTE(grid->tile_m) * grid->mma_time;
+    const double asked =
+        unit * LATENCY_BYTES / (MIN(busiest, grid->blocks_per_sm) * grid->in_flight);
     const double block = CEIL_DIV(grid->tiles, parts) * key_bytes;
-    const double read = MAX(cold, busiest * block * MAX(asked, COMPUTE(grid->tile_m)));
+    const double read = MAX(cold, busiest * block * MAX(asked, compute));
     const double parted = 2.0 * parts * (double)grid->row_bytes / grid->sms;
-    return read + busiest * BLOCK_BYTES + (parts > 1 ? COMBINE_BYTES + parted : 0);
+    return read + unit * busiest * BLOCK_BYTES + (parts > 1 ? unit * COMBINE_BYTES + parted : 0);
 }
 
 /* Where the multiprocessors hold all the blocks that they can, nothing is idle that parts could

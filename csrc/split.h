@@ -17,6 +17,8 @@ struct fa_grid {
     int in_flight;     /* bytes of K and V that a block has on their way */
     int sms;           /* multiprocessors */
     int blocks_per_sm; /* that can be resident on one */
+    int share;         /* bytes per microsecond that one has of the bandwidth; 0: as measured */
+    double mma_time;   /* of mma.sync, in units of an H100's */
 };
 
 /* The number of parts that takes the least time: 1, where a split does not pay. */

@@ -102,7 +102,7 @@ static int read_ints(PyObject *row, Py_ssize_t count, Py_ssize_t with_above, int
     return 0;
 }
 
-/* ---- what a tile must be ---------------------------------------------------------------------- */
+/* ---- what a tile must be --------------------------------------------------------------------- */
 
 /* A tile that keeps the rules compiles, or spills at worst. */
 static const char *why_impossible(const void *row)
@@ -136,7 +136,7 @@ static const char *why_impossible_backward(const void *row)
     return tile->stages == 1 || tile->stages == 2 ? NULL : "stages must be 1 or 2";
 }
 
-/* ---- rows that replace others ----------------------------------------------------------------- */
+/* ---- rows that replace others ---------------------------------------------------------------- */
 
 static int read_row(PyObject *row, const struct table *table, int *into)
 {

@@ -19,15 +19,20 @@
 #define LARGE(head_dim, head_dim_v, right, left, ...) \
     {ANY, ANY, head_dim, head_dim_v, ANY, ANY, ANY, right, left, {__VA_ARGS__}, {0}}
 
-/* Full and causal calls on 12.x, of a class of cards or of both. NOTHING HERE HAS BEEN MEASURED ON A
- * 12.x CARD. BALANCE: the fastest tile on an H100 that issues each mma 4 times, for GeForce-like
- * cards, or twice, for PRO-like ones ("The balance of sm_120" in benchmarks/NOTES.md). SPLIT and
- * WIDE: what others published of their kernels there, as far as registers and shared memory allow
- * it. SPLIT: 64 rows by 4 warps and a warp that loads, two blocks per SM, after gau-nernst's v6
- * (RTX 5090). WIDE: 128 rows by 8 warps, a block per SM, after NVIDIA's FROST (RTX PRO 6000). See
- * "Rows of 12.x" there. */
+/* Full and causal calls on 12.x, of a class of cards or of both. NOTHING HERE HAS BEEN MEASURED ON
+ * A 12.x CARD. BALANCE: within 2% of the fastest tile on an H100 that issues each mma 4 times, for
+ * GeForce-like cards, or twice, for PRO-like ones ("The balance of sm_120" in benchmarks/NOTES.md).
+ * SPLIT and WIDE: what others published of their kernels there, as far as registers and shared
+ * memory allow it. SPLIT: 64 rows by 4 warps and a warp that loads, two blocks per SM, after
+ * gau-nernst's v6 (RTX 5090). WIDE: 128 rows by 8 warps, a block per SM, after NVIDIA's FROST
+ * (RTX PRO 6000). See "Rows of 12.x" there. */
 #define SM120(kind, head_dim, rows_per_sm, right, ...) \
     {120, kind, head_dim, head_dim, ANY, ANY, rows_per_sm, right, 0, {__VA_ARGS__}, {0}}
+
+/* Of warps with 32 rows, which spill registers at smaller head dims. */
+#define SM120_128(kind, above_rows_per_sm, right, ...) \
+    {120, kind, 128, 128, ANY, ANY, ANY, right, 0, {__VA_ARGS__}, \
+     {.head_dim = 120, .head_dim_v = 120, .rows_per_sm = above_rows_per_sm}}
 
 #define GEFORCE FA_GEFORCE_LIKE
 #define PRO     FA_PRO_LIKE
@@ -48,6 +53,7 @@ const struct fa_tile_row FA_TILES[] = {
     SM120(ANY, 64, 128, ANY,   64, 64, 4, 16, 2, TMA_WARP), /* SPLIT */
     SM120(GEFORCE, 64, 256, 1, 128, 64, 8, 16, 2, TMA_WARP), /* BALANCE: S 1024 */
     SM120(ANY, 64, 256, ANY,   64, 64, 4, 16, 2, TMA_WARP), /* SPLIT */
+    SM120(PRO, 64, ANY, 0,     64, 64, 4, 32, 2, TMA_BARRIER), /* BALANCE: S 8192 */
     SMALL( 64, 128,   0,       64, 64, 4, 16, 2, TMA_WARP),
     SMALL( 64, 256,   1,       64, 64, 4, 16, 3, TMA_WARP),
     LARGE( 64,  64,   1,   0,  64, 64, 4, 32, 2, CP_ASYNC),
@@ -75,9 +81,11 @@ const struct fa_tile_row FA_TILES[] = {
     FEW(  128, 128,            64, 32, 8, 16, 2, TMA_THREAD), /* 9 warps would spill */
     SMALL(128,  64, ANY,       64, 64, 4, 16, 2, TMA_WARP),
     SM120(ANY, 128, 128, ANY,  32, 32, 4, 16, 3, TMA_WARP), /* SPLIT: the 48 KB of v6 */
-    SM120(ANY, 128, 256, ANY,  64, 32, 8, 16, 2, TMA_THREAD), /* WIDE, BALANCE: S 1024 */
-    SM120(ANY, 128, ANY, 0,    64, 16, 8, 32, 3, TMA_THREAD), /* BALANCE: S 4096, both classes */
-    SM120(ANY, 128, ANY, 1,    64, 32, 8, 16, 2, TMA_THREAD), /* WIDE; BALANCE: S 4096, GEFORCE */
+    SM120_128(ANY, 128, 0,     64, 16, 8, 32, 3, TMA_THREAD), /* BALANCE: S 1024, 4096, 8192 */
+    SM120_128(PRO, 256, 1,     32, 16, 4, 32, 3, CP_ASYNC), /* BALANCE: S 4096, 8192 */
+    SM120(GEFORCE, 128, ANY, 1, 64, 64, 8, 16, 3, TMA_THREAD), /* BALANCE: S 1024, 4096, 8192 */
+    SM120(PRO, 128, ANY, 1,    64, 64, 8, 16, 3, TMA_BARRIER), /* BALANCE: S 1024 */
+    SM120(ANY, 128, ANY, ANY,  64, 32, 8, 16, 2, TMA_THREAD), /* WIDE */
     SMALL(128, 128,   0,       64, 64, 8, 16, 3, TMA_THREAD),
     SMALL(128, 128,   1,       64, 32, 4, 16, 3, TMA_WARP),
     SMALL(128, 256,   1,       64, 32, 8, 16, 2, TMA_WARP),
@@ -160,7 +168,8 @@ const size_t FA_PAGED_TILE_COUNT = sizeof FA_PAGED_TILES / sizeof *FA_PAGED_TILE
 
 /* Measured on an H200, see "Backward" in benchmarks/NOTES.md. Short sequences: of blocks of one
  * tile two share a multiprocessor, so that one's loads and stores hide behind the other's products.
- * Those of 12.x: on an H100, like BALANCE above, at S 4096. */
+ * That of 12.x: on an H100, like BALANCE above, at S 8192; all others are within 2% of the best
+ * there, but for 3% of D 128, causal, S 1024. */
 /* clang-format off */
 #define BACKWARD(head_dim, varlen_k, ...) \
     {ANY, ANY, head_dim, varlen_k, ANY, ANY, ANY, {__VA_ARGS__}, {0}}
@@ -170,10 +179,9 @@ const struct fa_backward_row FA_BACKWARD_TILES[] = {
     /* head_dim, varlen_k,                     warps, warp_n, tile_m, sub_m, stages
      * kind, head_dim, above_keys, right,      warps, warp_n, tile_m, sub_m, stages, of 12.x */
     BACKWARD( 64,  64,                         4, 32,  64, 32, 1),
-    BACKWARD_SM120(ANY, 64, 0, ANY,            8, 32, 128, 32, 2), /* 4 to 9% */
+    BACKWARD_SM120(PRO, 64, 0, ANY,            8, 32, 128, 64, 1), /* 1 to 3% */
     BACKWARD( 64, ANY,                         8, 32, 128, 32, 1),
     BACKWARD(128,  64,                         4, 32,  32, 16, 1),
-    BACKWARD_SM120(PRO, 128, 256, 0,           8, 32,  64, 16, 1), /* 6% */
     BACKWARD(128, ANY,                         8, 32,  64, 32, 1),
     BACKWARD(192, ANY,                         8, 16,  64, 32, 1),
     BACKWARD(256, ANY,                         8, 16,  32, 16, 2),

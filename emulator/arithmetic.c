@@ -378,7 +378,7 @@ COMPARISONS(DEFINE)
 
 MOVES(DEFINE)
 
-/* mov.b32 %r, {%rs1, %rs2} and the like: the first part is the lowest; opcode.detail is its width. */
+/* mov.b32 %r, {%rs1, %rs2} and the like: the first part is the lowest; opcode.detail its width. */
 HANDLER(pack)
 {
     const int parts = in->count - 1, width = in->opcode->detail;

@@ -272,6 +272,14 @@ static inline int exponent_of(float value, int least)
     return value == 0 ? ABSENT : exponent < least ? least : exponent;
 }
 
+static inline double power_of_2(int exponent)
+{
+    const uint64_t bits = (uint64_t)(exponent + 1023) << 52;
+    double power;
+    memcpy(&power, &bits, sizeof power);
+    return power;
+}
+
 /* One factor per row or column and group of 16 products. A significand may be NaN. Columns are in
  * the order of a row of C. */
 struct factors {
@@ -288,7 +296,7 @@ static void read_factor(enum element type, uint32_t byte, float *significand, in
     }
     const float value = widen(E4M3_FORMAT, byte & 0x7f); /* its sign counts for nothing */
     *exponent = exponent_of(value, -6);
-    *significand = value == 0 ? 0 : ldexpf(value, -*exponent);
+    *significand = value == 0 ? 0 : value * (float)power_of_2(-*exponent);
 }
 
 /* Byte and thread selectors, {bid, tid} from operand `first` on: the same in all lanes. */
@@ -366,27 +374,21 @@ struct exponents {
 
 static inline int least_exponent(enum element type) { return type == E5M2 ? -14 : -6; }
 
+static void exponents_of(const float *values, int count, int least, int32_t *exponents)
+{
+    for (int i = 0; i < count; i++)
+        exponents[i] = exponent_of(values[i], least);
+}
+
 static void read_exponents(const struct operands *o, int detail, struct exponents *x)
 {
     const int least_a = least_exponent(element_of(detail, 8)),
               least_b = least_exponent(element_of(detail, 4));
     for (int r = 0; r < HALVES * o->steps; r++)
-        for (int i = 0; i < o->per_word; i++)
-            for (int lane = 0; lane < LANES; lane++)
-                x->a[r][i][lane] = exponent_of(o->a[r][i][lane], least_a);
+        exponents_of(o->a[r][0], o->per_word * LANES, least_a, x->a[r][0]);
     for (int r = 0; r < o->steps; r++)
-        for (int i = 0; i < o->per_word; i++)
-            for (int word = 0; word < WORDS; word++)
-                for (int n = 0; n < ROWS; n++)
-                    x->b[r][i][word][n] = exponent_of(o->b[r][i][word][n], least_b);
-}
-
-static inline double power_of_2(int exponent)
-{
-    const uint64_t bits = (uint64_t)(exponent + 1023) << 52;
-    double power;
-    memcpy(&power, &bits, sizeof power);
-    return power;
+        exponents_of((const float *)o->b[r][0], o->per_word * LANES, least_b,
+                     (int32_t *)x->b[r][0]);
 }
 
 static inline int larger(int a, int b) { return a > b ? a : b; }

@@ -119,16 +119,19 @@ def _packed(
 def common_kernels(arch: int) -> list[Kernel]:
     """What the common calls launch on compute capability ``arch``, each kernel once.
 
-    Those of the forward come first, so that a warm-up that is interrupted serves inference.
+    Those of the forward come first, so that a warm-up that is interrupted serves inference. Cards
+    of 12.0 are of two classes, of which 12.1 stands for the other one.
     """
-    plans: Iterable[Plan] = itertools.chain(
-        common_plans(arch),
-        decoding_plans(arch),
-        packed_plans(arch),
-        serving_plans(arch),
-        backward_plans(arch),
-        packed_backward_plans(arch),
+    makers: tuple[Callable[[int], Iterable[Plan]], ...] = (
+        common_plans,
+        decoding_plans,
+        packed_plans,
+        serving_plans,
+        backward_plans,
+        packed_backward_plans,
     )
+    classes = (120, 121) if arch == 120 else (arch,)
+    plans = (plan for make in makers for each in classes for plan in make(each))
     return list(dict.fromkeys(kernel for plan in plans for kernel in plan.kernels))
 
 

@@ -117,8 +117,9 @@ def flash_attn_func(
             float8_e4m3fn comes without ``alibi_slopes`` and ``dropout_p``; ``docs/fp8.md`` says
             what its rounding costs.
         out: ``(batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``, to write the result
-            to; of ``q`` in float8_e4m3fn bfloat16 or float16, on the CPU float32 too. Any strides with a contiguous, 16-byte-aligned last dimension are written in place;
-            others are refused, and so is memory that overlaps an input or itself.
+            to; of ``q`` in float8_e4m3fn bfloat16 or float16, on the CPU float32 too. Any strides
+            with a contiguous, 16-byte-aligned last dimension are written in place; others are
+            refused, and so is memory that overlaps an input or itself.
         lse: ``(batch, heads_q, seqlen_q)`` float32, contiguous, to write the log-sum-exp to; it is
             returned, whether or not ``return_lse`` asks for it.
         block_sparse_tensors: a torch ``BlockMask``, or an object with the fields of
@@ -142,9 +143,10 @@ def flash_attn_func(
 
     Returns:
         ``(out, lse)``: ``out (batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``,
-        bfloat16 where that is float8_e4m3fn; ``lse (batch, heads_q, seqlen_q)`` float32, natural logarithm, or None without ``return_lse``. A
-        query without any visible key gets out 0 and lse -inf (the sink's value where there is one);
-        one with a score of +inf gets out NaN and lse +inf.
+        bfloat16 where that is float8_e4m3fn; ``lse (batch, heads_q, seqlen_q)`` float32, natural
+        logarithm, or None without ``return_lse``. A query without any visible key gets out 0 and
+        lse -inf (the sink's value where there is one); one with a score of +inf gets out NaN and
+        lse +inf.
         numpy arrays give numpy arrays; producers other than torch and numpy give torch tensors.
 
     Gradients of torch tensors reach ``q``, ``k``, ``v``, ``learnable_sink`` and ``attn_bias``. That

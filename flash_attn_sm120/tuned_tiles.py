@@ -6,8 +6,8 @@ The file is ``$FA_SM120_TILES`` (empty: none), else ``tune/tiles.json`` in the c
         {"row": {"arch": 120, "head_dim": 128, ...}, "above": {"rows_per_sm": 64, ...}, ...}]}]}
 
 ``row`` has the fields of csrc/tiles.h by name. It serves the calls up to its bounds that are
-``above`` others: what was measured, and no more. A file that cannot be used never fails an import:
-one RuntimeWarning says what is wrong with it.
+``above`` others: what was measured, and no more. ``backward_rows`` are those of the backward. A
+file that cannot be used never fails an import: one RuntimeWarning says what is wrong with it.
 """
 
 from __future__ import annotations
@@ -15,26 +15,60 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from math import inf
 from operator import itemgetter
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from flash_attn_sm120 import _C, cache, files
 
 GEFORCE, PRO = "GeForce-like", "PRO-like"
 KINDS = ("", GEFORCE, PRO)  # enum fa_card_kind of csrc/device.h: classes of 12.x cards
 ANY = -1  # FA_ANY of csrc/tiles.h: a bound that is none
-HEAD_DIMS = ("head_dim", "head_dim_v")
-BOUNDS = (*HEAD_DIMS, "heads_per_kv", "seqlen_q", "rows_per_sm")
-
-_ORDER = (*HEAD_DIMS, "mask_right", "rows_per_sm")
 
 Row = dict[str, int]  # the fields of csrc/tiles.h
-Table = dict[str, Any]  # of one GPU: what it is, and "rows"
+Table = dict[str, Any]  # of one GPU: what it is, and "rows" and "backward_rows"
 
-_in_use: list[tuple[int, ...]] = []
+
+class Direction(NamedTuple):
+    """The rows of a direction, as csrc/tiles.h has them."""
+
+    rows: str  # what a table calls them
+    key: tuple[str, ...]  # which calls a row serves
+    tile: tuple[str, ...]  # what they get
+    bounds: tuple[str, ...]  # of which `above` has some
+    order: tuple[str, ...]  # by which rows are sorted, the smallest calls first
+    use: Callable[[Any], None]
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        return self.key + self.tile
+
+
+def _split(fields: tuple[str, ...], first_of_tile: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    first = fields.index(first_of_tile)
+    return fields[:first], fields[first:]
+
+
+_DIMS = ("head_dim", "head_dim_v")
+FORWARD = Direction(
+    "rows",
+    *_split(_C.tile_fields(), "tile_n"),
+    (*_DIMS, "heads_per_kv", "seqlen_q", "rows_per_sm"),
+    (*_DIMS, "mask_right", "rows_per_sm"),
+    _C.use_tiles,
+)
+BACKWARD = Direction(
+    "backward_rows",
+    *_split(_C.backward_tile_fields(), "warps"),
+    ("head_dim", "keys_per_sm"),
+    ("head_dim", "mask_right", "keys_per_sm"),
+    _C.use_backward_tiles,
+)
+DIRECTIONS = (FORWARD, BACKWARD)
+
+_in_use: dict[Direction, list[tuple[int, ...]]] = {direction: [] for direction in DIRECTIONS}
 
 
 def path() -> Path | None:
@@ -48,24 +82,34 @@ def path() -> Path | None:
 def load() -> None:
     """Uses the table from now on; without one, or with one that is broken, csrc/tiles.c alone."""
     file = path()
-    rows: list[tuple[int, ...]] = []
-    problem = ""
+    problems: list[str] = []
+    _use({})
     if file and (os.path.exists(file) or "FA_SM120_TILES" in os.environ):
         try:
-            entries, problem = usable(entry for table in read(file) for entry in table["rows"])
-            rows = in_order(entries)
-            _C.use_tiles(rows)
-            use_cards(read(file))
+            tables, found = read(file), {}
+            for direction in DIRECTIONS:
+                rows = (entry for table in tables for entry in table.get(direction.rows, ()))
+                entries, problem = usable(rows, direction)
+                found[direction] = in_order(entries, direction)
+                problems += [problem] * bool(problem)
+            _use(found)
+            use_cards(tables)
         except (OSError, ValueError, OverflowError, RecursionError) as error:
-            rows, problem = [], str(getattr(error, "strerror", None) or error)
-            _C.use_tiles(rows)
-    _in_use[:] = rows
-    if problem:
-        which = "some" if rows else "all"
+            problems = [str(getattr(error, "strerror", None) or error)]
+            _use({})
+    if problems:
+        which = "some" if in_use() else "all"
         files.warn(
-            f"{which} tuned tiles are left out: {files.one_line(problem, 100)}, in {file} "
+            f"{which} tuned tiles are left out: {files.one_line(problems[0], 100)}, in {file} "
             "(tune makes it anew, tune --reset removes it)"
         )
+
+
+def _use(rows: dict[Direction, list[tuple[int, ...]]]) -> None:
+    for direction in DIRECTIONS:
+        own = rows.get(direction, [])
+        direction.use(own)
+        _in_use[direction][:] = own
 
 
 def use_cards(tables: Iterable[Table]) -> None:
@@ -77,17 +121,19 @@ def use_cards(tables: Iterable[Table]) -> None:
 
 def in_use() -> bool:
     """Whether there are rows that come before those of csrc/tiles.c."""
-    return bool(_in_use)
+    return any(_in_use.values())
 
 
 @contextlib.contextmanager
 def using(rows: Iterable[tuple[int, ...]]) -> Iterator[None]:
-    """Other rows in place of the table's for a while."""
+    """Other rows in place of the table's for a while, of the forward; none of the backward."""
     _C.use_tiles(list(rows))
+    _C.use_backward_tiles(())
     try:
         yield
     finally:
-        _C.use_tiles(_in_use)
+        for direction, own in _in_use.items():
+            direction.use(own)
 
 
 # ---- the file ------------------------------------------------------------------------------------
@@ -109,7 +155,7 @@ def read(file: Path) -> list[Table]:
             raise ValueError(f"a table has a list of rows, got {table!r:.40}")
         if not isinstance(table.get("arch"), int):
             raise ValueError(f"a table says for which arch it is, got {table.get('arch')!r:.40}")
-        for entry in table["rows"]:
+        for entry in (*table["rows"], *table.get(BACKWARD.rows, ())):
             parts = [entry.get("row"), entry.get("above")] if isinstance(entry, dict) else [None]
             for part in parts:
                 if not isinstance(part, dict):
@@ -142,11 +188,13 @@ def write(file: Path, table: Table) -> None:
         files.write(file.name, content.encode(), where)
 
 
-def usable(entries: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+def usable(
+    entries: Iterable[dict[str, Any]], direction: Direction = FORWARD
+) -> tuple[list[dict[str, Any]], str]:
     """The entries whose fields are those of this version, and what is wrong with the others."""
-    fields, good, odd = set(_C.tile_fields()), [], set()
+    fields, good, odd = set(direction.fields), [], set()
     for entry in entries:
-        difference = fields ^ set(entry["row"]) | set(entry["above"]) - set(BOUNDS)
+        difference = fields ^ set(entry["row"]) | set(entry["above"]) - set(direction.bounds)
         odd |= difference
         if not difference:
             good.append(entry)
@@ -154,22 +202,24 @@ def usable(entries: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], str
     return good, f"rows of another version, which differ in {names}" if odd else ""
 
 
-# ---- the rows as csrc/plan.c reads them ----------------------------------------------------------
+# ---- the rows as csrc/tile_rows.c reads them -----------------------------------------------------
 
 
-def in_order(entries: Iterable[dict[str, Any]]) -> list[tuple[int, ...]]:
+def in_order(
+    entries: Iterable[dict[str, Any]], direction: Direction = FORWARD
+) -> list[tuple[int, ...]]:
     """The entries as rows for use_tiles(), of which the first that serves a call is taken."""
-    numbers, nothing = itemgetter(*_C.tile_fields()), dict.fromkeys(BOUNDS, 0)
+    numbers, nothing = itemgetter(*direction.fields), dict.fromkeys(direction.bounds, 0)
     return [
         (*numbers(entry["row"]), *(nothing | entry["above"]).values())
-        for entry in sorted(entries, key=lambda entry: _smallest_first(entry["row"]))
+        for entry in sorted(entries, key=lambda entry: _smallest_first(entry["row"], direction))
     ]
 
 
-def as_tuple(row: Row) -> tuple[int, ...]:
+def as_tuple(row: Row, direction: Direction = FORWARD) -> tuple[int, ...]:
     """A row as the extension takes it."""
-    return tuple(row[field] for field in _C.tile_fields())
+    return tuple(row[field] for field in direction.fields)
 
 
-def _smallest_first(row: Row) -> list[float]:
-    return [inf if row[key] == ANY else row[key] for key in _ORDER]
+def _smallest_first(row: Row, direction: Direction) -> list[float]:
+    return [inf if row[key] == ANY else row[key] for key in direction.order]

@@ -60,7 +60,7 @@ __device__ __forceinline__ void mask_sub_tile(float (&S_rmem)[N_FRAGS][M_FRAGS][
                                               int query)
 {
     const attention_mask mask(seq);
-    const float masked_score = MASKS_BIAS || HAS_MODS ? -INF : seq.params.masked_score;
+    const float masked_score = MASKS_BIAS ? -INF : unscaled_masked_score(seq.params);
     mask_scores<true, MASK_LEFT>(S_rmem, masked_score, [&](int row) -> range {
         const int row_key = key + row;
         return {row_key < seq.seqlen_k() ? mask.queries_of(row_key).begin - query : SUB_M,
@@ -131,7 +131,7 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
         if (MASKED && !MASKS_FIRST && !MASKS_BIAS)
             mask_sub_tile(S_rmem, seq, key, query);
         if (tile.is_partial)
-            mask_mod<true>(S_rmem, params, coords_of);
+            mask_mod<true>(S_rmem, params, unscaled_masked_score(params), coords_of);
 
         /* P^T = 2^(S^T * scale_log2 - lse_log2), and for group 1, which computes dS^T from it, P^T
          * times the derivative of the cap and of a score_mod. */

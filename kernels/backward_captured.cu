@@ -99,15 +99,15 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 if (at.query >= seq.seqlen_q() || at.key < keys.begin || at.key >= keys.end ||
                     !mask_mod_of(at, mods.mask))
                     continue;
-                const float score = S[0][0][e] * natural_scale(params);
-                float s = score_mod_of(score, at, mods.score) * LOG2_E;
+                const float scale = natural_scale(params);
+                float s = score_mod_of(S[0][0][e], scale, at, mods.score);
                 if (ALIBI)
                     s = with_alibi(s, 1.0f, slope,
                                    at.query + seq.seqlen_k() - seq.seqlen_q() - at.key);
                 const float p = exp2_approx(s - lse[row]) * (1.0f / P_SCALE);
                 const float ds = p * (dP[e] - lse[TILE_M + row]);
                 if (ds != 0.0f)
-                    add_score_mod_gradients(ds, score, at, mods, sums);
+                    add_score_mod_gradients(ds, S[0][0][e], scale, at, mods, sums);
             }
         }
     }

@@ -143,7 +143,7 @@ template <> struct query_walk<false, true> {
     {
         at.advance();
         m_block = at.tile;
-        if (at.i >= at.tiles.count() && ++head < head_end)
+        if (at.block >= at.tiles.blocks && ++head < head_end)
             start(0);
     }
 };

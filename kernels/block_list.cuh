@@ -57,23 +57,26 @@ struct listed_tiles {
     {
         return partial_blocks * lists->tiles.number;
     }
-    /* What the list has for the i-th tile, for tile_of() to look at when it has come; any number
-     * where there is none. */
-    __device__ __forceinline__ int read_entry(int i) const
+    /* What the list has for a block, for tile_of() to look at when it has come; any number where
+     * there is none. */
+    __device__ __forceinline__ int read_entry(int block) const
     {
-        const int block = divide(i, lists->tiles).quotient;
         if (block >= blocks)
             return 0;
         return ld_global(block < partial_blocks ? partial + block
                                                 : full + (block - partial_blocks));
     }
-    /* The number of the i-th tile. */
-    __device__ __forceinline__ int tile_of(int entry, int i) const
+    /* The number of a tile of a listed block. */
+    __device__ __forceinline__ int tile_of(int entry, int tile_in_block) const
     {
-        return clamp(entry, 0, lists->blocks - 1) * lists->tiles.number +
-               divide(i, lists->tiles).rest;
+        return clamp(entry, 0, lists->blocks - 1) * lists->tiles.number + tile_in_block;
     }
-    __device__ __forceinline__ int tile(int i) const { return tile_of(read_entry(i), i); }
+    /* The number of the i-th tile. */
+    __device__ __forceinline__ int tile(int i) const
+    {
+        const divided place = divide(i, lists->tiles);
+        return tile_of(read_entry(place.quotient), place.rest);
+    }
 };
 
 /* A walk over tiles that no list has: a mask_mod may hide keys of any. */
@@ -81,24 +84,35 @@ struct unlisted_walk {
     static __device__ __forceinline__ bool is_partial() { return true; }
 };
 
-/* A walk over the tiles from number `i` on; the list is read a tile ahead. */
+/* A walk over the tiles from number `begin` on. The list is read a block ahead: most steps are to
+ * the next tile of a block. */
 struct listed_walk {
     listed_tiles tiles;
-    int i, tile; /* the current one */
-    int entry;   /* of the next */
+    int block,
+        left;  /* the number of the current block in the list, and how many tiles it has from */
+    int tile;  /* the current one on */
+    int entry; /* of the next block */
 
     listed_walk() = default;
-    __device__ __forceinline__ listed_walk(const listed_tiles &tiles, int begin)
-        : tiles(tiles), i(begin), tile(tiles.tile(begin)), entry(tiles.read_entry(begin + 1))
+    __device__ __forceinline__ listed_walk(const listed_tiles &tiles, int begin) : tiles(tiles)
     {
+        const divided place = divide(begin, tiles.lists->tiles);
+        block = place.quotient;
+        left = tiles.lists->tiles.number - place.rest;
+        tile = tiles.tile_of(tiles.read_entry(block), place.rest);
+        entry = tiles.read_entry(block + 1);
     }
     /* Whether a mask_mod may hide keys of the current tile. */
-    __device__ __forceinline__ bool is_partial() const { return i < tiles.partial_tiles(); }
+    __device__ __forceinline__ bool is_partial() const { return block < tiles.partial_blocks; }
     __device__ __forceinline__ void advance()
     {
-        i++;
-        tile = tiles.tile_of(entry, i);
-        entry = tiles.read_entry(i + 1);
+        tile++;
+        if (--left > 0)
+            return;
+        block++;
+        left = tiles.lists->tiles.number;
+        tile = tiles.tile_of(entry, 0);
+        entry = tiles.read_entry(block + 1);
     }
 };
 

@@ -196,13 +196,13 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                             return block.keys_of(row + r) - lane_key;
                         });
                         if (tiles.is_partial())
-                            mask_mod<true>(S_rmem, params, coords_of);
+                            mask_mod<true>(S_rmem, params, masked_score(params), coords_of);
+                        const float scale_log2 = factors.scale_log2(params);
                         const row_set updated = Q_E4M3     ? row_set{0}
                                                 : is_exact ? row_set{~0u}
-                                                : HAS_MODS
-                                                    ? rows_that_grew(S_rmem, m_rmem)
+                                                : SCORES_RISE
+                                                    ? rows_that_grew(S_rmem, m_rmem, scale_log2)
                                                     : tiles.rows_to_update(block, row, tile_key);
-                        const float scale_log2 = factors.scale_log2(params);
                         if (Q_E4M3)
                             follow_row_max(O_rmem, l_rmem, m_rmem, S_rmem, scale_log2);
                         else
@@ -219,9 +219,11 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                     ring.advance();
                     tiles.advance();
                 }
+                if (LOOKS_AT_SUMS)
+                    guess_missing_row_max(m_rmem);
 
-                /* ---- 4. Unmasked iterations: no mask, and no row max, unless it may be
-                 * anywhere. */
+                /* ---- 4. Unmasked iterations: no mask, and no row max, unless fp16 or a bias needs
+                 * one, see softmax.cuh. */
 #pragma unroll 1
                 for (; i < unmasked_end; i++) {
                     if (BLOCK_SPARSE && !tiles.is_inner())
@@ -244,19 +246,22 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
                         score_mod(S_rmem, params, coords_of);
                         alibi.add_to(S_rmem, key, scale_of_rest(params));
                         bias.add_to(S_rmem, loaded, scale_of_rest(params));
-                        mask_mod<!BLOCK_SPARSE>(S_rmem, params, coords_of);
+                        mask_mod<!BLOCK_SPARSE>(S_rmem, params, masked_score(params), coords_of);
                         const float scale_log2 = factors.scale_log2(params);
+                        row_set updated = {0};
                         if (Q_E4M3)
                             follow_row_max(O_rmem, l_rmem, m_rmem, S_rmem, scale_log2);
-                        else if (HAS_MODS)
-                            raise_row_max(O_rmem, l_rmem, m_rmem, S_rmem);
+                        else if (LOOKS_AT_MAX)
+                            updated = raise_row_max(O_rmem, l_rmem, m_rmem, S_rmem, scale_log2);
                         else if (BIAS)
                             update_row_max(O_rmem, l_rmem, m_rmem, S_rmem, scale_log2,
                                            row_set{~0u});
-                        exponentials(P_rmem, l_rmem, S_rmem, m_rmem, scale_log2, row_set{0}, stream,
+                        exponentials(P_rmem, l_rmem, S_rmem, m_rmem, scale_log2, updated, stream,
                                      coords_of);
                         add_values(O_rmem, P_rmem, ring.V_smem + n * V_layout::ROW_BYTES);
                     }
+                    if (LOOKS_AT_SUMS)
+                        raise_row_max_by_sums(O_rmem, l_rmem, m_rmem);
                     ring.advance();
                     tiles.advance();
                 }

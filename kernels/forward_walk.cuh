@@ -65,9 +65,9 @@ template <> struct forward_walk<false> : unlisted_walk {
     }
 };
 
-/* Listed tiles, one after the other, see block_list.cuh. Partial ones are masked, and every one
- * that is not seen by all rows. m is found at these, and at the first full one: then every row has
- * seen a key, unless masks hide all so far. ALiBi, whose scores rise towards the diagonal, would
+/* Listed tiles, one after the other, see block_list.cuh. Partial ones are masked, if there is a
+ * mask_mod, and every one that is not seen by all rows. m is found at these, and at the first full
+ * one: then every row has seen a key, unless masks hide all so far. ALiBi, whose scores rise towards the diagonal, would
  * overflow behind any other tile: with it all are masked. */
 template <> struct forward_walk<true> {
     tile_order<true> listed;
@@ -91,7 +91,8 @@ template <> struct forward_walk<true> {
     __device__ __forceinline__ int unmasked_end() const { return ALIBI ? 0 : count; }
     __device__ __forceinline__ int right_end() const
     {
-        return ALIBI ? count : min(max(listed.tiles.partial_tiles() - listed.begin, 0) + 1, count);
+        const int masked = MASK_MOD ? max(listed.tiles.partial_tiles() - listed.begin, 0) : 0;
+        return ALIBI ? count : min(masked + 1, count);
     }
     __device__ __forceinline__ int masked_end_from(int i) const { return min(i + 1, count); }
     /* Whether all rows see all keys of the current tile. */

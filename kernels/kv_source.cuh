@@ -127,8 +127,13 @@ template <> struct copied_source<false, true> {
     {
         const int from = walk.tile;
         walk.advance();
-        rows.K_gmem += (walk.tile - from) * TILE_N * rows.K_stride;
-        rows.V_gmem += (walk.tile - from) * TILE_N * rows.V_stride;
+        if (walk.tile == from + 1) { /* in the same block: no product of 64 bits */
+            rows.K_gmem += TILE_N * rows.K_stride;
+            rows.V_gmem += TILE_N * rows.V_stride;
+        } else {
+            rows.K_gmem += (walk.tile - from) * TILE_N * rows.K_stride;
+            rows.V_gmem += (walk.tile - from) * TILE_N * rows.V_stride;
+        }
     }
 };
 

@@ -104,12 +104,10 @@ __device__ __forceinline__ float floor_divided(float a, float b)
     return roundf((a - floor_rest(a, b)) / b);
 }
 
-/* NaN where either is. */
-template <class T> __device__ __forceinline__ T smaller(T a, T b)
-{
-    return a < b || a != a ? a : b;
-}
-template <class T> __device__ __forceinline__ T larger(T a, T b) { return a > b || a != a ? a : b; }
+template <class T> __device__ __forceinline__ T smaller(T a, T b) { return a < b ? a : b; }
+template <class T> __device__ __forceinline__ T larger(T a, T b) { return a > b ? a : b; }
+__device__ __forceinline__ float smaller(float a, float b) { return min_or_nan(a, b); }
+__device__ __forceinline__ float larger(float a, float b) { return max_or_nan(a, b); }
 
 template <class T> __device__ __forceinline__ T sign_of(T x) { return (x > 0) - (x < 0); }
 template <class T> __device__ __forceinline__ T magnitude(T x) { return x < 0 ? -x : x; }

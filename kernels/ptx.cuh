@@ -318,6 +318,45 @@ __device__ __forceinline__ void st_shared_16(unsigned smem, uint4 x)
                  : "memory");
 }
 
+/* Two 16x16 matrices of bytes, transposed; lane i passes the address of row i % 16 of matrix i / 16
+ * and receives, of matrix m in words 2m and 2m + 1, bytes of rows 4t to 4t + 3: of column g, and of
+ * column 8 + g. The words in order are an operand A of 16 columns. 12.x alone, as what follows. */
+__device__ __forceinline__ void ldmatrix_x2_trans_bytes(unsigned (&x)[4], unsigned smem)
+{
+    asm volatile("ldmatrix.sync.aligned.m16n16.x2.trans.shared.b8 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(smem)
+                 : "memory");
+}
+
+/* C [16, 8] += A [16, K] * B [K, 8], blocks of K times powers of two (K = 32, e4m3), or of 16 along
+ * K times numbers of e4m3 without sign (K = 64, e2m1). The factors of row m of A are in lane
+ * 4(m % 8) + 2 THREAD_A + m / 8, those of column n of B in lane 4n + THREAD_B: the one byte BYTE_A
+ * or BYTE_B, or all four. */
+#define FA_SCALED_MMA(kind)                                                                        \
+    asm("mma.sync.aligned." kind                                                                   \
+        " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3}, "                        \
+        "%10, {%11, %12}, %13, {%14, %15};"                                                        \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                           \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(factors_a),            \
+          "n"(BYTE_A), "n"(THREAD_A), "r"(factors_b), "n"(BYTE_B), "n"(THREAD_B))
+template <int BYTE_A, int THREAD_A, int BYTE_B, int THREAD_B>
+__device__ __forceinline__ void mma_mxf8(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                         unsigned b1, unsigned factors_a, unsigned factors_b)
+{
+    FA_SCALED_MMA("m16n8k32.row.col.kind::mxf8f6f4.block_scale.scale_vec::1X"
+                  ".f32.e4m3.e4m3.f32.ue8m0");
+}
+template <int THREAD_A, int THREAD_B>
+__device__ __forceinline__ void mma_nvf4(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                         unsigned b1, unsigned factors_a, unsigned factors_b)
+{
+    constexpr int BYTE_A = 0, BYTE_B = 0;
+    FA_SCALED_MMA("m16n8k64.row.col.kind::mxf4nvf4.block_scale.scale_vec::4X"
+                  ".f32.e2m1.e2m1.f32.ue4m3");
+}
+#undef FA_SCALED_MMA
+
 /* Four 8x8 matrices; lane i passes the address of row i % 8 of matrix i / 8 and receives, from
  * matrix m in word m, the elements 2t, 2t+1 of row g. */
 __device__ __forceinline__ void ldmatrix_x4(unsigned (&x)[4], unsigned smem)
@@ -472,6 +511,20 @@ __device__ __forceinline__ float log2_approx(float x)
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+/* NaN where either is. */
+__device__ __forceinline__ float min_or_nan(float a, float b)
+{
+    float x;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+    return x;
+}
+__device__ __forceinline__ float max_or_nan(float a, float b)
+{
+    float x;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(x) : "f"(a), "f"(b));
+    return x;
 }
 
 #endif

@@ -22,7 +22,7 @@ struct row_factors {
     }
     __device__ __forceinline__ float scale_log2(const fa_forward_params &params) const
     {
-        return Q_E4M3 && !SOFTCAP ? scale : params.scale_log2;
+        return Q_E4M3 && !SOFTCAP ? scale : scale_of_rest(params);
     }
 };
 

@@ -3,8 +3,8 @@
  *   1. scale      softmax_scale: a factor of scale_log2, which the exponential applies; where
  *                 SOFTCAP, of scale_in_cap
  *   2. softcap    c * tanh(s / c)
- *   3. score_mod  of the scaled score, see mods.cuh; in powers of two from here on where there is a
- *                 mod
+ *   3. score_mod  of the scaled score, see mods.cuh; where there is one, in powers of two from here
+ *                 on
  *   4. biases     in powers of two from here on: s * scale_log2 - slope * |distance| with ALiBi,
  *                 then + bias * log2(e), see bias.cuh
  *   5. mask       -inf where the query does not see the key, by the window or a mask_mod
@@ -22,7 +22,7 @@
 #include "sink.cuh"
 
 /* Whether scores are in powers of two when they are masked. */
-enum : bool { IS_PRESCALED = ALIBI || BIAS || HAS_MODS };
+enum : bool { IS_PRESCALED = ALIBI || BIAS || SCORE_MOD };
 
 /* Calls f(s, row, column) for each score of C fragments; row and column count from those of
  * S[0][0][0] of this lane. */
@@ -61,11 +61,9 @@ __device__ __forceinline__ void score_mod(float (&S)[ROW_FRAGS][COLUMN_FRAGS][4]
 {
     if (SCORE_MOD)
         for_each_score(S, [&](float &s, int row, int column) {
-            s = LOG2_E * score_mod_of(s * natural_scale(params), coords_of(row, column),
-                                      mods_of(params).score);
+            s = score_mod_of(s, natural_scale(params), coords_of(row, column),
+                             mods_of(params).score);
         });
-    else if (HAS_MODS)
-        for_each_score(S, [&](float &s, int, int) { s *= params.scale_log2; });
 }
 
 /* The same, and its derivative by the score to `slopes`. */
@@ -84,7 +82,7 @@ __device__ __forceinline__ void score_mod_and_slopes(float (&S)[ROW_FRAGS][COLUM
                     const float s = S[m][n][e];
                     const float of_cap = SOFTCAP ? 1.0f - fminf(s * s, 1.0f) : 1.0f;
                     slopes[m][n][e] =
-                        of_cap * score_mod_slope(s * natural_scale(params),
+                        of_cap * score_mod_slope(s, natural_scale(params),
                                                  coords_of(16 * m + 8 * (e / 2), 8 * n + e % 2),
                                                  mods_of(params).score);
                 }
@@ -94,7 +92,7 @@ __device__ __forceinline__ void score_mod_and_slopes(float (&S)[ROW_FRAGS][COLUM
 /* What takes a score behind score_mod to powers of two. */
 template <class params_t> __device__ __forceinline__ float scale_of_rest(const params_t &params)
 {
-    return HAS_MODS ? 1.0f : params.scale_log2;
+    return SCORE_MOD ? 1.0f : params.scale_log2;
 }
 
 /* ---- 4. ALiBi. The slope of a head, for powers of two. */
@@ -111,10 +109,15 @@ __device__ __forceinline__ float with_alibi(float s, float scale, float slope, f
     return fmaf(s, scale, -slope * fabsf(distance));
 }
 
-/* A masked score as the steps from here on have it. */
+/* A masked score, before step 4 and behind it. */
+template <class params_t>
+__device__ __forceinline__ float unscaled_masked_score(const params_t &params)
+{
+    return SCORE_MOD ? -INF : params.masked_score;
+}
 template <class params_t> __device__ __forceinline__ float masked_score(const params_t &params)
 {
-    return IS_PRESCALED ? -INF : params.masked_score;
+    return IS_PRESCALED ? -INF : unscaled_masked_score(params);
 }
 
 /* ---- 5. `visible` gives the range of columns that a row of S sees; BEGIN and END: whether it may
@@ -144,11 +147,11 @@ __device__ __forceinline__ void mask_scores(float (&S)[ROW_FRAGS][COLUMN_FRAGS][
 /* APPLIES: false where all keys are known to be seen. */
 template <bool APPLIES, int ROW_FRAGS, int COLUMN_FRAGS, class params_t, class F>
 __device__ __forceinline__ void mask_mod(float (&S)[ROW_FRAGS][COLUMN_FRAGS][4],
-                                         const params_t &params, F coords_of)
+                                         const params_t &params, float masked_score, F coords_of)
 {
     if (MASK_MOD && APPLIES)
         for_each_score(S, [&](float &s, int row, int column) {
-            s = mask_mod_of(coords_of(row, column), mods_of(params).mask) ? s : -INF;
+            s = mask_mod_of(coords_of(row, column), mods_of(params).mask) ? s : masked_score;
         });
 }
 

@@ -3,21 +3,26 @@
 #ifndef FA_SCORE_MOD_CUH
 #define FA_SCORE_MOD_CUH
 
-__device__ __forceinline__ float score_mod_of(float score, const score_coords &,
+/* Whether its result may differ from key to key where the score does not. */
+enum : bool { SCORE_MOD_READS_KEY = false };
+
+/* Of the score s * scale, in powers of two. */
+__device__ __forceinline__ float score_mod_of(float s, float scale, const score_coords &,
                                               const fa_captured *)
 {
-    return score;
+    return s * (scale * LOG2_E);
 }
 
 /* Its derivative by the score. */
-__device__ __forceinline__ float score_mod_slope(float, const score_coords &, const fa_captured *)
+__device__ __forceinline__ float score_mod_slope(float, float, const score_coords &,
+                                                 const fa_captured *)
 {
     return 1.0f;
 }
 
 /* Adds to the gradients of captured tensors what a gradient of the result makes of them; or to
  * `sums`, of elements that all scores of a head have in common, which the second function adds. */
-__device__ __forceinline__ void add_score_mod_gradients(float, float, const score_coords &,
+__device__ __forceinline__ void add_score_mod_gradients(float, float, float, const score_coords &,
                                                         const fa_mods &, float *)
 {
 }

@@ -6,8 +6,11 @@
  * that was not enough. A sum is never too small: m belongs to a key that the row has seen. Where
  * BIAS the keys at the edge may be those that weigh least, or nothing: then every tile updates m.
  *
- * A mod may make scores grow at any key: then every tile looks, and m rises in the rows where the
- * row max has grown by more than rows_that_grew() allows.
+ * A mod may make scores rise at any key, or hide all keys before it (SCORES_RISE). In bf16 each tile
+ * then looks at the sums, and m rises in the rows whose sum is large, before it overflows. A row
+ * that has seen no key where that begins takes a guess for its m. In fp16, which has no exponents
+ * for that, every tile looks at the scores, and m rises in the rows where the row max has grown by
+ * more than rows_that_grew() allows.
  *
  * FlashAttention-4 goes half of this way: it keeps m while the row max has not grown by more than
  * rescale_threshold (2^8), and looks at every tile. */
@@ -33,6 +36,18 @@ constexpr float SUM_LIMIT = 1.329228e36f; /* 2^120 */
 /* m is the max of at least so many keys, if the row sees as many. In bf16 a later p may be 2^136
  * times that of the first key; fp16, with 2^16, is better off with the max of a whole tile. */
 constexpr int START_KEYS = IS_BF16_OPERAND || Q_E4M3 ? 1 : TILE_N;
+
+/* What a row without a key yet takes for m, and the sum at which m rises: a tile may then still
+ * multiply it by 2^96. A sum that is less than MIN_SUM came of a guess that was too large. */
+constexpr float GUESSED_MAX = 0.0f;
+constexpr float LARGE_SUM = 1 << 24, MIN_SUM = 8.6736e-19f; /* 2^-60 */
+
+/* Splits, of which many may hide all their keys, would compute these again. */
+enum : bool {
+    SCORES_RISE = SCORE_MOD_READS_KEY || (MASK_MOD && !BLOCK_SPARSE),
+    LOOKS_AT_SUMS = SCORES_RISE && IS_BF16_OPERAND && !SPLIT,
+    LOOKS_AT_MAX = SCORES_RISE && !LOOKS_AT_SUMS
+};
 
 /* Some of the rows of a lane: row g + 8 * half of fragment m is bit 2 * m + half. */
 struct row_set {
@@ -139,6 +154,8 @@ __device__ __forceinline__ warp_row_set out_of_range(const float (&O_rmem)[M_FRA
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             bool out = !(l_rmem[m][half] < SUM_LIMIT);
+            if (LOOKS_AT_SUMS)
+                out |= !(quad_sum(l_rmem[m][half]) > MIN_SUM);
 #pragma unroll
             for (int n = 0; n < O_FRAGS; n++)
 #pragma unroll
@@ -250,11 +267,12 @@ follow_row_max(float (&O_rmem)[M_FRAGS][O_FRAGS][4], float (&l_rmem)[M_FRAGS][2]
         }
 }
 
-/* With a mod: the rows whose m is to rise for these scores, which are in powers of two. Until then
- * it stays below their max, MAX_OFFSET included, by no more than what 16 bits hold. */
+/* Where SCORES_RISE: the rows whose m is to rise for these scores. Until then it stays below their
+ * max, MAX_OFFSET included, by no more than what 16 bits hold. */
 __device__ __forceinline__ row_set rows_that_grew(const float (&S_rmem)[M_FRAGS][S_FRAGS][4],
-                                                  const float (&m_rmem)[M_FRAGS][2])
+                                                  const float (&m_rmem)[M_FRAGS][2], float scale)
 {
+    const float row_scale = IS_PRESCALED ? 1.0f : scale;
     constexpr float MAX_GROWTH = IS_BF16 ? 64.0f : 8.0f;
     unsigned rows = 0;
 #pragma unroll
@@ -266,7 +284,7 @@ __device__ __forceinline__ row_set rows_that_grew(const float (&S_rmem)[M_FRAGS]
             for (int n = 0; n < S_FRAGS; n++)
 #pragma unroll
                 for (int e = 0; e < 2; e++)
-                    row_max = fmaxf(row_max, S_rmem[m][n][2 * half + e]);
+                    row_max = fmaxf(row_max, S_rmem[m][n][2 * half + e] * row_scale);
             const bool grew = row_max + (MAX_OFFSET - MAX_GROWTH) > m_rmem[m][half];
             rows |= grew << (2 * m + half);
         }
@@ -275,14 +293,56 @@ __device__ __forceinline__ row_set rows_that_grew(const float (&S_rmem)[M_FRAGS]
     return {rows | __shfl_xor_sync(0xffffffff, rows, 2)};
 }
 
-__device__ __forceinline__ void raise_row_max(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
-                                              float (&l_rmem)[M_FRAGS][2],
-                                              float (&m_rmem)[M_FRAGS][2],
-                                              float (&S_rmem)[M_FRAGS][S_FRAGS][4])
+/* The online softmax in the rows that grew, which are returned. */
+__device__ __forceinline__ row_set raise_row_max(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
+                                                 float (&l_rmem)[M_FRAGS][2],
+                                                 float (&m_rmem)[M_FRAGS][2],
+                                                 float (&S_rmem)[M_FRAGS][S_FRAGS][4], float scale)
 {
-    const row_set rows = rows_that_grew(S_rmem, m_rmem);
+    const row_set rows = rows_that_grew(S_rmem, m_rmem, scale);
     if (__any_sync(0xffffffff, rows.bits))
-        update_row_max(O_rmem, l_rmem, m_rmem, S_rmem, 1.0f, rows);
+        update_row_max(O_rmem, l_rmem, m_rmem, S_rmem, scale, rows);
+    return rows;
+}
+
+__device__ __forceinline__ void guess_missing_row_max(float (&m_rmem)[M_FRAGS][2])
+{
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            if (m_rmem[m][half] == NO_KEY_YET)
+                m_rmem[m][half] = GUESSED_MAX;
+}
+
+/* m rises in the rows with a large sum, by the largest of its lanes. A sum of inf becomes NaN. */
+__device__ __forceinline__ void raise_row_max_by_sums(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
+                                                      float (&l_rmem)[M_FRAGS][2],
+                                                      float (&m_rmem)[M_FRAGS][2])
+{
+    float largest = 0.0f;
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+        largest = fmaxf(largest, fmaxf(l_rmem[m][0], l_rmem[m][1]));
+    if (!__any_sync(0xffffffff, largest > LARGE_SUM))
+        return;
+#pragma unroll
+    for (int m = 0; m < M_FRAGS; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float sum = l_rmem[m][half];
+            sum = fmaxf(sum, __shfl_xor_sync(0xffffffff, sum, 1));
+            sum = fmaxf(sum, __shfl_xor_sync(0xffffffff, sum, 2));
+            const float raised = m_rmem[m][half] + (sum > LARGE_SUM ? log2_approx(sum) : 0.0f);
+            const float rescale = exp2_approx(m_rmem[m][half] - raised);
+            m_rmem[m][half] = raised;
+            l_rmem[m][half] *= rescale;
+#pragma unroll
+            for (int n = 0; n < O_FRAGS; n++) {
+                O_rmem[m][n][2 * half] *= rescale;
+                O_rmem[m][n][2 * half + 1] *= rescale;
+            }
+        }
 }
 
 #endif

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from flash_attn_sm120 import _measure, flash_attn_func, flash_attn_varlen_func
+from flash_attn_sm120 import _measure, flash_attn_func, flash_attn_varlen_func, probe_8bit
 from flash_attn_sm120.commands import info, inputs
 
 HEAD_DIMS = (64, 96, 128, 256)
@@ -34,6 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         failures += not check_gradients(device, dtype, head_dim, 129, causal)
         failures += not check_packed(device, dtype, head_dim, causal)
         failures += not check_pages(device, dtype, head_dim, causal)
+    failures += not check_8bit(device)
     print(f"\n{failures} failed" if failures else "\nall passed")
     return 1 if failures else 0
 
@@ -94,6 +95,23 @@ def check_pages(device: str, dtype: torch.dtype, head_dim: int, causal: bool) ->
     reference = inputs.plain(*_doubles(q, k, v), causal=causal)
     plain = inputs.plain(q, k, v, causal=causal)
     return _is_close(_case("out", q, causal, "pages"), out, reference, plain)
+
+
+def check_8bit(device: str) -> bool:
+    """Whether matrix instructions of 8 and 4 bits do what kernels count on, to the bit."""
+    major = torch.cuda.get_device_capability()[0] if device == "cuda" else 0
+    if major != probe_8bit.MAJOR:
+        print(f"8- and 4-bit instructions: left out, only {probe_8bit.MAJOR}.x has all of them")
+        return True
+    try:
+        found = list(probe_8bit.run())
+    except RuntimeError as error:
+        reason = next(iter(str(error).splitlines()), "")
+        print(f"8- and 4-bit instructions  {reason} FAILED")
+        return False
+    for name, wrong in found:
+        print(f"{name:44} {wrong:9} {0:9} {'FAILED' if wrong else ''}")
+    return not any(wrong for _, wrong in found)
 
 
 def _with_gradients(

@@ -101,14 +101,13 @@ def run(arguments: argparse.Namespace) -> int:
     described = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
     print(f"{described}, {a.dtype}")
     device = dotted(arch) if arch else torch.cuda.get_device_name()
-    print(f"on {device}{_planned_for(plan, arch)}
-
-{plan}")
+    print(f"on {device}{_planned_for(plan, arch)}\n\n{plan}")
     return 0
 
 
 def _planned_for(plan: Plan, arch: int | None) -> str:
     """What stands for an architecture; of a device, its reasons say which class it is of."""
-    example = next((card for card in cards.CARDS if card.sms == PLANNED_SMS.get(arch)), None)
+    sms = PLANNED_SMS.get(arch or 0)
+    example = next((card for card in cards.CARDS if card.sms == sms), None)
     kind = plan.reasons.get("class", "").partition(":")[0]
     return f", planned for {example.sms} SMs: {kind}" if example else ""

@@ -10,9 +10,17 @@ from pathlib import Path
 
 from flash_attn_sm120 import cache, common_kernels
 from flash_attn_sm120.tune import table, trial, tune
-from flash_attn_sm120.tune.candidates import CHOICES, QUICK_CHOICES
+from flash_attn_sm120.tune.candidates import (
+    BACKWARD_CHOICES,
+    CHOICES,
+    QUICK_BACKWARD_CHOICES,
+    QUICK_CHOICES,
+)
 from flash_attn_sm120.tune.grid import cells
 from flash_attn_sm120.tune.machine import Machine
+from flash_attn_sm120.tuned_tiles import BACKWARD, FORWARD
+
+DIRECTIONS = {"forward": FORWARD, "backward": BACKWARD}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,6 +30,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_head_dims,
         metavar="D[,DV]",
         help="for example 128 192,128; default: the common ones",
+    )
+    parser.add_argument(
+        "--direction",
+        choices=DIRECTIONS,
+        help="tune the tiles of the forward or of the backward alone; default: both",
     )
     parser.add_argument("--quick", action="store_true", help="try fewer tiles")
     parser.add_argument(
@@ -47,7 +60,13 @@ def run(arguments: argparse.Namespace) -> int:
         return table.show()
     if arguments.reset:
         return table.reset()
-    choices = QUICK_CHOICES if arguments.quick else CHOICES
+    choices = (CHOICES, BACKWARD_CHOICES)
+    if arguments.quick:
+        choices = (QUICK_CHOICES, QUICK_BACKWARD_CHOICES)
     where = arguments.output.absolute() if arguments.output else cache.directory() / "tune"
-    wanted = cells(arguments.head_dims or common_kernels.COMMON_HEAD_DIMS)
-    return tune(Machine(), wanted, choices, where, trial.in_child)
+    directions = [arguments.direction] if arguments.direction else DIRECTIONS
+    wanted = cells(
+        arguments.head_dims or common_kernels.COMMON_HEAD_DIMS,
+        [DIRECTIONS[name] for name in directions],
+    )
+    return tune(Machine(), wanted, choices[0], where, trial.in_child, choices[1])

@@ -1,6 +1,7 @@
 """ATen graph of one element -> CUDA C, by the helpers of kernels/mods.cuh.
 
-16-bit floating-point numbers are computed in fp32, as compilers do. Gradients of captured tensors
+16-bit floating-point numbers are computed in fp32, as compilers do. A score is divided by what all
+scores have in common with a multiplication by the inverse. Gradients of captured tensors
 are no values but lists of what is added where: torch's graph builds them with index_put.
 """
 
@@ -34,6 +35,7 @@ MEMORY_TYPES = {
     torch.int8: "signed char",
     torch.uint8: "unsigned char",
 }
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 MAX_CAPTURED, MAX_DIMS = 8, 4
 
 
@@ -70,6 +72,21 @@ def _literal(x: Any, dtype: torch.dtype) -> str:
     if math.isinf(x) or abs(x) > 3.4028235677973366e38:
         return "INF" if x > 0 else "(-INF)"
     return f"{x!r}f" if "e" in repr(x) or "." in repr(x) else f"{x!r}.0f"
+
+
+def _is_factor(x: Any) -> bool:
+    """Whether a Python number can be a factor of a factor: in fp32, and its inverse, too."""
+    is_number = isinstance(x, (int, float)) and not isinstance(x, bool)
+    return is_number and 2.0**-100 < abs(x) < 2.0**100
+
+
+def _depending(graph: fx.Graph, inputs: list[fx.Node]) -> set[fx.Node]:
+    """The nodes whose values depend on one of the inputs, and these."""
+    found = set(inputs)
+    for node in graph.nodes:
+        if not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
 
 
 def _words(text: str) -> frozenset[str]:
@@ -157,11 +174,15 @@ class Body:
         self.name = name
         self.lines: list[str] = []
         self._values: dict[fx.Node, Any] = {}
+        self._products: dict[str, tuple[str, float]] = {}  # of a number and a constant: by name
         self._unused = iter(range(1 << 30))
         names = ["score"] if name == "score_mod" else []
         texts = [*names, *(f"at.{x}" for x in ("batch", "head", "query", "key"))]
         placeholders = [n for n in trace.graph.nodes if n.op == "placeholder"]
         assert len(texts) == trace.inputs and len(COORDS) == 4
+        own = placeholders[: trace.inputs]
+        self._of_score = _depending(trace.graph, own[:-4])
+        self._of_element = _depending(trace.graph, [*own[:-4], *own[-2:]])
         for node, text in zip(placeholders, texts, strict=False):
             dtype = torch.float32 if text == "score" else torch.int32
             self._values[node] = Number(text, dtype)
@@ -232,6 +253,8 @@ class Body:
             return [*args[0], *args[1]]  # of what is added to one gradient
         if name not in _TEXTS or meta is None or meta.dim():
             self._refuse(name, meta)
+        if name == "div" and node.args[0] in self._of_score and not kwargs.get("rounding_mode"):
+            name, args = self._without_division(node, args)
         return self._elementwise(name, dtype, args, kwargs)
 
     def _refuse(self, name: str, meta: Any) -> None:
@@ -259,6 +282,10 @@ class Body:
             return self._let(self._cast(args[0], dtype), dtype)
         if name == "pow" and args[1] in (2, 3):
             text = "times({0}, {0})" if args[1] == 2 else "times({0}, times({0}, {0}))"
+        if name == "mul" and dtype.is_floating_point:
+            for x, factor in (args, args[::-1]):
+                if isinstance(x, Number) and _is_factor(factor) and x.dtype in _FLOATS:
+                    return self._times(Number(x.text, dtype), factor)
         operand = dtype
         if how == "wide":
             operand = self._promoted(args)
@@ -270,6 +297,34 @@ class Body:
         if alpha != 1:
             operands[-1] = f"times({operands[-1]}, {_literal(alpha, operand)})"
         return self._let(text.format(*operands, zero=_literal(0, operand)), dtype)
+
+    def _without_division(self, node: fx.Node, args: list[Any]) -> tuple[str, list[Any]]:
+        """The quotient of a score as a product, if other scores have the same divisor."""
+        divisor = args[1]
+        if _is_factor(divisor):
+            return "mul", [args[0], 1.0 / divisor]
+        if not isinstance(divisor, Number) or node.args[1] in self._of_element:
+            return "div", args
+        text = f"(1.0f / {self._cast(divisor, torch.float32)})"
+        return "mul", [args[0], self._let(text, torch.float32)]
+
+    def _times(self, x: Number, factor: float) -> Number:
+        """A product with a constant; with the score its scale takes it."""
+        text = _literal(factor, x.dtype)
+        if x.text == "score":
+            return self._let(f"times(s, scale * {text})", x.dtype)
+        product = self._let(f"times({x.text}, {text})", x.dtype)
+        self._products[product.text] = x.text, factor
+        return product
+
+    def in_powers_of_two(self) -> str:
+        """The result times log2(e), which goes into its last factor if that is a constant."""
+        text = self.result.text
+        x, factor = self._products.get(text, (text, 1.0))
+        if x != text and self.lines[-1].startswith(f"const float {text} ="):
+            self.lines.pop()
+            return f"times({x}, {_literal(factor, torch.float32)} * LOG2_E)"
+        return "times(s, scale * LOG2_E)" if text == "score" else f"times({text}, LOG2_E)"
 
     def _promoted(self, args: list[Any]) -> torch.dtype:
         examples = [torch.empty((), dtype=x.dtype) if isinstance(x, Number) else x for x in args]
@@ -387,6 +442,8 @@ def _function(result: str, name: str, parameters: str, lines: list[str]) -> str:
     return f"__device__ __forceinline__ {result} {name}({parameters})\n{{\n{body}\n}}\n"
 
 
+_SCORE = "float s, float scale"
+_SCALED = "const float score = s * scale;"
 _PLACE = "const score_coords &at, const fa_captured *mod"
 
 
@@ -414,8 +471,9 @@ def score_text(trace: Trace, joint: Trace | None) -> str:
     """Of the mod, of its derivative, and of the gradients of captured tensors; without a graph of
     gradients of the mod alone."""
     body = Body("score_mod", trace)
-    lines = [*body.lines, f"return {body.result.text};"]
-    text = _function("float", "score_mod_of", f"float score, {_PLACE}", lines)
+    result = body.in_powers_of_two()
+    lines = [*body.lines, f"return {result};"]
+    text = _function("float", "score_mod_of", f"{_SCORE}, {_PLACE}", [_SCALED, *lines])
     lines = ["return 1.0f;"]
     additions: list[str] = []
     sums: list[str] = []
@@ -427,13 +485,22 @@ def score_text(trace: Trace, joint: Trace | None) -> str:
     return "\n".join(
         (
             text,
-            _function("float", "score_mod_slope", f"float score, {_PLACE}", lines),
+            _function("float", "score_mod_slope", f"{_SCORE}, {_PLACE}", [_SCALED, *lines]),
             _function(
-                "void", "add_score_mod_gradients", f"float dout, float score, {place}", additions
+                "void",
+                "add_score_mod_gradients",
+                f"float dout, {_SCORE}, {place}",
+                [_SCALED, *additions],
             ),
             _function("void", "add_score_mod_sums", place, sums),
+            f"enum : bool {{ SCORE_MOD_READS_KEY = {_literal(_reads_key(trace), torch.bool)} }};\n",
         )
     )
+
+
+def _reads_key(trace: Trace) -> bool:
+    placeholders = [node for node in trace.graph.nodes if node.op == "placeholder"]
+    return bool(placeholders[trace.inputs - 1].users)
 
 
 def _text_of(slope: Number | None) -> str:

@@ -1,16 +1,18 @@
 """``python -m flash_attn_sm120 tune``: the tile table of this GPU, measured.
 
-A cell (``grid.py``) is what one row of the table can tell apart: head dims, causal or full, and a
-bucket of query rows per multiprocessor. Packed sequences are served by the same rows, by the
-rows of the longest, and are measured in each cell, too. In each cell every tile that may be fast
-(``candidates.py``) is compiled, run once and compared with the fallback, the tile that csrc/tiles.c
-chooses. Those that are right are timed beside it (``contest.py``, on the GPU of ``machine.py``):
+A cell (``grid.py``) is what one row of the table can tell apart: the direction, head dims, causal
+or full, and a bucket of query rows, in the backward of keys, per multiprocessor. Packed sequences
+are served by the same rows, by the rows of the longest, and are measured in each cell, too. In each
+cell every tile that may be fast (``candidates.py``) is compiled, run once and compared with the
+fallback, the tile that csrc/tiles.c chooses: out and lse, or the gradients. Those that are right
+are timed beside it (``contest.py``, on the GPU of ``machine.py``):
 
 - Round-robin, so that drifting clocks hit all alike; what counts is each candidate's ratio to the
   fallback in the same round. A soak goes before. A sample is one call whose L2 was overwritten: of
   calls in a row all but the first find K and V there, which flatters the TMA.
 - In rounds of elimination: few samples of many candidates, then many of few. Tiles compete with K
-  and V brought by cp.async; the best of them then also by the TMA, where there is one.
+  and V brought by cp.async; the best of them then also by the TMA, where there is one. The backward
+  has no such choice.
 - A candidate is accepted at MIN_GAIN over the calls of the cell, if it makes none of them slower
   and its ratios scatter by no more than MAX_SPREAD.
 
@@ -36,11 +38,12 @@ from tqdm import tqdm
 
 from flash_attn_sm120 import tuned_tiles
 from flash_attn_sm120.tune import table, trial
-from flash_attn_sm120.tune.candidates import Choices
+from flash_attn_sm120.tune.candidates import BACKWARD_CHOICES, Choices
 from flash_attn_sm120.tune.contest import Contest
 from flash_attn_sm120.tune.grid import Cell
 from flash_attn_sm120.tune.journal import Journal
 from flash_attn_sm120.tune.machine import Machine
+from flash_attn_sm120.tuned_tiles import BACKWARD
 
 
 def tune(
@@ -49,6 +52,7 @@ def tune(
     choices: Choices,
     where: Path,
     run: Callable[[Contest, trial.Progress, trial.Note], dict[str, Any]] = trial.in_process,
+    backward_choices: Choices = BACKWARD_CHOICES,
 ) -> int:
     """Measures the cells that are not in the journal yet, and writes the table.
 
@@ -65,7 +69,8 @@ def tune(
         try:
             for cell in bar:
                 bar.set_description(str(cell))
-                contest = Contest(machine, cell, choices)
+                own = backward_choices if cell.direction == BACKWARD else choices
+                contest = Contest(machine, cell, own)
                 if not journal.has(contest):
                     contest.stopped = journal.broken(cell)
                     note = functools.partial(journal.add_broken, cell)

@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 
 from flash_attn_sm120 import _C, tuned_tiles
 from flash_attn_sm120.interface import flash_attn_varlen_func
-from flash_attn_sm120.plan import Plan, explain
+from flash_attn_sm120.plan import Plan, explain, explain_backward
 from flash_attn_sm120.tune.grid import BUCKETS, Cell
-from flash_attn_sm120.tuned_tiles import ANY, Row
+from flash_attn_sm120.tuned_tiles import ANY, BACKWARD, FORWARD, Direction, Row
 
 Choices = dict[str, tuple[int, ...]]
 
@@ -30,7 +30,6 @@ QUICK_CHOICES: Choices = {
     "stages": (2, 3),
 }
 
-# Of struct fa_backward_tile.
 BACKWARD_CHOICES: Choices = {
     "warps": (4, 8, 16),
     "warp_n": (16, 32, 64),
@@ -38,6 +37,7 @@ BACKWARD_CHOICES: Choices = {
     "sub_m": (16, 32, 64),
     "stages": (1, 2),
 }
+QUICK_BACKWARD_CHOICES: Choices = {**BACKWARD_CHOICES, "warps": (4, 8), "warp_n": (16, 32)}
 
 # How K and V come to shared memory, by the names that csrc/tiles.c has for it.
 CP_ASYNC = {"kernel": 0, "producer": 0}
@@ -51,6 +51,10 @@ FEEDS = {
 
 def candidate_rows(cell: Cell, fallback: Row, arch: int, choices: Choices) -> Iterator[Row]:
     """Rows that may be worth compiling; whether they fit the device is not asked yet."""
+    if cell.direction == BACKWARD:
+        for tile in backward_tiles(cell.head_dim, cell.head_dim_v, choices):
+            yield fallback | cell.key(arch) | tile
+        return
     for values in itertools.product(*choices.values()):
         row = fallback | cell.key(arch) | CP_ASYNC | dict(zip(choices, values, strict=True))
         if _is_promising(row, cell):
@@ -101,6 +105,8 @@ def _is_promising_backward(tile: Row, head_dim: int) -> bool:
 
 def describe_tile(row: Row) -> dict[str, Any]:
     """What a row says of the tile, in words."""
+    if "kernel" not in row:
+        return {name: row[name] for name in BACKWARD.tile}
     feeds = [name for name, feed in FEEDS.items() if feed.items() <= row.items()]
     return {**{name: row[name] for name in CHOICES}, "feed": feeds[0]}
 
@@ -113,11 +119,19 @@ class Call(NamedTuple):
     v: Any
     causal: bool
     lengths: dict[str, Any]  # of packed sequences; empty where q, k and v have a batch
+    saved: tuple[Any, ...] = ()  # dout, out and lse, of the backward; empty: of the forward
+
+    @property
+    def direction(self) -> Direction:
+        return BACKWARD if self.saved else FORWARD
 
     def plan(self, rows: Sequence[tuple[int, ...]]) -> Plan:
         """How the call is carried out where ``rows`` come before csrc/tiles.c."""
-        _C.use_tiles(rows)
-        return explain(self.q, self.k, self.v, **self.lengths, causal=self.causal, num_splits=1)
+        self.direction.use(rows)
+        options: Any = {**self.lengths, "causal": self.causal}
+        if self.saved:
+            return explain_backward(self.q, self.k, self.v, **options)
+        return explain(self.q, self.k, self.v, **options, num_splits=1)
 
     def plan_with(self, row: tuple[int, ...]) -> Plan | None:
         """The plan with ``row``; None where the row does not serve the call, or does not fit."""
@@ -125,7 +139,20 @@ class Call(NamedTuple):
             plan = self.plan([row])
         except ValueError:  # a tile that no kernel has
             return None
-        return plan if "use_tiles" in plan.reasons["tile"] else None
+        return plan if plan.reasons["tile"].startswith("first row of use_") else None
+
+    def run(self, *, return_lse: bool = False) -> tuple[Any, ...]:
+        """(out, lse), lse None unless it is asked for; of the backward (dq, dk, dv)."""
+        options: dict[str, Any] = {**self.lengths, "causal": self.causal}
+        if self.saved:
+            dout, out, lse = self.saved
+            return _C.backward(dout, self.q, self.k, self.v, out, lse, None, **options)[:3]
+        options |= {"num_splits": 1, "return_lse": return_lse}
+        return flash_attn_varlen_func(self.q, self.k, self.v, **options)
+
+    def with_gradients(self, dout: Any) -> Call:
+        """The backward of the call."""
+        return self._replace(saved=(dout, *self.run(return_lse=True)))
 
 
 class Candidate(NamedTuple):
@@ -139,7 +166,7 @@ class Candidate(NamedTuple):
     @classmethod
     def of_row(cls, row: Row, calls: tuple[Call, ...]) -> Candidate | None:
         """None where the row does not serve all the calls, or does not fit."""
-        own = tuned_tiles.as_tuple(row)
+        own = tuned_tiles.as_tuple(row, calls[0].direction)
         plans = tuple(plan for call in calls if (plan := call.plan_with(own)))
         return cls(row, (own,), calls, plans) if len(plans) == len(calls) else None
 
@@ -147,8 +174,10 @@ class Candidate(NamedTuple):
     def fallback(cls, calls: tuple[Call, ...]) -> Candidate:
         """What csrc/tiles.c has for the first call: the first row that alone would serve it."""
         plans = tuple(call.plan(()) for call in calls)
-        own = next(row for row in _C.tiles() if calls[0].plan_with(row))
-        return cls(dict(zip(_C.tile_fields(), own, strict=True)), (), calls, plans)
+        direction = calls[0].direction
+        table = _C.backward_tiles() if direction == BACKWARD else _C.tiles()
+        own = next(row for row in table if calls[0].plan_with(row))
+        return cls(dict(zip(direction.fields, own, strict=False)), (), calls, plans)
 
     @property
     def name(self) -> str:
@@ -156,15 +185,17 @@ class Candidate(NamedTuple):
         return str(self.plans[0].variant)
 
     def run(self, i: int) -> Any:
-        """The output of the call ``i``."""
-        return self._call(i)[0]
+        """What the call ``i`` gives when it is timed: out, or the gradients."""
+        self._use(i)
+        results = self.calls[i].run()
+        return results if self.calls[i].saved else results[0]
 
-    def results(self, i: int) -> tuple[Any, Any]:
-        """And its lse."""
-        return self.run(i), self._call(i, return_lse=True)[1]
+    def results(self, i: int) -> tuple[Any, ...]:
+        """All that is compared: out and lse, or the gradients."""
+        own = self.run(i)
+        if self.calls[i].saved:
+            return tuple(own)
+        return own, self.calls[i].run(return_lse=True)[1]
 
-    def _call(self, i: int, *, return_lse: bool = False) -> tuple[Any, Any]:
-        _C.use_tiles(self.rows)
-        call = self.calls[i]
-        options: dict[str, Any] = {"causal": call.causal, "num_splits": 1, "return_lse": return_lse}
-        return flash_attn_varlen_func(call.q, call.k, call.v, **call.lengths, **options)
+    def _use(self, i: int) -> None:
+        self.calls[i].direction.use(self.rows)

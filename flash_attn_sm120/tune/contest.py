@@ -17,7 +17,7 @@ from flash_attn_sm120.plan import Plan
 from flash_attn_sm120.tune.candidates import FEEDS, Call, Candidate, Choices, candidate_rows
 from flash_attn_sm120.tune.grid import Cell
 from flash_attn_sm120.tune.machine import Machine
-from flash_attn_sm120.tuned_tiles import Row
+from flash_attn_sm120.tuned_tiles import BACKWARD, Row
 
 MIN_GAIN = 1.02  # fallback's time over candidate's, geometric mean over the calls of a cell
 MIN_GAIN_OF_A_CALL = 0.99
@@ -31,6 +31,7 @@ FINAL_ROUNDS = 80
 # by more, because other tiles round p relative to another row max.
 TOLERANCE = 2**-5  # of the largest element of an output row
 LSE_TOLERANCE = 2**-8  # lse is in fp32, a sum of p before they are rounded
+FRACTION = 2**-6  # of the largest element of a gradient, below which its rows count as one
 
 
 class Score(NamedTuple):
@@ -114,25 +115,42 @@ class Contest:
     def check(self) -> None:
         """Runs all once; drops what fails, or differs from the fallback by more than rounding."""
         for i in range(len(self.calls)):
-            out, lse = self.fallback.results(i)
-            expected, allowed = out.float(), TOLERANCE * out.float().abs().amax(-1)
+            expected = [result.float() for result in self.fallback.results(i)]
+            bounds = self._allowed(expected)
             for candidate in self.candidates:
                 self.begin(candidate.name)
                 try:
-                    own, own_lse = candidate.results(i)
-                    error = (own.float() - expected).abs().amax(-1)
-                    lse_error = (own_lse - lse).abs().max()
+                    pairs = zip(candidate.results(i), expected, strict=True)
+                    errors = [(own.float() - result).abs() for own, result in pairs]
                     # NaN is wrong, too
-                    right = bool((error <= allowed).all() and lse_error <= LSE_TOLERANCE)
+                    right = all(
+                        bool((error <= bound).all())
+                        for error, bound in zip(errors, bounds, strict=True)
+                    )
                 except RuntimeError as failure:
                     self._stop(candidate.name, f"does not run: {failure}")
-                    self.fallback.run(i).sum().item()  # raises if the GPU does nothing any more
+                    # raises if the GPU does nothing any more
+                    self.fallback.results(i)[0].sum().item()
                     continue
                 if not right:
-                    worst = f"{error.max().item():.3g}, in lse {lse_error.item():.3g}"
-                    self._stop(candidate.name, f"WRONG: differs from the fallback by {worst}")
+                    names = ("dq", "dk", "dv") if self.is_backward else ("out", "lse")
+                    worst = (error.max().item() for error in errors)
+                    said = ", ".join(f"{n} {e:.3g}" for n, e in zip(names, worst, strict=True))
+                    self._stop(candidate.name, f"WRONG: differs from the fallback by {said}")
             self.begin("")
         self._drop_stopped()
+
+    @property
+    def is_backward(self) -> bool:
+        return self.cell.direction == BACKWARD
+
+    def _allowed(self, expected: Sequence[Any]) -> list[Any]:
+        """By how much an element of each result may differ."""
+        if not self.is_backward:
+            out, _ = expected
+            return [TOLERANCE * out.abs().amax(-1, keepdim=True), LSE_TOLERANCE]
+        rows = (result.abs().amax(-1, keepdim=True) for result in expected)
+        return [TOLERANCE * row.clamp(min=FRACTION * row.max().item()) for row in rows]
 
     def measure(self, candidates: Sequence[Candidate], rounds: int) -> list[Score]:
         """The scores of some candidates, round-robin with the fallback."""
@@ -150,8 +168,9 @@ class Contest:
     def compete(self, progress: Callable[[str], None]) -> list[tuple[Candidate, Score]]:
         """The candidates that came to the last round, the best one first."""
         finalists = self._eliminate(self.candidates, ELIMINATION, progress)
-        finalists += self._fed_by_the_tma(finalists, progress)
-        finalists = self._eliminate(finalists, ELIMINATION_OF_FEEDS, progress)
+        if not self.is_backward:
+            finalists += self._fed_by_the_tma(finalists, progress)
+            finalists = self._eliminate(finalists, ELIMINATION_OF_FEEDS, progress)
         progress(f"measuring {len(finalists)} tiles")
         return self._ranked(finalists, FINAL_ROUNDS)
 
@@ -188,22 +207,22 @@ class Contest:
 
     def _call(self, seqlen: int) -> Call:
         seqlen, heads = self.cell.bucket.heads(seqlen, self.machine.device["sms"])
-        q, k, v = (self.machine.tensor(1, seqlen, heads, dim) for dim in self._head_dims())
-        return Call(q, k, v, self.cell.causal, {})
+        return self._of_shape((1, seqlen, heads), {})
 
     def _packed_call(self) -> Call:
         """Sequences of several lengths: a row of the table serves them, too."""
         bucket = self.cell.bucket
         lengths, heads = bucket.packed(self.machine.device["sms"])
-        q, k, v = (self.machine.tensor(sum(lengths), heads, dim) for dim in self._head_dims())
         ends = self.machine.integers([0, *itertools.accumulate(lengths)])
         both = {"cu_seqlens_q": ends, "cu_seqlens_k": ends}
         bounds = {"max_seqlen_q": bucket.longest, "max_seqlen_k": bucket.longest}
-        return Call(q, k, v, self.cell.causal, {**both, **bounds})
+        return self._of_shape((sum(lengths), heads), {**both, **bounds})
 
-    def _head_dims(self) -> tuple[int, int, int]:
-        """Of q, k and v."""
-        return self.cell.head_dim, self.cell.head_dim, self.cell.head_dim_v
+    def _of_shape(self, shape: tuple[int, ...], lengths: dict[str, Any]) -> Call:
+        cell, tensor = self.cell, self.machine.tensor
+        q, k, v = (tensor(*shape, dim) for dim in (cell.head_dim, cell.head_dim, cell.head_dim_v))
+        call = Call(q, k, v, cell.causal, lengths)
+        return call.with_gradients(tensor(*shape, cell.head_dim_v)) if self.is_backward else call
 
     def _of_rows(self, rows: Iterable[Row]) -> list[Candidate]:
         """Without those that do not serve all calls, or are the fallback by another name."""

@@ -6,11 +6,11 @@ import itertools
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from flash_attn_sm120.tuned_tiles import ANY, Row
+from flash_attn_sm120.tuned_tiles import ANY, BACKWARD, FORWARD, Direction, Row
 
 
 class Bucket(NamedTuple):
-    """Calls with `above` < query rows per multiprocessor <= `upto`.
+    """Calls with `above` < query rows per multiprocessor <= `upto`; of the backward keys.
 
     Of packed sequences, whose number no plan knows: with as many rows in the longest.
     """
@@ -54,24 +54,28 @@ class Cell(NamedTuple):
     head_dim_v: int
     causal: bool
     bucket: Bucket
+    direction: Direction = FORWARD
 
     def __str__(self) -> str:
         dims = f"{self.head_dim}" + f",{self.head_dim_v}" * (self.head_dim != self.head_dim_v)
         rows = f"> {self.bucket.above}" if self.bucket.upto == ANY else f"<= {self.bucket.upto}"
-        return f"head_dim {dims} {'causal' if self.causal else 'full'} rows/SM {rows}"
+        mask = "causal" if self.causal else "full"
+        if self.direction == BACKWARD:
+            return f"backward head_dim {dims} {mask} keys/SM {rows}"
+        return f"head_dim {dims} {mask} rows/SM {rows}"
 
     def key(self, arch: int) -> Row:
         """The fields of a row that say which calls it serves; ANY is no bound."""
-        return {
+        bounds = {
             "arch": arch,
             "head_dim": self.head_dim,
             "head_dim_v": self.head_dim_v,
-            "heads_per_kv": ANY,
-            "seqlen_q": ANY,
             "rows_per_sm": self.bucket.upto,
+            "keys_per_sm": self.bucket.upto,
             "mask_right": int(self.causal),
             "mask_left": 0,
         }
+        return {field: bounds.get(field, ANY) for field in self.direction.key}
 
     def above(self) -> Row:
         """The largest calls below those of the cell, in each direction."""
@@ -79,9 +83,19 @@ class Cell(NamedTuple):
             "head_dim": self.head_dim - 8,
             "head_dim_v": self.head_dim_v - 8,
             "rows_per_sm": self.bucket.above,
+            "keys_per_sm": self.bucket.above,
         }
-        return {bound: value for bound, value in bounds.items() if value}
+        own = self.direction.bounds
+        return {bound: value for bound, value in bounds.items() if value and bound in own}
 
 
-def cells(head_dims: Iterable[tuple[int, int]]) -> list[Cell]:
-    return [Cell(*d, c, b) for d, c, b in itertools.product(head_dims, (False, True), BUCKETS)]
+def cells(
+    head_dims: Iterable[tuple[int, int]], directions: Iterable[Direction] = (FORWARD,)
+) -> list[Cell]:
+    """Rows of the backward serve calls by the larger head dim: those of equal ones are measured."""
+    every = itertools.product(directions, head_dims, (False, True), BUCKETS)
+    return [
+        Cell(dims[0], dims[1], causal, bucket, direction)
+        for direction, dims, causal, bucket in every
+        if direction == FORWARD or dims[0] == dims[1]
+    ]

@@ -13,7 +13,7 @@ from flash_attn_sm120 import files
 from flash_attn_sm120.tune.contest import Contest
 from flash_attn_sm120.tune.grid import Cell
 from flash_attn_sm120.tune.machine import Machine
-from flash_attn_sm120.tuned_tiles import Table
+from flash_attn_sm120.tuned_tiles import BACKWARD, DIRECTIONS, FORWARD, Table
 
 
 class Journal:
@@ -64,13 +64,14 @@ class Journal:
 
     def table(self) -> Table:
         """The winners, as tiles.json has them."""
-        rows = [
-            {"row": cell["winner"], "above": cell["above"], "gain": cell["gain"]}
-            for cell in self.cells
-            if cell["winner"]
-        ]
+        rows: dict[str, list[Any]] = {direction.rows: [] for direction in DIRECTIONS}
+        for cell in self.cells:
+            if cell["winner"]:
+                row = {"row": cell["winner"], "above": cell["above"], "gain": cell["gain"]}
+                is_backward = cell["cell"].startswith("backward")
+                rows[(BACKWARD if is_backward else FORWARD).rows].append(row)
         kind = self.machine.kind()._asdict()
-        return {**self.identity, **kind, "cells": len(self.cells), "rows": rows}
+        return {**self.identity, **kind, "cells": len(self.cells), **rows}
 
     def _append(self, record: dict[str, Any]) -> None:
         try:

@@ -6,11 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from flash_attn_sm120 import _C, tuned_tiles
+from flash_attn_sm120 import tuned_tiles
 from flash_attn_sm120.tune.candidates import describe_tile
 from flash_attn_sm120.tune.grid import Cell
 from flash_attn_sm120.tune.journal import Journal
-from flash_attn_sm120.tuned_tiles import ANY
+from flash_attn_sm120.tuned_tiles import ANY, Direction, Table
 
 
 def summary(cell: Cell, record: dict[str, Any]) -> str:
@@ -41,7 +41,7 @@ def publish(file: Path, journal: Journal) -> None:
             f"the table cannot be written to {file}: {error.strerror or error}; the measurements "
             f"are in {journal.path}, and the same command makes the table of them"
         ) from error
-    print(f"{len(table['rows'])} of {table['cells']} cells have a faster tile: {file}")
+    print(f"{count_rows(table)} of {table['cells']} cells have a faster tile: {file}")
     print(f"measurements: {journal.path}")
     if file == tuned_tiles.path():
         tuned_tiles.load()
@@ -61,7 +61,7 @@ def describe() -> str:
         tables = tuned_tiles.read(file)
     except (OSError, ValueError) as error:
         return f"none: {file}: {error}"
-    rows = (f"{len(t['rows'])} rows of {t.get('gpu', 'an unknown GPU')}" for t in tables)
+    rows = (f"{count_rows(t)} rows of {t.get('gpu', 'an unknown GPU')}" for t in tables)
     return f"{', '.join(rows)}, from {file}"
 
 
@@ -71,21 +71,33 @@ def show() -> int:
     file = tuned_tiles.path()
     if file is None or not tuned_tiles.in_use():
         return 0
-    fields = _C.tile_fields()
-    first = fields.index("tile_n")  # the key before it, the tile from it on
     for table in tuned_tiles.read(file):
-        facts = {name: value for name, value in table.items() if name != "rows"}
-        print(f"\n/* {_spelled(facts)}\n * {', '.join(fields)} */")
-        for entry in tuned_tiles.usable(table["rows"])[0]:
-            names = ["ANY" if n == ANY else str(n) for n in tuned_tiles.as_tuple(entry["row"])]
-            tile = f"{{{', '.join(names[first:])}}}"
-            gain = f"{entry['gain']:.2f}x" if "gain" in entry else ""
-            print(f"    {{{', '.join([*names[:first], tile])}}}, /* {gain} */")
+        for direction in tuned_tiles.DIRECTIONS:
+            if table.get(direction.rows):
+                _show_rows(table, direction)
     print(
         f"\nTo contribute it, send these lines and the measurements, the .jsonl files in\n"
         f"{file.parent}.\nIn csrc/tiles.c each row goes before the others of its head dims."
     )
     return 0
+
+
+def _show_rows(table: Table, direction: Direction) -> None:
+    kinds = [each.rows for each in tuned_tiles.DIRECTIONS]
+    facts = {name: value for name, value in table.items() if name not in kinds}
+    print(f"\n/* {_spelled(facts)}\n * {', '.join(direction.fields)} */")
+    for entry in tuned_tiles.usable(table[direction.rows], direction)[0]:
+        row = entry["row"]
+        key, tile = (
+            ["ANY" if row[name] == ANY else str(row[name]) for name in names]
+            for names in (direction.key, direction.tile)
+        )
+        gain = f"{entry['gain']:.2f}x" if "gain" in entry else ""
+        print(f"    {{{', '.join(key)}, {{{', '.join(tile)}}}}}, /* {gain} */")
+
+
+def count_rows(table: Table) -> int:
+    return sum(len(table.get(direction.rows, ())) for direction in tuned_tiles.DIRECTIONS)
 
 
 def reset() -> int:

@@ -53,7 +53,11 @@ int cuDeviceGet(int *device, int ordinal)
 
 int cuDeviceGetName(char *name, int size, int device)
 {
-    snprintf(name, (size_t)size, "Fake %d", device);
+    const char *asked = getenv("FAKE_NAME");
+    if (asked)
+        snprintf(name, (size_t)size, "%s", asked);
+    else
+        snprintf(name, (size_t)size, "Fake %d", device);
     return 0;
 }
 
@@ -61,8 +65,10 @@ int cuDeviceGetAttribute(int *value, int attribute, int device)
 {
     (void)device;
     switch (attribute) {
-    case 16: *value = 170; break;
-    case 38: *value = 96 << 20; break;
+    case 16: *value = number("FAKE_SMS", 170); break;
+    case 36: *value = number("FAKE_MHZ", 0) * 1000; break; /* of the memory; 0: not told */
+    case 37: *value = number("FAKE_BITS", 0); break;
+    case 38: *value = number("FAKE_L2_MB", 96) << 20; break;
     case 75: *value = number("FAKE_ARCH", 120) / 10; break;
     case 76: *value = number("FAKE_ARCH", 120) % 10; break;
     case 81: *value = 100 << 10; break;

@@ -51,7 +51,12 @@ def score_mods(x):
         "squared": lambda s, b, h, q, k: s * s.abs() + s**2 / 4,
         "gelu": lambda s, b, h, q, k: torch.nn.functional.gelu(s) - torch.sigmoid(s),
         "causal": lambda s, b, h, q, k: torch.where(q >= k, s, -float("inf")),
+        # The kernel goes from the last key to the first: scores that rise within a tile beyond what
+        # a sum holds, or less, and rows whose first key comes late, and is far from 0.
         "grows": lambda s, b, h, q, k: s + (SEQLEN - k) * 3.0,
+        "rises": lambda s, b, h, q, k: s + (SEQLEN - k) * 0.5,
+        "late_low": lambda s, b, h, q, k: torch.where(k < 60, s - 200.0, -float("inf")),
+        "late_high": lambda s, b, h, q, k: torch.where(k < 60, s + 200.0, -float("inf")),
     }
 
 

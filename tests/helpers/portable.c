@@ -128,6 +128,8 @@ static void print_splits(int count)
             .in_flight = size(&state, 17),
             .sms = size(&state, 7),
             .blocks_per_sm = 1 + pick(&state, 4),
+            .share = pick(&state, 2) ? 0 : size(&state, 14),
+            .mma_time = 1 + pick(&state, 3),
         };
         printf("split %d: %d\n", i, fa_split_parts(&grid));
     }

@@ -185,6 +185,27 @@ def test_check_fails_where_attention_is_wrong(monkeypatch, capsys):
     assert said.count("FAILED") >= said.count(" seqlen ") * 3 / 4
 
 
+@pytest.mark.parametrize("major, wrong, passes", [(12, 0, True), (12, 3, False), (9, 3, True)])
+def test_check_probes_8bit_instructions(major, wrong, passes, monkeypatch, capsys):
+    """On 12.x alone: elsewhere it says so."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (major, 0))
+    monkeypatch.setattr(check.probe_8bit, "run", lambda: iter([("mma e4m3", wrong)]))
+    assert check.check_8bit("cuda") == passes
+    said = capsys.readouterr().out
+    assert ("FAILED" in said) != passes and ("left out" in said) == (major != 12)
+    assert check.check_8bit("cpu") and "left out" in capsys.readouterr().out
+
+
+def test_check_says_why_8bit_instructions_cannot_be_probed(monkeypatch, capsys):
+    def run():
+        raise RuntimeError("no NVRTC")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (12, 1))
+    monkeypatch.setattr(check.probe_8bit, "run", run)
+    assert not check.check_8bit("cuda")
+    assert "no NVRTC FAILED" in capsys.readouterr().out
+
+
 def test_check_fails_where_gradients_alone_are_wrong(monkeypatch, capsys):
     def with_doubled_gradients(*tensors, **options):
         out, lse = flash_attn_func(*tensors, **options)

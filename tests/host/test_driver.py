@@ -548,3 +548,57 @@ def test_float32_is_refused_before_any_launch(run):
     code = "q = np.zeros((1, 4, 1, 64), np.float32).view(CudaArray)\nerror_of(flash_attn_func, q, q, q)\n"
     lines, launches = run(code)
     assert lines[0].startswith("NotImplementedError: float32") and launches == []
+
+
+CARDS = {
+    "5090": ("NVIDIA GeForce RTX 5090", 120, 170, 96, 14001, 512),
+    "PRO 6000": ("NVIDIA RTX PRO 6000 Blackwell Server Edition", 120, 188, 128, 14001, 512),
+    "GB10": ("NVIDIA GB10", 121, 48, 24, 0, 0),
+}
+PLANS = """
+from flash_attn_sm120 import _C, explain, explain_backward
+def tensor(seqlen, heads):
+    return on_device(np.empty((1, seqlen, heads, 128), np.float16), 0)
+def both(seqlen, heads):
+    call = 3 * [tensor(seqlen, heads)]
+    return explain(*call, num_splits=1), explain_backward(*call)
+device = _C.devices()[1][0]
+forward, backward = both(8192, 128)
+print(device["sms"], device["l2_bytes"] >> 20, forward.reasons["class"])
+print(forward.group_heads, backward.group_heads)
+decoding = explain(tensor(1, 32), tensor(8192, 8), tensor(8192, 8))
+short = both(512, 4)[1]
+print(decoding.num_splits, decoding.blocks_per_sm, short.q_splits, short.blocks)
+def taken(use, fields, rows, tile, **bounds):
+    use([tuple((dict.fromkeys(fields, -1) | tile | bounds).values())])
+    return ["use_" in both(own * sms, 1)[use is _C.use_backward_tiles].reasons["tile"] for sms in (48, 170, 188) for own in rows]
+small = {"tile_n": 16, "sub_n": 16, "warps": 2, "warp_m": 16, "stages": 7, "kernel": 0, "producer": 0}
+of_backward = {"head_dim": 256, "warps": 4, "warp_n": 16, "tile_m": 32, "sub_m": 16, "stages": 1}
+print(taken(_C.use_tiles, _C.tile_fields(), (256, 257), small, rows_per_sm=256))
+print(taken(_C.use_backward_tiles, _C.backward_tile_fields(), (256, 257), of_backward, keys_per_sm=256))
+print(any(taken(_C.use_tiles, _C.tile_fields(), (256,), small, kind=2)), any(taken(_C.use_backward_tiles, _C.backward_tile_fields(), (256,), of_backward, kind=2)))
+"""
+
+
+@pytest.mark.parametrize("card", CARDS)
+def test_plans_of_real_cards(run, card):
+    """Multiprocessors, L2 and class are those of the device: parts and blocks fill it, heads share
+    its L2, and rows of tiles serve it by what each multiprocessor has to do, and by its class."""
+    name, arch, sms, l2_mb, mhz, bits = CARDS[card]
+    figures = {"SMS": sms, "L2_MB": l2_mb, "MHZ": mhz, "BITS": bits, "ARCH": arch}
+    environment = {f"FAKE_{figure}": str(value) for figure, value in figures.items()}
+    lines, _ = run(PLANS, FAKE_NAME=name, **environment)
+    kind = "GeForce-like" if card == "5090" else "PRO-like"
+    assert lines[0] == f"{sms} {l2_mb} {kind}: by the name of the device"
+
+    half = l2_mb << 19
+    of_keys, of_queries = 8192 * 2 * 128 * 2, 8192 * (4 * 128 + 2 * 2 * 128)
+    forward = max(heads for heads in (1, 2, 4, 8, 16) if heads <= half // of_keys)
+    limit = max(half // of_queries, sms * 128 // 512)
+    assert lines[1] == f"{forward} {math.ceil(128 / math.ceil(128 / limit))}"
+    splits, blocks_per_sm, q_splits, blocks = map(int, lines[2].split())
+    assert sms / 2 <= 8 * (splits + 1) and 8 * splits <= 3 * sms * blocks_per_sm
+    assert q_splits > 1 and sms < 2 * blocks <= 4 * sms
+    within = [rows * others <= 256 * sms for others in (48, 170, 188) for rows in (256, 257)]
+    assert lines[3] == lines[4] == str(within)
+    assert lines[5] == f"{kind == 'PRO-like'} {kind == 'PRO-like'}"

@@ -10,10 +10,19 @@ import warnings
 import pytest
 import torch
 
-from flash_attn_sm120 import _C, cache, common_kernels, explain, jit, tuned_tiles
+from flash_attn_sm120 import (
+    _C,
+    cache,
+    common_kernels,
+    explain,
+    explain_backward,
+    jit,
+    tuned_tiles,
+)
 from flash_attn_sm120.__main__ import main
 from flash_attn_sm120.commands import tune as command
 from flash_attn_sm120.tune import candidates, contest, grid, journal, trial, tune
+from flash_attn_sm120.tune import table as tune_table
 from flash_attn_sm120.tune.machine import Machine
 from helpers import trials
 from helpers.children import run_python
@@ -22,6 +31,7 @@ from helpers.devices import CUDA, EMULATOR
 DEVICE = CUDA if EMULATOR.missing else EMULATOR
 CELLS = [grid.Cell(64, 64, causal, grid.Bucket(0, 64, (40,))) for causal in (False, True)]
 CHOICES = {"tile_n": (32, 64), "sub_n": (32,), "stages": (2, 3)}
+BACKWARD_CHOICES = {"warps": (4, 8), "warp_n": (32,), "tile_m": (64,), "sub_m": (32,), "stages": (1, 2)}  # fmt: skip
 
 
 class FakeMachine(Machine):
@@ -72,7 +82,7 @@ def fake(tmp_path, monkeypatch):
 
 
 def run(machine, where, cells=CELLS, choices=CHOICES):
-    return tune(machine, cells, choices, where)
+    return tune(machine, cells, choices, where, backward_choices=BACKWARD_CHOICES)
 
 
 def records(where):
@@ -223,6 +233,106 @@ def test_packed_sequences_are_measured_beside_the_others(fake, tmp_path, monkeyp
     monkeypatch.setattr(candidates.Candidate, "run", wrong)
     assert run(machine, tmp_path / "again", cells, only) == 1
     assert records(tmp_path / "again")[0]["winner"] is None
+
+
+# ---- the backward --------------------------------------------------------------------------------
+
+
+def backward_cells(longest=0):
+    bucket = grid.Bucket(0, 64, (40,), longest)
+    return [grid.Cell(64, 64, causal, bucket, tuned_tiles.BACKWARD) for causal in (False, True)]
+
+
+def backward_winners(where):
+    (table,) = tuned_tiles.read(where / "tiles.json")
+    rows = [entry["row"] for entry in table["backward_rows"]]
+    return [(row["mask_right"], *(row[name] for name in BACKWARD_CHOICES)) for row in rows]
+
+
+def test_the_best_tile_of_the_backward_wins_and_is_used(fake, tmp_path, capsys):
+    machine = fake({"m64x32_w4x32_s2": 1.07, "m64x32_w8x32_s2": 1.05})
+    assert run(machine, tmp_path, backward_cells()) == 0
+    assert backward_winners(tmp_path) == [(0, 4, 32, 64, 32, 2), (1, 4, 32, 64, 32, 2)]
+    assert "1.070x with warps 4, tile_m 64, stages 2\n" in capsys.readouterr().out
+
+    def plan(seqlen, arch=120, **options):
+        return explain_backward(*shape(64, seqlen), arch=arch, causal=True, **options)
+
+    assert "m64x32_w4x32_s2" in plan(170 * 64).variant
+    assert "use_backward_tiles" in plan(170 * 64).reasons["tile"]
+    assert "tiles.c" in plan(170 * 64 + 1).reasons["tile"]
+    assert "tiles.c" in plan(170 * 64, arch=90).reasons["tile"]
+    with tuned_tiles.using(()):
+        assert "tiles.c" in plan(170 * 64).reasons["tile"]
+    assert main(["tune", "--show"]) == 0
+    shown = capsys.readouterr().out
+    assert "    {120, ANY, 64, ANY, 64, 1, 0, {4, 32, 64, 32, 2}}, /* 1.07x */" in shown
+    assert "2 rows of " in tune_table.describe()
+    again = fake({"s1": 1.5})
+    run(again, tmp_path, backward_cells())
+    assert not again.cells, "a second run measures nothing"
+
+
+def test_both_directions_stand_in_one_table(fake, tmp_path):
+    machine = fake({"n32x32_w4x16_s2": 1.03, "m64x32_w4x32_s2": 1.07})
+    assert run(machine, tmp_path, [CELLS[0], backward_cells()[1]]) == 0
+    assert winners(tmp_path) == [(0, 2)] and backward_winners(tmp_path) == [(1, 4, 32, 64, 32, 2)]
+
+
+@pytest.mark.parametrize("gradient", [0, 1, 2])
+def test_a_wrong_gradient_is_reported(fake, tmp_path, monkeypatch, capsys, gradient):
+    right = candidates.Candidate.run
+
+    def sabotaged(self, i):
+        results = list(right(self, i))
+        if "w4x32_s2" in self.name:
+            results[gradient] = results[gradient] * 1.1
+        return results
+
+    monkeypatch.setattr(candidates.Candidate, "run", sabotaged)
+    machine = fake({"m64x32_w4x32_s2": 1.5, "m64x32_w8x32_s2": 1.1})
+    assert run(machine, tmp_path, backward_cells()) == 1
+    assert [winner[1] for winner in backward_winners(tmp_path)] == [8, 8]
+    assert capsys.readouterr().err.count("WRONG: differs from the fallback by dq") == 2
+
+
+def test_packed_sequences_are_measured_in_the_backward_too(fake, tmp_path):
+    assert run(fake({"w4x32_s2": 1.5}), tmp_path, backward_cells(64)[1:]) == 0
+    (record,) = records(tmp_path)
+    assert [len(shape) for shape in record["calls"]] == [4, 3]
+    assert [len(result["gains"]) for result in record["results"]] == [2] * len(record["results"])
+    assert record["winner"]["warps"] == 4
+
+
+def test_rows_of_the_backward_of_another_version_are_left_out(table):
+    row = dict.fromkeys(_C.backward_tile_fields(), -1) | {"head_dim": 64, "colour": 3}
+    content = tables(entry())
+    content["tables"][0]["backward_rows"] = [{"row": row, "above": {}}]
+    (warning,) = table(content)
+    assert "colour" in warning and planned_stages() == 7
+
+
+def test_cells_of_the_backward():
+    """Rows of unequal head dims are those of the larger one."""
+    both = (tuned_tiles.FORWARD, tuned_tiles.BACKWARD)
+    cells = grid.cells([(128, 128), (192, 128)], both)
+    of_backward = [cell for cell in cells if cell.direction == tuned_tiles.BACKWARD]
+    assert len(cells) == 3 * 8 and {cell.head_dim for cell in of_backward} == {128}
+    assert len({str(cell) for cell in cells}) == len(cells)
+    assert str(of_backward[0]) == "backward head_dim 128 full keys/SM <= 64"
+    assert set(of_backward[0].key(120)) == set(tuned_tiles.BACKWARD.key)
+    assert of_backward[1].above() == {"head_dim": 120, "keys_per_sm": 64}
+
+
+def test_candidates_of_the_backward_are_few_and_include_what_is_in_use():
+    for head_dim in (64, 80, 96, 128, 192, 256):
+        tiles = list(candidates.backward_tiles(head_dim, head_dim, candidates.BACKWARD_CHOICES))
+        assert 0 < len(tiles) <= 42
+        for arch in (90, 120, 121):
+            q = torch.empty(1, 8192, 32, head_dim).half()
+            plan = explain_backward(q, q, q, arch=arch)
+            name = "m{tile_m}x{sub_m}_w{warps}x{warp_n}_s{stages}_"
+            assert any(name.format(**tile) in plan.variant for tile in tiles), plan.variant
 
 
 # ---- resuming ------------------------------------------------------------------------------------
@@ -495,7 +605,7 @@ def steps_of(function):
 def test_a_table_is_read_in_a_time_that_grows_as_its_length(table, above):
     long = tables(*(one | {"above": above} for one in many(5000)))
     assert len(long["tables"][0]["rows"]) == 5000
-    assert table(long) == [] and len(tuned_tiles._in_use) == 5000
+    assert table(long) == [] and len(tuned_tiles._in_use[tuned_tiles.FORWARD]) == 5000
     steps = steps_of(tuned_tiles.load)
     assert table(tables(*long["tables"][0]["rows"][:1000])) == []
     assert 4 < steps / steps_of(tuned_tiles.load) < 6
@@ -505,15 +615,15 @@ def test_a_table_is_read_in_a_time_that_grows_as_its_length(table, above):
 def test_rows_leave_out_what_they_are_above(table):
     """As far as the extension is concerned, whatever the bound."""
     row, calls = tuned_tiles.as_tuple(entry(128, 0, 0, -1)["row"]), {}
-    for bound in tuned_tiles.BOUNDS:
+    for bound in tuned_tiles.FORWARD.bounds:
         for above in (0, 1, 127, 128, 129, 10**6):
-            limits = tuple(above if name == bound else 0 for name in tuned_tiles.BOUNDS)
+            limits = tuple(above if name == bound else 0 for name in tuned_tiles.FORWARD.bounds)
             with tuned_tiles.using([row + limits]):
                 q, k, v = shape(128, 170, 1)
                 calls[bound, above] = explain(q, k, v, arch=120).stages == 7
     served = {
         bound: [calls[bound, x] for x in (0, 1, 127, 128, 129, 10**6)]
-        for bound in tuned_tiles.BOUNDS
+        for bound in tuned_tiles.FORWARD.bounds
     }
     assert served["head_dim"] == served["head_dim_v"] == [True, True, True, False, False, False]
     assert served["heads_per_kv"] == [True, False, False, False, False, False]
@@ -667,11 +777,27 @@ def test_the_command(fake, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "Machine", lambda: fake({"n32x32_w4x16_s3": 1.07}))
     monkeypatch.setattr(grid, "BUCKETS", (grid.Bucket(0, 64, (40,)),))
     monkeypatch.setattr(command, "QUICK_CHOICES", CHOICES)
-    assert main(["tune", "--quick", "--head-dims", "64", "--output", str(tmp_path)]) == 0
+    assert (
+        main(
+            [
+                "tune",
+                "--quick",
+                "--direction",
+                "forward",
+                "--head-dims",
+                "64",
+                "--output",
+                str(tmp_path),
+            ]
+        )
+        == 0
+    )
     assert "used from now on" in capsys.readouterr().out
     assert main(["tune", "--show"]) == 0
     shown = capsys.readouterr().out
-    assert "    {120, 64, 64, ANY, ANY, 64, 0, 0, {32, 32, 4, 16, 3, 0, 0}}, /* 1.07x */" in shown
+    assert (
+        "    {120, ANY, 64, 64, ANY, ANY, 64, 0, 0, {32, 32, 4, 16, 3, 0, 0}}, /* 1.07x */" in shown
+    )
     assert "contribute" in shown and str(tmp_path) in shown
     assert main(["info"]) == 0
     assert "tuned tiles: 2 rows of " in capsys.readouterr().out

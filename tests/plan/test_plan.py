@@ -109,23 +109,32 @@ def plan_of_rows(arch, sms, head_dim, rows_per_sm, **options):
     return explain(q, q, q, arch=arch, num_splits=1, **options)
 
 
-@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize("head_dim", [64, 72, 80, 96, 112, 128])
-@pytest.mark.parametrize("arch, sms", [(120, 170), (121, 48)])
-def test_rows_of_12_x(arch, sms, head_dim, causal):
-    """64 rows by 4 warps and one that loads, two blocks or more per SM; in large grids 128 rows and
-    more by 8."""
+SPLIT, WIDE = "64x64_w4x16_s2_p2", "64x64_w8x16_s2_p2"
+TILES_OF_12_X = {  # head dim, causal: of 65, 256 and 300 rows per SM; GeForce-like, PRO-like
+    (64, False): ((SPLIT, SPLIT, "64x32_w4x32_s3"), (SPLIT, SPLIT, "64x64_w4x32_s2_p0")),
+    (64, True): (
+        (SPLIT, "128x64_w8x16_s2_p2", "64x64_w4x32_s2"),
+        (SPLIT, SPLIT, "64x64_w4x32_s2"),
+    ),
+    (80, False): ((SPLIT, SPLIT, WIDE),) * 2,
+    (96, True): ((SPLIT, SPLIT, WIDE),) * 2,
+    (112, False): (("32x32_w4x16_s3_p2", "64x32_w8x16_s2_p1", "64x32_w8x16_s2_p1"),) * 2,
+    (128, False): (("32x32_w4x16_s3_p2", "64x16_w8x32_s3_p1", "64x16_w8x32_s3_p1"),) * 2,
+    (128, True): (
+        ("32x32_w4x16_s3_p2", "64x64_w8x16_s3_p1", "64x64_w8x16_s3_p1"),
+        ("32x32_w4x16_s3_p2", "64x64_w8x16_s3_p0", "32x16_w4x32_s3"),
+    ),
+}
 
-    def tile(rows_per_sm):
-        plan = plan_of_rows(arch, sms, head_dim, rows_per_sm, causal=causal)
-        assert plan.blocks_per_sm >= 2 or plan.tile_m > 64
-        return re.search(r"_w(\d+x\d+_s\d)_p", plan.variant)[1]
 
-    assert tile(65)[:-1] == "4x16_s"
-    medium = {"8x16_s2"} if head_dim > 96 or (arch, head_dim, causal) == (120, 64, True) else set()
-    assert tile(256) in medium or (not medium and tile(256)[:-1] == "4x16_s")
-    if head_dim > 64:
-        assert tile(300) == ("8x32_s3" if head_dim > 96 and not causal else "8x16_s2")
+@pytest.mark.parametrize("arch, sms", [(120, 170), (121, 48)], ids=["GeForce-like", "PRO-like"])
+@pytest.mark.parametrize("head_dim, causal", TILES_OF_12_X)
+def test_rows_of_12_x(head_dim, causal, arch, sms):
+    found = [
+        plan_of_rows(arch, sms, head_dim, rows, causal=causal).variant for rows in (65, 256, 300)
+    ]
+    tiles = tuple(re.search(r"_n(\d+x\d+_w\d+x\d+_s\d(_p\d)?)", name)[1] for name in found)
+    assert tiles == TILES_OF_12_X[head_dim, causal][arch == 121]
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])

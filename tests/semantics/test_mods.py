@@ -11,7 +11,8 @@ from helpers.mods import mask_mods, oracle, score_mods, tensors_of
 
 EVERY_MOD = [("score_mod", name) for name in score_mods({**tensors_of(CPU)})]
 EVERY_MOD += [("mask_mod", name) for name in mask_mods(tensors_of(CPU))]
-EMULATED = {"alibi", "t5", "gelu", "grows", "document", "natten", "nothing"}
+EMULATED = {"alibi", "t5", "gelu", "cap", "grows", "rises", "late_low", "late_high"}
+EMULATED |= {"document", "natten", "nothing"}
 DEVICES = (CPU, EMULATOR, CUDA)
 
 on_each_device = pytest.mark.parametrize("device", params_of(*DEVICES))
