@@ -28,6 +28,9 @@ def pytest_addoption(parser):
         "--examples", type=int, help="random calls of test_together.py, others in every run"
     )
     parser.addoption(
+        "--large", action="store_true", help="models of real sizes on the CPU, too: minutes"
+    )
+    parser.addoption(
         "--gpu-time-limit",
         type=float,
         default=300.0,

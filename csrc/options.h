@@ -18,6 +18,8 @@ struct fa_window {
 /* X(name, type of the field, reader in options.c, default in C, default in Python)
  *
  * What they mean is told to users by the docstrings of flash_attn_func and flash_attn_varlen_func.
+ * heads_first is aten.py's: dense tensors are [batch, heads, seqlen, head_dim], results too, which
+ * lie as q, k and v do.
  * PyObject fields are borrowed from the caller's arguments; NULL where they are None. */
 #define FA_CALL_OPTIONS(X)                                                                         \
     X(cu_seqlens_q, PyObject *, object, NULL, "None")                                              \
@@ -45,7 +47,8 @@ struct fa_window {
     X(mask_mod, PyObject *, object, NULL, "None")                                                  \
     X(deterministic, bool, flag, false, "False")                                                   \
     X(key_blocks, PyObject *, object, NULL, "None")                                                \
-    X(query_blocks, PyObject *, object, NULL, "None")
+    X(query_blocks, PyObject *, object, NULL, "None")                                              \
+    X(heads_first, bool, flag, false, "False")
 
 /* Those of the forward alone. */
 #define FA_RESULT_OPTIONS(X)                                                                       \

@@ -606,7 +606,8 @@ static int read_like_out(struct fa_dlpack *dlpack, PyObject *object, const char 
     static const char *const packed[] = {"q's total", "q's heads", "v's head_dim"};
     int64_t sizes[FA_MAX_NDIM];
     const int ndim = sizes_of_out(&problem->shape, sizes);
-    return fa_problem_read_like_q(dlpack, problem, object, name, ndim, sizes,
+    return fa_problem_read_like_q(dlpack, problem, object, name,
+                                  problem->options.heads_first ? FA_HEADS_FIRST : ndim, sizes,
                                   ndim == 4 ? dense : packed, tensor);
 }
 
@@ -745,7 +746,8 @@ static int set_out(struct fa_dlpack *dlpack, struct fa_problem *problem)
                                             ? NULL
                                             : "must have contiguous rows at multiples of 16 bytes");
     }
-    if (fa_tensor_empty(dlpack, &problem->q, "out", shape->dtype, ndim, sizes, out) < 0)
+    if (fa_tensor_empty(dlpack, &problem->q, "out", shape->dtype,
+                        problem->options.heads_first ? FA_HEADS_FIRST : ndim, sizes, out) < 0)
         return -1;
     return check_apart(problem, NULL, out, "out");
 }
@@ -783,9 +785,13 @@ int fa_problem_read(struct fa_dlpack *dlpack, PyObject *const qkv[3], enum fa_re
     if (options->page_table && options->cu_seqlens_k)
         return fa_raise(PyExc_ValueError, "page_table takes no cu_seqlens_k: the keys of pages are "
                                           "not packed, their lengths are seqused_k");
+    if (options->heads_first && (options->cu_seqlens_q || options->cu_seqlens_k ||
+                                 options->page_table || problem->is_cache))
+        return fa_raise(PyExc_ValueError, "heads_first takes neither packed sequences nor caches");
     for (int i = 0; i < 3; i++) {
-        const bool packed = i == 0 ? problem->options.cu_seqlens_q : problem->options.cu_seqlens_k;
-        if (fa_tensor_read_or_e4m3(dlpack, qkv[i], names[i], packed ? 3 : 4, tensors[i]) < 0)
+        const bool packed = i == 0 ? options->cu_seqlens_q : options->cu_seqlens_k;
+        const int order = packed ? 3 : options->heads_first ? FA_HEADS_FIRST : 4;
+        if (fa_tensor_read_or_e4m3(dlpack, qkv[i], names[i], order, tensors[i]) < 0)
             return -1;
     }
     if (read_lengths_and_pages(dlpack, problem) < 0 || check_shapes(problem) < 0 ||
@@ -901,7 +907,7 @@ int fa_gradients_allocate(struct fa_dlpack *dlpack, const struct fa_problem *pro
     static const char *const names[] = {"dq", "dk", "dv"};
     for (int i = 0; i < 3; i++)
         if (allocate_gradient(dlpack, problem, gradients, inputs[i], names[i], inputs[i]->dtype,
-                              inputs[i]->ndim, inputs[i]->shape, outputs[i]) < 0)
+                              fa_tensor_order(inputs[i]), inputs[i]->shape, outputs[i]) < 0)
             return -1;
     if (problem->options.bias_gradient && problem->bias.object &&
         allocate_dbias(dlpack, problem, gradients) < 0)

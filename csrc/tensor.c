@@ -170,6 +170,31 @@ too_far:
     return fa_raise(PyExc_ValueError, "%s spans more than 64-bit byte offsets can address", name);
 }
 
+static void exchange(int64_t *a, int64_t *b)
+{
+    const int64_t kept = *a;
+    *a = *b;
+    *b = kept;
+}
+
+/* From the order of the object to ours, and back. */
+static void exchange_heads(struct fa_tensor *tensor)
+{
+    exchange(&tensor->shape[1], &tensor->shape[2]);
+    exchange(&tensor->stride[1], &tensor->stride[2]);
+}
+
+/* The tensor in the order of its object: itself, or `other`, which is set. */
+static const struct fa_tensor *in_order_of_object(const struct fa_tensor *tensor,
+                                                  struct fa_tensor *other)
+{
+    if (!tensor->is_heads_first)
+        return tensor;
+    *other = *tensor;
+    exchange_heads(other);
+    return other;
+}
+
 /* Reads what a producer gave, borrowed or owned, into the tensor, which has its object. 0 or -1. */
 static int read_dltensor(struct fa_dlpack *dlpack, const DLTensor *source, const char *name,
                          int ndim, struct fa_tensor *tensor)
@@ -177,6 +202,9 @@ static int read_dltensor(struct fa_dlpack *dlpack, const DLTensor *source, const
     if (read_dtype(source->dtype, name, &tensor->dtype) < 0 ||
         read_device(source->device, name, &tensor->device_type, &tensor->device_id) < 0)
         return -1;
+    tensor->is_heads_first = ndim == FA_HEADS_FIRST;
+    if (ndim == FA_HEADS_FIRST)
+        ndim = 4;
     if (ndim == FA_ONE_OR_TWO)
         ndim = source->ndim == 1 ? 1 : 2;
     if (ndim == FA_ANY_NDIM)
@@ -199,6 +227,8 @@ static int read_dltensor(struct fa_dlpack *dlpack, const DLTensor *source, const
         /* What does not fit is refused by set_extent where it is used. */
         compact = fa_saturating_multiply(compact, MAX(size, 1));
     }
+    if (tensor->is_heads_first)
+        exchange_heads(tensor);
     if (fa_tensor_is_empty(tensor))
         return 0;
     if (!source->data)
@@ -445,8 +475,10 @@ static bool is_alike(const struct fa_tensor *a, const struct fa_tensor *b)
 }
 
 /* Whether what is borrowed now is what was read; an exception may be set where it is not. */
-static bool is_still(const DLTensor *now, const struct fa_tensor *tensor, const char *name)
+static bool is_still(const DLTensor *now, const struct fa_tensor *read, const char *name)
 {
+    struct fa_tensor other;
+    const struct fa_tensor *tensor = in_order_of_object(read, &other);
     const size_t size = sizeof *now->shape * (size_t)tensor->ndim;
     enum fa_dtype dtype = tensor->dtype;
     enum fa_device_type device_type;
@@ -565,6 +597,13 @@ static void describe_layout(const struct fa_tensor *tensor, char text[LAYOUT_SIZ
     snprintf(text + length, (size_t)(LAYOUT_SIZE - length), ") on %s", device);
 }
 
+/* Whether what was made for us lies as its users rely on: those that read heads first ask for rows
+ * alone. */
+static bool lies_well(const struct fa_tensor *tensor)
+{
+    return tensor->is_heads_first ? fa_tensor_is_readable(tensor) : fa_tensor_is_contiguous(tensor);
+}
+
 /* Checks what was made for us: a copy, or memory for a result. It may be anything; what passes has
  * dtype, device and shape of `expected`, is contiguous and, for kernels, aligned. 0 or -1. */
 static int check_made(const struct fa_tensor *tensor, const char *name,
@@ -575,7 +614,7 @@ static int check_made(const struct fa_tensor *tensor, const char *name,
     char wanted[LAYOUT_SIZE], got[LAYOUT_SIZE];
     if (!is_alike(expected, tensor))
         wrong = "of another kind";
-    else if (!fa_tensor_is_contiguous(tensor))
+    else if (!lies_well(tensor))
         wrong = "not contiguous";
     else if (tensor->device_type == FA_DEVICE_CUDA && !fa_tensor_is_empty(tensor) &&
              (uintptr_t)tensor->data % 16 != 0)
@@ -594,7 +633,7 @@ static int check_made(const struct fa_tensor *tensor, const char *name,
 static int read_made(struct fa_dlpack *dlpack, PyObject *object, const char *name,
                      const struct fa_tensor *expected, bool is_result, struct fa_tensor *tensor)
 {
-    if (fa_tensor_read(dlpack, object, name, expected->ndim, tensor) < 0)
+    if (fa_tensor_read(dlpack, object, name, fa_tensor_order(expected), tensor) < 0)
         return -1;
     if (check_made(tensor, name, expected, is_result) == 0)
         return 0;
@@ -651,8 +690,10 @@ static PyObject *lend(struct fa_tensor *tensor, const char *name)
     struct lent *lent = calloc(1, sizeof *lent);
     if (!lent)
         return PyErr_NoMemory();
-    memcpy(lent->shape, tensor->shape, sizeof lent->shape);
-    memcpy(lent->stride, tensor->stride, sizeof lent->stride);
+    struct fa_tensor other;
+    const struct fa_tensor *given = in_order_of_object(tensor, &other);
+    memcpy(lent->shape, given->shape, sizeof lent->shape);
+    memcpy(lent->stride, given->stride, sizeof lent->stride);
     lent->managed = tensor->managed;
     lent->release = tensor->release;
     lent->dlpack = (DLManagedTensor){
@@ -750,19 +791,27 @@ static PyObject *tuple_of(int count, const int64_t *sizes)
 static struct fa_tensor result_like(const struct fa_tensor *like, enum fa_dtype dtype, int ndim,
                                     const int64_t *shape)
 {
-    struct fa_tensor result = {.ndim = ndim,
+    struct fa_tensor result = {.ndim = ndim == FA_HEADS_FIRST ? 4 : ndim,
+                               .is_heads_first = ndim == FA_HEADS_FIRST,
                                .dtype = dtype,
                                .device_type = like->device_type,
                                .device_id = like->device_id};
-    memcpy(result.shape, shape, sizeof *shape * (size_t)ndim);
+    memcpy(result.shape, shape, sizeof *shape * (size_t)result.ndim);
     return result;
 }
 
 /* Whether torch's empty_like() of `like` makes what is expected. */
 static bool is_made_like(const struct fa_tensor *like, const struct fa_tensor *expected)
 {
-    return like->api && like->empty_like && like->empty_like != Py_None &&
-           is_alike(like, expected) && fa_tensor_is_contiguous(like);
+    if (!like->api || !like->empty_like || like->empty_like == Py_None ||
+        !is_alike(like, expected) || like->is_heads_first != expected->is_heads_first)
+        return false;
+    if (!expected->is_heads_first)
+        return fa_tensor_is_contiguous(like);
+    for (int i = 0; i < 3; i++) /* whether rows are innermost */
+        if (like->shape[i] > 1 && like->stride[i] != 0 && like->stride[i] < like->shape[3])
+            return false;
+    return like->stride[3] == 1;
 }
 
 /* Uninitialised memory for what is expected, by the framework of `like`. NULL with the exception
@@ -770,7 +819,8 @@ static bool is_made_like(const struct fa_tensor *like, const struct fa_tensor *e
 static PyObject *make_empty(PyObject *frameworks, const struct fa_tensor *like,
                             const struct fa_tensor *expected)
 {
-    PyObject *sizes = tuple_of(expected->ndim, expected->shape);
+    struct fa_tensor other;
+    PyObject *sizes = tuple_of(expected->ndim, in_order_of_object(expected, &other)->shape);
     PyObject *made =
         sizes ? PyObject_CallMethod(frameworks, "empty", "OOiii", like->object, sizes,
                                     expected->dtype, expected->device_type, expected->device_id)

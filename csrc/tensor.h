@@ -8,10 +8,11 @@
 
 #include "../kernels/geometry.h" /* fa_element_bytes */
 
-#define FA_MAX_NDIM   5
-#define FA_ONE_OR_TWO (-1)
-#define FA_ANY_NDIM   (-2) /* of what a mod captured */
-#define FA_UP_TO_TWO  (-3)
+#define FA_MAX_NDIM    5
+#define FA_ONE_OR_TWO  (-1)
+#define FA_ANY_NDIM    (-2) /* of what a mod captured */
+#define FA_UP_TO_TWO   (-3)
+#define FA_HEADS_FIRST (-4) /* 4, the heads before seqlen: 1 and 2 are exchanged when it is read */
 
 enum fa_device_type { FA_DEVICE_CPU = 1, FA_DEVICE_CUDA = 2 }; /* DLPack's numbers */
 
@@ -25,6 +26,7 @@ struct fa_tensor {
                           * caches also FA_FLOAT8_E4M3 */
     enum fa_device_type device_type;
     int device_id;
+    bool is_heads_first;            /* read by FA_HEADS_FIRST: its object has 1 and 2 exchanged */
     bool is_read_only;              /* its producer says so */
     PyObject *object;               /* what it was read from, a strong reference; NULL: no tensor */
     const void *api;                /* DLPackExchangeAPI of its type; NULL: it came in a capsule */
@@ -47,8 +49,9 @@ struct fa_dlpack {
     PyObject *frameworks; /* frameworks.py, imported when first needed */
 };
 
-/* Reads `object` (an argument called `name` that must have `ndim` dimensions, or FA_ONE_OR_TWO, or
- * FA_UP_TO_TWO) without copying. 0, or -1 with TypeError or ValueError set and nothing held. */
+/* Reads `object` (an argument called `name` that must have `ndim` dimensions, or FA_ONE_OR_TWO,
+ * FA_UP_TO_TWO, FA_HEADS_FIRST) without copying. 0, or -1 with TypeError or ValueError set and
+ * nothing held. */
 int fa_tensor_read(struct fa_dlpack *dlpack, PyObject *object, const char *name, int ndim,
                    struct fa_tensor *tensor);
 
@@ -102,6 +105,13 @@ static inline struct fa_descale fa_tensor_descale(const struct fa_tensor *descal
     };
 }
 
+/* The number of dimensions to read or make another tensor by that has the dimensions of this one,
+ * in their order. */
+static inline int fa_tensor_order(const struct fa_tensor *tensor)
+{
+    return tensor->is_heads_first ? FA_HEADS_FIRST : tensor->ndim;
+}
+
 /* Whether rows of the innermost dimension lie contiguous and, for the 16-byte accesses of the
  * kernels, aligned. */
 bool fa_tensor_is_readable(const struct fa_tensor *tensor);
@@ -123,8 +133,9 @@ void fa_tensor_assume_readable(struct fa_tensor *tensor);
 int fa_tensor_ensure_contiguous(struct fa_dlpack *dlpack, const char *name,
                                 struct fa_tensor *tensor);
 
-/* A new contiguous tensor for the result `name`, of the framework and device of `like`; its
- * elements are uninitialised, or 0. 0 or -1. */
+/* A new tensor for the result `name`, of the framework and device of `like`; its elements are
+ * uninitialised, or 0. It is contiguous; with FA_HEADS_FIRST (`shape` has seqlen first, as tensors
+ * have here) it has the order in memory that `like` has. 0 or -1. */
 int fa_tensor_empty(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,
                     enum fa_dtype dtype, int ndim, const int64_t *shape, struct fa_tensor *tensor);
 int fa_tensor_zeros(struct fa_dlpack *dlpack, const struct fa_tensor *like, const char *name,

@@ -37,16 +37,17 @@ def _sdpa_forward(
 ) -> tuple[Any, ...]:
     """Tensors are (batch, heads, seqlen, head_dim), and out has the layout of the query."""
     _check(query, value, dropout_p, return_debug_mask)
-    out, drawn = torch.empty_like(query), _random_numbers(query, dropout_p)
-    _, lse = _C.forward(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        out=out.transpose(1, 2),
-        return_lse=True,
+    drawn = _random_numbers(query, dropout_p)
+    out, lse = _C.forward(
+        query,
+        key,
+        value,
         softmax_scale=scale,
         causal=is_causal,
-        **_dropout(dropout_p, drawn[0]),
+        dropout_p=dropout_p,
+        dropout_seed=drawn[0] if dropout_p else None,
+        heads_first=True,
+        return_lse=True,
     )
     return out, lse, None, None, query.shape[2], key.shape[2], *drawn
 
@@ -70,19 +71,19 @@ def _sdpa_backward(
     scale: float | None = None,
 ) -> list[Tensor]:
     _check(query, value, dropout_p)
-    dout, q, k, v, out = (x.transpose(1, 2) for x in (grad_out, query, key, value, out))
     gradients = _gradients(
-        dout,
-        q,
-        k,
-        v,
+        grad_out,
+        query,
+        key,
+        value,
         out,
         logsumexp,
         softmax_scale=scale,
         causal=is_causal,
+        heads_first=True,
         **_dropout(dropout_p, philox_seed),
     )
-    return _in_layout_of((query, key, value), (x.transpose(1, 2) for x in gradients))
+    return _in_layout_of((query, key, value), gradients)
 
 
 def _flash_forward(
@@ -225,14 +226,15 @@ def _efficient_forward(
     heads, seqlen_q, seqlen_k)."""
     _check_dense(query, value, attn_bias, dropout_p)
     batch, heads, rows, _ = query.shape
-    out = query.new_empty((batch, rows, heads, value.shape[-1]))
+    out = query.new_empty((batch, rows, heads, value.shape[-1])).transpose(1, 2)
     drawn = draw_seed(query) if dropout_p else query.new_empty(2, dtype=torch.int64)
     _, lse = _C.forward(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
+        query,
+        key,
+        value,
         out=out,
         return_lse=compute_log_sumexp,
+        heads_first=True,
         attn_bias=None if attn_bias is None else _without_copies(attn_bias),
         softmax_scale=scale,
         window_size=_top_left(query, key, is_causal),
@@ -241,7 +243,7 @@ def _efficient_forward(
     if lse is None:
         lse = query.new_empty((batch, heads, 0), dtype=torch.float32)
     padded = torch.nn.functional.pad(lse, (0, -lse.shape[-1] % 32))
-    return out.transpose(1, 2), padded, *(x.clone() for x in drawn)
+    return out, padded, *(x.clone() for x in drawn)
 
 
 def _efficient_backward(
@@ -311,9 +313,9 @@ def _check(
         raise NotTaken("dropout_p")
     if return_debug_mask:
         _leave("return_debug_mask", dropout_p)
+    _check_tensors(query, value)
     if value.shape[-1] != query.shape[-1]:
         raise NotTaken("head_dim")
-    _check_tensors(query, value)
 
 
 def _check_dense(query: Tensor, value: Tensor, bias: Tensor | None, dropout_p: float) -> None:
@@ -325,7 +327,8 @@ def _check_dense(query: Tensor, value: Tensor, bias: Tensor | None, dropout_p: f
 
 
 def _check_tensors(query: Tensor, value: Tensor) -> None:
-    if any(n > 256 or n % 8 for n in (query.shape[-1], value.shape[-1])):
+    dim, dim_v = query.shape[-1], value.shape[-1]
+    if dim > 256 or dim % 8 or dim_v > 256 or dim_v % 8:
         raise NotTaken("head_dim")
     if query.stride(-1) != 1:
         raise NotTaken("stride of the last dimension")
@@ -425,13 +428,16 @@ def _dropout(dropout_p: float, drawn: Tensor) -> dict[str, Any]:
 
 def _random_numbers(query: Tensor, dropout_p: float) -> tuple[Tensor, Tensor, Tensor]:
     """What torch returns of its random numbers and of its debug mask: the first is our seed."""
-    state, unused = _like_random_numbers(query.device)
+    state, unused, mask = _like_random_numbers(query.device, query.dtype)
     state = draw_seed(query).view(torch.uint64) if dropout_p else torch.empty_like(state)
-    return state, torch.empty_like(unused), query.new_empty(0)
+    return state, torch.empty_like(unused), mask
 
 
 @cache
-def _like_random_numbers(device: torch.device) -> tuple[Tensor, Tensor]:
-    """Tensors to make others like, which takes torch half the time of saying type and device."""
+def _like_random_numbers(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Tensors to make others like, which takes torch half the time of saying type and device; and
+    the mask, which has no elements. The others are saved for the backward, and a CUDA graph of
+    torch.compile refuses what was allocated before it."""
     state = torch.empty(2, dtype=torch.uint64, device=device)
-    return state, torch.empty((), dtype=torch.uint64, device=device)
+    unused = torch.empty((), dtype=torch.uint64, device=device)
+    return state, unused, torch.empty(0, dtype=dtype, device=device)

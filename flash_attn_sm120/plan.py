@@ -30,6 +30,7 @@ class ScalarOptions(TypedDict, total=False):
     deterministic: bool
     key_blocks: tuple[Any, ...] | None
     query_blocks: tuple[Any, ...] | None
+    heads_first: bool
 
 
 class VarlenOptions(ScalarOptions, total=False):

@@ -18,7 +18,7 @@ import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -126,7 +126,7 @@ def override(key: str) -> Handle:
             warnings.filterwarnings("ignore", message="Warning only once for all operators")
             for name, original in originals.items():
                 function = _or_else(original, name, OPERATORS[name])
-                library.impl(name, function, key, with_keyset=True, **_OVERRIDING)
+                library.impl(name, function, key, **_OVERRIDING)
     except BaseException:
         library._destroy()
         raise
@@ -138,7 +138,8 @@ def _original(name: str, key: str) -> Callable[..., Any] | None:
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", key):
         return None
     call: Callable[..., Any] = torch.library.get_kernel(f"aten::{name}", key).call_boxed
-    return call
+    keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+    return partial(call, keyset)
 
 
 def _or_else(
@@ -147,9 +148,11 @@ def _or_else(
     """Our operator, and the original one for calls that it does not take."""
     known = inspect.signature(ours).parameters.keys()
 
-    def operator(keyset: Any, *args: Any, **kwargs: Any) -> Any:
+    def operator(*args: Any, **kwargs: Any) -> Any:
         try:
-            if not kwargs.keys() <= known:  # of a newer PyTorch; the default is never passed
+            if (
+                kwargs and not kwargs.keys() <= known
+            ):  # of a newer PyTorch; the default is never passed
                 raise NotTaken(", ".join(kwargs.keys() - known))
             results = ours(*args, **kwargs)
         except NotTaken as why:
@@ -159,7 +162,7 @@ def _or_else(
         else:
             _count(_taken, name)
             return results
-        return original(keyset, *args, **kwargs)
+        return original(*args, **kwargs)
 
     return operator
 

@@ -109,7 +109,8 @@ def test_stubs_are_exact():
 
 def test_functions_pass_every_option_on():
     """A row of csrc/options.h is a parameter of both functions, with the same default; lengths are
-    of flash_attn_varlen_func alone, and lists of blocks are made of block_sparse_tensors."""
+    of flash_attn_varlen_func alone, lists of blocks are made of block_sparse_tensors, and tensors
+    with heads first are those of torch's operators."""
     import inspect
 
     from flash_attn_sm120 import _C, flash_attn_func, flash_attn_varlen_func
@@ -118,7 +119,7 @@ def test_functions_pass_every_option_on():
     varlen = inspect.signature(flash_attn_varlen_func).parameters
     for name, parameter in inspect.signature(_C.forward).parameters.items():
         name = "block_sparse_tensors" if name in ("key_blocks", "query_blocks") else name
-        if parameter.kind.name != "POSITIONAL_ONLY":
+        if parameter.kind.name != "POSITIONAL_ONLY" and name != "heads_first":
             assert varlen[name].default == parameter.default, name
             is_length = name.startswith(("cu_seqlens", "max_seqlen", "seqused", "page_table"))
             assert is_length or dense[name].default == parameter.default, name

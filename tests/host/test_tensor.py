@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import itertools
 import sys
 
 import numpy as np
@@ -93,6 +94,38 @@ def test_old_torch_is_read_through_capsules(monkeypatch):
 def test_any_outer_strides(axes):
     q = np.ascontiguousarray(array(0).transpose(axes)).transpose(np.argsort(axes))
     np.testing.assert_array_equal(attend(q), attend(array(0)))
+
+
+@pytest.mark.parametrize("make", [torch.from_numpy, np.asarray, lambda x: Producer(Capsule(x))])
+@pytest.mark.parametrize("axes", list(itertools.permutations(range(4))))
+def test_heads_first(axes, make):
+    """Of any strides; where rows are not innermost it is copied."""
+    laid = [array(i).transpose(0, 2, 1, 3) for i in range(3)]
+    laid = [np.ascontiguousarray(x.transpose(axes)).transpose(np.argsort(axes)) for x in laid]
+    out, lse = _C.forward(*map(make, laid), heads_first=True, return_lse=True, causal=True)
+    expected = flash_attn_func(array(0), array(1), array(2), return_lse=True, causal=True)
+    np.testing.assert_array_equal(np.asarray(out).swapaxes(1, 2), expected[0])
+    np.testing.assert_array_equal(np.asarray(lse), expected[1])
+    inputs = [out, *map(make, laid), out, lse, None]
+    gradients = _C.backward(*inputs, heads_first=True, causal=True)[:3]
+    q, k, v = array(0), array(1), array(2)
+    plain = _C.backward(expected[0], q, k, v, *expected, None, causal=True)[:3]
+    for gradient, reference in zip(gradients, plain, strict=True):
+        np.testing.assert_array_equal(np.asarray(gradient).swapaxes(1, 2), reference)
+    if make is torch.from_numpy and axes[3] == 3:
+        for x in (out, *gradients):
+            assert x.stride() == torch.empty_like(make(laid[0])).stride()
+
+
+def test_heads_first_is_for_dense_tensors():
+    q, lengths = array(0), np.array([0, 5], np.int32)
+    for method, options in (
+        (_C.forward, {"cu_seqlens_q": lengths}),
+        (_C.forward, {"page_table": lengths[None]}),
+        (_C.cache_forward, {}),
+    ):
+        with pytest.raises(ValueError, match="heads_first takes neither packed sequences nor"):
+            method(q, q, q, heads_first=True, **options)
 
 
 def test_negative_strides():

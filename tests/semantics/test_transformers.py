@@ -316,6 +316,44 @@ def test_trainer_with_lora(tmp_path):
     assert_close(*map(torch.tensor, losses[::-1]))
 
 
+@pytest.mark.parametrize("packed", [{"padding_free": True}, {"packing": True}], ids="-".join)
+@pytest.mark.parametrize("is_lora", [False, True], ids=["whole", "lora"])
+def test_trl(tmp_path, is_lora, packed):
+    """Each step has all samples, in whatever order packing puts them, as "eager" has with padding."""
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    datasets, peft, tokenizers = map(pytest.importorskip, ("datasets", "peft", "tokenizers"))
+    words = {f"w{i}": i for i in range(64)}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w2")),
+        **{"pad_token": "w0", "bos_token": "w1", "eos_token": "w2", "unk_token": "w2"},
+    )
+    samples = [{"input_ids": tokens(1)[0, :n].tolist()} for n in (9, 5, 7, 12, 6, 4)]
+    options = {"max_steps": 2, "per_device_train_batch_size": 6, "learning_rate": 0.05}
+    options |= {"use_cpu": True, "bf16": False, "logging_steps": 1, "report_to": []}
+    options |= {"save_strategy": "no", "gradient_checkpointing": False}
+    losses = []
+    for model, how in zip(make_pair("mistral", ATTENTION), ({}, packed), strict=True):
+        torch.manual_seed(0)
+        trainer = trl.SFTTrainer(
+            model=model,
+            args=trl.SFTConfig(
+                output_dir=str(tmp_path),
+                max_length=16 if "packing" in how else None,
+                **options,
+                **how,
+            ),
+            train_dataset=datasets.Dataset.from_list(samples),
+            processing_class=tokenizer,
+            peft_config=peft.LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+            if is_lora
+            else None,
+        )
+        trainer.train()
+        losses.append([step["loss"] for step in trainer.state.log_history if "loss" in step])
+    assert len(losses[0]) == 2 and losses[0][0] != losses[0][1]
+    assert_close(*map(torch.tensor, losses[::-1]))
+
+
 ULYSSES = """
 import os
 import torch
