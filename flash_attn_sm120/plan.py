@@ -159,7 +159,8 @@ def explain(
         options: ``softmax_scale``, ``causal``, ``window_size``, ``learnable_sink``,
             ``alibi_slopes``, ``attn_bias``, ``k_descale``, ``v_descale``, ``q_descale``,
             ``softcap``, ``dropout_p``, ``dropout_seed``, ``num_splits``, ``pack_gqa``,
-            ``deterministic``, ``score_mod``, ``mask_mod``, ``aux_tensors``, as in :func:`flash_attn_func`;
+            ``deterministic``, ``score_mod``, ``mask_mod``, ``aux_tensors``, as in
+            :func:`flash_attn_func`;
             ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``,
             ``seqused_q``, ``seqused_k``, ``page_table``, as in
             :func:`flash_attn_varlen_func`: their contents are not read.
