@@ -16,13 +16,13 @@
  * compute capability". Multiprocessors, L2 and bandwidth: of the largest card of the kind that the
  * project knows. */
 static const struct fa_device DEVICES[] = {
-    {80, false, 108, 163 << 10, 164 << 10, 40 << 20, 2039, 0, 0},              /* A100 */
-    {86, false, 84, 99 << 10, 100 << 10, 6 << 20, 936, 0, 0},                  /* RTX 3090 class */
-    {89, false, 128, 99 << 10, 100 << 10, 72 << 20, 1008, 0, 0},               /* RTX 4090 */
-    {90, true, 132, 227 << 10, 228 << 10, 50 << 20, 3350, 0, 0},               /* H100, H200 */
-    {100, true, 148, 227 << 10, 228 << 10, 126 << 20, 8000, 0, 0},             /* B200 */
-    {120, true, 170, 99 << 10, 100 << 10, 96 << 20, 1792, FA_GEFORCE_LIKE, 0}, /* RTX 5090 */
-    {121, true, 48, 99 << 10, 100 << 10, 24 << 20, 273, FA_PRO_LIKE, 0},       /* DGX Spark */
+    {80, false, false, 108, 163 << 10, 164 << 10, 40 << 20, 2039, 0, 0},  /* A100 */
+    {86, false, false, 84, 99 << 10, 100 << 10, 6 << 20, 936, 0, 0},      /* RTX 3090 class */
+    {89, false, false, 128, 99 << 10, 100 << 10, 72 << 20, 1008, 0, 0},   /* RTX 4090 */
+    {90, true, false, 132, 227 << 10, 228 << 10, 50 << 20, 3350, 0, 0},   /* H100, H200 */
+    {100, true, false, 148, 227 << 10, 228 << 10, 126 << 20, 8000, 0, 0}, /* B200 */
+    {120, true, true, 170, 99 << 10, 100 << 10, 96 << 20, 1792, FA_GEFORCE_LIKE, 0}, /* RTX 5090 */
+    {121, true, true, 48, 99 << 10, 100 << 10, 24 << 20, 273, FA_PRO_LIKE, 0},       /* DGX Spark */
 };
 
 /* Warps that are resident on a multiprocessor at most, from the same table. */

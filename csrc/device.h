@@ -18,11 +18,12 @@ enum fa_kind_reason {
 };
 
 struct fa_device {
-    int arch;           /* compute capability, major * 10 + minor; FA_SM120_PLAN_AS changes it */
-    bool has_tma;       /* which it cannot change; programmatic dependent launch came with it */
-    int sms;            /* multiprocessors */
-    int smem_per_block; /* bytes of shared memory that one block may ask for */
-    int smem_per_sm;    /* bytes that the blocks of one multiprocessor share */
+    int arch;              /* compute capability, major * 10 + minor; FA_SM120_PLAN_AS changes it */
+    bool has_tma;          /* which it cannot change; programmatic dependent launch came with it */
+    bool has_block_scales; /* nor can it this: mma.sync with block scales, of 12.x alone */
+    int sms;               /* multiprocessors */
+    int smem_per_block;    /* bytes of shared memory that one block may ask for */
+    int smem_per_sm;       /* bytes that the blocks of one multiprocessor share */
     int l2_bytes;
     int dram_gbs;    /* bandwidth of its memory in 10^9 bytes per second, as published */
     int kind;        /* enum fa_card_kind; FA_NO_KIND outside 12.x */

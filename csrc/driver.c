@@ -92,6 +92,7 @@ static int read_device(struct fa_driver *driver, int ordinal)
             return -1;
     device->arch = major * 10 + minor;
     device->has_tma = major >= 9;
+    device->has_block_scales = major == 12;
     device->dram_gbs = dram_gbs_of(driver, cuda);
     device->kind = fa_device_kind_of_name(cuda->name, device->arch);
     device->kind_reason = FA_KIND_BY_NAME;

@@ -177,6 +177,13 @@ static void prefer_tma(const struct fa_plan_input *input, const struct fa_device
         *tile = by_tma;
 }
 
+/* Whether products of e4m3 are those with block scales, which then are 1: GeForce cards take half
+ * as long for them, others do not. */
+static bool takes_block_scales(const struct fa_device *device)
+{
+    return device->has_block_scales && device->kind == FA_GEFORCE_LIKE;
+}
+
 static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_target *target,
                         struct fa_plan *plan, struct fa_tile *tile)
 {
@@ -212,8 +219,9 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
                         : "forward: mma.sync fed by cp.async, the path of every device from 8.0");
     if (input->q_e4m3)
         fa_plan_because(plan, "products",
-                        "of e4m3: mma.m16n8k32, weights as e4m3 up to 2^8 below a row max that is "
-                        "rounded up to a power of two");
+                        takes_block_scales(device)
+                            ? "of e4m3, with block scales of 1: GeForce cards take half as long"
+                            : "of e4m3: mma.m16n8k32, the full rate of every other device");
     if (why_not_tma && !is_tma)
         fa_plan_because(plan, "not forward_tma", why_not_tma);
     fa_plan_because(
@@ -280,10 +288,12 @@ static bool choose_packing(const struct fa_plan_input *input, int tile_m, struct
 
 /* ---- the main kernel ------------------------------------------------------------------------- */
 
-static struct fa_variant variant_of(const struct fa_plan_input *input, const struct fa_tile *tile,
+static struct fa_variant variant_of(const struct fa_plan_input *input,
+                                    const struct fa_device *device, const struct fa_tile *tile,
                                     bool packed)
 {
     struct fa_variant variant = fa_plan_variant(input);
+    variant.mx_e4m3 = input->q_e4m3 && takes_block_scales(device);
     variant.kernel = tile->kernel;
     variant.tile_n = tile->tile_n;
     variant.sub_n = tile->sub_n;
@@ -320,7 +330,7 @@ static void set_main(const struct fa_plan_input *input, const struct fa_plan_tar
     if (target->limits_arch)
         fa_plan_because(plan, "smem_request", "padded to the blocks per SM of FA_SM120_LIMITS");
     fa_plan_add(plan, (struct fa_step){.job = FA_JOB_FORWARD,
-                                       .variant = variant_of(input, tile, packed),
+                                       .variant = variant_of(input, &target->device, tile, packed),
                                        .threads = threads,
                                        .smem_request = smem_request});
 }

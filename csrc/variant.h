@@ -91,7 +91,8 @@ enum fa_code {
     X(mask_mod, "MASK_MOD", FA_SCORES, "_mask", FA_TEXT)                                           \
     X(kv_e4m3, "KV_E4M3", FA_FORWARDS | FA_ONLY(KV_APPEND) | FA_ONLY(KV_SCATTER), "_e4m3",         \
       FA_FLAG)                                                                                     \
-    X(q_e4m3, "Q_E4M3", FA_FORWARDS, "_q", FA_FLAG)
+    X(q_e4m3, "Q_E4M3", FA_FORWARDS, "_q", FA_FLAG)                                                \
+    X(mx_e4m3, "MX_E4M3", FA_FORWARDS, "_mx", FA_FLAG)
 
 struct fa_variant {
     int kernel; /* enum fa_kernel_id */

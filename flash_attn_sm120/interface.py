@@ -58,7 +58,7 @@ def flash_attn_func(
 
     Args:
         q: ``(batch, seqlen_q, heads_q, head_dim)``. float16 or bfloat16; on the CPU float32
-            too.
+            too. float8_e4m3fn, if ``k`` and ``v`` are: then weights are rounded to it as well.
         k: ``(batch, seqlen_k, heads_kv, head_dim)``, dtype and device of ``q``, or like ``v``
             float8_e4m3fn: see ``k_descale``. ``heads_kv`` divides ``heads_q``: query head ``h``
             reads KV head ``h * heads_kv // heads_q`` (GQA, MQA).
@@ -110,13 +110,16 @@ def flash_attn_func(
             and a contiguous last dimension. A key with -inf, or less than -2.35e38 as
             ``torch.finfo(torch.bfloat16).min``, is hidden from the query. Gradients reach it; with
             ``softcap`` on the CPU alone. Not with lengths or pages.
-        k_descale, v_descale: float32 on the device of ``q``: what ``k`` and ``v`` in float8_e4m3fn
-            are multiplied by; one number, or ``(batch, heads_kv)`` with any strides. Positive and
-            finite; None: 1. Such ``k`` and ``v`` have head dims that are multiples of 16, and no
-            gradient; CUDA devices read them from compute capability 8.9 on.
+        k_descale, v_descale, q_descale: float32 on the device of ``q``: what ``k``, ``v`` and
+            ``q`` in float8_e4m3fn are multiplied by; one number, or ``(batch, heads_kv)`` with any
+            strides. Positive and finite; None: 1. Such tensors have head dims that are multiples of
+            16, and no gradient; CUDA devices read them from compute capability 8.9 on. ``q`` in
+            float8_e4m3fn comes without ``alibi_slopes`` and ``dropout_p``; ``docs/fp8.md`` says
+            what its rounding costs.
         out: ``(batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``, to write the result
-            to. Any strides with a contiguous, 16-byte-aligned last dimension are written in place;
-            others are refused, and so is memory that overlaps an input or itself.
+            to; of ``q`` in float8_e4m3fn bfloat16 or float16, on the CPU float32 too. Any strides
+            with a contiguous, 16-byte-aligned last dimension are written in place; others are
+            refused, and so is memory that overlaps an input or itself.
         lse: ``(batch, heads_q, seqlen_q)`` float32, contiguous, to write the log-sum-exp to; it is
             returned, whether or not ``return_lse`` asks for it.
         block_sparse_tensors: a torch ``BlockMask``, or an object with the fields of
@@ -139,10 +142,11 @@ def flash_attn_func(
             NotImplementedError by name, unless they ask for nothing.
 
     Returns:
-        ``(out, lse)``: ``out (batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``; ``lse
-        (batch, heads_q, seqlen_q)`` float32, natural logarithm, or None without ``return_lse``. A
-        query without any visible key gets out 0 and lse -inf (the sink's value where there is one);
-        one with a score of +inf gets out NaN and lse +inf.
+        ``(out, lse)``: ``out (batch, seqlen_q, heads_q, head_dim_v)`` in the dtype of ``q``,
+        bfloat16 where that is float8_e4m3fn; ``lse (batch, heads_q, seqlen_q)`` float32, natural
+        logarithm, or None without ``return_lse``. A query without any visible key gets out 0 and
+        lse -inf (the sink's value where there is one); one with a score of +inf gets out NaN and
+        lse +inf.
         numpy arrays give numpy arrays; producers other than torch and numpy give torch tensors.
 
     Gradients of torch tensors reach ``q``, ``k``, ``v``, ``learnable_sink`` and ``attn_bias``. That
@@ -359,8 +363,8 @@ def flash_attn_varlen_func(
             first ones.
         causal, window_size, alibi_slopes: as there, bottom right of each sequence by its own
             lengths.
-        k_descale, v_descale: as there, by the number of the sequence; for ``k`` and ``v`` in
-            float8_e4m3fn, packed or in pages, too.
+        k_descale, v_descale, q_descale: as there, by the number of the sequence; for ``k`` and
+            ``v`` in float8_e4m3fn, packed or in pages, too.
         num_splits: as there; 0 splits as if all sequences were as long as ``max_seqlen_q`` and
             ``max_seqlen_k``, the lengths being on the device.
         out: like ``q`` with ``head_dim_v``, to write the result to.

@@ -51,8 +51,8 @@ class CallOptions(VarlenOptions, total=False):
     score_mod: Any
     mask_mod: Any
     k_descale: Tensor | None
-    q_descale: Tensor | None
     v_descale: Tensor | None
+    q_descale: Tensor | None
     cu_seqlens_q: Tensor | None
     cu_seqlens_k: Tensor | None
     seqused_q: Tensor | None
@@ -157,9 +157,10 @@ def explain(
         arch: plan for this compute capability (120, 90, ...) instead of the device of ``q``, which
             needs no GPU.
         options: ``softmax_scale``, ``causal``, ``window_size``, ``learnable_sink``,
-            ``alibi_slopes``, ``attn_bias``, ``k_descale``, ``v_descale``, ``softcap``,
-            ``dropout_p``, ``dropout_seed``, ``num_splits``, ``pack_gqa``, ``deterministic``,
-            ``score_mod``, ``mask_mod``, ``aux_tensors``, as in :func:`flash_attn_func`;
+            ``alibi_slopes``, ``attn_bias``, ``k_descale``, ``v_descale``, ``q_descale``,
+            ``softcap``, ``dropout_p``, ``dropout_seed``, ``num_splits``, ``pack_gqa``,
+            ``deterministic``, ``score_mod``, ``mask_mod``, ``aux_tensors``, as in
+            :func:`flash_attn_func`;
             ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``,
             ``seqused_q``, ``seqused_k``, ``page_table``, as in
             :func:`flash_attn_varlen_func`: their contents are not read.

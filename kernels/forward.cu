@@ -24,6 +24,7 @@
  *   SCORE_MOD, MASK_MOD    not 0: a callable changes scores, hides keys: see mods.cuh
  *   KV_E4M3                1: K and V are e4m3, not DTYPE
  *   Q_E4M3                 1: so is Q, and both products are; DTYPE is that of O
+ *   MX_E4M3                1: by the block-scaled mma of 12.x, with scales of 1
  *   TENSOR_REPEAT          how often each mma is issued: 1, see product.cuh */
 #include "params.h"
 

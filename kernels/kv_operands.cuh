@@ -2,17 +2,20 @@
  *
  *   KV_E4M3   1: K and V are e4m3, in global and in shared memory. Unless Q_E4M3 they become fp16
  *             in registers, which holds every e4m3 number, and so do P, and Q: see queries.cuh
- *   Q_E4M3    1: Q is e4m3, too, and so are the operands of both products */
+ *   Q_E4M3    1: Q is e4m3, too, and so are the operands of both products
+ *   MX_E4M3   1: these are multiplied by the block-scaled mma */
 #ifndef FA_KV_OPERANDS_CUH
 #define FA_KV_OPERANDS_CUH
 
 #include "layout.cuh"
+#include "product.cuh"
 
 constexpr int KV_DTYPE = KV_E4M3 ? FA_FLOAT8_E4M3 : DTYPE;
 constexpr bool WIDENS = KV_E4M3 && !Q_E4M3;
 constexpr int OPERAND = Q_E4M3    ? FA_FLOAT8_E4M3
                         : KV_E4M3 ? FA_FLOAT16
-                                  : DTYPE;   /* of both products */
+                                  : DTYPE; /* of both products */
+constexpr int PRODUCT_TYPE = MX_E4M3 ? UNIT_SCALED_E4M3 : OPERAND;
 constexpr int OPERAND_K = fa_mma_k(OPERAND); /* dims, or keys, of a step of the mma */
 constexpr bool IS_BF16_OPERAND = OPERAND == FA_BFLOAT16;
 

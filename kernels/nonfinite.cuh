@@ -34,17 +34,16 @@ __device__ __forceinline__ void add_values_seen(float (&O_rmem)[M_FRAGS][O_FRAGS
             for (int j = 0; j < OPERAND_K; j++) {
                 /* A register of the B operand holds two keys, of e4m3 four: which part of which
                  * register survives. */
-                const unsigned part =
-                    Q_E4M3 ? 0xffu << (j % 16 / 8 * 2 + j % 2) * 8 : 0xffffu << j % 2 * 16;
-                const unsigned keep = j % 8 / 2 == t ? part : 0;
-                const bool is_first = j < OPERAND_K / 2;
-                const unsigned V0 = V_rmem[n % V_COLUMNS * 2] & (is_first ? keep : 0);
-                const unsigned V1 = V_rmem[n % V_COLUMNS * 2 + 1] & (is_first ? 0 : keep);
+                const unsigned keep = j % 8 / 2 != t ? 0
+                                      : Q_E4M3       ? 0xffu << (j % 16 / 8 * 2 + j % 2) * 8
+                                                     : 0xffffu << j % 2 * 16;
+                const unsigned V0 = V_rmem[n % V_COLUMNS * 2] & (j < OPERAND_K / 2 ? keep : 0);
+                const unsigned V1 = V_rmem[n % V_COLUMNS * 2 + 1] & (j < OPERAND_K / 2 ? 0 : keep);
 #pragma unroll
                 for (int m = 0; m < M_FRAGS; m++) {
                     float O_key[4] = {};
                     for (int repeat = 0; repeat < TENSOR_REPEAT; repeat++)
-                        mma<OPERAND>(O_key, P_rmem[m][k], V0, V1);
+                        mma<PRODUCT_TYPE>(O_key, P_rmem[m][k], V0, V1);
 #pragma unroll
                     for (int e = 0; e < 4; e++)
                         if (block.sees(row + 16 * m + 8 * (e / 2), key + OPERAND_K * k + j))

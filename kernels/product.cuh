@@ -11,11 +11,16 @@
 
 #include "ptx.cuh"
 
+/* In place of a type: e4m3 with block scales, which are 1. */
+constexpr int UNIT_SCALED_E4M3 = -1;
+
 /* C [16, 8] += A [16, k] * B [k, 8], with as many k as an mma of the type takes. */
 template <int TYPE>
 __device__ __forceinline__ void mma(float (&C)[4], const unsigned (&A)[4], unsigned B0, unsigned B1)
 {
-    if (TYPE == FA_FLOAT8_E4M3)
+    if constexpr (TYPE == UNIT_SCALED_E4M3)
+        mma_m16n8k32_mxfp8(C, A, B0, B1);
+    else if constexpr (TYPE == FA_FLOAT8_E4M3)
         mma_m16n8k32_e4m3(C, A, B0, B1);
     else
         mma_m16n8k16<TYPE>(C, A, B0, B1);

@@ -90,10 +90,10 @@ __device__ __forceinline__ void scores(float (&S_rmem)[M_FRAGS][S_FRAGS][4],
 
 #pragma unroll
     for (int d = 0; d < D_STEPS; d += K_STEPS)
-        mma_step<S_FRAGS, OPERAND, K_STEPS>(S_rmem, Q_rmem, d,
-                                            [&](unsigned (&K_rmem)[4 * K_STEPS], int n) {
-                                                load_keys<K_layout>(K_rmem, K_smem, n, d);
-                                            });
+        mma_step<S_FRAGS, PRODUCT_TYPE, K_STEPS>(S_rmem, Q_rmem, d,
+                                                 [&](unsigned (&K_rmem)[4 * K_STEPS], int n) {
+                                                     load_keys<K_layout>(K_rmem, K_smem, n, d);
+                                                 });
 }
 
 /* O [WARP_M, HEAD_DIM_V] += P [WARP_M, SUB_N] * V [SUB_N, HEAD_DIM_V] */
@@ -103,10 +103,10 @@ __device__ __forceinline__ void add_values(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
 {
 #pragma unroll
     for (int k = 0; k < P_STEPS; k++)
-        mma_step<O_FRAGS, OPERAND, 1, V_COLUMNS>(O_rmem, P_rmem, k,
-                                                 [&](unsigned (&V_rmem)[2 * V_COLUMNS], int n) {
-                                                     load_values<V_layout>(V_rmem, V_smem, k, n);
-                                                 });
+        mma_step<O_FRAGS, PRODUCT_TYPE, 1, V_COLUMNS>(
+            O_rmem, P_rmem, k, [&](unsigned (&V_rmem)[2 * V_COLUMNS], int n) {
+                load_values<V_layout>(V_rmem, V_smem, k, n);
+            });
 }
 
 #endif

@@ -120,7 +120,8 @@ static inline float weight_of(struct softmax softmax, double score)
 }
 
 /* The same as kernels have it where q is e4m3: rounded to e4m3 as p = 2^(s - m), where s is in
- * powers of two and m lies 8 below their max, which is rounded up. The sum is that of the exact p. */
+ * powers of two and m lies 8 below their max, which is rounded up. The sum is that of the exact p.
+ */
 static inline float narrow_weight_of(struct softmax softmax, double score)
 {
     static const double LOG2_E = 1.44269504088896340736;

@@ -72,8 +72,9 @@ def flash_attn_with_kvcache(
         block_table, page_table: the same by either name, ``(batch, max_pages)`` int32.
         softmax_scale, causal, softcap, alibi_slopes, num_splits, learnable_sink, pack_gqa, out: as
             in :func:`flash_attn_sm120.flash_attn_func`.
-        k_descale, v_descale: as there; rows that are appended to caches in float8_e4m3fn are
-            divided by them, and what is beyond 448 then becomes 448.
+        k_descale, v_descale, q_descale: as there. Rows that are appended to caches in float8_e4m3fn
+            are divided by them, and what is beyond 448 then becomes 448; with ``q`` in
+            float8_e4m3fn nothing is appended.
         window_size: as in :func:`flash_attn_func`.
         rotary_interleaved: dims ``2i`` and ``2i + 1`` are rotated together (GPT-J), else ``i`` and
             ``i + rotary_dim / 2`` (GPT-NeoX).

@@ -5,12 +5,14 @@ import torch
 
 from emulator import emulator
 from flash_attn_sm120 import (
+    _C,
     explain,
     explain_backward,
     flash_attn_func,
     flash_attn_varlen_func,
 )
 from flash_attn_sm120.fa2 import flash_attn_with_kvcache
+from flash_attn_sm120.tuned_tiles import KINDS
 from helpers.devices import CPU, EMULATOR, writable
 from helpers.reference import attention_reference
 from helpers.tiles import tile_row, use_tiles
@@ -226,6 +228,25 @@ def test_nan_reaches_the_rows_that_see_it(device, tensor):
     assert nan[0, 40].any() and not nan[0, :40].any() and not nan[1].any()
 
 
+def test_both_products():
+    """GeForce-like cards multiply with block scales, others without: the sums are the same."""
+    if EMULATOR.missing:
+        pytest.skip(EMULATOR.missing)
+    call = inputs(40, 100, (64, 64))
+    card = _C.devices()[1][0]["name"]
+    results = []
+    try:
+        for kind in ("GeForce-like", "PRO-like"):
+            _C.use_card(card, KINDS.index(kind))
+            variant = explain(*(EMULATOR.place(x) for x in call[0])).variant
+            assert variant.endswith("_mx") == (kind == "GeForce-like")
+            results.append(check(EMULATOR, *call, causal=True))
+    finally:
+        _C.use_card(card, 0)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(plain(a), plain(b))
+
+
 # ---- what results do not depend on ---------------------------------------------------------------
 
 
@@ -277,10 +298,10 @@ def test_growing_scores(device):
 
 def test_plan():
     tensors, _ = inputs(512, 512, (128, 128))
-    for arch in (90, 120):
+    for arch, code in ((89, "_q"), (90, "_q"), (120, "_q_mx"), (121, "_q")):
         plan = explain(*tensors, arch=arch)
-        assert plan.variant.endswith("_e4m3_q") and "bf16" in plan.variant
-        assert "e4m3" in plan.reasons["products"]
+        assert plan.variant.endswith("_e4m3" + code) and "bf16" in plan.variant
+        assert ("block scales" in plan.reasons["products"]) == (arch == 120)
     with pytest.raises(NotImplementedError, match=r"8\.9"):
         explain(*tensors, arch=80)
     with pytest.raises(NotImplementedError, match="no backward"):

@@ -98,7 +98,15 @@ def test_schemas_have_every_option():
     inputs = {*ops.LENGTHS, ops.SLOPES, ops.SEED, "learnable_sink"}
     numbers = {name: p.default for name, p in parameters.items() if p.kind is not p.POSITIONAL_ONLY}
     assert inputs <= numbers.keys() and VarlenOptions.__annotations__.keys() <= numbers.keys()
-    refused = {"key_blocks", "query_blocks", "score_mod", "mask_mod", "k_descale", "v_descale"}
+    refused = {
+        "key_blocks",
+        "query_blocks",
+        "score_mod",
+        "mask_mod",
+        "k_descale",
+        "v_descale",
+        "q_descale",
+    }
     for name in inputs | refused | {"attn_bias", "bias_gradient"}:
         del numbers[name]
     numbers["window_left"], numbers["window_right"] = numbers.pop("window_size")
