@@ -28,15 +28,22 @@ static void copy_for_launch(const struct fa_planned *from, struct fa_planned *to
 bool fa_plan_cache_find(const struct fa_plan_cache *cache, const struct fa_plan_key *key,
                         struct fa_planned *planned)
 {
-    const struct fa_plan_entry *entry = &cache->entries[slot(key)];
-    if (!entry->is_used || memcmp(&entry->key, key, sizeof *key) != 0)
-        return false;
-    copy_for_launch(&entry->planned, planned);
-    return true;
+    const size_t first = slot(key);
+    for (size_t i = 0; i < 2; i++) {
+        const struct fa_plan_entry *entry = &cache->entries[first ^ i];
+        if (entry->is_used && memcmp(&entry->key, key, sizeof *key) == 0) {
+            copy_for_launch(&entry->planned, planned);
+            return true;
+        }
+    }
+    return false;
 }
 
 void fa_plan_cache_keep(struct fa_plan_cache *cache, const struct fa_plan_key *key,
                         const struct fa_planned *planned)
 {
-    cache->entries[slot(key)] = (struct fa_plan_entry){true, *key, *planned};
+    struct fa_plan_entry *entry = &cache->entries[slot(key)];
+    if (entry->is_used)
+        cache->entries[slot(key) ^ 1] = *entry;
+    *entry = (struct fa_plan_entry){true, *key, *planned};
 }

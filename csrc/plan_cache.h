@@ -1,5 +1,6 @@
 /* The plans of recent calls: a call like one before it costs a look-up, however many rows of tiles
- * there are. Of fixed size: a call takes the place of another one whose key falls on its slot. */
+ * there are. Of fixed size: a key has two places, its slot and the one beside it, to which what is
+ * found in the slot goes. So two calls one after the other never take each other's place. */
 #ifndef FA_PLAN_CACHE_H
 #define FA_PLAN_CACHE_H
 

@@ -269,9 +269,12 @@ def test_alibi_as_a_mod_that_learns(device):
     """What a call makes of slopes that require a gradient."""
     q, k, v = (device.place(torch.randn(1, n, 2, 32).to(device.dtypes[0])) for n in (20, 40, 40))
     pair = []
-    for place in (device.place, lambda x: x):
+    for place, of in (
+        (device.place, (q, k) if device is CUDA else (plain(q), plain(k))),
+        (lambda x: x, (plain(q), plain(k))),
+    ):
         slopes = place(torch.tensor([0.3, -0.1])).requires_grad_()
-        mod = attention._with_learned_alibi(None, plain(q), plain(k), {"alibi_slopes": slopes})
+        mod = attention._with_learned_alibi(None, *of, {"alibi_slopes": slopes})
         pair.append((slopes, {"score_mod": mod}))
     (slopes, mod), (cpu_slopes, cpu_mod) = pair
     check_gradients(device, q, k, v, mod, cpu_mod, [slopes], [cpu_slopes])

@@ -123,9 +123,10 @@ def runs(monkeypatch):
 
 def test_schemas_have_every_option():
     """A row of csrc/options.h that a dense call has, but for its tensors, is an argument of both
-    operators, with the same default. Lists of blocks are refused where torch follows a call."""
+    operators, with the same default. Lists of blocks are refused where torch follows a call, and
+    heads_first is of torch's own operators."""
     parameters = inspect.signature(_C.backward).parameters
-    names = ScalarOptions.__annotations__.keys() - {"key_blocks", "query_blocks"}
+    names = ScalarOptions.__annotations__.keys() - {"key_blocks", "query_blocks", "heads_first"}
     options = {name: parameters[name].default for name in names}
     left, right = options.pop("window_size")
     options.update(window_left=left, window_right=right)

@@ -246,10 +246,11 @@ def plan_of(num_splits=0, arch=120, options=None, **shape):
 
 
 def test_decoding_is_split_until_it_fills_the_machine():
-    for arch, sms in ((120, 170), (90, 132), (121, 48)):
+    """Half of a GB10 asks for as much as its memory gives."""
+    for arch, enough in ((120, 120), (90, 93), (121, 24)):
         plan = plan_of(arch=arch, **DECODING)
         assert plan.num_splits > 1 and "split.c" in plan.reasons["num_splits"]
-        assert sms * 0.7 < plan.blocks <= 3 * sms * plan.blocks_per_sm
+        assert enough <= plan.blocks <= 4 * enough * plan.blocks_per_sm
     assert plan_of(**DECODING, batch=64).num_splits == 1, "2048 blocks are enough"
 
 
@@ -323,7 +324,7 @@ def test_more_rows_and_blocks_than_can_be_split():
     sizes = {"seqlen_q": 2**15, "heads": (2**8, 1), "batch": 2**9}
     assert plan_of(4, **sizes).num_splits == 1
     assert "2^31 - 1 rows" in plan_of(4, **sizes).reasons["num_splits"]
-    sizes["batch"] = 2**6
+    sizes["batch"] = 2**7
     plan = plan_of(2**20, **sizes)
     assert plan.blocks <= 2**31 - 1 and "2^31 - 1 blocks" in plan.reasons["num_splits"]
     assert plan_of(4, seqlen_q=0).num_splits == plan_of(4, batch=0).num_splits == 1
