@@ -272,8 +272,8 @@ BROKEN = {
     ),
     "one query too many is read": Broken(
         "queries.cuh",
-        "chunk < HEAD_DIM / 8 && row < block.row_count();",
-        "chunk < HEAD_DIM / 8 && row <= block.row_count();",
+        "chunk < HEAD_DIM / CHUNK_DIMS && row < block.row_count();",
+        "chunk < HEAD_DIM / CHUNK_DIMS && row <= block.row_count();",
         "no tensor",
     ),
     "one key too many is read": Broken(
@@ -343,14 +343,14 @@ BROKEN = {
     ),
     "V is not transposed": Broken(
         "kv_operands.cuh",
-        "ldmatrix_x4_trans(x, layout::moved",
-        "ldmatrix_x4(x, layout::moved",
+        "ldmatrix_x4_trans(x, layout::moved(smem, 16 * k",
+        "ldmatrix_x4(x, layout::moved(smem, 16 * k",
         "",
     ),
     "another swizzle is read than written": Broken(
         "tile.cuh",
-        "return V_layout::offset(lane % 16, lane / 16);",
-        "return V_layout::offset(lane % 16, 0) ^ lane / 16 * FA_CHUNK_BYTES * 2;",
+        ": V_layout::offset(lane % 16, lane / 16);",
+        ": V_layout::offset(lane % 16, 0) ^ lane / 16 * FA_CHUNK_BYTES * 2;",
         "",
     ),
     "a diagonal that is one off": Broken(
