@@ -78,12 +78,16 @@ def mask_mods(x):
     }
 
 
-def oracle(q, k, v, *, score_mod=None, mask_mod=None, window=None, softmax_scale=None):
+def oracle(
+    q, k, v, *, score_mod=None, mask_mod=None, window=None, softmax_scale=None, softcap=None
+):
     """(out, lse) of dense scores; mods get whole grids of indices, not one element at a time."""
     q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
     s = scale * q @ k.transpose(-1, -2)
+    if softcap:
+        s = softcap * torch.tanh(s / softcap)
     grids = torch.meshgrid(*(torch.arange(n) for n in s.shape), indexing="ij")
     b, h, i, j = grids
     if score_mod:

@@ -55,9 +55,9 @@ def assert_near(actual, expected, name, tolerance=None):
 
 
 def check(device, q, k, v, mod, cpu_mod, **options):
-    window = options.get("window_size")
+    named = {"window": options.get("window_size"), "softcap": options.get("softcap")}
     out, lse = flash_attn_func(q, k, v, return_lse=True, **mod, **options)
-    expected = oracle(*(plain(x) for x in (q, k, v)), window=window, **cpu_mod)
+    expected = oracle(*(plain(x) for x in (q, k, v)), **named, **cpu_mod)
     assert_near(out, expected[0], "out", None if device is CPU else 2**-6)
     assert_near(lse, expected[1], "lse", 1e-4)
     return out
@@ -81,9 +81,9 @@ def gradients(q, k, v, dout, mod, wanted=(), **options):
 def check_gradients(device, q, k, v, mod, cpu_mod, wanted=(), cpu_wanted=(), **options):
     leaves = [plain(x).requires_grad_() for x in (q, k, v)]
     dout = torch.randn(*q.shape[:3], v.shape[3]).to(q.dtype)
-    window = options.get("window_size")
+    named = {"window": options.get("window_size"), "softcap": options.get("softcap")}
     expected = torch.autograd.grad(
-        oracle(*leaves, window=window, **cpu_mod)[0], [*leaves, *cpu_wanted], dout.float()
+        oracle(*leaves, **named, **cpu_mod)[0], [*leaves, *cpu_wanted], dout.float()
     )
     if device is CPU:
         inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -133,6 +133,19 @@ def test_gradients_of_captured_tensors(device, name):
 
 
 # ---- beside other options ------------------------------------------------------------------------
+
+
+@on_each_device
+@pytest.mark.parametrize(
+    "mod",
+    [("mask_mod", "document"), ("score_mod", "alibi"), ("score_mod", "relative")],
+    ids=lambda mod: mod[1],
+)
+def test_behind_a_softcap(device, mod):
+    """Both directions: what the derivative of the cap is taken of is the score before the mod."""
+    inputs = qkv(device, 1, 70, 70, 2, 1)
+    check(device, *inputs, *both(*mod, device), softcap=1.5)
+    check_gradients(device, *inputs, *both(*mod, device), softcap=1.5)
 
 
 @on_each_device
