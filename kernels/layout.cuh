@@ -16,7 +16,19 @@ __device__ __forceinline__ float quad_sum(float x)
     return x + __shfl_xor_sync(0xffffffff, x, 2);
 }
 
+/* All bits that any of the four has. */
+__device__ __forceinline__ unsigned quad_or(unsigned x)
+{
+    x |= __shfl_xor_sync(0xffffffff, x, 1);
+    return x | __shfl_xor_sync(0xffffffff, x, 2);
+}
+
 /* The max of what the four lanes of a quad have. */
+__device__ __forceinline__ float quad_max(float x)
+{
+    x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+    return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 2));
+}
 __device__ __forceinline__ unsigned quad_max(unsigned x)
 {
     x = max(x, __shfl_xor_sync(0xffffffff, x, 1));

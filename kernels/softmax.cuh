@@ -166,8 +166,7 @@ __device__ __forceinline__ warp_row_set out_of_range(const float (&O_rmem)[M_FRA
     rows <<= read_thread_index() % 32 / 4 * 4;
     if (HEAD_DIM_V > 128) /* what is the same in all of the warp takes a uniform register */
         return {__reduce_or_sync(0xffffffff, rows)};
-    rows |= __shfl_xor_sync(0xffffffff, rows, 1);
-    return {rows | __shfl_xor_sync(0xffffffff, rows, 2)};
+    return {quad_or(rows)};
 }
 
 /* l += the sink's p. A sink far above m would be out of range: m rises to it, and O, computed with
@@ -181,6 +180,22 @@ __device__ __forceinline__ float add_sink(float &l, float &m, float sink)
     l = l == 0.0f ? 0.0f : l * rescale + exp2_approx(sink * LOG2_E - raised);
     m = raised;
     return rescale;
+}
+
+/* A row takes another m, and its l and O what that makes of them. */
+__device__ __forceinline__ void set_row_max(float (&O_rmem)[M_FRAGS][O_FRAGS][4],
+                                            float (&l_rmem)[M_FRAGS][2],
+                                            float (&m_rmem)[M_FRAGS][2], int m, int half,
+                                            float row_max)
+{
+    const float rescale = exp2_approx(m_rmem[m][half] - row_max);
+    m_rmem[m][half] = row_max;
+    l_rmem[m][half] *= rescale;
+#pragma unroll
+    for (int n = 0; n < O_FRAGS; n++) {
+        O_rmem[m][n][2 * half] *= rescale;
+        O_rmem[m][n][2 * half + 1] *= rescale;
+    }
 }
 
 /* The online softmax: in the given rows m = max(m, row max of S * scale), and O and l are rescaled.
@@ -206,20 +221,11 @@ __device__ __forceinline__ void update_row_max(float (&O_rmem)[M_FRAGS][O_FRAGS]
                     s *= updates && !IS_PRESCALED ? scale : 1.0f;
                     row_max = fmaxf(row_max, s + MAX_OFFSET);
                 }
-            /* The four lanes of a quad share the row. */
-            row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 1));
-            row_max = fmaxf(row_max, __shfl_xor_sync(0xffffffff, row_max, 2));
+            row_max = quad_max(row_max);
             if (!updates)
                 row_max = m_rmem[m][half];
 
-            const float rescale = exp2_approx(m_rmem[m][half] - row_max);
-            m_rmem[m][half] = row_max;
-            l_rmem[m][half] *= rescale;
-#pragma unroll
-            for (int n = 0; n < O_FRAGS; n++) {
-                O_rmem[m][n][2 * half] *= rescale;
-                O_rmem[m][n][2 * half + 1] *= rescale;
-            }
+            set_row_max(O_rmem, l_rmem, m_rmem, m, half, row_max);
         }
 }
 
@@ -252,18 +258,8 @@ follow_row_max(float (&O_rmem)[M_FRAGS][O_FRAGS][4], float (&l_rmem)[M_FRAGS][2]
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float raised = fmaxf(m_rmem[m][half], ceilf(row_max[m][half]));
-            /* The four lanes of a quad share the row. */
-            raised = fmaxf(raised, __shfl_xor_sync(0xffffffff, raised, 1));
-            raised = fmaxf(raised, __shfl_xor_sync(0xffffffff, raised, 2));
-            const float rescale = exp2_approx(m_rmem[m][half] - raised);
-            m_rmem[m][half] = raised;
-            l_rmem[m][half] *= rescale;
-#pragma unroll
-            for (int n = 0; n < O_FRAGS; n++) {
-                O_rmem[m][n][2 * half] *= rescale;
-                O_rmem[m][n][2 * half + 1] *= rescale;
-            }
+            const float raised = quad_max(fmaxf(m_rmem[m][half], ceilf(row_max[m][half])));
+            set_row_max(O_rmem, l_rmem, m_rmem, m, half, raised);
         }
 }
 
@@ -288,9 +284,7 @@ __device__ __forceinline__ row_set rows_that_grew(const float (&S_rmem)[M_FRAGS]
             const bool grew = row_max + (MAX_OFFSET - MAX_GROWTH) > m_rmem[m][half];
             rows |= grew << (2 * m + half);
         }
-    /* The four lanes of a quad share their rows. */
-    rows |= __shfl_xor_sync(0xffffffff, rows, 1);
-    return {rows | __shfl_xor_sync(0xffffffff, rows, 2)};
+    return {quad_or(rows)};
 }
 
 /* The online softmax in the rows that grew, which are returned. */
@@ -330,18 +324,9 @@ __device__ __forceinline__ void raise_row_max_by_sums(float (&O_rmem)[M_FRAGS][O
     for (int m = 0; m < M_FRAGS; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float sum = l_rmem[m][half];
-            sum = fmaxf(sum, __shfl_xor_sync(0xffffffff, sum, 1));
-            sum = fmaxf(sum, __shfl_xor_sync(0xffffffff, sum, 2));
+            const float sum = quad_max(l_rmem[m][half]);
             const float raised = m_rmem[m][half] + (sum > LARGE_SUM ? log2_approx(sum) : 0.0f);
-            const float rescale = exp2_approx(m_rmem[m][half] - raised);
-            m_rmem[m][half] = raised;
-            l_rmem[m][half] *= rescale;
-#pragma unroll
-            for (int n = 0; n < O_FRAGS; n++) {
-                O_rmem[m][n][2 * half] *= rescale;
-                O_rmem[m][n][2 * half + 1] *= rescale;
-            }
+            set_row_max(O_rmem, l_rmem, m_rmem, m, half, raised);
         }
 }
 
