@@ -150,9 +150,8 @@ def _or_else(
 
     def operator(*args: Any, **kwargs: Any) -> Any:
         try:
-            if (
-                kwargs and not kwargs.keys() <= known
-            ):  # of a newer PyTorch; the default is never passed
+            # Of a newer PyTorch; the default is never passed.
+            if kwargs and not kwargs.keys() <= known:
                 raise NotTaken(", ".join(kwargs.keys() - known))
             results = ours(*args, **kwargs)
         except NotTaken as why:
