@@ -535,10 +535,8 @@ def _attend(
     )
     if by_operator and "key_blocks" in options:
         if is_followed(q, k, v, learnable_sink, *lengths.values()):
-            raise NotImplementedError(
-                f"{function} with block_sparse_tensors is not supported yet where torch follows "
-                "the call (compile, func, modes, subclasses): torch.compiler.disable() it"
-            )
+            call = q, k, v, learnable_sink, lengths, options, return_lse, out, lse
+            return _attend_with_mods(None, None, None, function, *call)
         by_operator = False
     learns_slopes = is_grad_enabled() and ops.learns_slopes(lengths)
     tensors = q, k, v, learnable_sink

@@ -514,31 +514,24 @@ if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, vmap calls o
 # ---- FLOPs: those of SDPA, which count masked scores, too ----------------------------------------
 
 
-def _register_flops() -> None:
-    from torch.utils.flop_counter import (
-        register_flop_formula,
-        sdpa_backward_flop_count,
-        sdpa_flop_count,
-    )
+def forward_flops(q: Any, k: Any, v: Any, sink: Any, *lengths: Any, **options: Any) -> Any:
+    from torch.utils.flop_counter import sdpa_flop_count
 
-    def forward(q: Any, k: Any, v: Any, sink: Any, *lengths: Any, **options: Any) -> Any:
-        rows, keys = _rows_and_keys(q, k, by_name(lengths), **options)
-        shapes = ((1, q[-2], n, x[-1]) for n, x in ((rows, q), (keys, k), (keys, v)))
-        return sdpa_flop_count(*shapes)  # type: ignore[no-untyped-call]
+    rows, keys = _rows_and_keys(q, k, by_name(lengths), **options)
+    shapes = ((1, q[-2], n, x[-1]) for n, x in ((rows, q), (keys, k), (keys, v)))
+    return sdpa_flop_count(*shapes)  # type: ignore[no-untyped-call]
 
-    def backward(
-        dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, out: Any, lse: Any, *lengths: Any,
-        **options: Any,
-    ) -> Any:  # fmt: skip
-        rows, keys = _rows_and_keys(q, k, by_name(lengths), **options)
-        sides = ((rows, dout), (rows, q), (keys, k), (keys, v))
-        shapes = ((1, q[-2], n, x[-1]) for n, x in sides)
-        return sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
 
-    for op in FORWARDS:
-        register_flop_formula(op.overloadpacket)(forward)
-    for op in BACKWARDS:
-        register_flop_formula(op.overloadpacket)(backward)
+def backward_flops(
+    dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, out: Any, lse: Any, *lengths: Any,
+    **options: Any,
+) -> Any:  # fmt: skip
+    from torch.utils.flop_counter import sdpa_backward_flop_count
+
+    rows, keys = _rows_and_keys(q, k, by_name(lengths), **options)
+    sides = ((rows, dout), (rows, q), (keys, k), (keys, v))
+    shapes = ((1, q[-2], n, x[-1]) for n, x in sides)
+    return sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
 
 
 def _rows_and_keys(
@@ -570,6 +563,15 @@ def _rows_and_keys(
         all_of.append(rows if is_packed else batch * longest[-1])
     by_rows, by_keys = (all_of[0], longest[1]), (longest[0], all_of[1])
     return by_rows if by_rows[0] * by_rows[1] <= by_keys[0] * by_keys[1] else by_keys
+
+
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    for op in FORWARDS:
+        register_flop_formula(op.overloadpacket)(forward_flops)
+    for op in BACKWARDS:
+        register_flop_formula(op.overloadpacket)(backward_flops)
 
 
 when_imported("torch.utils.flop_counter", _register_flops)

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch.autograd import Function
+from torch.compiler import is_dynamo_compiling
 
 from flash_attn_sm120 import _C, autograd, ops
 from flash_attn_sm120.following import is_followed
-from flash_attn_sm120.mods import headers, reference
+from flash_attn_sm120.mods import headers, operators, reference
 from flash_attn_sm120.mods.capture import captured_by
 from flash_attn_sm120.mods.trace import trace
 from flash_attn_sm120.mods.translate import check_captured, mask_text, score_text
@@ -47,20 +48,27 @@ def attend(
     tensors = {name: x for name, x in tensors.items() if x is not None}
     for name, hint in _NOT_BESIDE.items():
         if name in tensors:
-            raise NotImplementedError(f"{function} with {name} and a mod is not supported{hint}")
+            beside = "a mod" if score_mod or mask_mod else "block_sparse_tensors"
+            raise NotImplementedError(f"{function} with {name} and {beside} is not supported{hint}")
     given = (q, k, v, learnable_sink, *tensors.values())
     ops.check_tensors("a mod is given", q, k, v, learnable_sink, **tensors)
-    if is_followed(*given):
-        raise NotImplementedError(
-            f"{function} with {' and '.join(name for name, mod in mods.items() if mod)} cannot be "
-            "followed by torch yet (compile, func, modes, subclasses): call it in "
-            "torch.compiler.disable"
+    followed = is_followed(*given)
+    if followed and (out is not None or lse is not None):
+        raise RuntimeError(
+            f"{function}(..., out=, lse=) does not support what torch follows by (compile, func, "
+            "modes, subclasses)"
         )
     q, k, v = autograd.autocast(q, k, v, tensors.get("page_table"))
     called = {name: _with_aux(name, mod, aux_tensors) for name, mod in mods.items() if mod}
     if torch.is_grad_enabled() and ops.learns_slopes(tensors):
         called["score_mod"] = _with_learned_alibi(called.get("score_mod"), q, k, tensors)
         tensors = {name: x for name, x in tensors.items() if name != ops.SLOPES}
+    if followed:
+        attend_followed = operators.attend
+        if is_dynamo_compiling():
+            from flash_attn_sm120.mods.dynamo import attend as attend_followed
+        results = attend_followed(called, q, k, v, learnable_sink, tensors, options)
+        return results[0], results[1] if return_lse else None
     is_cpu = q.__dlpack_device__()[0] == 1
     found = {name: captured_by(mod, aux_tensors) for name, mod in called.items()}
     captured = [x for _, xs in found.values() for x in xs]
@@ -75,7 +83,7 @@ def attend(
         name: translate(name, mod, *found[name]) for name, mod in called.items()
     }
     for name, (_, read, _) in translated.items():
-        _check_devices(name, read, q)
+        operators.check_devices(name, read, q)
     if is_cpu:
         _check(q, k, v, learnable_sink, tensors, options)
         graphs = {name: trace(name, mod) for name, mod in called.items()}
@@ -138,14 +146,6 @@ def _check(q: Any, k: Any, v: Any, sink: Any, tensors: Any, options: Any) -> Non
     ops._check(q, k, v, sink, lengths)
 
 
-def _check_devices(name: str, captured: Sequence[Any], q: Any) -> None:
-    for x in captured:
-        if x.device != q.device:
-            raise ValueError(
-                f"a tensor that {name} captures must be on q's device, {q.device}, got {x.device}"
-            )
-
-
 def _into(results: Any, return_lse: bool, out: Any, lse: Any) -> tuple[Any, Any]:
     for given, result in zip((out, lse), results, strict=True):
         if given is not None:
@@ -183,6 +183,10 @@ def translate(
             _traced.clear()
         _traced[name, key, is_joint] = number, tuple(places)
     return number, tuple(graph.captured), ()
+
+
+def is_translated(name: str, key: Any, gradient: bool) -> bool:
+    return (name, key, gradient and name == "score_mod") in _traced
 
 
 def explain_mod(name: str, mod: Mod, aux_tensors: Any, gradient: bool) -> tuple[Translated, str]:
