@@ -74,6 +74,8 @@ class _Writer:
 
     def _call(self, node: fx.Node) -> str:
         kwargs = {name: x for name, x in node.kwargs.items() if name not in _PLACES}
+        if not node.all_input_nodes:  # torch.get_default_dtype() may be another when it is read
+            kwargs["dtype"] = node.meta["val"].dtype
         arguments = [self._text(x) for x in node.args]
         arguments += [f"{name}={self._text(x)}" for name, x in kwargs.items()]
         return f"{str(node.target).removeprefix('aten.')}({', '.join(arguments)})"

@@ -160,7 +160,7 @@ def _trace(name: str, mod: Callable[..., Any], gradient: bool, fixes_sizes: bool
 
     with fake:
         dout = [torch.empty((), dtype=torch.float32)] if gradient else []
-    graph = make_fx(body, tracing_mode="real")(*inputs, *captures.stand_ins, *dout).graph
+        graph = make_fx(body, tracing_mode="real")(*inputs, *captures.stand_ins, *dout).graph
     graph.eliminate_dead_code()
     return Trace(graph, captured, len(inputs))
 
