@@ -219,7 +219,7 @@ def autocast_bias(bias: Any) -> Any:
 
 
 def _autocast(x: Any) -> Any:
-    if not isinstance(x, torch.Tensor):
+    if not isinstance(x, torch.Tensor) or x.is_meta:
         return x
     device_type = x.device.type
     is_cast = x.dtype in (torch.float32, torch.float16, torch.bfloat16)

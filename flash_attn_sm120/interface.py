@@ -539,9 +539,8 @@ def _attend(
             return _attend_with_mods(None, None, None, function, *call)
         by_operator = False
     learns_slopes = is_grad_enabled() and ops.learns_slopes(lengths)
-    tensors = q, k, v, learnable_sink
-    if learns_slopes and not (ops.has_lengths(lengths) or is_followed(*tensors, *lengths.values())):
-        call = *tensors, lengths, options, return_lse, out, lse  # no operator has that gradient
+    if learns_slopes and not ops.has_lengths(lengths):  # a score_mod that captures them has it
+        call = q, k, v, learnable_sink, lengths, options, return_lse, out, lse
         return _attend_with_mods(None, None, None, function, *call)
     if not by_operator and _is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v, lengths.get("page_table"))

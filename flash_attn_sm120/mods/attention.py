@@ -108,16 +108,25 @@ def _with_aux(name: str, mod: Mod, aux_tensors: Any) -> Mod:
         raise TypeError(f"{name} must be callable, got {type(mod).__name__}")
     if aux_tensors is None:
         return mod
-    count = 5 if name == "score_mod" else 4
-    try:
-        inspect.signature(mod).bind(*range(count + 1))
-    except TypeError:
+    if not _takes(mod, 6 if name == "score_mod" else 5):
         return mod
 
     def with_aux(*numbers: Any) -> Any:
         return mod(*numbers, aux_tensors)
 
     return with_aux
+
+
+def _takes(mod: Mod, count: int) -> bool:
+    """Whether a callable takes so many arguments."""
+    if is_dynamo_compiling():  # which knows no signatures of functions inside functions
+        code = getattr(mod, "__func__", mod).__code__
+        return code.co_argcount - hasattr(mod, "__self__") >= count
+    try:
+        inspect.signature(mod).bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 def _with_learned_alibi(score_mod: Mod | None, q: Any, k: Any, tensors: dict[str, Any]) -> Mod:

@@ -8,17 +8,17 @@ is a callable again, and the call is that of :func:`operators.attend`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 from torch._higher_order_ops import BaseHOP
-from torch.overrides import TorchFunctionMode
 
 from flash_attn_sm120 import ops
 from flash_attn_sm120.mods import operators
-from flash_attn_sm120.mods.trace import COORDS, call_with_indices
+from flash_attn_sm120.mods.trace import COORDS
 
 # The end of a body: coords are score, b, h, q_idx, kv_idx; score and seen what the mods return.
 ops.LIBRARY.define(
@@ -37,18 +37,11 @@ def _end(q: Any, k: Any, v: Any, sink: Any, *others: Any, **options: Any) -> Any
         op, lengths = ops.FORWARD, lengths[len(ops.LENGTHS) :]
     out, lse = op(q, k, v, sink, *lengths, **options)
     if score is not None:
-        out, lse = out + 0 * score.to(out.dtype), lse + 0 * score.float()
+        out, lse = (x + 0 * score.sum().to(x.dtype) for x in (out, lse))
     return out, lse
 
 
 ops.LIBRARY.impl(_END, _end, "CompositeImplicitAutograd")
-
-
-class _Indices(TorchFunctionMode):
-    """An index that is a tensor stays one."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return call_with_indices(func, args, kwargs or {})
 
 
 def attend(
@@ -66,12 +59,13 @@ def attend(
     lengths = operators.lengths_in_order(tensors)
 
     def body() -> Any:
-        score = q.new_empty((), dtype=torch.float32)
-        coords = [q.new_empty((), dtype=torch.int32) for _ in COORDS]
-        results = []
-        with _Indices():
-            for name, own in (("score_mod", [score, *coords]), ("mask_mod", coords)):
-                results.append(mods[name](*own) if name in mods else None)
+        # One number each, but as a vector: as an index a number without dimensions would be read.
+        score = q.new_empty((1,), dtype=torch.float32)
+        coords = [q.new_empty((1,), dtype=torch.int32) for _ in COORDS]
+        results = [
+            mods[name](*own) if name in mods else None
+            for name, own in (("score_mod", [score, *coords]), ("mask_mod", coords))
+        ]
         return _END(
             *(q, k, v, sink, [], [], key_blocks, query_blocks, *lengths),
             *([score, *coords], *results),
@@ -79,8 +73,7 @@ def attend(
             **schema,
         )
 
-    with _Indices():
-        return _attend(body)
+    return _attend(body)
 
 
 class _Attend(BaseHOP):
@@ -88,14 +81,36 @@ class _Attend(BaseHOP):
         super().__init__(f"{ops.NAMESPACE}_attend")
 
     def __call__(self, body: Any, *operands: Any) -> Any:
-        """Of a graph of :func:`attend`'s body."""
-        return _Body(body, operands).attend()
+        """Of a graph of :func:`attend`'s body; or of the body itself, where Dynamo gave up."""
+        if isinstance(body, fx.GraphModule):
+            return _Graph(body, operands).attend()
+        given = inspect.getclosurevars(body).nonlocals
+        tensors = (given[name] for name in ("q", "k", "v", "sink"))
+        blocks = (given[name] for name in ("key_blocks", "query_blocks"))
+        call = *tensors, *blocks, given["lengths"], given["sizes"], given["schema"]
+        return _call(given["mods"], *call)
 
 
 _attend: Any = _Attend()
 
 
-class _Body:
+@torch.compiler.disable
+def _call(
+    mods: dict[str, Any], q: Any, k: Any, v: Any, sink: Any, key_blocks: Any, query_blocks: Any,
+    lengths: Any, sizes: Any, schema: dict[str, Any],
+) -> Any:  # fmt: skip
+    from flash_attn_sm120.mods import attention
+
+    options = operators.with_blocks(ops.from_schema(**schema), key_blocks, query_blocks, sizes)
+    named = operators.by_name(lengths)
+    function = "flash_attn_varlen_func" if ops.has_lengths(named) else "flash_attn_func"
+    called = mods.get("score_mod"), mods.get("mask_mod"), None, function
+    return attention.attend(*called, q, k, v, sink, named, options, True, None, None)
+
+
+class _Graph:
+    """Of a body, with the values of its inputs."""
+
     def __init__(self, body: fx.GraphModule, operands: tuple[Any, ...]) -> None:
         self._body = body
         placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
@@ -103,24 +118,18 @@ class _Body:
         (self._end,) = (node for node in body.graph.nodes if node.target is _END)
 
     def attend(self) -> Any:
-        from flash_attn_sm120.mods.attention import attend
-
         *tensors, coords, score, seen = self._end.args
+        results = {"score_mod": (coords, score), "mask_mod": (coords[1:], seen)}
+        mods = {name: self._mod(*x) for name, x in results.items() if x[1] is not None}
         needed = fx.map_arg((tensors, self._end.kwargs), lambda node: self._run(node, {}))
-        (q, k, v, sink, _, _, key_blocks, query_blocks, *lengths), schema = needed
-        schema = dict(schema)
+        (*given, _, _, key_blocks, query_blocks), lengths = needed[0][:8], needed[0][8:]
+        schema = dict(needed[1])
         sizes = schema.pop("block_sizes")
-        options = operators.with_blocks(ops.from_schema(**schema), key_blocks, query_blocks, sizes)
-        named = operators.by_name(lengths)
-        function = "flash_attn_varlen_func" if ops.has_lengths(named) else "flash_attn_func"
-        call = function, q, k, v, sink, named, options, True, None, None
-        return attend(self._mod(coords, score), self._mod(coords[1:], seen), None, *call)
+        return _call(mods, *given, key_blocks, query_blocks, lengths, sizes, schema)
 
-    def _mod(self, coords: Any, result: fx.Node | None) -> Callable[..., Any] | None:
+    def _mod(self, coords: Any, result: fx.Node) -> Callable[..., Any]:
         """The callable that the body has called; numbers that torch takes to be dynamic are
         constants of it, for which torch keeps a guard."""
-        if result is None:
-            return None
 
         def mod(*numbers: Any) -> Any:
             return self._run(result, dict(zip(coords, numbers, strict=True)), _as_number)
