@@ -155,7 +155,7 @@ def _statements(text: str) -> list[Any]:
     """(name, operation, arguments, keywords) of each line, and the result at last."""
     try:
         *lines, last = ast.parse(text).body
-        assert isinstance(last, ast.Return)
+        assert isinstance(last, ast.Return) and last.value is not None
         return [*map(_statement, lines), last.value]
     except (SyntaxError, AssertionError, AttributeError, ValueError) as error:
         raise ValueError(f"not the text of a mod: {text!r:.80}") from error
@@ -184,4 +184,4 @@ def _value(x: Any, values: dict[str, Any]) -> Any:
             dtype = getattr(torch, x.attr)
             assert isinstance(dtype, torch.dtype)
             return dtype
-    raise ValueError(f"not a value of a mod: {ast.dump(x)}")
+    raise ValueError(f"not a value of a mod: {ast.dump(x):.80}")
