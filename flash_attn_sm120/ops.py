@@ -81,7 +81,7 @@ def to_schema(window_size: Any = None, **options: Any) -> dict[str, Any]:
     """
     if "key_blocks" in options:
         raise NotImplementedError(
-            "block_sparse_tensors has no second derivative, and no gradient that torch follows yet"
+            "block_sparse_tensors with attn_bias has no gradient that torch follows"
         )
     if window_size is None:
         window_size = (None, None)
@@ -136,6 +136,11 @@ def backward(
     bias_gradient: bool = False,
 ) -> tuple[Tensor, ...]:
     """``(dq, dk, dv, dsink)`` by the operator, and dbias; dsink has no elements without a sink."""
+    if "key_blocks" in options and not bias_gradient:
+        from flash_attn_sm120.mods import operators
+
+        call: Any = dout, dlse, out, lse, q, k, v, learnable_sink, by_name(lengths), options
+        return tuple(operators.backward({}, *call)[0])
     op = VARLEN_BACKWARD if len(lengths) >= len(LENGTHS) else BACKWARD
     if bias_gradient:
         op = BIAS_BACKWARD

@@ -91,7 +91,7 @@ def attend(
         return _into(computed, return_lse, out, lse)
     if wants_gradient:
         joint = {name: translate(name, mod, *found[name], True) for name, mod in called.items()}
-        both = translated, joint
+        both = translated, joint, called
         return _record(q, k, v, learnable_sink, tensors, options, both, return_lse)
     results = _C.forward(
         q, k, v, learnable_sink=learnable_sink, return_lse=return_lse, out=out, lse=lse,
@@ -232,22 +232,28 @@ class _Attention(Function):
         )
         ctx.save_for_backward(q, k, v, sink, out, lse, *captured)
         ctx.set_materialize_grads(False)
-        ctx.call = tensors, options, both[1]
+        ctx.call = tensors, options, both[1], both[2]
         return (out, lse) if return_lse else out
 
     @staticmethod
     def backward(ctx, dout: Any, dlse: Any = None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         q, k, v, sink, out, lse, *_ = ctx.saved_tensors
-        tensors, options, joint = ctx.call
-        if torch.are_deterministic_algorithms_enabled():
-            options = {**options, "deterministic": True}
+        tensors, options, joint, called = ctx.call
         wants = ctx.needs_input_grad[4:]
         dout = torch.zeros_like(out) if dout is None else dout
-        gradients, of_captured = run_backward(
-            dout, dlse, q, k, v, sink, out, lse, {**tensors, **options}, joint, wants[4:]
-        )
+        given = dout, dlse, out, lse, q, k, v, sink
+        # A gradient that is to be differentiated again comes from the operator, which refuses.
+        if torch.is_grad_enabled() or is_followed(q, k, v, sink, dout, dlse):
+            captured = joint["score_mod"][1] if "score_mod" in joint else ()
+            gradients, of_captured = operators.backward(
+                called, *given, tensors, options, captured, wants[4:]
+            )
+        else:
+            if torch.are_deterministic_algorithms_enabled():
+                options = {**options, "deterministic": True}
+            gradients, of_captured = run_backward(*given, {**tensors, **options}, joint, wants[4:])
         dq, dk, dv, dsink = gradients
-        dsink = None if dsink is None else dsink.to(sink.dtype)
+        dsink = None if sink is None else dsink.to(sink.dtype)
         given = (dq, dk, dv, dsink, *of_captured)
         return (
             None,
@@ -259,7 +265,7 @@ class _Attention(Function):
 
 
 def run_backward(
-    dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, out: Any, lse: Any,
+    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, sink: Any,
     options: dict[str, Any], joint: dict[str, Translated], wanted: Sequence[bool],
 ) -> tuple[Any, list[Any]]:  # fmt: skip
     """``((dq, dk, dv, dsink), gradients of what score_mod captured)``, straight from C."""

@@ -94,7 +94,7 @@ class _Attend(BaseHOP):
 _attend: Any = _Attend()
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _call(
     mods: dict[str, Any], q: Any, k: Any, v: Any, sink: Any, key_blocks: Any, query_blocks: Any,
     lengths: Any, sizes: Any, schema: dict[str, Any],

@@ -1,5 +1,5 @@
-"""The operators flash_attn_sm120::mods_forward and ::mods_backward: calls with mods or with lists of
-blocks, which torch can follow.
+"""The operators flash_attn_sm120::mods_forward and ::mods_backward, which torch can follow: calls
+with mods, or with lists of blocks.
 
 As those of ops.py, with more arguments: each mod as text (program.py) and the tensors that it
 captures, and the tensors of the lists. The backward has the gradients of what a score_mod captures.
@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import Function
 
 from flash_attn_sm120 import _C, autograd, block_mask, ops
@@ -49,23 +50,64 @@ def attend(
     options: dict[str, Any],
 ) -> tuple[Any, Any]:
     """``(out, lse)`` by the operator, which torch follows."""
-    from flash_attn_sm120.mods.program import program_of
+    lists, options = _arguments(mods, q, options)
+    results: tuple[Any, Any] = FORWARD(
+        *(q, k, v, sink), *lists, *lengths_in_order(tensors), **options
+    )
+    return results
 
-    programs = {name: program_of(name, mod) for name, mod in mods.items()}
+
+def backward(
+    mods: dict[str, Callable[..., Any]],
+    dout: Any,
+    dlse: Any,
+    out: Any,
+    lse: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    sink: Any,
+    tensors: dict[str, Any],
+    options: dict[str, Any],
+    captured: Any = (),
+    wanted: Any = (),
+) -> tuple[Any, list[Any]]:
+    """``((dq, dk, dv, dsink), gradients of captured)`` by the operator, of a call whose forward
+    torch did not follow."""
+    if any(isinstance(x, torch.Tensor) and is_legacy_batchedtensor(x) for x in (dout, dlse)):
+        raise NotImplementedError(
+            "gradients of mods and of block_sparse_tensors take no is_grads_batched=True: use "
+            "torch.func.vmap, or a call for each"
+        )
+    lists, options = _arguments(mods, q, options)
+    wanted_ids = [id(x) for x, w in zip(captured, wanted, strict=True) if w]
+    *gradients, found = BACKWARD(
+        *(dout, dlse, out, lse, q, k, v, sink, *lists, *lengths_in_order(tensors)),
+        wanted=[id(x) in wanted_ids for x in lists[0]],
+        **options,
+    )
+    by_id = dict(zip(map(id, lists[0]), found, strict=True))
+    return gradients, [
+        by_id.get(id(x)) if w else None for x, w in zip(captured, wanted, strict=True)
+    ]
+
+
+def _arguments(
+    mods: dict[str, Callable[..., Any]], q: Any, options: dict[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """The operators' four lists of tensors, and their options."""
+    programs = {}
+    if mods:
+        from flash_attn_sm120.mods.program import program_of
+
+        programs = {name: program_of(name, mod) for name, mod in mods.items()}
     if isinstance(q, torch.Tensor):
         for name, (_, captured) in programs.items():
             check_devices(name, captured, q)
     blocks, sizes, options = without_blocks(options)
-    results: tuple[Any, Any] = FORWARD(
-        *(q, k, v, sink),
-        *(programs.get(name, ("", []))[1] for name in ("score_mod", "mask_mod")),
-        *blocks,
-        *lengths_in_order(tensors),
-        **{name: text for name, (text, _) in programs.items()},
-        block_sizes=sizes,
-        **ops.to_schema(**options),
-    )
-    return results
+    lists = [programs[name][1] if name in programs else [] for name in ("score_mod", "mask_mod")]
+    texts = {name: text for name, (text, _) in programs.items()}
+    return [*lists, *blocks], {**texts, "block_sizes": sizes, **ops.to_schema(**options)}
 
 
 def check_devices(name: str, captured: Any, q: Any) -> None:
@@ -96,12 +138,12 @@ def with_blocks(
     options: Any, key_blocks: list[Any], query_blocks: list[Any], sizes: list[int]
 ) -> dict[str, Any]:
     """The inverse."""
-    options = dict(options)
+    blocks: dict[str, Any] = {}
     if key_blocks:
-        options["key_blocks"] = block_mask.BlockLists(sizes[0], sizes[1], *key_blocks)
+        blocks["key_blocks"] = block_mask.BlockLists(sizes[0], sizes[1], *key_blocks)
     if query_blocks:
-        options["query_blocks"] = block_mask.BlockLists(sizes[2], sizes[3], *query_blocks)
-    return options
+        blocks["query_blocks"] = block_mask.BlockLists(sizes[2], sizes[3], *query_blocks)
+    return {**options, **blocks}
 
 
 # ---- what computes them --------------------------------------------------------------------------
@@ -129,9 +171,7 @@ def _backward(
     score_captured: Any, mask_captured: Any, key_blocks: Any, query_blocks: Any, *lengths: Any,
     wanted: Any, score_mod: str = "", mask_mod: str = "", block_sizes: Any = (), **schema: Any,
 ) -> Any:  # fmt: skip
-    learned = [
-        x.detach().requires_grad_(w) for x, w in zip(score_captured, wanted, strict=True)
-    ]
+    learned = [x.detach().requires_grad_(w) for x, w in zip(score_captured, wanted, strict=True)]
     mods = _by_mod(score_mod, learned, mask_mod, mask_captured)
     tensors = by_name(lengths)
     options = with_blocks(ops.from_schema(**schema), key_blocks, query_blocks, block_sizes)
@@ -146,9 +186,7 @@ def _backward(
             options["deterministic"] = True
         options.update(tensors)
         translated = _translated(mods, gradient=True)
-        gradients = run_backward(
-            dout, dlse, q, k, v, sink, out, lse, options, translated, wanted
-        )
+        gradients = run_backward(dout, dlse, out, lse, q, k, v, sink, options, translated, wanted)
     (dq, dk, dv, dsink), of_captured = gradients
     return (
         *(dq, dk, dv, ops._no_sink(q) if dsink is None else dsink),
@@ -168,16 +206,17 @@ def _by_autograd(
 
     def gradients() -> Any:
         leaves = [None if x is None else x.detach().requires_grad_() for x in (q, k, v, sink)]
-        out, lse = reference.attend(*leaves, graphs, tensors, options)  # type: ignore[arg-type]
+        attend: Any = reference.attend
+        out, lse = attend(*leaves, graphs, tensors, options)
         given = [x for x in (*leaves, *learned) if x is not None and x.requires_grad]
         results, slopes = (out,) if dlse is None else (out, lse), (dout, dlse)
         found = torch.autograd.grad(
             results, given, slopes[: len(results)], allow_unused=True, materialize_grads=True
         )
-        by_leaf = dict(zip(map(id, given), found, strict=True))
-        of_given = [by_leaf.get(id(x)) for x in leaves]
-        dsink = None if sink is None else of_given[3].float()  # type: ignore[union-attr]
-        return (*of_given[:3], dsink), [by_leaf.get(id(x)) for x in learned]
+        by_leaf = {id(x): g.contiguous() for x, g in zip(given, found, strict=True)}
+        dq, dk, dv, dsink = (by_leaf.get(id(x)) for x in leaves)
+        dsink = None if dsink is None else dsink.float()
+        return (dq, dk, dv, dsink), [by_leaf.get(id(x)) for x in learned]
 
     return aside(gradients)
 
@@ -201,7 +240,9 @@ def _graphs(mods: dict[str, Any]) -> Any:
 def _translated(mods: dict[str, Any], gradient: bool = False) -> dict[str, Any]:
     from flash_attn_sm120.mods.program import translated
 
-    return {name: translated(name, *mod, gradient) for name, mod in mods.items()}
+    return {
+        name: translated(name, text, captured, gradient) for name, (text, captured) in mods.items()
+    }
 
 
 def _nothing(like: Any) -> Any:
@@ -320,7 +361,7 @@ ops.LIBRARY.impl(FORWARD, _record_forward, "Autograd", with_keyset=True)
 ops.LIBRARY.impl(BACKWARD, _record_backward, "Autograd", with_keyset=True)
 
 
-# ---- vmap: a call for each element, as mods see the number of the batch ---------------------------
+# ---- vmap: a call for each element, as mods see the number of the batch --------------------------
 
 
 def _vmap(op: Any, info: Any, in_dims: Any, *tensors: Any, **options: Any) -> Any:

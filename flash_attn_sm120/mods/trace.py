@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 COORDS = ("b", "h", "q_idx", "kv_idx")
 _SIZES = ("size", "stride", "numel", "nelement", "__len__")
-_SHAPE = torch.Tensor.shape  # type: ignore[attr-defined]
+_SHAPE = torch.Tensor.shape
 
 
 class _ReadsSizes(Exception):

@@ -79,9 +79,7 @@ def assert_same(followed, plain, *arguments):
     outs = [function(*arguments) for function in (followed, plain)]
     torch.testing.assert_close(*outs, rtol=0, atol=0)
     near = 1e-5 if outs[0].dtype == torch.float32 else 2e-2
-    torch.testing.assert_close(
-        *(gradients(out, arguments) for out in outs), rtol=near, atol=near
-    )
+    torch.testing.assert_close(*(gradients(out, arguments) for out in outs), rtol=near, atol=near)
 
 
 # ---- compile -------------------------------------------------------------------------------------
@@ -169,7 +167,11 @@ class Layer(torch.nn.Module):
 
     def forward(self, q, k, v, document):
         return flash_attn_func(
-            q, k, v, score_mod=self.score_mod, mask_mod=lambda b, h, i, j: document[i] == document[j]
+            q,
+            k,
+            v,
+            score_mod=self.score_mod,
+            mask_mod=lambda b, h, i, j: document[i] == document[j],
         )[0]
 
 
@@ -250,7 +252,9 @@ def test_graph_break_in_a_mod(leaves):
     """Where a graph may break, the call is an eager one."""
 
     def call(q, k, v):
-        return flash_attn_func(q, k, v, score_mod=lambda s, b, h, i, j: (print(end=""), s * 2)[1])[0]
+        return flash_attn_func(q, k, v, score_mod=lambda s, b, h, i, j: (print(end=""), s * 2)[1])[
+            0
+        ]
 
     torch.compiler.reset()
     assert_same(torch.compile(call, backend="aot_eager"), call, *leaves())
@@ -371,7 +375,10 @@ def test_exported_to_another_process(tmp_path, leaves, documents):
 
 def test_fake_and_meta():
     def shapes(device):
-        q, table = torch.empty(2, 9, HEADS, 16, device=device), torch.empty(HEADS, 20, device=device)
+        q, table = (
+            torch.empty(2, 9, HEADS, 16, device=device),
+            torch.empty(HEADS, 20, device=device),
+        )
         call = flash_attn_func(
             q, q, q[..., :8], score_mod=lambda s, b, h, i, j: s + table[h, i - j], return_lse=True
         )
@@ -486,7 +493,7 @@ def test_one_tensor_captured_twice():
      "v0 = index.nothing(score)\nreturn v0", "v0 = add.Tensor(score, open('x'))\nreturn v0"],
 )  # fmt: skip
 def test_other_texts(text):
-    with pytest.raises(ValueError, match="not .* of a mod"):
+    with pytest.raises(ValueError, match=r"not .* of a mod"):
         mod_of("score_mod", text, [])(*(torch.zeros(()) for _ in range(5)))
 
 
@@ -516,5 +523,5 @@ def test_out_is_refused(leaves):
 
 def test_views_of_captured_tensors(leaves, table):
     """An index into one would be one into the tensor itself."""
-    with pytest.raises(NotImplementedError, match="aten.view"):
+    with pytest.raises(NotImplementedError, match=r"aten\.view"):
         flash_attn_func(*leaves(), score_mod=lambda s, b, h, i, j: s + table.view(-1)[h * 8 + i])
