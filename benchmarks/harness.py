@@ -18,7 +18,9 @@ import math
 import os
 import platform
 import re
+import statistics
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -77,6 +80,10 @@ PRESETS = {
     "d64-128": Preset(16, 4, 64, 128),
     "d128-64": Preset(16, 4, 128, 64),
     "d192-128": Preset(16, 4, 192, 128),
+    "mha-d128-64": Preset(32, 32, 128, 64),
+    "mha-d192-128": Preset(32, 32, 192, 128),
+    "mha-d256-128": Preset(32, 32, 256, 128),
+    "qwen3-0.6b": Preset(16, 8, 128),
 }
 
 
@@ -101,6 +108,13 @@ class Problem:
     def out_shape(self) -> tuple[int, ...]:
         """(B, Sq, Hq, Dv)"""
         return (*self.q.shape[:3], self.v.shape[3])
+
+
+def with_padded_v(problem: Problem) -> Problem:
+    """V with zeros up to the head dim of K, for peers that ask for one head dim; not timed."""
+    missing = problem.k.shape[3] - problem.v.shape[3]
+    v = F.pad(problem.v, (0, missing)) if missing > 0 else problem.v
+    return Problem(problem.q, problem.k, v, problem.causal)
 
 
 @dataclass(frozen=True)
@@ -393,6 +407,25 @@ def time_interleaved(
     samples = _measure.round_robin(contestants, device, rounds, flush)
     timings = (Timing.of(own, graph_calls if graph else 0) for own in samples)
     return {c.name: t for c, t in zip(contestants, timings, strict=True)}, absent
+
+
+def add_wall_times(
+    fields: dict[str, dict], contestants: Iterable[Timed], args: argparse.Namespace
+) -> None:
+    """Adds to what the records say, with `--wall`: how long it is from the call to the end of its
+    work, for a caller who waits for the result. The device is idle before, and the L2 warm."""
+    timed = [contestant for contestant in contestants if args.wall and contestant.name in fields]
+    samples: dict[str, list[float]] = {contestant.name: [] for contestant in timed}
+    for _ in range(args.rounds or ROUNDS[1]):
+        for contestant in timed:
+            with contestant.context():
+                synchronize(args.device)
+                begin = time.perf_counter()
+                contestant.call()
+                synchronize(args.device)
+                samples[contestant.name].append(time.perf_counter() - begin)
+    for name, own in samples.items():
+        fields[name]["wall_ms"] = statistics.median(own) * 1e3
 
 
 def prepared(

@@ -174,7 +174,7 @@ def test_ours_out_of_memory_is_a_row(monkeypatch, capsys, module):
     monkeypatch.setattr(module, "flash_attn_func", exhausted)
     run(monkeypatch, module, *SMALL)
     said = capsys.readouterr().out
-    assert len(re.findall(r"^\| hd64-gqa \| 16 +\| [01] +\| absent", said, re.M)) >= 2
+    assert len(re.findall(r"^\| hd64-gqa \| 1 +\| 16 +\| [01] +\| absent", said, re.M)) >= 2
     assert f"absent in 2 cells: ours: {SHORT}" in said
 
 
@@ -552,16 +552,56 @@ def test_a_wrong_output_is_found():
 
 
 def test_presets_of_one_shape_are_measured_once():
-    names = [name for _, group in grid.GRIDS["shapes"].shapes() for name in group]
+    ((shapes,), (fa2,)) = (grid.GRIDS[name] for name in ("shapes", "fa2"))
+    names = [name for _, group in shapes.shapes() for name in group]
     assert sorted(names) == sorted(grid.SHAPES)
-    assert len(grid.GRIDS["shapes"].shapes()) < len(grid.SHAPES)
-    assert len(grid.GRIDS["fa2"].shapes()) == len(grid.MODELS)
+    assert len(shapes.shapes()) < len(grid.SHAPES)
+    assert len(fa2.shapes()) == len(grid.MODELS)
+
+
+def test_cells_of_the_grids_that_peers_are_weak_in():
+    """Every shape that FlashAttention-2 does not take, and every prompt, once."""
+
+    def found(name):
+        cells = [cell for part in grid.GRIDS[name] for cell in part.cells()]
+        shapes = [(c.preset.head_dim, c.preset.head_dim_v, c.batch, c.seqlen) for c in cells]
+        return shapes, {(c.preset.heads_q, c.preset.heads_kv, c.causal) for c in cells}
+
+    shapes, calls = found("fa4-only")
+    assert calls == {(32, 32, False), (32, 32, True)}
+    kinds = [(128, 64, 2, 4096), (192, 128, 2, 2048), (256, 128, 2, 2048)]
+    assert shapes == [kind for kind in kinds for _ in range(2)]
+    shapes, calls = found("qwen3")
+    assert calls == {(16, 8, True)}
+    sizes = [(1, 128), (1, 256), (1, 512), (1, 1024), (1, 2048), (1, 4096), (2, 512)]
+    assert shapes == [(128, None, *size) for size in [*sizes, (4, 256), (8, 256)]]
+
+
+@pytest.mark.parametrize("module", [forward, backward])
+def test_a_dry_run_of_head_dims_that_peers_need_padding_for(monkeypatch, capsys, module):
+    """And once for each part of the grid that the arguments leave the same."""
+    monkeypatch.setattr(harness, "PRESETS", {"mha-d128-64": harness.Preset(4, 2, 32, 16)})
+    small = ("--presets", "mha-d128-64", "--seqlens", "16", "--batch", "1")
+    run(monkeypatch, module, "--grid", "fa4-only", *small)
+    said = capsys.readouterr().out
+    assert "2 of 2 cells, geomean ours/flash" in said and "Wall time" not in said
+
+
+@pytest.mark.parametrize("module", [forward, backward])
+def test_short_prompts_have_a_wall_time(monkeypatch, capsys, tmp_path, module):
+    file = tmp_path / "records.jsonl"
+    run(monkeypatch, module, "--grid", "qwen3", *SMALL, "--causal", "1", "--output", str(file))
+    _, *records = map(json.loads, file.read_text().splitlines())
+    assert [r["batch"] for r in records if r["contestant"] == OURS] == [1, 2, 4, 8]
+    assert all(("wall_ms" in r) == ("ms" in r) for r in records)
+    table = capsys.readouterr().out.split("Wall time of a call")[1]
+    assert re.search(r"^\| hd64-gqa \| 8 +\| 16 +\| 1 +\| \d+\.\d", table, re.M)
 
 
 @pytest.mark.parametrize("of_backward", [False, True])
 def test_two_revisions_are_compared(monkeypatch, capsys, of_backward):
     """Here a package with itself."""
-    monkeypatch.setitem(grid.GRIDS, "tiny", grid.Grid(("hd64",), (16, 32), True))
+    monkeypatch.setitem(grid.GRIDS, "tiny", (grid.Grid(("hd64",), (16, 32), True),))
     packages = {"this": flash_attn_sm120, "other": flash_attn_sm120}
     versus.compare_times(packages, "tiny", of_backward, "cpu")
     said = capsys.readouterr().out
