@@ -643,6 +643,26 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int | None = None) ->
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl")
 
 
+def add_choices(parser: argparse.ArgumentParser, what: str, peer: str) -> None:
+    """The arguments by which a run measures less: some cells alone, and ours without its peer."""
+    parser.add_argument("--only", default="", metavar="REGEX", help=f"{what} whose name has it")
+    parser.add_argument(
+        "--peers", choices=(peer, "none"), default=peer, help=f"beside ours (default: {peer})"
+    )
+
+
+def is_chosen(name: str, args: argparse.Namespace) -> bool:
+    return re.search(args.only, name) is not None
+
+
+def without_peers(
+    contestants: Iterable[C], peers: Iterable[str], args: argparse.Namespace
+) -> tuple[list[C], dict[str, str]]:
+    """The contestants, with `--peers none` without those named; and why these are absent."""
+    left_out = dict.fromkeys(peers, "--peers none") if args.peers == "none" else {}
+    return [c for c in contestants if c.name not in left_out], left_out
+
+
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
     """The arguments, on a device that is there."""
     args = parser.parse_args()

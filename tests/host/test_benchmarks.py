@@ -22,6 +22,7 @@ import accuracy  # noqa: E402
 import backward  # noqa: E402
 import balance  # noqa: E402
 import decode  # noqa: E402
+import dropout  # noqa: E402
 import forward  # noqa: E402
 import grid  # noqa: E402
 import harness  # noqa: E402
@@ -626,6 +627,29 @@ def test_a_dry_run_of_mods(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert len(re.findall(r"^\| (?:for|back)ward +\| 16 ", said, re.M)) == 16
     assert "wrong" not in said
+
+
+@pytest.mark.parametrize(
+    "module, only, named",
+    [
+        (mods, "^soft|table", ["softcap", "relative table"]),
+        (sparse, r"random, (5|10)%", ["random, 5%", "random, 10%"]),
+        (dropout, "^backward.*D 16.*causal", ["1"]),
+    ],
+)
+def test_a_run_of_some_cells_without_the_peer(monkeypatch, capsys, module, only, named):
+    def broken(*_, **__):
+        raise AssertionError("it was left out")
+
+    if module is not dropout:  # whose check takes its peer, too
+        monkeypatch.setattr(module, "compiled_flex", broken)
+    monkeypatch.setattr(module, "PRESETS", (harness.Preset(2, 2, 16),))
+    seqlen = dict.fromkeys(sparse.SEQLEN["cuda"], 130) if module is sparse else 130
+    monkeypatch.setattr(module, "SEQLEN", {"cpu": seqlen})
+    run(monkeypatch, module, "--only", only, "--peers", "none")
+    said = capsys.readouterr().out
+    rows = re.findall(r"^\| (?:for|back)ward +\| 16 +\| (.+?) +\|", said, re.M)
+    assert list(dict.fromkeys(rows)) == named and "--peers none" in said
 
 
 def test_accuracy_has_a_row_for_each_recipe_and_case(tmp_path, capsys):
