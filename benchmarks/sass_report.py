@@ -26,13 +26,12 @@ group of warps a path belongs to. Of each group, the path with the fewest instru
 tensor instruction counts: the one of unmasked iterations. What one thread does for all, asking the
 TMA for the next tile, counts in both.
 
-A bound is not a prediction: warps wait for each other. `--shares` predicts the share of the
-mma.sync peak for the calls of balance.py, by mean value analysis: the warps of a sub-partition are
-customers that go round its pipes and issue slots, and wait outside of them for the latencies of
-LATENCY; each warp of a pair takes half of what the pair needs. It does so for both classes of 12.x
-cards, and for an H100 at TENSOR_REPEAT 2 and 4, where `--measured FILE`, the output of balance.py,
-says how far off it is: that is the error bar of the figures for 12.x. Prologues, epilogues and
-masked tiles are not in it.
+A bound is not a prediction: warps wait. `--shares` predicts the share of the mma.sync peak for the
+calls of balance.py and for the common head dims, by the model of static_model.py: for both classes
+of 12.x cards, and for an H100 at TENSOR_REPEAT 1, 2 and 4. Beside the latter stands what balance.py
+measured (`--proxy FILE`, its output, or the table that static_model.py keeps) and how far off the
+prediction is: that is the error bar of the figures for 12.x. A second table says what part of the
+time each cause takes.
 
 The unit of the forward is one tile of keys of one warp, that of the backward one tile of queries of
 two warps, one of each group, which share a sub-partition. Cycles are those of the SM sub-partition
@@ -47,9 +46,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import itertools
 import os
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -61,8 +62,10 @@ from pathlib import Path
 
 import balance
 import harness
+import static_model
 import torch
-from harness import Cell
+from harness import Cell, Preset
+from static_model import DEVICES, Device, Prediction
 
 from flash_attn_sm120 import common_kernels, jit
 from flash_attn_sm120.plan import Kernel, Plan, explain, explain_backward
@@ -121,15 +124,6 @@ RATES = (
     (r"[A-Z]MMA\b.*", "unknown", 0),  # a tensor instruction without a rate: an error, see price()
     (r".*", "other", 0),  # listed by name
 )  # fmt: skip
-# Cycles from an instruction to what needs its result. HMMA and LDSM were measured on a 5070 Ti
-# (sass-king [published]); of a barrier and of ex2 nothing is published for 12.x [assumed].
-LATENCY = {"tensor": 35, "shared": 33, "mufu": 20, "barrier": 30}
-
-# HMMA.16816.F32 on an H100, measured: 2495 FLOP / clock / SM; repeated it takes so many times as
-# long. What a balance is compared with.
-H100_HMMA = 4 * 4096 / 2495
-BALANCES = {"GeForce": 32.0, "PRO": 16.0, "x4": 4 * H100_HMMA, "x2": 2 * H100_HMMA}
-
 PIPES = tuple(dict.fromkeys(pipe for _, pipe, _ in RATES if pipe != "unknown"))
 
 REGISTERS_PER_SM, REGISTER_UNIT = 64 * 1024, 256  # given out to a warp in units [published]
@@ -440,29 +434,6 @@ class Figures:
         return cycles["tensor"] / max(cycles.values())
 
 
-def latency(figures: Figures, sub_tiles: int) -> float:
-    """Cycles per tile in which a warp waits for its own results: of each sub-tile two products, the
-    first of which needs its operands, and exponentials between them; of each tile a barrier."""
-    chain = LATENCY["shared"] + 2 * LATENCY["tensor"] + LATENCY["mufu"]
-    return sub_tiles * chain + figures.warps * LATENCY["barrier"]
-
-
-def predicted_share(figures: Figures, warps: int, waits: float, hmma_cycles: float) -> float:
-    """The tensor pipe's utilisation by the warps of a sub-partition, by mean value analysis.
-
-    `waits`: cycles of a unit that no pipe sees. `hmma_cycles`: what an HMMA takes.
-    """
-    of_unit = figures.cycles("PRO") | {"tensor": figures.counts()["tensor"] * hmma_cycles}
-    demands = {pipe: cycles / figures.warps for pipe, cycles in of_unit.items()}
-    queued = dict.fromkeys(demands, 0.0)
-    throughput = 0.0
-    for population in range(1, warps + 1):
-        times = {pipe: demand * (1 + queued[pipe]) for pipe, demand in demands.items()}
-        throughput = population / (waits / figures.warps + sum(times.values()))
-        queued = {pipe: throughput * time for pipe, time in times.items()}
-    return throughput * demands["tensor"]
-
-
 def analyse(plan: Plan, arch: str) -> Figures:
     """Compiles a plan's kernel for `arch`, such as "sm_120f", and counts its main loop.
 
@@ -560,43 +531,139 @@ def report_cycles(unit: str, figures: list[Figures]) -> None:
     print(harness.markdown(head, cycle_rows(figures, pipes)))
 
 
-def plan_of(call: balance.Call) -> Plan:
-    """On a 12.0 card; the memory is never touched."""
-    shapes = Cell(call.preset, call.seqlen, call.causal, 1, torch.bfloat16).shapes()[:3]
+# ----------------------------------------------------------------------------------------- shares
+
+
+def calls_of_shares(only: str) -> list[balance.Call]:
+    """Those of balance.py, and of the common head dims at S 4096."""
+    calls = {str(call): call for call in balance.CALLS}
+    for head_dim, head_dim_v in common_kernels.COMMON_HEAD_DIMS:
+        preset = Preset(16, 16, head_dim, None if head_dim == head_dim_v else head_dim_v)
+        for is_backward, causal in itertools.product((False, True), repeat=2):
+            call = balance.Call(preset, 4096, causal, is_backward, {})
+            calls.setdefault(str(call), call)
+    return [call for name, call in calls.items() if re.search(only, name)]
+
+
+def plan_on(device: Device, call: balance.Call) -> Plan:
+    """What a call gets there; the memory is never touched.
+
+    A plan counts with the multiprocessors of one card of each kind. So it is asked for as many
+    heads for each of these as the device has.
+    """
+    preset, sms = call.preset, static_model.PLANNED_SMS[device.rows]
+    heads_kv = max(1, preset.heads_kv * sms // device.sms)
+    heads_q = heads_kv * preset.heads_q // preset.heads_kv
+    scaled = Preset(heads_q, heads_kv, preset.head_dim, preset.head_dim_v)
+    shapes = Cell(scaled, call.seqlen, call.causal, 1, torch.bfloat16).shapes()[:3]
     qkv = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
     of_direction = explain_backward if call.is_backward else explain
-    return of_direction(*qkv, causal=call.causal, arch=120)
+    options = {} if call.is_backward else {"num_splits": 1}
+    return of_direction(*qkv, causal=call.causal, arch=device.rows, **options)
 
 
-def share_rows(measured: dict[tuple[str, int], float]) -> Iterator[list[str]]:
-    """Predicted shares of the calls of balance.py at each balance, and what was measured."""
-    plans = [plan_of(call) for call in balance.CALLS]
-    kinds = dict(zip([plan.variant for plan in plans], plans, strict=True))
-    figures = dict(zip(kinds, analyse_all(list(kinds.values()), "sm_120f"), strict=True))
-    for call, plan in zip(balance.CALLS, plans, strict=True):
-        own, c = figures[plan.variant], constants(plan.main)
-        sub_tiles = c["TILE_M"] // c["SUB_M"] if call.is_backward else c["TILE_N"] // c["SUB_N"]
-        warps = plan.warps * own.blocks_per_sm // 4
-        predict = functools.partial(predicted_share, own, warps, latency(own, sub_tiles))
-        row = [str(call), *(f"{predict(BALANCES[chip]):.2f}" for chip in ("GeForce", "PRO"))]
-        for repeat in (4, 2):
-            share, found = predict(BALANCES[f"x{repeat}"]), measured.get((str(call), repeat))
-            row += [f"{share:.2f}", f"{found:.2f}" if found else ""]
-            row.append(f"{share / found - 1:+.0%}" if found else "")
-        yield row
+def predict(call: balance.Call, plan: Plan, figures: Figures, device: Device) -> Prediction:
+    c, counts = constants(plan.main), figures.counts()
+    assert plan.warps
+    units = plan.warps * figures.blocks_per_sm / 4 / figures.warps  # of a sub-partition
+    others = figures.cycles("PRO")
+    del others["tensor"], others["issue"]
+    is_backward = call.is_backward
+    loop = static_model.Loop(
+        tensor=units * counts["tensor"] * device.hmma,
+        issue=units * (figures.issued - counts["tensor"] - counts["nop"]),
+        slowest=units * max(others.values()),
+        sub_tiles=c["TILE_M"] // c["SUB_M"] if is_backward else c["TILE_N"] // c["SUB_N"],
+        is_backward=is_backward,
+        blocks_per_sm=figures.blocks_per_sm,
+    )
+    grid = static_model.Grid(
+        own=c["WARPS"] // 2 * c["WARP_N"] if is_backward else c["WARPS"] * c["WARP_M"],
+        tile=c["TILE_M" if is_backward else "TILE_N"],
+        seqlen=call.seqlen,
+        causal=call.causal,
+        heads=call.preset.heads_q,
+        head_dim=call.preset.head_dim,
+    )
+    return static_model.predict(loop, grid, device)
 
 
-def report_shares(file: Path | None) -> None:
-    lines = harness.read_records(file)[1] if file else []
-    measured = {
-        (line["call"], line["repeat"]): line["share"]
-        for line in lines
-        if line.get("contestant") == harness.OURS
+def predict_all(calls: list[balance.Call]) -> dict[tuple[str, str], Prediction]:
+    """By call and device."""
+    planned = {
+        (str(call), name): (call, plan_on(device, call), device)
+        for call in calls
+        for name, device in DEVICES.items()
     }
-    of_repeat = ("H100 x", "measured x", "error x")
-    head = ["call", "GeForce", "PRO", *(f"{x}{repeat}" for repeat in (4, 2) for x in of_repeat)]
+    kinds = {(plan.variant, device.arch): plan for _, plan, device in planned.values()}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(analyse, kinds.values(), [arch for _, arch in kinds])
+        figures = dict(zip(kinds, found, strict=True))
+    return {
+        key: predict(call, plan, figures[plan.variant, device.arch], device)
+        for key, (call, plan, device) in planned.items()
+    }
+
+
+def measured_shares(file: Path | None) -> dict[tuple[str, int], float]:
+    """By call and repeat."""
+    if file is None:
+        return static_model.PROXY
+    return {
+        (line["call"], line["repeat"]): line["share"]
+        for line in harness.read_records(file)[1]
+        if line.get("contestant") == harness.OURS and "share" in line
+    }
+
+
+def report_shares(calls: list[balance.Call], file: Path | None, json: Path | None) -> None:
+    """Prints both tables and the error bar, and adds a record for each call and device."""
+    measured, predicted = measured_shares(file), predict_all(calls)
+    errors: dict[str, float] = {}
+    rows = []
+    for call in map(str, calls):
+        row = [call, *(f"{predicted[call, chip].share:.2f}" for chip in ("GeForce", "PRO"))]
+        for repeat in (4, 2, 1):
+            share, found = predicted[call, f"H100 x{repeat}"].share, measured.get((call, repeat))
+            row += [f"{share:.3f}", f"{found:.3f}" if found else ""]
+            row.append(f"{share / found - 1:+.1%}" if found else "")
+            if found:
+                errors[f"{call} x{repeat}"] = share / found - 1
+        rows.append(row)
+    columns = [f"{what} x{repeat}" for repeat in (4, 2, 1) for what in ("H100", "measured", "off")]
     print("\nPredicted share of the mma.sync peak; the H100 stands in for both classes:\n")
-    print(harness.markdown(head, share_rows(measured)))
+    print(harness.markdown(["call", "GeForce", "PRO", *columns], rows))
+    print("", error_bar(errors), "", "Part of the time, GeForce / PRO:", "", sep="\n")
+    print(harness.markdown(["call", *PARTS], part_rows(calls, predicted)))
+    records = harness.Records(json, "sass_report", "cpu")
+    for (name, device), prediction in predicted.items():
+        found = measured.get((name, int(device[-1]))) if device.startswith("H100") else None
+        fields = {**asdict(prediction), "share_measured": found, "measured": False}
+        records.add(call=name, device=device, **fields)
+
+
+PARTS = ("tensor", "issue", "latency", "handover", "pipes", "ends", "idle", "others")
+
+
+def part_rows(
+    calls: list[balance.Call], predicted: dict[tuple[str, str], Prediction]
+) -> Iterator[list[str]]:
+    for call in map(str, calls):
+        both = [predicted[call, chip].parts for chip in ("GeForce", "PRO")]
+        yield [call, *(each_chip(f"{parts[name]:.3f}" for parts in both) for name in PARTS)]
+
+
+def error_bar(errors: dict[str, float]) -> str:
+    """What the predictions for 12.x may be off by, as those for the H100 are."""
+    if not errors:
+        return "Nothing measured to compare with."
+    worst = max(errors, key=lambda name: abs(errors[name]))
+    root = statistics.fmean(error**2 for error in errors.values()) ** 0.5
+    return (
+        f"Off by {root:.1%} (root mean square of {len(errors)} cells), at most by "
+        f"{errors[worst]:+.1%} ({worst}). ENDS and HANDOVER of static_model.py are fitted to such "
+        "cells: a card whose memory or barriers differ from an H100's may be further off."
+    )
 
 
 def record(records: harness.Records, figures: Figures) -> None:
@@ -626,7 +693,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--arch", default="sm_120f", help="as NVRTC names it (default: sm_120f)")
     parser.add_argument("--listing", action="store_true", help="print each main loop, too")
     parser.add_argument("--shares", action="store_true", help="predict shares of the peak alone")
-    parser.add_argument("--measured", type=Path, metavar="FILE", help="of balance.py, beside them")
+    parser.add_argument("--proxy", type=Path, metavar="FILE", help="of balance.py, beside shares")
+    parser.add_argument("--only", default="", metavar="REGEX", help="shares of calls that have it")
     parser.add_argument("--json", type=Path, metavar="FILE.jsonl")
     args = parser.parse_args()
     if not re.fullmatch(r"sm_\d+[af]?", args.arch):
@@ -636,8 +704,8 @@ def parse_args() -> argparse.Namespace:
 
 def main() -> None:
     args = parse_args()
-    if args.shares or args.measured:
-        report_shares(args.measured)
+    if args.shares or args.proxy:
+        report_shares(calls_of_shares(args.only), args.proxy, args.json)
         return
     compute_capability = int(re.sub(r"\D", "", args.arch))
     dims = args.head_dims or common_kernels.COMMON_HEAD_DIMS

@@ -1,6 +1,7 @@
 """The benchmarks' own logic, in dry runs on the CPU: what they say where something cannot run."""
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import json
@@ -32,6 +33,7 @@ import paged  # noqa: E402
 import parallel  # noqa: E402
 import sass_report  # noqa: E402
 import sparse  # noqa: E402
+import static_model  # noqa: E402
 import varlen  # noqa: E402
 import versus  # noqa: E402
 import video  # noqa: E402
@@ -329,14 +331,82 @@ def test_tiles_of_the_balance_are_those_of_its_kernels(monkeypatch):
         assert "tiles.c" in own.reasons["tile"]
 
 
-def test_predicted_shares():
-    """One warp overlaps nothing; more come closer to the bound, and slower products to 1."""
-    one = {"HMMA.16816.F32.BF16": 10, "MUFU.EX2": 10, "FFMA": 30}
-    figures = sass_report.Figures("", "sm_120f", 1, one, 10, 128, 0, 0, 1, "")
-    share = functools.partial(sass_report.predicted_share, figures)
-    tensor, mufu, fma, issue = 320, 80, 30, 50
-    assert share(1, 100, 32) == pytest.approx(tensor / (tensor + mufu + fma + issue + 100))
-    assert share(1, 100, 32) < share(2, 100, 32) < share(4, 100, 32) < share(4, 100, 64) < 1
+LOOP = static_model.Loop(1000, 100, 0, 1, False, 1)
+
+
+def grid_of(heads, causal=False):
+    return static_model.Grid(256, 64, 4096, causal, heads, 128)
+
+
+def test_parts_of_a_predicted_call_are_all_of_its_time():
+    for blocks_per_sm, is_backward in itertools.product((1, 2), (False, True)):
+        loop = dataclasses.replace(
+            LOOP, is_backward=is_backward, slowest=1500, blocks_per_sm=blocks_per_sm
+        )
+        for device, causal in itertools.product(static_model.DEVICES.values(), (False, True)):
+            found = static_model.predict(loop, grid_of(32, causal), device)
+            assert sum(found.parts.values()) == pytest.approx(1)
+            assert 0 < found.share == found.parts["tensor"] < 1
+            assert min(found.parts.values()) >= -1e-9
+            assert (found.parts["handover"] > 0) == is_backward
+
+
+def test_slower_products_and_fuller_grids_have_a_higher_share():
+    def share(heads=33, **loop):
+        device = static_model.DEVICES["H100 x1"]
+        found = static_model.predict(dataclasses.replace(LOOP, **loop), grid_of(heads), device)
+        return found.share
+
+    # 33 heads of 16 blocks: 4 for each of 132 multiprocessors. One more head is a fifth round.
+    assert share() < share(tensor=2000) < share(tensor=4000)
+    assert share(34) == pytest.approx(share() * 34 / 33 * 4 / 5, rel=0.01)
+    assert share(slowest=5000) < share() == share(slowest=900)
+
+
+def test_blocks_go_where_a_place_gets_free():
+    makespan = static_model.makespan
+    assert makespan([3, 2, 2, 1], 2, 1) == 4
+    assert makespan([3, 3], 1, 2) == 6  # both at half the speed
+    assert makespan([1, 4, 2], 1, 2) == 7  # the third starts at 2, where 3 are left of the second
+    assert makespan([5], 4, 2) == 5 and makespan([], 4, 2) == 0
+
+
+def test_a_measured_file_takes_the_place_of_the_table(monkeypatch, capsys, tmp_path):
+    """A call that it has not got has a prediction alone."""
+    call, other = balance.CALLS[:2]
+    file, output = tmp_path / "balance.jsonl", tmp_path / "shares.jsonl"
+    records = harness.Records(file, "balance", "cpu")
+    records.add(call=str(call), repeat=4, contestant=OURS, share=0.8)
+    records.add(call=str(call), repeat=4, contestant="deterministic", share=0.1)
+    records.add(call=str(other), repeat=2, contestant=OURS, absent="HANGS")
+    one = static_model.Prediction(0.88, dict.fromkeys(sass_report.PARTS, 0.125))
+    devices = static_model.DEVICES
+    found = {(str(c), device): one for c in (call, other) for device in devices}
+    monkeypatch.setattr(sass_report, "predict_all", lambda calls: found)
+    sass_report.report_shares([call, other], file, output)
+    said = capsys.readouterr().out
+    assert re.search(
+        rf"{re.escape(str(call))} +\| 0.88 +\| 0.88 \| 0.880 +\| 0.800 .*\+10.0%", said
+    )
+    assert "Off by 10.0% (root mean square of 1 cells)" in said
+    lines = harness.read_records(output)[1]
+    assert [line["share_measured"] for line in lines].count(0.8) == 1
+    assert len(lines) == 2 * len(devices)
+
+
+def test_predicted_shares_are_near_the_measured_ones():
+    """No cell is off by more than 10%; of a call that was measured at all, both classes have one."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    try:
+        sass_report.find_nvdisasm()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    calls = [call for call in balance.CALLS if (str(call), 4) in static_model.PROXY]
+    assert len(calls) == len({name for name, _ in static_model.PROXY})
+    predicted = sass_report.predict_all(calls)
+    for (name, repeat), share in static_model.PROXY.items():
+        off = predicted[name, f"H100 x{repeat}"].share / share - 1
+        assert abs(off) < 0.1, (name, repeat, off)
 
 
 def test_mixes_are_what_they_are_called():
