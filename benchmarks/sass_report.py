@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import functools
 import itertools
 import os
@@ -59,9 +60,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import balance
 import harness
+import lowp
 import static_model
 import torch
 from harness import Cell, Preset
@@ -69,6 +72,7 @@ from static_model import DEVICES, Device, Prediction
 
 from flash_attn_sm120 import common_kernels, jit
 from flash_attn_sm120.plan import Kernel, Plan, explain, explain_backward
+from flash_attn_sm120.quantized import RECIPES
 
 # ----------------------------------------------------------------------------------------- rates
 
@@ -318,9 +322,22 @@ def find_main_loop(code: list[Instruction], sub_tiles: int) -> Runs:
 
     def runs(loop: Loop) -> Runs:
         inner = set().union(*(other.body for other in multiplying if loop.holds(other)))
-        return [(code[i], sub_tiles if i in inner else 1) for i in loop.body]
+        seldom = skipped_by_vote(code, loop)
+        return [(code[i], sub_tiles if i in inner else 1) for i in loop.body if i not in seldom]
 
     return min(map(runs, tiles), key=effort)
+
+
+def skipped_by_vote(code: list[Instruction], loop: Loop) -> set[int]:
+    """What a warp skips unless one of its lanes wants it: O is scaled where a row max rises, which
+    it does in the first tiles of a row and seldom after them."""
+    skipped: set[int] = set()
+    for i in loop.body[1:]:
+        end = code[i].target
+        votes = code[i].guard and code[i - 1].opcode == "VOTE.ANY" and end is not None
+        if votes and i < end <= loop.body[-1]:
+            skipped |= set(range(i + 1, end))
+    return skipped
 
 
 def find_paths(code: list[Instruction], loop: Loop) -> list[list[int]]:
@@ -369,9 +386,10 @@ def constants(kernel: Kernel) -> dict[str, int]:
 
 
 def forward_products(c: dict[str, int]) -> int:
-    """How many m16n8k16 a tile takes of a warp: Q K^T, then P V."""
-    scores = c["TILE_N"] // 8 * -(-c["HEAD_DIM"] // 16)
-    values = c["HEAD_DIM_V"] // 8 * (c["TILE_N"] // 16)
+    """How many m16n8k16, or of 8 bits m16n8k32, a tile takes of a warp: Q K^T, then P V."""
+    depth = 32 if c.get("Q_E4M3") else 16
+    scores = c["TILE_N"] // 8 * -(-c["HEAD_DIM"] // depth)
+    values = c["HEAD_DIM_V"] // 8 * (c["TILE_N"] // depth)
     return c["WARP_M"] // 16 * (scores + values)
 
 
@@ -545,34 +563,45 @@ def calls_of_shares(only: str) -> list[balance.Call]:
     return [call for name, call in calls.items() if re.search(only, name)]
 
 
-def plan_on(device: Device, call: balance.Call) -> Plan:
+def cell_of(call: balance.Call) -> Cell:
+    return Cell(call.preset, call.seqlen, call.causal, 1, torch.bfloat16)
+
+
+def plan_on(
+    device: Device, cell: Cell, is_backward: bool = False, kv_dtype: torch.dtype | None = None
+) -> Plan:
     """What a call gets there; the memory is never touched.
 
     A plan counts with the multiprocessors of one card of each kind. So it is asked for as many
     heads for each of these as the device has.
     """
-    preset, sms = call.preset, static_model.PLANNED_SMS[device.rows]
+    preset, sms = cell.preset, static_model.PLANNED_SMS[device.rows]
     heads_kv = max(1, preset.heads_kv * sms // device.sms)
     heads_q = heads_kv * preset.heads_q // preset.heads_kv
     scaled = Preset(heads_q, heads_kv, preset.head_dim, preset.head_dim_v)
-    shapes = Cell(scaled, call.seqlen, call.causal, 1, torch.bfloat16).shapes()[:3]
-    qkv = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
-    of_direction = explain_backward if call.is_backward else explain
-    options = {} if call.is_backward else {"num_splits": 1}
-    return of_direction(*qkv, causal=call.causal, arch=device.rows, **options)
+    shapes = dataclasses.replace(cell, preset=scaled).shapes()[:3]
+    dtypes = (cell.dtype, kv_dtype or cell.dtype, kv_dtype or cell.dtype)
+    q, k, v = (torch.empty(*x, dtype=dtype) for x, dtype in zip(shapes, dtypes, strict=True))
+    if is_backward:
+        return explain_backward(q, k, v, causal=cell.causal, arch=device.rows)
+    return explain(q, k, v, causal=cell.causal, num_splits=1, arch=device.rows)
 
 
-def predict(call: balance.Call, plan: Plan, figures: Figures, device: Device) -> Prediction:
-    c, counts = constants(plan.main), figures.counts()
+def predict(
+    cell: Cell, plan: Plan, figures: Figures, chip: str, is_backward: bool = False
+) -> Prediction:
+    c, counts, device = constants(plan.main), figures.counts(), DEVICES[chip]
     assert plan.warps
     units = plan.warps * figures.blocks_per_sm / 4 / figures.warps  # of a sub-partition
-    others = figures.cycles("PRO")
-    del others["tensor"], others["issue"]
-    is_backward = call.is_backward
+    pipes = figures.cycles(chip if chip in CHIPS else "PRO")
+    tensor = pipes.pop("tensor")
+    if device.repeat:
+        tensor = counts["tensor"] * static_model.H100_HMMA * device.repeat
+    del pipes["issue"]
     loop = static_model.Loop(
-        tensor=units * counts["tensor"] * device.hmma,
+        tensor=units * tensor,
         issue=units * (figures.issued - counts["tensor"] - counts["nop"]),
-        slowest=units * max(others.values()),
+        slowest=units * max(pipes.values()),
         sub_tiles=c["TILE_M"] // c["SUB_M"] if is_backward else c["TILE_N"] // c["SUB_N"],
         is_backward=is_backward,
         blocks_per_sm=figures.blocks_per_sm,
@@ -580,28 +609,40 @@ def predict(call: balance.Call, plan: Plan, figures: Figures, device: Device) ->
     grid = static_model.Grid(
         own=c["WARPS"] // 2 * c["WARP_N"] if is_backward else c["WARPS"] * c["WARP_M"],
         tile=c["TILE_M" if is_backward else "TILE_N"],
-        seqlen=call.seqlen,
-        causal=call.causal,
-        heads=call.preset.heads_q,
-        head_dim=call.preset.head_dim,
+        seqlen=cell.seqlen,
+        causal=cell.causal,
+        heads=cell.batch * cell.preset.heads_q,
+        head_dim=cell.preset.head_dim,
     )
     return static_model.predict(loop, grid, device)
 
 
-def predict_all(calls: list[balance.Call]) -> dict[tuple[str, str], Prediction]:
-    """By call and device."""
-    planned = {
-        (str(call), name): (call, plan_on(device, call), device)
-        for call in calls
-        for name, device in DEVICES.items()
-    }
-    kinds = {(plan.variant, device.arch): plan for _, plan, device in planned.values()}
+Planned = dict[Any, tuple[Plan, str]]  # and the device, by name
+
+
+def analyse_planned(planned: Planned) -> dict[Any, Figures]:
+    """analyse() of each plan for its device, each kernel once."""
+    kinds = {(plan.variant, DEVICES[chip].arch): plan for plan, chip in planned.values()}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(analyse, kinds.values(), [arch for _, arch in kinds])
         figures = dict(zip(kinds, found, strict=True))
+    return {key: figures[p.variant, DEVICES[chip].arch] for key, (p, chip) in planned.items()}
+
+
+def predict_all(calls: list[balance.Call]) -> dict[tuple[str, str], Prediction]:
+    """By call and device."""
+    named = {str(call): call for call in calls}
+    planned = {
+        (name, chip): (plan_on(device, cell_of(call), call.is_backward), chip)
+        for name, call in named.items()
+        for chip, device in DEVICES.items()
+    }
+    figures = analyse_planned(planned)
     return {
-        key: predict(call, plan, figures[plan.variant, device.arch], device)
-        for key, (call, plan, device) in planned.items()
+        (name, chip): predict(
+            cell_of(named[name]), plan, figures[name, chip], chip, named[name].is_backward
+        )
+        for (name, _), (plan, chip) in planned.items()
     }
 
 
@@ -666,6 +707,80 @@ def error_bar(errors: dict[str, float]) -> str:
     )
 
 
+# ---------------------------------------------------------------------------------- 8 and 4 bits
+
+E4M3 = torch.float8_e4m3fn
+PLAIN = "bf16"
+KINDS = {  # dtypes of q, and of k and v
+    PLAIN: (torch.bfloat16, torch.bfloat16),
+    "e4m3 k, v": (torch.bfloat16, E4M3),
+    "e4m3 q, k, v": (E4M3, E4M3),
+}
+CLASSES = ("GeForce", "PRO")
+LONG = 16384
+
+
+def low_cells(dtype: torch.dtype) -> list[Cell]:
+    """Those of lowp.py, and one that is long."""
+    return [*lowp.cells(dtype=dtype), *lowp.cells(((1, LONG),), dtype)]
+
+
+def step_row(kind: str, chip: str, plan: Plan, figures: Figures) -> list[object]:
+    """Per 16 queries and 64 keys of a warp."""
+    c, counts, cycles = constants(plan.main), figures.counts(), figures.cycles(chip)
+    steps = c["WARP_M"] / 16 * c["TILE_N"] / 64
+    loads = sum(n for opcode, n in figures.instructions.items() if opcode.startswith("LDSM"))
+    moves = sum(n for opcode, n in figures.instructions.items() if opcode.startswith("SHFL"))
+    issued = figures.issued - counts["nop"]
+    per_step = (issued, cycles["tensor"], cycles["mufu"], cycles["shared"], loads, moves)
+    resources = (figures.registers, figures.spill_bytes)
+    return [kind, chip, *(f"{n / steps:g}" for n in per_step), *resources, figures.variant]
+
+
+def report_low(json: Path | None) -> None:
+    """Prints what a step of each kernel takes, and how fast calls are beside bf16."""
+    planned = {
+        (kind, str(cell), chip): (cell, plan_on(DEVICES[chip], cell, False, kv_dtype), chip)
+        for kind, (dtype, kv_dtype) in KINDS.items()
+        for cell in low_cells(dtype)
+        for chip in CLASSES
+    }
+    figures = analyse_planned({key: (plan, chip) for key, (_, plan, chip) in planned.items()})
+    predicted = {
+        key: predict(cell, plan, figures[key], chip) for key, (cell, plan, chip) in planned.items()
+    }
+    rows = [
+        step_row(kind, chip, plan, figures[kind, name, chip])
+        for (kind, name, chip), (cell, plan, _) in planned.items()
+        if cell.seqlen == LONG
+    ]
+    head = ("operands", "card", "issued", "tensor", "MUFU", "shared", "LDSM", "SHFL", "registers")
+    print("\nPer 16 x 64 step of a warp, in long calls. Issued: all instructions but NOPs, without")
+    print("the block behind a vote; pipes in cycles; LDSM and SHFL: instructions.\n")
+    print(harness.markdown((*head, "spilled B", "kernel"), rows))
+    narrow = [kind for kind in KINDS if kind != PLAIN]
+    head = ("call", *(f"{kind}, {chip}" for kind in narrow for chip in CLASSES))
+    print("\nPredicted speed over bf16, without quantisation:\n")
+    print(harness.markdown(head, speed_rows(predicted, narrow)))
+    print("", *(f"{name}: absent: computed on the CPU alone" for name in RECIPES), sep="\n")
+    records = harness.Records(json, "sass_report", "cpu")
+    for (kind, name, chip), prediction in predicted.items():
+        variant = figures[kind, name, chip].variant
+        fields = {"operands": kind, "call": name, "device": chip, "variant": variant}
+        records.add(**fields, **asdict(prediction), measured=False)
+
+
+def speed_rows(
+    predicted: dict[tuple[str, str, str], Prediction], narrow: list[str]
+) -> Iterator[list[str]]:
+    for call in dict.fromkeys(name for _, name, _ in predicted):
+        plain = {chip: predicted[PLAIN, call, chip].seconds for chip in CLASSES}
+        speeds = [
+            plain[chip] / predicted[kind, call, chip].seconds for kind in narrow for chip in CLASSES
+        ]
+        yield [call, *(f"{speed:.2f}" for speed in speeds)]
+
+
 def record(records: harness.Records, figures: Figures) -> None:
     """One record for each kernel; cycles where the rates are those of its architecture."""
     fields = asdict(figures)
@@ -695,6 +810,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shares", action="store_true", help="predict shares of the peak alone")
     parser.add_argument("--proxy", type=Path, metavar="FILE", help="of balance.py, beside shares")
     parser.add_argument("--only", default="", metavar="REGEX", help="shares of calls that have it")
+    parser.add_argument("--low", action="store_true", help="kernels of 8 and 4 bits beside bf16")
     parser.add_argument("--json", type=Path, metavar="FILE.jsonl")
     args = parser.parse_args()
     if not re.fullmatch(r"sm_\d+[af]?", args.arch):
@@ -706,6 +822,9 @@ def main() -> None:
     args = parse_args()
     if args.shares or args.proxy:
         report_shares(calls_of_shares(args.only), args.proxy, args.json)
+        return
+    if args.low:
+        report_low(args.json)
         return
     compute_capability = int(re.sub(r"\D", "", args.arch))
     dims = args.head_dims or common_kernels.COMMON_HEAD_DIMS

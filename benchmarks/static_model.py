@@ -33,21 +33,21 @@ class Device:
     arch: str  # whose SASS is counted
     rows: int  # compute capability whose tile rows it takes: 121 for those of PRO-like cards
     sms: int
-    hmma: float  # cycles of an HMMA.16816.F32 in its sub-partition
+    repeat: int  # of the tensor instructions of an H100; 0: a card of 12.x, whose rates are known
     ghz: float
     gb_per_s: float  # that a plain read reaches
     l2_mb: int
 
 
-# HMMA.16816.F32 on an H100, measured: 2495 FLOP / clock / SM; repeated it takes so many times as
-# long. The clocks are those under load (H100, measured) or at which the peaks are published.
+# Cycles of HMMA.16816.F32 on an H100, measured: 2495 FLOP / clock / SM.
 H100_HMMA = 4 * 4096 / 2495
+# The clocks are those under load (H100, measured) or at which the peaks are published.
 DEVICES = {
-    "H100 x1": Device("sm_90a", 90, 132, H100_HMMA, 1.75, 3050, 50),
-    "H100 x2": Device("sm_90a", 121, 132, 2 * H100_HMMA, 1.75, 3050, 50),
-    "H100 x4": Device("sm_90a", 120, 132, 4 * H100_HMMA, 1.75, 3050, 50),
-    "GeForce": Device("sm_120f", 120, 170, 32, 2.41, 1509, 96),  # RTX 5090
-    "PRO": Device("sm_120f", 121, 188, 16, 2.62, 1535, 128),  # RTX PRO 6000
+    "H100 x1": Device("sm_90a", 90, 132, 1, 1.75, 3050, 50),
+    "H100 x2": Device("sm_90a", 121, 132, 2, 1.75, 3050, 50),
+    "H100 x4": Device("sm_90a", 120, 132, 4, 1.75, 3050, 50),
+    "GeForce": Device("sm_120f", 120, 170, 0, 2.41, 1509, 96),  # RTX 5090
+    "PRO": Device("sm_120f", 121, 188, 0, 2.62, 1535, 128),  # RTX PRO 6000
 }
 PLANNED_SMS = {90: 132, 120: 170, 121: 48}  # that a plan for a compute capability counts with
 
@@ -57,7 +57,7 @@ LATENCY = {"tensor": 35, "shared": 33, "mufu": 20}
 CHAIN = LATENCY["shared"] + 2 * LATENCY["tensor"] + LATENCY["mufu"]
 LAUNCH_S = 3e-6  # of a kernel, behind another [assumed]
 
-ENDS = 8000.0  # cycles of a block [fitted]
+ENDS = 9000.0  # cycles of a block [fitted]
 HANDOVER = 800.0  # cycles of a tile of queries [fitted]
 
 # Shares that balance.py measured on one H100 ("The balance of sm_120" in NOTES.md, S09 and S10),
@@ -139,9 +139,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A call's share of the peak, and what part of its time each cause takes."""
+    """A call's share of the peak, its time, and what part of that each cause takes."""
 
     share: float
+    seconds: float
     parts: dict[str, float]
 
 
@@ -161,7 +162,7 @@ def predict(loop: Loop, grid: Grid, device: Device) -> Prediction:
     parts["others"] = others / total
     parts["idle"] = 1 - sum(parts.values()) + parts["tensor"] - share
     parts["tensor"] = share
-    return Prediction(share, parts)
+    return Prediction(share, total / (device.ghz * 1e9), parts)
 
 
 def others_s(loop: Loop, grid: Grid, device: Device) -> float:

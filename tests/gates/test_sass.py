@@ -169,6 +169,30 @@ def test_main_loop_that_polls_an_mbarrier():
     ]
 
 
+def test_what_is_done_where_a_max_rises_is_not_counted():
+    """The code behind a vote; not what one thread does for all."""
+    code = sass_report.parse(
+        listing("""
+        .L_tile:
+        BAR.SYNC.DEFER_BLOCKING 0x0
+        HMMA.16816.F32.BF16 R4, R16, R80, RZ
+        VOTE.ANY P1, P1
+        @!P1 BRA `(.L_same)
+        FMUL R4, R4, R3
+        MUFU.EX2 R3, R3
+        .L_same:
+        @P4 BRA `(.L_asked)
+        UTMALDG.4D [UR4], [UR6]
+        .L_asked:
+        @P2 BRA `(.L_tile)
+        EXIT
+        """)
+    )
+    main = sass_report.find_main_loop(code, sub_tiles=1)
+    names = [i.opcode.split(".")[0] for i, _ in main]
+    assert names == ["BAR", "HMMA", "VOTE", "BRA", "BRA", "UTMALDG", "BRA"]
+
+
 def test_no_main_loop():
     with pytest.raises(ValueError, match="no loop"):
         sass_report.find_main_loop(sass_report.parse(listing("FADD R0, R0, R1\nEXIT")), 1)
@@ -284,14 +308,18 @@ def test_missing_nvdisasm_says_what_to_install(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def figures():
-    """Of the common kernels in bf16: those in fp16 differ in the names of the types alone. Of the
-    backward one for each of its tiles, with a mask: it has the tiles without one, too."""
+def nvdisasm():
     pytest.importorskip("cuda.bindings.nvrtc")
     try:
-        sass_report.find_nvdisasm()
+        return sass_report.find_nvdisasm()
     except RuntimeError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def figures(nvdisasm):
+    """Of the common kernels in bf16: those in fp16 differ in the names of the types alone. Of the
+    backward one for each of its tiles, with a mask: it has the tiles without one, too."""
     forward = [p for p in common_kernels.common_plans(120) if "_bf16_" in p.variant]
     plans = common_kernels.backward_plans(120, ((64, 64), (128, 128), (192, 128), (256, 256)))
     backward = [p for p in plans if re.search("_bf16_.*_right", p.main.variant)]
@@ -343,6 +371,41 @@ def test_backward_leaves_other_pipes_room(backward_figures, chip):
         tensor, runner_up, *_ = f.cycles(chip).values()
         head_dim = int(re.search(r"_d(\d+)", f.variant)[1])
         assert runner_up / tensor <= (0.5 if head_dim <= 128 else 0.65), f.cycles(chip)
+
+
+def test_eight_bit_loops(nvdisasm):
+    """Of D 128: at most 400 instructions for 16 x 64 scores, and no shuffle on the way to O."""
+    kind = "e4m3 q, k, v"
+    dtype, kv_dtype = sass_report.KINDS[kind]
+    cell = sass_report.lowp.cells(((1, sass_report.LONG),), dtype)[3]
+    for chip in sass_report.CLASSES:
+        plan = sass_report.plan_on(sass_report.DEVICES[chip], cell, False, kv_dtype)
+        figures = sass_report.analyse(plan, "sm_120f")
+        assert figures.counts()["tensor"] == figures.products == 64 and not figures.spill_bytes
+        row = sass_report.step_row(kind, chip, plan, figures)
+        issued, tensor, shuffles = float(row[2]), float(row[3]), float(row[7])
+        assert issued + figures.counts()["nop"] <= 400 and shuffles == 0 and tensor == 1024
+
+
+def test_report_of_eight_bits(nvdisasm, monkeypatch, capsys, tmp_path):
+    """A row for each kernel, and for each call how fast it is beside bf16."""
+    monkeypatch.setattr(sass_report, "LONG", 1024)
+    cells = sass_report.lowp.cells
+    monkeypatch.setattr(
+        sass_report.lowp, "cells", lambda sizes=(), dtype=None: cells(sizes, dtype)[:1]
+    )
+    monkeypatch.setattr(sass_report.jit, "build", builds.build)
+    path = tmp_path / "low.jsonl"
+    sass_report.report_low(path)
+    said = capsys.readouterr().out
+    for kind in sass_report.KINDS:
+        assert len(re.findall(rf"^\| {kind} +\| (GeForce|PRO) +\| \d", said, re.M)) == 2
+    speeds = re.search(r"^\| 16/16 heads, D 64, B 1, S 1024 \|(.*)\|$", said, re.M)[1].split("|")
+    assert len(speeds) == 4 and float(speeds[2]) > float(speeds[0])
+    records = sass_report.harness.read_records(path)[1]
+    assert {(r["operands"], r["device"]) for r in records} == set(
+        itertools.product(sass_report.KINDS, sass_report.CLASSES)
+    )
 
 
 def test_json_lines(figures, tmp_path):

@@ -27,6 +27,7 @@ import dropout  # noqa: E402
 import forward  # noqa: E402
 import grid  # noqa: E402
 import harness  # noqa: E402
+import lowp  # noqa: E402
 import mods  # noqa: E402
 import overhead  # noqa: E402
 import paged  # noqa: E402
@@ -379,7 +380,7 @@ def test_a_measured_file_takes_the_place_of_the_table(monkeypatch, capsys, tmp_p
     records.add(call=str(call), repeat=4, contestant=OURS, share=0.8)
     records.add(call=str(call), repeat=4, contestant="deterministic", share=0.1)
     records.add(call=str(other), repeat=2, contestant=OURS, absent="HANGS")
-    one = static_model.Prediction(0.88, dict.fromkeys(sass_report.PARTS, 0.125))
+    one = static_model.Prediction(0.88, 1e-3, dict.fromkeys(sass_report.PARTS, 0.125))
     devices = static_model.DEVICES
     found = {(str(c), device): one for c in (call, other) for device in devices}
     monkeypatch.setattr(sass_report, "predict_all", lambda calls: found)
@@ -720,6 +721,55 @@ def test_a_run_of_some_cells_without_the_peer(monkeypatch, capsys, module, only,
     said = capsys.readouterr().out
     rows = re.findall(r"^\| (?:for|back)ward +\| 16 +\| (.+?) +\|", said, re.M)
     assert list(dict.fromkeys(rows)) == named and "--peers none" in said
+
+
+def test_a_dry_run_of_eight_bits(monkeypatch, capsys, tmp_path):
+    """A recipe without a kernel is absent, any other error of it ends the run."""
+    attend = lowp.quantized_attention
+
+    def no_kernel(*tensors, **options):
+        if tensors[3] == "nvfp4":
+            raise RuntimeError("recipe 'nvfp4' needs compute capability 12.0")
+        return attend(*tensors, **options)
+
+    monkeypatch.setattr(lowp, "quantized_attention", no_kernel)
+    file = tmp_path / "records.jsonl"
+    argv = ("--seqlens", "96", "--only", "D 64, B 1")
+    run(monkeypatch, lowp, *argv, "--output", str(file))
+    _, *records = map(json.loads, file.read_text().splitlines())
+    assert len(records) == 2 * len(lowp.NAMES)
+    assert {r["contestant"] for r in records if "absent" in r} == {"nvfp4", "nvfp4" + lowp.NARROW}
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^\| 64 +\| 1 \| 96 ", said, re.M)) == 2 and "needs compute" in said
+    monkeypatch.setattr(lowp, "quantized_attention", exhausted)
+    run(monkeypatch, lowp, *argv)
+    assert f"absent in 2 cells: int8_fp8: {SHORT}" in capsys.readouterr().out
+
+    def broken(*_, **__):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(lowp, "quantized_attention", broken)
+    with pytest.raises(RuntimeError, match="illegal"):
+        run(monkeypatch, lowp, *argv)
+
+
+def test_cells_of_eight_bits():
+    """Every combination of both batches, three lengths, two head dims, full and causal, once."""
+    names = {str(cell) for cell in lowp.cells()}
+    assert len(names) == len(lowp.cells()) == 2 * 3 * 2 * 2
+    assert "16/16 heads, D 64, B 1, S 512 causal" in names
+
+
+@pytest.mark.parametrize("name", lowp.NAMES)
+def test_a_wrong_result_of_eight_bits_is_found(name):
+    problem = lowp.cells(((1, 80),))[1].problem("cpu")
+    check = lowp.Check(problem)
+    contestant = next(c for c in lowp.contestants(problem) if c.name == name)
+    out = contestant.call()
+    check(name, out)
+    out[0, check.rows[3], 15] = out[0, check.rows[4], 15] * 3
+    with pytest.raises(harness.WrongResult, match="head 15"):
+        check(name, out)
 
 
 def test_accuracy_has_a_row_for_each_recipe_and_case(tmp_path, capsys):
