@@ -137,11 +137,15 @@ CALLS = (
 # ----------------------------------------------------------------------------------------- plans
 
 
-def plan_of(call: Call, problem: Problem, deterministic: bool = False) -> Plan:
+def plan_of(
+    call: Call, problem: Problem, deterministic: bool = False, arch: int | None = None
+) -> Plan:
+    """On the device of the problem, or on one of compute capability `arch`."""
     qkv = problem.q, problem.k, problem.v
+    options: dict[str, Any] = {"causal": call.causal, "arch": arch}
     if call.is_backward:
-        return explain_backward(*qkv, causal=call.causal, deterministic=deterministic)
-    return explain(*qkv, causal=call.causal)
+        return explain_backward(*qkv, **options, deterministic=deterministic)
+    return explain(*qkv, **options)
 
 
 def compile_all(plans: Iterable[Plan], say: Callable[[str], None]) -> dict[str, str]:
@@ -274,13 +278,15 @@ class Tile(NamedTuple):
     plan: Plan
 
 
-def tiles_of(call: Call, problem: Problem, rows: Iterable[tuple[str, tuple]]) -> dict[str, Tile]:
+def tiles_of(
+    call: Call, problem: Problem, rows: Iterable[tuple[str, tuple]], arch: int | None = None
+) -> dict[str, Tile]:
     """Those that serve the call and fit, by the variant that it gets from each."""
     found: dict[str, Tile] = {}
     for label, row in rows:
         try:
             call.use_tiles([row])
-            plan = plan_of(call, problem)
+            plan = plan_of(call, problem, arch=arch)
         except ValueError:  # a tile that no kernel has
             continue
         finally:
@@ -290,12 +296,15 @@ def tiles_of(call: Call, problem: Problem, rows: Iterable[tuple[str, tuple]]) ->
     return found
 
 
-def first_tiles(call: Call, problem: Problem) -> dict[str, Tile]:
+def first_tiles(call: Call, problem: Problem, arch: int | None = None) -> dict[str, Tile]:
     """What is tried first: every tile of the backward; of the forward those fed by cp.async."""
-    return tiles_of(call, problem, (backward_rows if call.is_backward else forward_rows)(call))
+    rows = (backward_rows if call.is_backward else forward_rows)(call)
+    return tiles_of(call, problem, rows, arch)
 
 
-def fed_otherwise(call: Call, problem: Problem, tiles: Iterable[Tile]) -> dict[str, Tile]:
+def fed_otherwise(
+    call: Call, problem: Problem, tiles: Iterable[Tile], arch: int | None = None
+) -> dict[str, Tile]:
     """Tiles of the forward with K and V brought by the TMA, in every way."""
     rows = []
     for label, row, _ in tiles:
@@ -303,7 +312,7 @@ def fed_otherwise(call: Call, problem: Problem, tiles: Iterable[Tile]) -> dict[s
         for name, feed in tune_tiles.FEEDS.items():
             fed = tuned_tiles.as_tuple(fields | feed)
             rows.append((f"{label.split()[0]} {name}", fed))
-    return tiles_of(call, problem, rows)
+    return tiles_of(call, problem, rows, arch)
 
 
 def forward_rows(call: Call) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -663,7 +663,7 @@ def report_shares(calls: list[balance.Call], file: Path | None, json: Path | Non
     errors: dict[str, float] = {}
     rows = []
     for call in map(str, calls):
-        row = [call, *(f"{predicted[call, chip].share:.2f}" for chip in ("GeForce", "PRO"))]
+        row = [call, *(f"{predicted[call, chip].share:.2f}" for chip in CLASSES)]
         for repeat in (4, 2, 1):
             share, found = predicted[call, f"H100 x{repeat}"].share, measured.get((call, repeat))
             row += [f"{share:.3f}", f"{found:.3f}" if found else ""]
@@ -683,6 +683,8 @@ def report_shares(calls: list[balance.Call], file: Path | None, json: Path | Non
         records.add(call=name, device=device, **fields)
 
 
+CLASSES = ("GeForce", "PRO")
+BEST = 3  # tiles that are named
 PARTS = ("tensor", "issue", "latency", "handover", "pipes", "ends", "idle", "others")
 
 
@@ -690,8 +692,41 @@ def part_rows(
     calls: list[balance.Call], predicted: dict[tuple[str, str], Prediction]
 ) -> Iterator[list[str]]:
     for call in map(str, calls):
-        both = [predicted[call, chip].parts for chip in ("GeForce", "PRO")]
+        both = [predicted[call, chip].parts for chip in CLASSES]
         yield [call, *(each_chip(f"{parts[name]:.3f}" for parts in both) for name in PARTS)]
+
+
+def report_tiles(calls: list[balance.Call]) -> None:
+    """Prints what the model says of every tile that is fed by cp.async, beside the plan's own: by
+    which way K and V come changes no more than a few issue slots. It tells how blocks fill a card;
+    of tiles a few percent apart a measurement has to decide."""
+    groups: dict[tuple, list[balance.Call]] = {}
+    for call in calls:
+        groups.setdefault((call.is_backward, call.preset, call.causal), []).append(call)
+    rows = []
+    for group in groups.values():
+        q, k, v = (torch.empty(*x, dtype=torch.bfloat16) for x in cell_of(group[0]).shapes()[:3])
+        problem = harness.Problem(q, k, v, group[0].causal)
+        tiles = balance.first_tiles(group[0], problem, arch=120)
+        figures = analyse_planned({name: (tile.plan, "PRO") for name, tile in tiles.items()})
+        for call, chip in itertools.product(group, CLASSES):
+            own = plan_on(DEVICES[chip], cell_of(call), call.is_backward)
+            shares = {
+                tile.label.split()[0]: predict(
+                    cell_of(call), tile.plan, figures[name], chip, call.is_backward
+                ).share
+                for name, tile in tiles.items()
+                if figures[name].counts()["spills"] <= figures[name].issued // 100
+            }
+            of_own = predict(
+                cell_of(call), own, analyse(own, DEVICES[chip].arch), chip, call.is_backward
+            ).share
+            best = sorted(shares, key=lambda name: -shares[name])[:BEST]
+            named = "; ".join(f"{name}: {shares[name]:.3f}" for name in best)
+            rows.append([str(call), chip, str(own.variant), f"{of_own:.3f}", named])
+    head = ("call", "card", "the plan's", "share", "the best")
+    print("\nPredicted share of the mma.sync peak by tile, fields as in csrc/tiles.h:\n")
+    print(harness.markdown(head, rows))
 
 
 def error_bar(errors: dict[str, float]) -> str:
@@ -716,7 +751,6 @@ KINDS = {  # dtypes of q, and of k and v
     "e4m3 k, v": (torch.bfloat16, E4M3),
     "e4m3 q, k, v": (E4M3, E4M3),
 }
-CLASSES = ("GeForce", "PRO")
 LONG = 16384
 
 
@@ -810,6 +844,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--shares", action="store_true", help="predict shares of the peak alone")
     parser.add_argument("--proxy", type=Path, metavar="FILE", help="of balance.py, beside shares")
     parser.add_argument("--only", default="", metavar="REGEX", help="shares of calls that have it")
+    parser.add_argument("--tiles", action="store_true", help="every tile's share in these calls")
     parser.add_argument("--low", action="store_true", help="kernels of 8 and 4 bits beside bf16")
     parser.add_argument("--json", type=Path, metavar="FILE.jsonl")
     args = parser.parse_args()
@@ -822,6 +857,9 @@ def main() -> None:
     args = parse_args()
     if args.shares or args.proxy:
         report_shares(calls_of_shares(args.only), args.proxy, args.json)
+        return
+    if args.tiles:
+        report_tiles(calls_of_shares(args.only))
         return
     if args.low:
         report_low(args.json)

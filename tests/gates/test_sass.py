@@ -387,6 +387,25 @@ def test_eight_bit_loops(nvdisasm):
         assert issued + figures.counts()["nop"] <= 400 and shuffles == 0 and tensor == 1024
 
 
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_report_of_tiles(nvdisasm, monkeypatch, capsys, is_backward):
+    """The plan's own and the best of all, of each call on both cards."""
+    few = {"tile_n": (64,), "sub_n": (64,), "warps": (4, 8), "warp_m": (16,), "stages": (3,)}
+    few_backward = {"warps": (8,), "warp_n": (32,), "tile_m": (128,), "sub_m": (32, 64)}
+    balance = sass_report.balance
+    monkeypatch.setattr(balance.tune_tiles, "CHOICES", few)
+    monkeypatch.setattr(balance.tune_tiles, "BACKWARD_CHOICES", few_backward | {"stages": (1,)})
+    monkeypatch.setattr(sass_report.jit, "build", builds.build)
+    preset = sass_report.Preset(16, 16, 64)
+    calls = [balance.Call(preset, seqlen, False, is_backward, {}) for seqlen in (1024, 8192)]
+    sass_report.report_tiles(calls)
+    said = capsys.readouterr().out
+    for call, chip in itertools.product(calls, sass_report.CLASSES):
+        row = re.search(rf"^\| {call} +\| {chip} +\| \w+ +\| 0\.\d+ +\|(.*)\|$", said, re.M)
+        shares = [float(tile.split(": ")[1]) for tile in row[1].split(";")]
+        assert shares == sorted(shares, reverse=True) and len(shares) == 2
+
+
 def test_report_of_eight_bits(nvdisasm, monkeypatch, capsys, tmp_path):
     """A row for each kernel, and for each call how fast it is beside bf16."""
     monkeypatch.setattr(sass_report, "LONG", 1024)

@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import functools
 import itertools
 import json
 import re
@@ -315,19 +314,15 @@ def test_a_process_that_breaks_costs_its_tile_alone(monkeypatch, capsys):
         balance.measured_at(4, args, None)
 
 
-def test_tiles_of_the_balance_are_those_of_its_kernels(monkeypatch):
+def test_tiles_of_the_balance_are_those_of_its_kernels():
     """A candidate is found by the plan that it leads to; the plan's own is among them."""
-    explain = functools.partial(flash_attn_sm120.explain, arch=120)
-    explain_backward = functools.partial(flash_attn_sm120.explain_backward, arch=120)
-    monkeypatch.setattr(balance, "explain", explain)
-    monkeypatch.setattr(balance, "explain_backward", explain_backward)
     for call in balance.CALLS[4:13:4]:
         problem = call.problem("cpu")
-        tiles = balance.first_tiles(call, problem)
-        own = balance.plan_of(call, problem)
+        tiles = balance.first_tiles(call, problem, arch=120)
+        own = balance.plan_of(call, problem, arch=120)
         every = tiles
         if not call.is_backward:
-            every = tiles | balance.fed_otherwise(call, problem, tiles.values())
+            every = tiles | balance.fed_otherwise(call, problem, tiles.values(), arch=120)
         assert own.variant in every and len(tiles) > 10
         assert "tiles.c" in own.reasons["tile"]
 
