@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import re
 import statistics
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import backward
+import grid
 import harness
 import torch
 from harness import OURS, Cell, Preset, Problem
@@ -50,7 +52,8 @@ from flash_attn_sm120 import (
 from flash_attn_sm120.mma_peak import MmaPeak
 from flash_attn_sm120.plan import Plan
 from flash_attn_sm120.tune import candidates as tune_tiles
-from flash_attn_sm120.tune import grid, trial
+from flash_attn_sm120.tune import grid as tune_grid
+from flash_attn_sm120.tune import trial
 
 PEAK, DETERMINISTIC = "mma.sync peak", "deterministic"
 LIKE = {1: "as it is", 2: "PRO-like", 4: "GeForce-like"}
@@ -82,14 +85,20 @@ class Call:
     causal: bool
     is_backward: bool
     wanted: dict[int, float]
+    batch: int = 1
 
     def __str__(self) -> str:
         p = self.preset
         dims = f"{p.head_dim}" if p.head_dim_v is None else f"{p.head_dim},{p.head_dim_v}"
+        batch = f"B {self.batch}, " if self.batch > 1 else ""
         return (
             f"{'backward' if self.is_backward else 'forward'} D {dims}, {p.heads_q}/{p.heads_kv}, "
-            f"S {self.seqlen} {'causal' if self.causal else 'full'}"
+            f"{batch}S {self.seqlen} {'causal' if self.causal else 'full'}"
         )
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.preset, self.seqlen, self.causal, self.batch, torch.bfloat16)
 
     @property
     def head_dims(self) -> tuple[int, int]:
@@ -103,7 +112,7 @@ class Call:
     def problem(self, device: str) -> Problem:
         """On the emulator a small one, which takes the same path."""
         if device != "emulator":
-            return Cell(self.preset, self.seqlen, self.causal, 1, torch.bfloat16).problem(device)
+            return self.cell.problem(device)
         from emulator import EmulatedTensor
 
         preset = Preset(1, 1, *self.head_dims)
@@ -132,6 +141,13 @@ CALLS = (
     *_pairs(Preset(16, 4, 256), (4096,), True, {4: 0.86, 2: 0.72}, {4: 0.83, 2: 0.70}),
     *_pairs(Preset(16, 4, 192), (4096,), True, {4: 0.86, 2: 0.72}, {4: 0.83, 2: 0.70}),
 )
+
+
+def calls_of_grid(name: str) -> Iterator[Call]:
+    """Those of a grid of forward.py and backward.py, in both directions; no share is asked."""
+    cells = [cell for part in grid.GRIDS[name] for cell in part.cells()]
+    for is_backward, cell in itertools.product((False, True), cells):
+        yield Call(cell.preset, cell.seqlen, cell.causal, is_backward, {}, cell.batch)
 
 
 # ----------------------------------------------------------------------------------------- plans
@@ -317,7 +333,7 @@ def fed_otherwise(
 
 def forward_rows(call: Call) -> Iterator[tuple[str, tuple[int, ...]]]:
     """As `tune` tries them."""
-    cell = grid.Cell(*call.head_dims, True, grid.BUCKETS[-1])
+    cell = tune_grid.Cell(*call.head_dims, True, tune_grid.BUCKETS[-1])
     anything = dict.fromkeys(_C.tile_fields(), tuned_tiles.ANY) | tune_tiles.CP_ASYNC
     of_all = dict.fromkeys(("arch", "mask_right", "mask_left"), tuned_tiles.ANY)
     for row in tune_tiles.candidate_rows(cell, anything, 120, tune_tiles.CHOICES):
@@ -558,6 +574,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", nargs="+", type=int, choices=LIKE, default=[4, 2])
     parser.add_argument("--only", default="", metavar="REGEX", help="calls whose name has it")
+    parser.add_argument("--grid", choices=grid.GRIDS, help="its calls, and not those of the table")
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--forward", action="store_true", help="calls of the forward alone")
     direction.add_argument("--backward", action="store_true", help="of the backward alone")
@@ -570,7 +587,7 @@ def parse() -> argparse.Namespace:
     harness.require_device("cuda" if args.device == "cuda" else "cpu")
     args.calls = [
         call
-        for call in CALLS
+        for call in (calls_of_grid(args.grid) if args.grid else CALLS)
         if re.search(args.only, str(call))
         and not (args.forward if call.is_backward else args.backward)
     ]

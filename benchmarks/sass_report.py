@@ -563,10 +563,6 @@ def calls_of_shares(only: str) -> list[balance.Call]:
     return [call for name, call in calls.items() if re.search(only, name)]
 
 
-def cell_of(call: balance.Call) -> Cell:
-    return Cell(call.preset, call.seqlen, call.causal, 1, torch.bfloat16)
-
-
 def plan_on(
     device: Device, cell: Cell, is_backward: bool = False, kv_dtype: torch.dtype | None = None
 ) -> Plan:
@@ -633,14 +629,14 @@ def predict_all(calls: list[balance.Call]) -> dict[tuple[str, str], Prediction]:
     """By call and device."""
     named = {str(call): call for call in calls}
     planned = {
-        (name, chip): (plan_on(device, cell_of(call), call.is_backward), chip)
+        (name, chip): (plan_on(device, call.cell, call.is_backward), chip)
         for name, call in named.items()
         for chip, device in DEVICES.items()
     }
     figures = analyse_planned(planned)
     return {
         (name, chip): predict(
-            cell_of(named[name]), plan, figures[name, chip], chip, named[name].is_backward
+            named[name].cell, plan, figures[name, chip], chip, named[name].is_backward
         )
         for (name, _), (plan, chip) in planned.items()
     }
@@ -705,21 +701,21 @@ def report_tiles(calls: list[balance.Call]) -> None:
         groups.setdefault((call.is_backward, call.preset, call.causal), []).append(call)
     rows = []
     for group in groups.values():
-        q, k, v = (torch.empty(*x, dtype=torch.bfloat16) for x in cell_of(group[0]).shapes()[:3])
+        q, k, v = (torch.empty(*x, dtype=torch.bfloat16) for x in group[0].cell.shapes()[:3])
         problem = harness.Problem(q, k, v, group[0].causal)
         tiles = balance.first_tiles(group[0], problem, arch=120)
         figures = analyse_planned({name: (tile.plan, "PRO") for name, tile in tiles.items()})
         for call, chip in itertools.product(group, CLASSES):
-            own = plan_on(DEVICES[chip], cell_of(call), call.is_backward)
+            own = plan_on(DEVICES[chip], call.cell, call.is_backward)
             shares = {
                 tile.label.split()[0]: predict(
-                    cell_of(call), tile.plan, figures[name], chip, call.is_backward
+                    call.cell, tile.plan, figures[name], chip, call.is_backward
                 ).share
                 for name, tile in tiles.items()
                 if figures[name].counts()["spills"] <= figures[name].issued // 100
             }
             of_own = predict(
-                cell_of(call), own, analyse(own, DEVICES[chip].arch), chip, call.is_backward
+                call.cell, own, analyse(own, DEVICES[chip].arch), chip, call.is_backward
             ).share
             best = sorted(shares, key=lambda name: -shares[name])[:BEST]
             named = "; ".join(f"{name}: {shares[name]:.3f}" for name in best)

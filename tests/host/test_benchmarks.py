@@ -250,6 +250,14 @@ def test_a_dry_run_of_the_balance(monkeypatch, capsys, tmp_path, direction):
     assert "0.90" in row
 
 
+def test_calls_of_a_grid_are_measured_in_both_directions(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["balance.py", "--device", "cpu", "--grid", "fa4-only"])
+    names = [str(call) for call in balance.parse().calls]
+    assert len(names) == 12 and "backward D 256,128, 32/32, B 2, S 2048 causal" in names
+    (call,) = (c for c in balance.calls_of_grid("qwen3") if "forward" in str(c) and c.batch == 8)
+    assert call.cell.shapes()[1] == (8, 256, 8, 128)
+
+
 def sweep(call, stopped=None):
     """The records of its tiles, run on the emulator in this process, and what it has begun."""
     if EMULATOR.missing:
