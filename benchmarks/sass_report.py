@@ -734,7 +734,8 @@ def error_bar(errors: dict[str, float]) -> str:
     return (
         f"Off by {root:.1%} (root mean square of {len(errors)} cells), at most by "
         f"{errors[worst]:+.1%} ({worst}). ENDS and HANDOVER of static_model.py are fitted to such "
-        "cells: a card whose memory or barriers differ from an H100's may be further off."
+        "cells; of others it says how far off they are. A card whose memory or barriers differ "
+        "from an H100's may be further off."
     )
 
 
