@@ -299,7 +299,8 @@ def measure(problem: Problem, args: argparse.Namespace) -> dict[str, dict]:
         }
         for name, timing in timings.items()
     }
-    harness.add_wall_times(fields, entrants, args)
+    if args.wall:
+        harness.add_wall_times(fields, entrants, args.device, args.rounds)
     return fields | harness.absent_fields(absent | exhausted | without)
 
 

@@ -8,7 +8,6 @@ Hopper: wgmma, another class), over model shapes, sequence lengths and causal or
 
 from __future__ import annotations
 
-import argparse
 import functools
 
 import grid
@@ -56,15 +55,18 @@ def beside_d128(measured: list[dict[str, dict]]) -> str:
     return harness.markdown((*grid.LABEL, "ours/ours at d128"), rows) if rows else ""
 
 
-def measure(problem: Problem, args: argparse.Namespace) -> dict[str, dict]:
+def measure(
+    problem: Problem, device: str, rounds: int | None, graph: bool = False, wall: bool = False
+) -> dict[str, dict]:
     """What the records of a cell say of each contestant."""
     check = functools.partial(harness.check_forward, problem)
     out = problem.q.new_empty(problem.out_shape)
     entrants, absent = harness.admit(contestants(problem), check, [out])
-    timings, exhausted = harness.time_interleaved(entrants, args.device, args.rounds, args.graph)
+    timings, exhausted = harness.time_interleaved(entrants, device, rounds, graph)
     flops = harness.forward_flops(problem)
     fields = {name: harness.timing_fields(timing, flops) for name, timing in timings.items()}
-    harness.add_wall_times(fields, entrants, args)
+    if wall:
+        harness.add_wall_times(fields, entrants, device, rounds)
     return fields | harness.absent_fields(absent | exhausted)
 
 
@@ -72,7 +74,9 @@ def measure(problem: Problem, args: argparse.Namespace) -> dict[str, dict]:
 def main() -> None:
     args = grid.parse(grid.make_parser(__doc__, "shapes"))
     records = harness.Records(args.output, "forward", args.device)
-    measured = functools.partial(measure, args=args)
+    measured = functools.partial(
+        measure, device=args.device, rounds=args.rounds, graph=args.graph, wall=args.wall
+    )
     found = harness.measure_cells(args.cells, measured, NAMES, records, args.device)
     grid.report("Forward", args, records.header, found, NAMES)
     if beside := beside_d128(found):

@@ -410,19 +410,19 @@ def time_interleaved(
 
 
 def add_wall_times(
-    fields: dict[str, dict], contestants: Iterable[Timed], args: argparse.Namespace
+    fields: dict[str, dict], contestants: Iterable[Timed], device: str, rounds: int | None = None
 ) -> None:
-    """Adds to what the records say, with `--wall`: how long it is from the call to the end of its
-    work, for a caller who waits for the result. The device is idle before, and the L2 warm."""
-    timed = [contestant for contestant in contestants if args.wall and contestant.name in fields]
+    """Adds to what the records say: how long it is from the call to the end of its work, for a
+    caller who waits for the result. The device is idle before, and the L2 warm."""
+    timed = [contestant for contestant in contestants if contestant.name in fields]
     samples: dict[str, list[float]] = {contestant.name: [] for contestant in timed}
-    for _ in range(args.rounds or ROUNDS[1]):
+    for _ in range(rounds or ROUNDS[1]):
         for contestant in timed:
             with contestant.context():
-                synchronize(args.device)
+                synchronize(device)
                 begin = time.perf_counter()
                 contestant.call()
-                synchronize(args.device)
+                synchronize(device)
                 samples[contestant.name].append(time.perf_counter() - begin)
     for name, own in samples.items():
         fields[name]["wall_ms"] = statistics.median(own) * 1e3
