@@ -48,7 +48,6 @@ ERRORS = {OURS: 0.003, EIGHT_BITS: 0.055} | {
 
 def cells(
     sizes: Iterable[tuple[int, int]] = tuple(itertools.product(BATCHES, SEQLENS)),
-    dtype: torch.dtype = torch.bfloat16,
 ) -> list[Cell]:
     """Of (batch, seqlen), each with both head dims, full and causal."""
     return [
@@ -57,7 +56,7 @@ def cells(
             seqlen,
             causal,
             batch,
-            dtype,
+            torch.bfloat16,
             fields={"head_dim": head_dim, "batch": batch, "seqlen": seqlen, "causal": causal},
         )
         for head_dim, causal, (batch, seqlen) in itertools.product((64, 128), (False, True), sizes)

@@ -56,7 +56,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -743,17 +743,25 @@ def error_bar(errors: dict[str, float]) -> str:
 
 E4M3 = torch.float8_e4m3fn
 PLAIN = "bf16"
-KINDS = {  # dtypes of q, and of k and v
-    PLAIN: (torch.bfloat16, torch.bfloat16),
-    "e4m3 k, v": (torch.bfloat16, E4M3),
-    "e4m3 q, k, v": (E4M3, E4M3),
+
+
+def of_dtypes(q: torch.dtype, kv: torch.dtype) -> Callable[[Device, Cell], Plan]:
+    return lambda device, cell: plan_on(device, dataclasses.replace(cell, dtype=q), kv_dtype=kv)
+
+
+# What is multiplied, and the plan of a call. A recipe of quantised attention is a row, too, by its
+# name, once it has a kernel.
+KINDS = {
+    PLAIN: of_dtypes(torch.bfloat16, torch.bfloat16),
+    "e4m3 k, v": of_dtypes(torch.bfloat16, E4M3),
+    "e4m3 q, k, v": of_dtypes(E4M3, E4M3),
 }
 LONG = 16384
 
 
-def low_cells(dtype: torch.dtype) -> list[Cell]:
+def low_cells() -> list[Cell]:
     """Those of lowp.py, and one that is long."""
-    return [*lowp.cells(dtype=dtype), *lowp.cells(((1, LONG),), dtype)]
+    return [*lowp.cells(), *lowp.cells(((1, LONG),))]
 
 
 def step_row(kind: str, chip: str, plan: Plan, figures: Figures) -> list[object]:
@@ -771,9 +779,9 @@ def step_row(kind: str, chip: str, plan: Plan, figures: Figures) -> list[object]
 def report_low(json: Path | None) -> None:
     """Prints what a step of each kernel takes, and how fast calls are beside bf16."""
     planned = {
-        (kind, str(cell), chip): (cell, plan_on(DEVICES[chip], cell, False, kv_dtype), chip)
-        for kind, (dtype, kv_dtype) in KINDS.items()
-        for cell in low_cells(dtype)
+        (kind, str(cell), chip): (cell, plan_of_kind(DEVICES[chip], cell), chip)
+        for kind, plan_of_kind in KINDS.items()
+        for cell in low_cells()
         for chip in CLASSES
     }
     figures = analyse_planned({key: (plan, chip) for key, (_, plan, chip) in planned.items()})
@@ -793,7 +801,8 @@ def report_low(json: Path | None) -> None:
     head = ("call", *(f"{kind}, {chip}" for kind in narrow for chip in CLASSES))
     print("\nPredicted speed over bf16, without quantisation:\n")
     print(harness.markdown(head, speed_rows(predicted, narrow)))
-    print("", *(f"{name}: absent: computed on the CPU alone" for name in RECIPES), sep="\n")
+    without = [name for name in RECIPES if name not in KINDS]
+    print("", *(f"{name}: absent: computed on the CPU alone" for name in without), sep="\n")
     records = harness.Records(json, "sass_report", "cpu")
     for (kind, name, chip), prediction in predicted.items():
         variant = figures[kind, name, chip].variant

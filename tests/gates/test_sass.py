@@ -376,10 +376,9 @@ def test_backward_leaves_other_pipes_room(backward_figures, chip):
 def test_eight_bit_loops(nvdisasm):
     """Of D 128: at most 400 instructions for 16 x 64 scores, and no shuffle on the way to O."""
     kind = "e4m3 q, k, v"
-    dtype, kv_dtype = sass_report.KINDS[kind]
-    cell = sass_report.lowp.cells(((1, sass_report.LONG),), dtype)[3]
+    cell = sass_report.lowp.cells(((1, sass_report.LONG),))[3]
     for chip in sass_report.CLASSES:
-        plan = sass_report.plan_on(sass_report.DEVICES[chip], cell, False, kv_dtype)
+        plan = sass_report.KINDS[kind](sass_report.DEVICES[chip], cell)
         figures = sass_report.analyse(plan, "sm_120f")
         assert figures.counts()["tensor"] == figures.products == 64 and not figures.spill_bytes
         row = sass_report.step_row(kind, chip, plan, figures)
@@ -410,9 +409,7 @@ def test_report_of_eight_bits(nvdisasm, monkeypatch, capsys, tmp_path):
     """A row for each kernel, and for each call how fast it is beside bf16."""
     monkeypatch.setattr(sass_report, "LONG", 1024)
     cells = sass_report.lowp.cells
-    monkeypatch.setattr(
-        sass_report.lowp, "cells", lambda sizes=(), dtype=None: cells(sizes, dtype)[:1]
-    )
+    monkeypatch.setattr(sass_report.lowp, "cells", lambda sizes=(): cells(sizes)[:1])
     monkeypatch.setattr(sass_report.jit, "build", builds.build)
     path = tmp_path / "low.jsonl"
     sass_report.report_low(path)
