@@ -48,7 +48,8 @@ def attend(
     tensors = {name: x for name, x in tensors.items() if x is not None}
     for name, hint in _NOT_BESIDE.items():
         if name in tensors:
-            beside = "a mod" if score_mod or mask_mod else "block_sparse_tensors"
+            has_mod = score_mod or mask_mod or "key_blocks" not in options
+            beside = "a mod" if has_mod else "block_sparse_tensors"
             raise NotImplementedError(f"{function} with {name} and {beside} is not supported{hint}")
     given = (q, k, v, learnable_sink, *tensors.values())
     ops.check_tensors("a mod is given", q, k, v, learnable_sink, **tensors)
