@@ -139,7 +139,7 @@ def backward(
     if "key_blocks" in options and not bias_gradient:
         from flash_attn_sm120.mods import operators
 
-        call: Any = dout, dlse, out, lse, q, k, v, learnable_sink, by_name(lengths), options
+        call: Any = dout, dlse, q, k, v, learnable_sink, out, lse, by_name(lengths), options
         return tuple(operators.backward({}, *call)[0])
     op = VARLEN_BACKWARD if len(lengths) >= len(LENGTHS) else BACKWARD
     if bias_gradient:

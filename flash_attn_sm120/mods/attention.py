@@ -242,7 +242,7 @@ class _Attention(Function):
         tensors, options, joint, called = ctx.call
         wants = ctx.needs_input_grad[4:]
         dout = torch.zeros_like(out) if dout is None else dout
-        given = dout, dlse, out, lse, q, k, v, sink
+        given = dout, dlse, q, k, v, sink, out, lse
         # A gradient that is to be differentiated again comes from the operator, which refuses.
         if torch.is_grad_enabled() or is_followed(q, k, v, sink, dout, dlse):
             captured = joint["score_mod"][1] if "score_mod" in joint else ()
@@ -266,7 +266,7 @@ class _Attention(Function):
 
 
 def run_backward(
-    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, sink: Any,
+    dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, out: Any, lse: Any,
     options: dict[str, Any], joint: dict[str, Translated], wanted: Sequence[bool],
 ) -> tuple[Any, list[Any]]:  # fmt: skip
     """``((dq, dk, dv, dsink), gradients of what score_mod captured)``, straight from C."""

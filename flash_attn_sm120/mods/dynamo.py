@@ -22,8 +22,8 @@ from flash_attn_sm120.mods.trace import COORDS
 
 # The end of a body: coords are score, b, h, q_idx, kv_idx; score and seen what the mods return.
 ops.LIBRARY.define(
-    f"mods_body({operators._TENSORS}, Tensor[] coords, Tensor? score, Tensor? seen, *, "
-    f"{operators._CALL}) -> (Tensor out, Tensor lse)"
+    f"mods_body({operators.TENSORS}, Tensor[] coords, Tensor? score, Tensor? seen, *, "
+    f"{operators.CALL}) -> (Tensor out, Tensor lse)"
 )
 _END: Any = getattr(torch.ops, ops.NAMESPACE).mods_body.default
 

@@ -23,18 +23,19 @@ from flash_attn_sm120.imports import when_imported
 # In this order: q, k, v, sink; four lists of tensors; lengths, slopes, seed, some of them None.
 _GIVEN = 4
 _LISTS = ("score_captured", "mask_captured", "key_blocks", "query_blocks")
-_TENSORS = (
-    f"{ops._INPUTS}{''.join(f', Tensor[] {name}' for name in _LISTS)}"
+_OTHERS = (
+    f"{''.join(f', Tensor[] {name}' for name in _LISTS)}"
     f"{''.join(f', Tensor? {name}' for name in (*ops.LENGTHS, ops.SLOPES, ops.SEED))}"
 )
+TENSORS = f"{ops._INPUTS}{_OTHERS}"
 # Blocks have so many queries and keys, first those of key_blocks.
 _MODS = 'str score_mod="", str mask_mod="", SymInt[] block_sizes=[]'
-_CALL = f"{_MODS}, {ops._BOUNDS}, {ops._OPTIONS}"
+CALL = f"{_MODS}, {ops._BOUNDS}, {ops._OPTIONS}"
 
-ops.LIBRARY.define(f"mods_forward({_TENSORS}, *, {_CALL}) -> (Tensor out, Tensor lse)")
+ops.LIBRARY.define(f"mods_forward({TENSORS}, *, {CALL}) -> (Tensor out, Tensor lse)")
 ops.LIBRARY.define(
-    f"mods_backward(Tensor dout, Tensor? dlse, Tensor out, Tensor lse, {_TENSORS}, *, "
-    f"bool[] wanted, {_CALL}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink, Tensor[] captured)"
+    f"mods_backward(Tensor dout, Tensor? dlse, {ops._INPUTS}, Tensor out, Tensor lse{_OTHERS}, *, "
+    f"bool[] wanted, {CALL}) -> (Tensor dq, Tensor dk, Tensor dv, Tensor dsink, Tensor[] captured)"
 )
 FORWARD = getattr(torch.ops, ops.NAMESPACE).mods_forward.default
 BACKWARD = getattr(torch.ops, ops.NAMESPACE).mods_backward.default
@@ -61,12 +62,12 @@ def backward(
     mods: dict[str, Callable[..., Any]],
     dout: Any,
     dlse: Any,
-    out: Any,
-    lse: Any,
     q: Any,
     k: Any,
     v: Any,
     sink: Any,
+    out: Any,
+    lse: Any,
     tensors: dict[str, Any],
     options: dict[str, Any],
     captured: Any = (),
@@ -82,7 +83,7 @@ def backward(
     lists, options = _arguments(mods, q, options)
     wanted_ids = [id(x) for x, w in zip(captured, wanted, strict=True) if w]
     *gradients, found = BACKWARD(
-        *(dout, dlse, out, lse, q, k, v, sink, *lists, *lengths_in_order(tensors)),
+        *(dout, dlse, q, k, v, sink, out, lse, *lists, *lengths_in_order(tensors)),
         wanted=[id(x) in wanted_ids for x in lists[0]],
         **options,
     )
@@ -157,7 +158,7 @@ def _forward(
     mods = _by_mod(score_mod, score_captured, mask_mod, mask_captured)
     tensors = by_name(lengths)
     options = with_blocks(ops.from_schema(**schema), key_blocks, query_blocks, block_sizes)
-    if mods and q.device.type == "cpu":
+    if mods and q.__dlpack_device__()[0] == 1:  # the CPU
         from flash_attn_sm120.mods import reference
 
         return reference.attend(q, k, v, sink, _graphs(mods), tensors, options)
@@ -167,7 +168,7 @@ def _forward(
 
 
 def _backward(
-    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, sink: Any,
+    dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, out: Any, lse: Any,
     score_captured: Any, mask_captured: Any, key_blocks: Any, query_blocks: Any, *lengths: Any,
     wanted: Any, score_mod: str = "", mask_mod: str = "", block_sizes: Any = (), **schema: Any,
 ) -> Any:  # fmt: skip
@@ -175,7 +176,7 @@ def _backward(
     mods = _by_mod(score_mod, learned, mask_mod, mask_captured)
     tensors = by_name(lengths)
     options = with_blocks(ops.from_schema(**schema), key_blocks, query_blocks, block_sizes)
-    if mods and q.device.type == "cpu":
+    if mods and q.__dlpack_device__()[0] == 1:  # the CPU
         gradients = _by_autograd(dout, dlse, q, k, v, sink, learned, mods, tensors, options)
     else:
         from flash_attn_sm120.mods.attention import run_backward
@@ -186,7 +187,7 @@ def _backward(
             options["deterministic"] = True
         options.update(tensors)
         translated = _translated(mods, gradient=True)
-        gradients = run_backward(dout, dlse, out, lse, q, k, v, sink, options, translated, wanted)
+        gradients = run_backward(dout, dlse, q, k, v, sink, out, lse, options, translated, wanted)
     (dq, dk, dv, dsink), of_captured = gradients
     return (
         *(dq, dk, dv, ops._no_sink(q) if dsink is None else dsink),
@@ -263,7 +264,7 @@ def _fake_forward(q: Any, k: Any, v: Any, sink: Any, *others: Any, **options: An
 
 
 def _fake_backward(
-    dout: Any, dlse: Any, out: Any, lse: Any, q: Any, k: Any, v: Any, sink: Any, captured: Any,
+    dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, out: Any, lse: Any, captured: Any,
     *_: Any, wanted: Any, **__: Any,
 ) -> Any:  # fmt: skip
     gradients = ops._fake_backward(dout, dlse, q, k, v, sink)
@@ -314,9 +315,10 @@ class _Attention(Function):
         counts, options = ctx.call
         wants = ctx.needs_input_grad[3:]
         learned = slice(_GIVEN, _GIVEN + counts[0])
+        nested = _nested(tensors, _GIVEN, counts)
         *gradients, of_captured = BACKWARD(
             torch.zeros_like(out) if dout is None else dout,
-            *(dlse, out, lse, *_nested(tensors, _GIVEN, counts)),
+            *(dlse, *nested[:_GIVEN], out, lse, *nested[_GIVEN:]),
             wanted=list(wants[learned]),
             **options,
         )
@@ -342,7 +344,7 @@ def _record_forward(keyset: Any, *tensors: Any, **options: Any) -> Any:
 
 
 def _record_backward(keyset: Any, *tensors: Any, **options: Any) -> Any:
-    start = 2 * _GIVEN  # after dout, dlse, out, lse
+    start = _GIVEN + 4  # with dout, dlse, out, lse
     flat, counts = _flat(tensors, start)
 
     def below(*tensors: Any) -> Any:
@@ -352,7 +354,7 @@ def _record_backward(keyset: Any, *tensors: Any, **options: Any) -> Any:
 
     with autograd._one_level():
         results = autograd._record_gradients(below, *flat)
-    return *results[:_GIVEN], list(results[_GIVEN:])
+    return *results[:4], list(results[4:])  # dq, dk, dv, dsink
 
 
 # Function's own apply() asks first, in Python, for what the dispatcher has answered.
@@ -397,9 +399,9 @@ def _register_flops() -> None:
     def forward(q: Any, k: Any, v: Any, sink: Any, *others: Any, **options: Any) -> Any:
         return ops.forward_flops(q, k, v, sink, *others[len(_LISTS) :], **options)
 
-    def backward(dout: Any, dlse: Any, out: Any, lse: Any, *tensors: Any, **options: Any) -> Any:
-        given, lengths = tensors[:_GIVEN], tensors[_GIVEN + len(_LISTS) :]
-        return ops.backward_flops(dout, dlse, *given, out, lse, *lengths, **options)
+    def backward(*tensors: Any, **options: Any) -> Any:
+        given, lengths = tensors[: _GIVEN + 4], tensors[_GIVEN + 4 + len(_LISTS) :]
+        return ops.backward_flops(*given, *lengths, **options)
 
     register_flop_formula(FORWARD.overloadpacket)(forward)
     register_flop_formula(BACKWARD.overloadpacket)(backward)
