@@ -7,6 +7,7 @@ captures, and the tensors of the lists. The backward has the gradients of what a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -97,6 +98,11 @@ def _arguments(
     mods: dict[str, Callable[..., Any]], q: Any, options: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
     """The operators' four lists of tensors, and their options."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if tensor is not None and isinstance(q, tensor.DTensor):
+        raise NotImplementedError(
+            "mods and block_sparse_tensors take no DTensor yet: call them with to_local() of each"
+        )
     programs = {}
     if mods:
         from flash_attn_sm120.mods.program import program_of
