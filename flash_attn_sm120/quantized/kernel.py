@@ -1,0 +1,162 @@
+"""What a call of kernels/quantized_forward.cu is launched with, as far as no device is needed."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_attn_sm120.quantized.layout import Quantized
+from flash_attn_sm120.quantized.quantize import rotate
+
+KERNEL = "quantized_forward"
+THREADS = 128
+TILE_M, TILE_N = 64, 64  # queries of a block, keys of a step
+_FORMATS = {"16bit": 0, "int8": 1, "fp8": 2, "mxfp8": 3, "nvfp4": 4}  # enum quantized_format
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum fa_dtype
+
+
+class Strides(ctypes.Structure):
+    """``fa_strides``, in bytes."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "seqlen", "head")]
+
+
+class Parameters(ctypes.Structure):
+    """``fa_quantized_params`` of kernels/quantized_block.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "q_scale", "k_scale", "v_scale")),
+        *((name, ctypes.c_void_p) for name in ("q_head_scale", "k_head_scale", "v_head_scale")),
+        *((name, ctypes.c_void_p) for name in ("k_mean", "v_mean", "out", "lse")),
+        *((name, Strides) for name in ("q_stride", "k_stride", "v_stride")),
+        *((name, ctypes.c_int) for name in ("batch", "heads_q", "heads_kv")),
+        *((name, ctypes.c_int) for name in ("seqlen_q", "seqlen_k", "window_left")),
+        ("window_right", ctypes.c_int),
+        ("softmax_scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+class Launch(NamedTuple):
+    """One launch, and what it reads and writes."""
+
+    name: str  # of the variant
+    options: tuple[str, ...]
+    blocks: int
+    shared_bytes: int
+    parameters: Parameters
+    tensors: tuple[Tensor, ...]  # whose memory the parameters point to
+
+
+class Target(NamedTuple):
+    """What of a device decides about variants."""
+
+    transposes_bytes: bool  # ldmatrix of 12.x
+    mx_e4m3: bool  # GeForce-like: block-scaled products of e4m3 take half as long
+
+
+def prepare(
+    q: Quantized,
+    k: Quantized,
+    v: Quantized,
+    options: dict[str, Any],
+    out: Tensor,
+    lse: Tensor | None,
+    target: Target,
+) -> Launch:
+    """The launch that computes checked operands, with at least one row of ``out``."""
+    q_data, k_data, v_data = (_readable(x.data) for x in (q, k, v))
+    needs_mean = k.mean is not None and (lse is not None or options["softcap"])
+    k_mean = rotate(k.mean, k.rotation) if k.mean is not None and needs_mean else None
+    named = {
+        "q": q_data, "k": k_data, "v": v_data,
+        "q_scale": q.scale, "k_scale": k.scale, "v_scale": v.scale,
+        "q_head_scale": q.head_scale, "k_head_scale": k.head_scale, "v_head_scale": v.head_scale,
+        "k_mean": k_mean, "v_mean": v.mean, "out": out, "lse": lse,
+    }  # fmt: skip
+    tensors = {
+        name: x if name in ("q", "k", "v") else x.contiguous()
+        for name, x in named.items()
+        if x is not None
+    }
+    left, right = _window(options, q.seqlen, k.seqlen)
+    parameters = Parameters(
+        **{name: x.data_ptr() for name, x in tensors.items()},
+        q_stride=_strides(q_data, q),
+        k_stride=_strides(k_data, k),
+        v_stride=_strides(v_data, v),
+        batch=q.batch,
+        heads_q=q.heads,
+        heads_kv=k.heads,
+        seqlen_q=q.seqlen,
+        seqlen_k=k.seqlen,
+        window_left=left,
+        window_right=right,
+        softmax_scale=options["softmax_scale"],
+        softcap=options["softcap"],
+    )
+    shared = shared_bytes(q.format, v.format, q.head_dim, v.head_dim)
+    constants = {
+        "QK_FORMAT": _FORMATS[q.format],
+        "PV_FORMAT": _FORMATS[v.format],
+        "HEAD_DIM": q.head_dim,
+        "HEAD_DIM_V": v.head_dim,
+        "DTYPE": _DTYPES[v.dtype if v.format == "16bit" else torch.bfloat16],
+        "OUT_DTYPE": _DTYPES[out.dtype],
+        "SOFTCAP": int(options["softcap"] > 0),
+        "MX_E4M3": int(target.mx_e4m3 and "fp8" in (q.format, v.format)),
+        "TRANSPOSES_BYTES": int(target.transposes_bytes),
+        "SMEM_BYTES": shared,
+    }
+    return Launch(
+        "_".join([KERNEL, *map(str, constants.values())]),
+        tuple(f"-D{name}={value}" for name, value in constants.items()),
+        -(-q.seqlen // TILE_M) * q.heads * q.batch,
+        shared,
+        parameters,
+        tuple(tensors.values()),
+    )
+
+
+def shared_bytes(qk: str, pv: str, head_dim: int, head_dim_v: int) -> int:
+    """Two stages of K and V, or the rows of O in fp32 on their way out."""
+    k = TILE_N * _padded(head_dim // 2 if qk == "nvfp4" else head_dim, 32)
+    if pv == "nvfp4":
+        v = _padded(head_dim_v, 64) * TILE_N // 2
+    else:
+        v = TILE_N * _padded(head_dim_v if pv == "fp8" else 2 * head_dim_v, 32)
+    return max(2 * (k + v), TILE_M * head_dim_v * 4)
+
+
+def _padded(size: int, to: int) -> int:
+    return -(-size // to) * to
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Rows in place where they are contiguous and begin at chunks of 16 bytes, as cp.async wants
+    them, or of 8, where a row of a contiguous tensor may."""
+    size, row = x.element_size(), x.shape[3] * x.element_size()
+    chunk = 16 if row % 16 == 0 else 8
+    aligned = x.data_ptr() % chunk == 0 and all(step * size % chunk == 0 for step in x.stride()[:3])
+    return x if aligned and x.stride(3) == 1 else x.contiguous()
+
+
+def _strides(data: Tensor, x: Quantized) -> Strides:
+    """Of V in 4 bits, (batch, heads, dim, tokens), rows are dims."""
+    batch, row, head = data.stride()[:3]
+    if x.operand == "v" and x.format == "nvfp4":
+        row, head = head, row
+    return Strides(*(step * data.element_size() for step in (batch, row, head)))
+
+
+def _window(options: dict[str, Any], seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+    """Keys before and after the diagonal, within what an int holds."""
+    left, right = options["window_size"]
+    right = 0 if options["causal"] else right
+    if left is not None and right is not None and left + right < 0:
+        left, right = None, 0 if options["causal"] else None  # as everywhere: no window
+    most = seqlen_q + seqlen_k
+    return tuple(most if x is None else max(-most, min(x, most)) for x in (left, right))  # type: ignore[return-value]
