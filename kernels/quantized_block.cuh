@@ -66,20 +66,26 @@ struct quantized_block {
     {
         return begin(row) <= key && key < end(row);
     }
-    /* Of `rows` rows from `row` on: whether all see the whole tile, and whether any sees a key. */
-    __device__ __forceinline__ bool see_all(int row, int rows, int key) const
+    /* Whether any row of this warp sees a key of the tile. */
+    __device__ __forceinline__ bool warp_sees(int tile) const
     {
-        return begin(row + rows - 1) <= key && key + TILE_N <= end(row);
-    }
-    __device__ __forceinline__ bool see_any(int row, int rows, int key) const
-    {
-        return begin(row) < key + TILE_N && key < end(row + rows - 1);
+        return begin(warp_row()) < (tile + 1) * TILE_N &&
+               tile * TILE_N < end(warp_row() + WARP_M - 1);
     }
     __device__ __forceinline__ int first_tile() const { return begin(first_row) / TILE_N; }
     __device__ __forceinline__ int end_tile() const
     {
         const int last_row = min(first_row + TILE_M, params.seqlen_q) - 1;
         return (max(end(last_row), 0) + TILE_N - 1) / TILE_N;
+    }
+    /* Every row sees all keys of the tiles between these. */
+    __device__ __forceinline__ int first_whole_tile() const
+    {
+        return (begin(first_row + TILE_M - 1) + TILE_N - 1) / TILE_N;
+    }
+    __device__ __forceinline__ int end_whole_tile() const
+    {
+        return max(end(first_row), 0) / TILE_N;
     }
 
     /* Of a tensor [batch, heads, ...], or of one number for each head: the number of this one. */

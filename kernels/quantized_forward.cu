@@ -121,9 +121,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 {
     extern __shared__ __align__(128) char smem[];
     const quantized_block block(params);
-    const quantized_ring ring(block, smem);
     const int end = block.end_tile();
+    const int whole_begin = block.first_whole_tile(), whole_end = block.end_whole_tile();
     int tile = block.first_tile();
+    quantized_ring ring(block, smem, tile);
     if (tile < end)
         ring.copy(tile);
 
@@ -156,19 +157,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
             ring.copy(tile + 1);
             next_K_scales.load(block, tile + 1);
         }
-        const int key = tile * TILE_N;
-        if (!block.see_all(block.first_row, TILE_M, key))
-            take_nonfinite(O_rmem, ring.V_tile(tile), block, key);
-        if (block.see_any(block.warp_row(), WARP_M, key)) {
+        const bool is_whole = whole_begin <= tile && tile < whole_end;
+        if (!is_whole)
+            take_nonfinite(O_rmem, ring.V_tile(tile), block, tile * TILE_N);
+        if (is_whole || block.warp_sees(tile)) {
             float S_rmem[S_FRAGS][4];
             value_scales V_scales; /* needed last */
             weights P;
             V_scales.load(block, tile);
             scores(S_rmem, Q_rmem, ring.K_tile(tile) + K_lane_offset(), Q_scales, K_scales);
-            if (block.see_all(block.warp_row(), WARP_M, key))
-                weigh<false>(P, S_rmem, O_rmem, rows, factor, K_scales, block, key);
+            if (is_whole)
+                weigh<false>(P, S_rmem, O_rmem, rows, factor, K_scales, block, tile * TILE_N);
             else
-                weigh<true>(P, S_rmem, O_rmem, rows, factor, K_scales, block, key);
+                weigh<true>(P, S_rmem, O_rmem, rows, factor, K_scales, block, tile * TILE_N);
             add_values(O_rmem, P, ring.V_tile(tile) + V_lane_offset(), V_scales);
         }
         K_scales = next_K_scales;

@@ -11,43 +11,54 @@ constexpr int STAGE_BYTES = K_layout::BYTES + V_layout::BYTES;
 using K_place = copy_place<K_layout, THREADS>;
 using V_place = copy_place<V_layout, THREADS>;
 
-/* Copies this thread's share of rows of ROW_BYTES bytes, which chunk 0 of row 0 begins; has(row)
- * says which exist. Rows of e2m1 may begin between chunks. */
+/* Copies this thread's share of rows of ROW_BYTES bytes, from its first chunk on; has(r, byte) says
+ * which exist, r rows from its first one. Rows of e2m1 may begin between chunks. */
 template <int ROW_BYTES, class layout, class F>
 __device__ __forceinline__ void copy_rows(unsigned smem, const char *gmem, fa_int64 stride,
                                           const copy_place<layout, THREADS> &place, F has)
 {
     constexpr int COPY = ROW_BYTES % FA_CHUNK_BYTES == 0 ? 16 : 8;
-    gmem += place.row * stride;
     place.each([&](int r, int c, unsigned offset) {
 #pragma unroll
         for (int part = 0; part < FA_CHUNK_BYTES; part += COPY) {
-            const int byte = (place.col + c) * FA_CHUNK_BYTES + part;
-            const bool exists = has(place.row + r, byte) && byte < ROW_BYTES;
-            const char *from = exists ? gmem + r * stride + byte : gmem;
+            const int byte = c * FA_CHUNK_BYTES + part; /* from the first chunk on */
+            const int in_row = place.col * FA_CHUNK_BYTES + byte;
+            const bool pads = ROW_BYTES % STEP_BYTES != 0 && in_row >= ROW_BYTES;
+            const int bytes = has(r, in_row) && !pads ? COPY : 0;
             if (COPY == 16)
-                cp_async_16(smem + offset + part, from, exists ? 16 : 0);
+                cp_async_16(smem + offset, gmem + r * stride + byte, bytes);
             else
-                cp_async_8(smem + offset + part, from, exists ? 8 : 0);
+                cp_async_8(smem + offset + part, gmem + r * stride + byte, bytes);
         }
     });
 }
 
 struct quantized_ring {
     const quantized_block &block;
-    const char *K_gmem, *V_gmem; /* of this head */
+    const char *K_gmem, *V_gmem; /* this thread's first chunks of the tile that is copied next */
     unsigned smem;
 
-    __device__ __forceinline__ quantized_ring(const quantized_block &block, const void *begin)
+    __device__ __forceinline__ quantized_ring(const quantized_block &block, const void *begin,
+                                              int tile)
         : block(block), smem(smem_address(begin))
     {
         const fa_quantized_params &params = block.params;
+        const K_place K;
+        const V_place V;
+        const fa_int64 key = static_cast<fa_int64>(tile) * TILE_N;
         K_gmem = static_cast<const char *>(params.k) + block.batch * params.k_stride.batch +
-                 block.head_kv * params.k_stride.head;
+                 block.head_kv * params.k_stride.head + (key + K.row) * params.k_stride.seqlen +
+                 K.col * FA_CHUNK_BYTES;
         V_gmem = static_cast<const char *>(params.v) + block.batch * params.v_stride.batch +
-                 block.head_kv * params.v_stride.head;
+                 block.head_kv * params.v_stride.head + V.row * params.v_stride.seqlen +
+                 key / TILE_N * V_step() + V.col * FA_CHUNK_BYTES;
     }
 
+    /* From tile to tile of V: in e2m1 rows are dims. */
+    __device__ __forceinline__ fa_int64 V_step() const
+    {
+        return IS_V_NVFP4 ? V_BYTES : TILE_N * block.params.v_stride.seqlen;
+    }
     __device__ __forceinline__ unsigned K_tile(int tile) const
     {
         return smem + tile % STAGES * STAGE_BYTES;
@@ -57,23 +68,23 @@ struct quantized_ring {
         return K_tile(tile) + K_layout::BYTES;
     }
 
-    /* Starts the copies of this thread's share of a tile. */
-    __device__ __forceinline__ void copy(int tile) const
+    /* Starts the copies of this thread's share of the next tile, which is this one. */
+    __device__ __forceinline__ void copy(int tile)
     {
         const fa_quantized_params &params = block.params;
-        const fa_int64 first = static_cast<fa_int64>(tile) * TILE_N;
         const int keys = params.seqlen_k - tile * TILE_N;
-        const auto is_key = [&](int row, int) { return row < keys; };
-        copy_rows<QK_BYTES>(K_tile(tile), K_gmem + first * params.k_stride.seqlen,
-                            params.k_stride.seqlen, K_place(), is_key);
-        if (IS_V_NVFP4) /* rows are dims, and tokens come in 32s */
-            copy_rows<V_BYTES>(
-                V_tile(tile), V_gmem + first / 2, params.v_stride.seqlen, V_place(),
-                [&](int row, int byte) { return row < HEAD_DIM_V && 2 * byte < keys; });
-        else
-            copy_rows<V_BYTES>(V_tile(tile), V_gmem + first * params.v_stride.seqlen,
-                               params.v_stride.seqlen, V_place(), is_key);
+        const K_place K;
+        const V_place V;
+        copy_rows<QK_BYTES>(K_tile(tile), K_gmem, params.k_stride.seqlen, K,
+                            [&](int r, int) { return r < keys - K.row; });
+        copy_rows<V_BYTES>(V_tile(tile), V_gmem, params.v_stride.seqlen, V, [&](int r, int byte) {
+            if (IS_V_NVFP4) /* tokens come in 32s */
+                return (HEAD_DIM_V % 64 == 0 || V.row + r < HEAD_DIM_V) && 2 * byte < keys;
+            return r < keys - V.row;
+        });
         cp_async_commit();
+        K_gmem += TILE_N * params.k_stride.seqlen;
+        V_gmem += V_step();
     }
 };
 
