@@ -147,24 +147,26 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     for (int half = 0; half < 2; half++)
         rows.shift[half] = SOFTCAP ? shift[half] * of_query * scale * cap : 0.0f;
 
+    key_scale_source K_scale_source(block, tile);
+    value_scale_source V_scale_source(block, tile);
     key_scales K_scales, next_K_scales;
     if (tile < end)
-        K_scales.load(block, tile);
+        K_scale_source.load(K_scales, block, params.seqlen_k - tile * TILE_N);
     for (; tile < end; tile++) {
         cp_async_wait<0>();
         __syncthreads(); /* the tile has come, and the other stage is free */
         if (tile + 1 < end) {
             ring.copy(tile + 1);
-            next_K_scales.load(block, tile + 1);
+            K_scale_source.load(next_K_scales, block, params.seqlen_k - (tile + 1) * TILE_N);
         }
+        value_scales V_scales;
+        V_scale_source.load(V_scales, params.seqlen_k - tile * TILE_N);
         const bool is_whole = whole_begin <= tile && tile < whole_end;
         if (!is_whole)
             take_nonfinite(O_rmem, ring.V_tile(tile), block, tile * TILE_N);
         if (is_whole || block.warp_sees(tile)) {
             float S_rmem[S_FRAGS][4];
-            value_scales V_scales; /* needed last */
             weights P;
-            V_scales.load(block, tile);
             scores(S_rmem, Q_rmem, ring.K_tile(tile) + K_lane_offset(), Q_scales, K_scales);
             if (is_whole)
                 weigh<false>(P, S_rmem, O_rmem, rows, factor, K_scales, block, tile * TILE_N);

@@ -56,10 +56,9 @@ template <int END, int I = 0, class F> __device__ __forceinline__ void static_fo
 /* ---- scales ---------------------------------------------------------------------------------- */
 
 /* Four scales of a row, from 4 * word on; those behind the last are 0. */
-__device__ __forceinline__ unsigned load_scale_word(const void *scales, fa_int64 row, int word)
+__device__ __forceinline__ unsigned load_scale_word(const unsigned char *row, int word)
 {
-    const unsigned char *first =
-        static_cast<const unsigned char *>(scales) + row * SCALES + 4 * word;
+    const unsigned char *first = row + 4 * word;
     if (SCALES % 4 == 0)
         return *reinterpret_cast<const unsigned *>(first);
     unsigned x = 0;
@@ -82,7 +81,8 @@ struct query_scales {
         for (int i = 0; i < ceil_div(SCALE_WORDS, 2); i++) {
             const int word = 2 * i + quad_lane() / 2;
             const bool exists = IS_QK_SCALED && row < block.params.seqlen_q && word < SCALE_WORDS;
-            words[i] = exists ? load_scale_word(block.params.q_scale, block.query(row), word) : 0;
+            const unsigned char *scales = static_cast<const unsigned char *>(block.params.q_scale);
+            words[i] = exists ? load_scale_word(scales + block.query(row) * SCALES, word) : 0;
         }
     }
 };
@@ -92,26 +92,47 @@ struct query_scales {
 struct key_scales {
     unsigned words[SCALE_WORDS][2];
     float factor; /* in int8 */
+};
 
-    __device__ __forceinline__ void load(const quantized_block &block, int tile)
+/* Where this lane's are, from tile to tile. */
+struct key_scale_source {
+    const void *next;
+    int key[2]; /* of the tile */
+
+    __device__ __forceinline__ key_scale_source(const quantized_block &block, int tile)
     {
-        if (QK_FORMAT == FORMAT_INT8) {
-            const int tiles = ceil_div(block.params.seqlen_k, TILE_N);
-            factor = ld_global(static_cast<const float *>(block.params.k_scale) +
-                               block.key_head() * tiles + tile);
-        }
-        if (!IS_QK_SCALED)
-            return;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int j = 4 * half + quad_lane();
-            const int key = tile * TILE_N + 8 * j + (quad_row() ^ j % 2 * SWAP);
+            key[half] = 8 * j + (quad_row() ^ j % 2 * SWAP);
+        }
+        const fa_int64 first = block.key(tile * TILE_N + key[0]);
+        const fa_int64 number = block.key_head() * ceil_div(block.params.seqlen_k, TILE_N) + tile;
+        next = QK_FORMAT == FORMAT_INT8
+                   ? static_cast<const void *>(static_cast<const float *>(block.params.k_scale) +
+                                               number)
+                   : static_cast<const unsigned char *>(block.params.k_scale) + first * SCALES;
+    }
+
+    /* The next tile, of so many keys or more. */
+    __device__ __forceinline__ void load(key_scales &scales, const quantized_block &block, int keys)
+    {
+        if (QK_FORMAT == FORMAT_INT8) {
+            const float *factor = static_cast<const float *>(next);
+            scales.factor = ld_global(factor);
+            next = factor + 1;
+        }
+        if (!IS_QK_SCALED)
+            return;
+        const unsigned char *first = static_cast<const unsigned char *>(next);
+        const fa_int64 step = static_cast<fa_int64>(block.params.heads_kv) * (32 * SCALES);
+#pragma unroll
+        for (int half = 0; half < 2; half++)
 #pragma unroll
             for (int w = 0; w < SCALE_WORDS; w++)
-                words[w][half] = key < block.params.seqlen_k
-                                     ? load_scale_word(block.params.k_scale, block.key(key), w)
-                                     : 0;
-        }
+                scales.words[w][half] =
+                    key[half] < keys ? load_scale_word(first + half * step, w) : 0;
+        next = first + 2 * step;
     }
 };
 

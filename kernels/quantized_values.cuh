@@ -34,31 +34,51 @@ using V_layout = tile_layout<V_BYTES, V_ROWS, STEP_BYTES, unsigned char>;
  * t / 2 = n % 2: a word has the four groups of a tile. */
 struct value_scales {
     unsigned words[ceil_div(O_FRAGS, 2)];
+};
 
-    __device__ __forceinline__ void load(const quantized_block &block, int tile)
+/* Where this lane's are, from tile to tile. */
+struct value_scale_source {
+    const unsigned short *row; /* pairs of groups, of 32 tokens */
+    int pairs;                 /* of a row */
+    int first_dim;
+
+    __device__ __forceinline__ value_scale_source(const quantized_block &block, int tile)
     {
         if (!IS_V_NVFP4)
             return;
-        const int seqlen = block.params.seqlen_k, pairs = ceil_div(seqlen, 32); /* of groups */
-        const unsigned short *scales = static_cast<const unsigned short *>(block.params.v_scale) +
-                                       block.key_head() * HEAD_DIM_V * pairs + 2 * tile;
-        /* Groups without a token may hold anything: tokens 0 to 3 of 8 are in the first of two. */
+        first_dim = 16 * (quad_lane() / 2) + quad_row() + 8 * (quad_lane() % 2);
+        pairs = ceil_div(block.params.seqlen_k, 32);
+        row = static_cast<const unsigned short *>(block.params.v_scale) +
+              (block.key_head() * HEAD_DIM_V + first_dim) * pairs + 2 * tile;
+    }
+
+    /* The next tile, of so many tokens or more. Groups without a token may hold anything: tokens 0
+     * to 3 of 8 are in the first of two. */
+    __device__ __forceinline__ void load(value_scales &scales, int tokens)
+    {
+        if (!IS_V_NVFP4)
+            return;
+        const bool is_aligned = pairs % 2 == 0;
+#pragma unroll
+        for (int i = 0; i < ceil_div(O_FRAGS, 2); i++) {
+            const unsigned short *from = row + 32 * i * static_cast<fa_int64>(pairs);
+            unsigned x = 0;
+            if (HEAD_DIM_V % 32 == 0 || first_dim + 32 * i < HEAD_DIM_V)
+                x = is_aligned    ? *reinterpret_cast<const unsigned *>(from)
+                    : tokens > 32 ? from[0] | from[1] << 16
+                                  : from[0];
+            scales.words[i] = x;
+        }
+        row += 2;
+        if (tokens >= TILE_N)
+            return;
         unsigned known = 0;
 #pragma unroll
         for (int i = 0; i < 4; i++)
-            known |= (tile * TILE_N + 32 * (i / 2) + 4 * (i % 2) < seqlen ? 0xff : 0) << 8 * i;
+            known |= (32 * (i / 2) + 4 * (i % 2) < tokens ? 0xff : 0) << 8 * i;
 #pragma unroll
-        for (int i = 0; i < ceil_div(O_FRAGS, 2); i++) {
-            const int dim = 16 * (2 * i + quad_lane() / 2) + quad_row() + 8 * (quad_lane() % 2);
-            unsigned x = 0;
-            if (dim < HEAD_DIM_V) {
-                const unsigned short *row = scales + static_cast<fa_int64>(dim) * pairs;
-                x = row[0];
-                if (2 * tile + 1 < pairs)
-                    x |= row[1] << 16;
-            }
-            words[i] = x & known;
-        }
+        for (int i = 0; i < ceil_div(O_FRAGS, 2); i++)
+            scales.words[i] &= known;
     }
 };
 
@@ -109,40 +129,9 @@ struct weights {
     unsigned scales[2];            /* in e2m1: of the groups of 16 stored keys */
 };
 
-/* Four groups of each half, 16 keys that two lanes have, are divided by a sixth of their largest.
- * The scales of a query are then in its first lane, where the mma looks for them. */
-__device__ __forceinline__ void round_to_e2m1(weights &P, const float (&P_rmem)[S_FRAGS][4])
-{
-    float scale[4]; /* [half][group / 2] */
-#pragma unroll
-    for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int word = 0; word < 2; word++) {
-            float x[8], largest = 0.0f;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {
-                x[i] = P_rmem[4 * word + i / 2][2 * half + i % 2];
-                largest = fmaxf(largest, x[i]);
-            }
-            largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
-            const float inverse = largest > 0.0f ? __fdividef(6.0f, largest) : 0.0f;
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                x[i] *= inverse;
-            P.words[0][half][word] = pack_e2m1(x);
-            scale[2 * half + word] = largest * (P_REST / 6.0f);
-        }
-    const unsigned own = pack_e4m3(scale), other = __shfl_xor_sync(0xffffffff, own, 2);
-    P.scales[0] = __byte_perm(own, other, 0x5140);
-    P.scales[1] = __byte_perm(own, other, 0x7362);
-}
-
+/* In e4m3 and 16 bits; that in e2m1 is part of the exponentials. */
 __device__ __forceinline__ void round_weights(weights &P, const float (&P_rmem)[S_FRAGS][4])
 {
-    if constexpr (IS_V_NVFP4) {
-        round_to_e2m1(P, P_rmem);
-        return;
-    }
 #pragma unroll
     for (int step = 0; step < P_STEPS; step++)
 #pragma unroll

@@ -42,7 +42,7 @@ def attend(
     index = device.index or 0
     with torch.cuda.device(index):
         launch = kernel.prepare(q, k, v, options, out, lse, target_of(index))
-        loaded = _loaded(launch.name, launch.options, launch.shared_bytes, index)
+        loaded = _loaded(launch.variant, index)
         loaded((launch.blocks, 1), kernel.THREADS, launch.parameters)
     return out, lse
 
@@ -91,6 +91,6 @@ def target_of(index: int) -> kernel.Target:
 
 
 @functools.cache
-def _loaded(name: str, options: tuple[str, ...], shared_bytes: int, index: int) -> LoadedKernel:
+def _loaded(variant: kernel.Variant, index: int) -> LoadedKernel:
     """On the current device, which is ``index``."""
-    return LoadedKernel(kernel.KERNEL, name, options, shared_bytes)
+    return LoadedKernel(kernel.KERNEL, *variant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -40,13 +41,19 @@ class Parameters(ctypes.Structure):
     ]
 
 
+class Variant(NamedTuple):
+    """What is compiled, and the shared memory of its blocks."""
+
+    name: str
+    options: tuple[str, ...]
+    shared_bytes: int
+
+
 class Launch(NamedTuple):
     """One launch, and what it reads and writes."""
 
-    name: str  # of the variant
-    options: tuple[str, ...]
+    variant: Variant
     blocks: int
-    shared_bytes: int
     parameters: Parameters
     tensors: tuple[Tensor, ...]  # whose memory the parameters point to
 
@@ -78,7 +85,7 @@ def prepare(
         "k_mean": k_mean, "v_mean": v.mean, "out": out, "lse": lse,
     }  # fmt: skip
     tensors = {
-        name: x if name in ("q", "k", "v") else x.contiguous()
+        name: x if name in ("q", "k", "v") else _in_words(x)
         for name, x in named.items()
         if x is not None
     }
@@ -98,27 +105,40 @@ def prepare(
         softmax_scale=options["softmax_scale"],
         softcap=options["softcap"],
     )
-    shared = shared_bytes(q.format, v.format, q.head_dim, v.head_dim)
+    v_dtype = v.dtype if v.format == "16bit" else torch.bfloat16  # one variant for both
+    has_softcap = options["softcap"] > 0
+    dims = (q.head_dim, v.head_dim)
+    variant = variant_of(q.format, v.format, dims, v_dtype, out.dtype, has_softcap, target)
+    blocks = -(-q.seqlen // TILE_M) * q.heads * q.batch
+    return Launch(variant, blocks, parameters, tuple(tensors.values()))
+
+
+@functools.cache
+def variant_of(
+    qk: str,
+    pv: str,
+    head_dims: tuple[int, int],
+    v_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    softcap: bool,
+    target: Target,
+) -> Variant:
+    """The constants that formats, head dims and types ask for."""
+    shared = shared_bytes(qk, pv, *head_dims)
     constants = {
-        "QK_FORMAT": _FORMATS[q.format],
-        "PV_FORMAT": _FORMATS[v.format],
-        "HEAD_DIM": q.head_dim,
-        "HEAD_DIM_V": v.head_dim,
-        "DTYPE": _DTYPES[v.dtype if v.format == "16bit" else torch.bfloat16],
-        "OUT_DTYPE": _DTYPES[out.dtype],
-        "SOFTCAP": int(options["softcap"] > 0),
-        "MX_E4M3": int(target.mx_e4m3 and "fp8" in (q.format, v.format)),
+        "QK_FORMAT": _FORMATS[qk],
+        "PV_FORMAT": _FORMATS[pv],
+        "HEAD_DIM": head_dims[0],
+        "HEAD_DIM_V": head_dims[1],
+        "DTYPE": _DTYPES[v_dtype],
+        "OUT_DTYPE": _DTYPES[out_dtype],
+        "SOFTCAP": int(softcap),
+        "MX_E4M3": int(target.mx_e4m3 and "fp8" in (qk, pv)),
         "TRANSPOSES_BYTES": int(target.transposes_bytes),
         "SMEM_BYTES": shared,
     }
-    return Launch(
-        "_".join([KERNEL, *map(str, constants.values())]),
-        tuple(f"-D{name}={value}" for name, value in constants.items()),
-        -(-q.seqlen // TILE_M) * q.heads * q.batch,
-        shared,
-        parameters,
-        tuple(tensors.values()),
-    )
+    name = "_".join([KERNEL, *map(str, constants.values())])
+    return Variant(name, tuple(f"-D{key}={value}" for key, value in constants.items()), shared)
 
 
 def shared_bytes(qk: str, pv: str, head_dim: int, head_dim_v: int) -> int:
@@ -141,7 +161,13 @@ def _readable(x: Tensor) -> Tensor:
     size, row = x.element_size(), x.shape[3] * x.element_size()
     chunk = 16 if row % 16 == 0 else 8
     aligned = x.data_ptr() % chunk == 0 and all(step * size % chunk == 0 for step in x.stride()[:3])
-    return x if aligned and x.stride(3) == 1 else x.contiguous()
+    return x if aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _in_words(x: Tensor) -> Tensor:
+    """Contiguous, from a multiple of four bytes on."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 4 == 0 else x.clone()
 
 
 def _strides(data: Tensor, x: Quantized) -> Strides:
@@ -153,10 +179,12 @@ def _strides(data: Tensor, x: Quantized) -> Strides:
 
 
 def _window(options: dict[str, Any], seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
-    """Keys before and after the diagonal, within what an int holds."""
+    """Keys before and after the diagonal."""
     left, right = options["window_size"]
     right = 0 if options["causal"] else right
     if left is not None and right is not None and left + right < 0:
         left, right = None, 0 if options["causal"] else None  # as everywhere: no window
-    most = seqlen_q + seqlen_k
-    return tuple(most if x is None else max(-most, min(x, most)) for x in (left, right))  # type: ignore[return-value]
+    # Farther than these no query sees; sums with them stay within an int.
+    left = seqlen_k if left is None else max(-seqlen_q, min(left, seqlen_k))
+    right = seqlen_q if right is None else max(-seqlen_k - 1, min(right, seqlen_q))
+    return left, right
