@@ -162,8 +162,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         value_scales V_scales;
         V_scale_source.load(V_scales, params.seqlen_k - tile * TILE_N);
         const bool is_whole = whole_begin <= tile && tile < whole_end;
-        if (!is_whole)
-            take_nonfinite(O_rmem, ring.V_tile(tile), block, tile * TILE_N);
+        if (!is_whole) {
+            if constexpr (IS_V_NVFP4)
+                take_nan_scales(O_rmem, V_scales, block, tile * TILE_N);
+            else
+                take_nonfinite(O_rmem, ring.V_tile(tile), block, tile * TILE_N);
+        }
         if (is_whole || block.warp_sees(tile)) {
             float S_rmem[S_FRAGS][4];
             weights P;

@@ -20,6 +20,7 @@ E4M3_ARCH = 89  # the first compute capability with products of e4m3
 BLOCK_SCALES_MAJOR = 12  # of those with block-scaled products
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     q: Quantized,
     k: Quantized,
@@ -28,7 +29,8 @@ def attend(
     out_dtype: torch.dtype,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``(out, lse)`` of checked operands on a CUDA device that :func:`check` has let pass."""
+    """``(out, lse)`` of checked operands on a CUDA device that :func:`check` has let pass. A graph of
+    torch.compile ends before it."""
     device = q.data.device
     out = torch.empty((q.batch, q.seqlen, q.heads, v.head_dim), dtype=out_dtype, device=device)
     lse = None

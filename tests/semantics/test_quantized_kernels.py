@@ -3,14 +3,21 @@ their roundings; and what ptxas makes of them."""
 
 import math
 import re
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
 
 from emulator import emulator, unavailable
 from flash_attn_sm120 import jit
-from flash_attn_sm120.quantized import RECIPES, kernel, quantize, quantized_attention, reference
+from flash_attn_sm120.quantized import (
+    RECIPES,
+    device,
+    kernel,
+    quantize,
+    quantized_attention,
+    reference,
+)
 from flash_attn_sm120.quantized.device import why_not
 from helpers import builds
 
@@ -42,17 +49,14 @@ def options_of(q, softmax_scale=None, causal=False, window_size=(None, None), so
     }
 
 
-def emulate(q, k, v, target=GEFORCE, out_dtype=torch.float32, **options):
-    """(out, lse) of the kernel, which may touch nothing but the bytes of its tensors."""
-    out = torch.full((q.batch, q.seqlen, q.heads, v.head_dim), math.nan, dtype=out_dtype)
-    lse = torch.full((q.batch, q.heads, q.seqlen), math.nan)
-    launch = kernel.prepare(q, k, v, options_of(q, **options), out, lse, target)
+def run(launch, *written):
+    """On the emulator: it may touch nothing but the bytes of its tensors."""
     code = jit.compile(kernel.KERNEL, *launch.variant[:2], 120, 13000, ptx=True)
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
     with ExitStack() as stack:
         for x in launch.tensors:
             array = x.view(integers[x.element_size()]).numpy()
-            stack.enter_context(emulator().allowed(array, writable=x is out or x is lse))
+            stack.enter_context(emulator().allowed(array, writable=any(x is y for y in written)))
         emulator().run(
             code.rstrip(b"\0").decode(),
             bytes(launch.parameters),
@@ -60,6 +64,13 @@ def emulate(q, k, v, target=GEFORCE, out_dtype=torch.float32, **options):
             block=kernel.THREADS,
             shared=launch.variant.shared_bytes,
         )
+
+
+def emulate(q, k, v, target=GEFORCE, out_dtype=torch.float32, **options):
+    """(out, lse) of the kernel."""
+    out = torch.full((q.batch, q.seqlen, q.heads, v.head_dim), math.nan, dtype=out_dtype)
+    lse = torch.full((q.batch, q.heads, q.seqlen), math.nan)
+    run(kernel.prepare(q, k, v, options_of(q, **options), out, lse, target), out, lse)
     return out, lse
 
 
@@ -209,6 +220,18 @@ def test_nan_of_masked_keys_reaches_no_row_that_does_not_see_them(recipe):
 
 
 @emulated
+@pytest.mark.parametrize("recipe", ["int8_nvfp4", "nvfp4"])
+def test_nan_of_a_scale_of_v_reaches_the_rows_that_see_a_token_of_its_group(recipe):
+    q, k, v = quantized(*make(seqlen_q=140, seqlen_k=140), recipe)
+    v.scale.view(torch.uint8)[:, 0, :9, 3] = 0x7F  # of tokens from 36 on
+    v.scale.view(torch.uint8)[:, 0, 20:, 6] = 0xFF  # from 96 on
+    ref, _ = reference.attend(q, k, v, options_of(q, causal=True))
+    out, _ = emulate(q, k, v, causal=True)
+    assert torch.equal(out.isnan(), ref.isnan())
+    assert relative(out.nan_to_num(0), ref.nan_to_num(0)) <= 2e-3
+
+
+@emulated
 def test_nan_of_a_block_of_k_reaches_no_row_that_does_not_see_it():
     q, k, v = quantized(*make(seqlen_q=130, seqlen_k=130), "int8_fp8")
     k.scale[:, :, 1] = math.nan  # keys 64 to 127
@@ -244,6 +267,37 @@ def test_devices_that_cannot_run_a_recipe_are_named():
     assert "needs compute capability 8.9" in why_not("fp8", 86)
     for recipe in RECIPES.keys() - {"int8_fp8", "fp8"}:
         assert re.search(r"12\.x.*'int8_fp8', 'fp8'", why_not(recipe, 90))
+
+
+@emulated
+def test_calls_of_a_device(monkeypatch):
+    """All but the driver: what is allocated, and which calls launch nothing."""
+    launches = []
+
+    def prepare(q, k, v, options, out, lse, target, prepare=kernel.prepare):
+        launches.append(lambda: run(launch, out, lse))
+        launch = prepare(q, k, v, options, out, lse, target)
+        return launch
+
+    monkeypatch.setattr(kernel, "prepare", prepare)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(device, "target_of", lambda index: GEFORCE)
+    monkeypatch.setattr(device, "_loaded", lambda variant, index: lambda *_: launches[-1]())
+    q, k, v = quantized(*make(), "int8_fp8")
+    options = options_of(q, causal=True)
+    ref, ref_lse = reference.attend(q, k, v, options)
+    for returns_lse in (True, False):
+        out, lse = device.attend(q, k, v, options, torch.bfloat16, returns_lse)
+        assert out.dtype == torch.bfloat16 and relative(out, ref) <= 2e-3
+        assert (lse is not None) == returns_lse
+        assert lse is None or relative(lse, ref_lse) <= 1e-5
+    assert len(launches) == 2
+    _, k, v = quantized(*make(seqlen_k=0), "int8_fp8")
+    out, lse = device.attend(q, k, v, options, torch.float32, True)
+    assert (out == 0).all() and (lse == -math.inf).all()
+    q, k, v = quantized(*make(seqlen_q=0), "int8_fp8")
+    assert device.attend(q, k, v, options, torch.float32, False)[0].shape == (2, 0, 4, 32)
+    assert len(launches) == 2
 
 
 @recipes
