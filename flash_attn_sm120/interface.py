@@ -162,7 +162,7 @@ def flash_attn_func(
         TypeError: not a tensor, or a dtype other than the above.
         ValueError: shapes, sizes, devices or scalars out of range.
         NotImplementedError: valid, but not supported yet; the message says what. Also where a
-            gradient of ``alibi_slopes`` is wanted under ``torch.compile``, or with dropout.
+            gradient of ``alibi_slopes`` is wanted under ``torch.compile``.
         RuntimeError: the driver or the compiler; ``out`` or ``lse`` where a gradient is wanted or
             torch follows the call.
     """
