@@ -77,7 +77,10 @@ __device__ __forceinline__ float p_times_slope(float p, float slope)
 /* P^T between the groups: fp16, unless a score_mod's derivative may take it out of its range, or
  * below 0. Else its sign is free to tell group 1 what is dropped; with a score_mod that group draws
  * the numbers once more. */
-constexpr bool SIGNS_TELL_DROPPED = DROPOUT && !SCORE_MOD, DRAWS_TWICE = DROPOUT && SCORE_MOD;
+enum : bool {
+    SIGNS_TELL_DROPPED = DROPOUT && !SCORE_MOD,
+    DRAWS_TWICE = DROPOUT && SCORE_MOD,
+};
 
 __device__ __forceinline__ unsigned pack_P(float low, float high)
 {
@@ -162,8 +165,8 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
                 }
         }
 
-        /* What is dropped weighs nothing in dV. Where P^T is never negative a minus sign tells group
-         * 1 that an element is dropped. */
+        /* What is dropped weighs nothing in dV. Where P^T is never negative a minus sign tells
+         * group 1 that an element is dropped. */
         unsigned signed_words[N_FRAGS][M_FRAGS][2];
         if (DROPOUT) {
             pack_operand(P_rmem, S_rmem);
@@ -510,9 +513,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
         /* ---- 6. Add dQ to its accumulator, after the blocks before this one; or store it. */
         if (DQ_IS_ORDERED) {
-            /* Metadata out of order may give a tile to two sequences, whose blocks both count. */
-            const int before = (block.n_block - mask.keys_of(query0).begin / TILE_N) / DQ_BUFFERS;
-            while (VARLEN ? added < before : added != before)
+            /* Metadata out of order may give a tile to two sequences, whose blocks both count, and
+             * a row may list a block twice. */
+            const int before = added_before(walk, block, mask, query0);
+            while (VARLEN || BLOCK_SPARSE ? added < before : added != before)
                 added = semaphore_load(semaphore);
         }
         float *accum = params.dq_accum + dq_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);
