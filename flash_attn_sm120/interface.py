@@ -124,8 +124,8 @@ def flash_attn_func(
             returned, whether or not ``return_lse`` asks for it.
         block_sparse_tensors: a torch ``BlockMask``, or an object with the fields of
             FlashAttention-4's ``BlockSparseTensorsTorch``: the blocks of queries and keys that are
-            computed, and no others; ``docs/block_sparse.md`` says how. Not with lengths or pages,
-            nor with ``deterministic`` on CUDA.
+            computed, and no others; ``docs/block_sparse.md`` says how. Not with lengths or
+            pages.
         block_sparse_tensors_bwd: the same fields for the backward, by blocks of keys; None: those
             of the ``BlockMask``, or made on the device.
         seqused_k, max_seqlen_k, page_table: lengths of the keys, and K and V in pages: the call is
@@ -162,8 +162,7 @@ def flash_attn_func(
     Raises:
         TypeError: not a tensor, or a dtype other than the above.
         ValueError: shapes, sizes, devices or scalars out of range.
-        NotImplementedError: valid, but not supported yet; the message says what. Also where a
-            gradient of ``alibi_slopes`` is wanted with dropout.
+        NotImplementedError: valid, but not supported yet; the message says what.
         RuntimeError: the driver or the compiler; ``out`` or ``lse`` where a gradient is wanted or
             torch follows the call.
     """
