@@ -66,10 +66,16 @@ def check(recipe: str, index: int) -> None:
     Raises:
         RuntimeError: it says which devices can.
     """
+    reason = _refusal(recipe, index)
+    if reason:
+        raise RuntimeError(reason)
+
+
+@functools.cache
+def _refusal(recipe: str, index: int) -> str:
     device = _C.devices()[1][index]
     reason = why_not(recipe, device["arch"])
-    if reason:
-        raise RuntimeError(f"{reason}; {device['name']} has {device['arch'] / 10:.1f}")
+    return reason and f"{reason}; {device['name']} has {device['arch'] / 10:.1f}"
 
 
 def why_not(recipe: str, arch: int) -> str:

@@ -302,21 +302,23 @@ def test_calls_of_a_device(monkeypatch):
 
 @recipes
 def test_on_a_gpu(recipe, cuda):
-    """Here of what this machine has: against the CPU, quantised there."""
-    arch = torch.cuda.get_device_capability()
-    q, k, v = make(seqlen_q=200, seqlen_k=300, dim=128, dim_v=128)
-    given = [x.cuda() for x in (q, k, v)]
-    if why_not(recipe, 10 * arch[0] + arch[1]):
+    """Of operands that were quantised on the CPU; and a call that quantises on the device."""
+    major, minor = torch.cuda.get_device_capability()
+    given = [x.cuda() for x in make()]
+    if why_not(recipe, 10 * major + minor):
         with pytest.raises(RuntimeError, match=f"recipe '{recipe}' needs"):
             quantized_attention(*given, recipe)
         return
+    assert quantized_attention(*given, recipe)[0].isfinite().all()
+    here = quantized(*make(seqlen_q=200, seqlen_k=300, dim=128, dim_v=128), recipe)
+    there = [
+        x._replace(**{name: y.cuda() for name, y in x._asdict().items() if torch.is_tensor(y)})
+        for x in here
+    ]
+    how = {"recipe": recipe, "return_lse": True, "out_dtype": torch.float32}
     for options in ({}, {"causal": True}, {"softcap": 5.0, "window_size": (70, 3)}):
-        out, lse = quantized_attention(
-            *given, recipe, return_lse=True, out_dtype=torch.float32, **options
-        )
-        ref, ref_lse = quantized_attention(
-            q, k, v, recipe, return_lse=True, out_dtype=torch.float32, **options
-        )
+        out, lse = quantized_attention(*there, **how, **options)
+        ref, ref_lse = quantized_attention(*here, **how, **options)
         assert relative(out.cpu(), ref) <= 2e-3
         torch.testing.assert_close(lse.cpu(), ref_lse, rtol=1e-5, atol=1e-5)
 
