@@ -19,7 +19,8 @@ from flash_attn_sm120.quantized import (
     reference,
 )
 from flash_attn_sm120.quantized.device import why_not
-from helpers import builds
+from helpers import builds, spans
+from helpers.devices import CPU
 
 pytest.importorskip("cuda.bindings.nvrtc")
 emulated = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
@@ -134,6 +135,14 @@ def test_sharp_softmaxes(recipe):
     torch.testing.assert_close(lse, ref_lse, rtol=1e-6, atol=1e-5)
 
 
+@emulated
+@pytest.mark.parametrize("recipe", ["int8_fp8", "nvfp4"])
+def test_many_keys(recipe):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, seqlen, 1, 64).bfloat16() for seqlen in (4, 200_000, 200_000))
+    check(*quantized(q, k, v, recipe))
+
+
 # Every format with padded rows, several words of scales, and a head dim of V of its own.
 HEAD_DIMS = {
     "int8_fp8": [(16, 112), (80, 48)],
@@ -185,6 +194,17 @@ def test_rows_are_read_in_place(recipe):
         given.append(x._replace(data=inside))
     for before, after in zip(expected, emulate(*given, causal=True), strict=True):
         assert torch.equal(before, after)
+
+
+@emulated
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("recipe", ["int8_fp8", "nvfp4"])
+def test_offsets_beyond_32_bits(recipe, axis):
+    near = quantized(*make(seqlen_q=40, seqlen_k=90), recipe)
+    far = [x._replace(data=spans.apart(CPU, [x.data.view(torch.uint8)], axis)[0]) for x in near]
+    far = [x._replace(data=x.data.view(y.data.dtype)) for x, y in zip(far, near, strict=True)]
+    results = [emulate(*x, causal=True) for x in (near, far)]
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @emulated
