@@ -14,11 +14,17 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._higher_order_ops import BaseHOP
 
 from flash_attn_sm120 import ops
 from flash_attn_sm120.mods import operators
 from flash_attn_sm120.mods.trace import COORDS
+
+try:  # torch wants no subclasses of it elsewhere, and has no other way for callables
+    from torch._higher_order_ops import BaseHOP
+except ImportError as error:
+    raise NotImplementedError(
+        "score_mod and mask_mod under torch.compile need a PyTorch that has BaseHOP, as 2.13"
+    ) from error
 
 # The end of a body: coords are score, b, h, q_idx, kv_idx; score and seen what the mods return.
 ops.LIBRARY.define(

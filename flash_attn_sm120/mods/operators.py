@@ -7,6 +7,7 @@ captures, and the tensors of the lists. The backward has the gradients of what a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -97,6 +98,11 @@ def _arguments(
     mods: dict[str, Callable[..., Any]], q: Any, options: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
     """The operators' four lists of tensors, and their options."""
+    tensor = sys.modules.get("torch.distributed.tensor")
+    if tensor is not None and isinstance(q, tensor.DTensor):
+        raise NotImplementedError(
+            "mods and block_sparse_tensors take no DTensor yet: call them with to_local() of each"
+        )
     programs = {}
     if mods:
         from flash_attn_sm120.mods.program import program_of
@@ -367,6 +373,9 @@ ops.LIBRARY.impl(BACKWARD, _record_backward, "Autograd", with_keyset=True)
 
 
 def _vmap(op: Any, info: Any, in_dims: Any, *tensors: Any, **options: Any) -> Any:
+    if options.get("dropout_p"):  # each call would drop what the first one does
+        raise NotImplementedError("vmap with dropout_p is not supported yet")
+
     def element(x: Any, dim: Any, i: int) -> Any:
         if isinstance(x, (list, tuple)):
             return [element(y, d, i) for y, d in zip(x, dim, strict=True)]

@@ -564,3 +564,19 @@ def test_views_of_captured_tensors(leaves, table):
     """An index into one would be one into the tensor itself."""
     with pytest.raises(NotImplementedError, match=r"aten\.view"):
         flash_attn_func(*leaves(), score_mod=lambda s, b, h, i, j: s + table.view(-1)[h * 8 + i])
+
+
+def test_transforms_that_are_refused(device, leaves):
+    """Each by name: the same dropout in every element, gradients of a batch, forward derivatives."""
+    q, k, v = leaves(20)
+    seed = torch.tensor([1, 2], device=q.device)
+    call = functools.partial(flash_attn_func, score_mod=lambda s, b, h, i, j: s * 2)
+    with pytest.raises(NotImplementedError, match="vmap with dropout_p"):
+        torch.vmap(lambda x: call(x, x, x, dropout_p=0.5, dropout_seed=seed)[0])(q[None])
+    with pytest.raises(NotImplementedError, match="no forward derivative"):
+        torch.func.jvp(lambda x: call(x, x, x)[0], (q.detach(),), (q.detach(),))
+    counts, indices = torch.ones(1, 1, 1), torch.zeros(1, 1, 1, 1)
+    lists = Lists(*(x.to(q.device, torch.int32) for x in (counts, indices)))
+    out = flash_attn_func(q, k, v, block_sparse_tensors=lists)[0]
+    with pytest.raises(NotImplementedError, match="no is_grads_batched"):
+        torch.autograd.grad(out, q, torch.stack([out, out]), is_grads_batched=True)
