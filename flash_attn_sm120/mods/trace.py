@@ -161,8 +161,26 @@ def _trace(name: str, mod: Callable[..., Any], gradient: bool, fixes_sizes: bool
     with fake:
         dout = [torch.empty((), dtype=torch.float32)] if gradient else []
         graph = make_fx(body, tracing_mode="real")(*inputs, *captures.stand_ins, *dout).graph
+    _functionalize(graph)
     graph.eliminate_dead_code()
     return Trace(graph, captured, len(inputs))
+
+
+def _functionalize(graph: fx.Graph) -> None:
+    """What changes a number in place (torch's derivatives do, that of ``minimum`` for one) makes
+    another one, which all later operations take. No number here is a view of another."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        operator = node.target
+        if not isinstance(operator, torch._ops.OpOverload) or not operator._schema.is_mutable:
+            continue
+        changed = node.args[0]
+        name = operator._schema.name.removeprefix("aten::").removesuffix("_")
+        other = getattr(getattr(torch.ops.aten, name, None), operator._overloadname, operator)
+        if other is operator:
+            continue  # translate.py refuses it by its name
+        node.target = other
+        changed.replace_all_uses_with(node, lambda user, after=order[node]: order[user] > after)
 
 
 def _run(

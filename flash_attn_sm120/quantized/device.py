@@ -20,7 +20,6 @@ E4M3_ARCH = 89  # the first compute capability with products of e4m3
 BLOCK_SCALES_MAJOR = 12  # of those with block-scaled products
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def attend(
     q: Quantized,
     k: Quantized,
@@ -29,8 +28,7 @@ def attend(
     out_dtype: torch.dtype,
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``(out, lse)`` of checked operands on a CUDA device that :func:`check` has let pass. A graph of
-    torch.compile ends before it."""
+    """``(out, lse)`` of checked operands on a CUDA device that :func:`check` has let pass."""
     device = q.data.device
     out = torch.empty((q.batch, q.seqlen, q.heads, v.head_dim), dtype=out_dtype, device=device)
     lse = None
@@ -41,12 +39,25 @@ def attend(
         return out, lse
     if not k.seqlen:
         return out.zero_(), lse
-    index = device.index or 0
+    _launch(q, k, v, options, out, lse, device.index or 0)
+    return out, lse
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _launch(
+    q: Quantized,
+    k: Quantized,
+    v: Quantized,
+    options: dict[str, Any],
+    out: Tensor,
+    lse: Tensor | None,
+    index: int,
+) -> None:
+    """A graph of torch.compile ends here."""
     with torch.cuda.device(index):
         launch = kernel.prepare(q, k, v, options, out, lse, target_of(index))
         loaded = _loaded(launch.variant, index)
         loaded((launch.blocks, 1), kernel.THREADS, launch.parameters)
-    return out, lse
 
 
 def check(recipe: str, index: int) -> None:
@@ -55,10 +66,16 @@ def check(recipe: str, index: int) -> None:
     Raises:
         RuntimeError: it says which devices can.
     """
+    reason = _refusal(recipe, index)
+    if reason:
+        raise RuntimeError(reason)
+
+
+@functools.cache
+def _refusal(recipe: str, index: int) -> str:
     device = _C.devices()[1][index]
     reason = why_not(recipe, device["arch"])
-    if reason:
-        raise RuntimeError(f"{reason}; {device['name']} has {device['arch'] / 10:.1f}")
+    return reason and f"{reason}; {device['name']} has {device['arch'] / 10:.1f}"
 
 
 def why_not(recipe: str, arch: int) -> str:

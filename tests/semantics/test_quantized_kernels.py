@@ -19,7 +19,8 @@ from flash_attn_sm120.quantized import (
     reference,
 )
 from flash_attn_sm120.quantized.device import why_not
-from helpers import builds
+from helpers import builds, spans
+from helpers.devices import CPU
 
 pytest.importorskip("cuda.bindings.nvrtc")
 emulated = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
@@ -134,6 +135,14 @@ def test_sharp_softmaxes(recipe):
     torch.testing.assert_close(lse, ref_lse, rtol=1e-6, atol=1e-5)
 
 
+@emulated
+@pytest.mark.parametrize("recipe", ["int8_fp8", "nvfp4"])
+def test_many_keys(recipe):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, seqlen, 1, 64).bfloat16() for seqlen in (4, 200_000, 200_000))
+    check(*quantized(q, k, v, recipe))
+
+
 # Every format with padded rows, several words of scales, and a head dim of V of its own.
 HEAD_DIMS = {
     "int8_fp8": [(16, 112), (80, 48)],
@@ -185,6 +194,17 @@ def test_rows_are_read_in_place(recipe):
         given.append(x._replace(data=inside))
     for before, after in zip(expected, emulate(*given, causal=True), strict=True):
         assert torch.equal(before, after)
+
+
+@emulated
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("recipe", ["int8_fp8", "nvfp4"])
+def test_offsets_beyond_32_bits(recipe, axis):
+    near = quantized(*make(seqlen_q=40, seqlen_k=90), recipe)
+    far = [x._replace(data=spans.apart(CPU, [x.data.view(torch.uint8)], axis)[0]) for x in near]
+    far = [x._replace(data=x.data.view(y.data.dtype)) for x, y in zip(far, near, strict=True)]
+    results = [emulate(*x, causal=True) for x in (near, far)]
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 @emulated
@@ -302,21 +322,23 @@ def test_calls_of_a_device(monkeypatch):
 
 @recipes
 def test_on_a_gpu(recipe, cuda):
-    """Here of what this machine has: against the CPU, quantised there."""
-    arch = torch.cuda.get_device_capability()
-    q, k, v = make(seqlen_q=200, seqlen_k=300, dim=128, dim_v=128)
-    given = [x.cuda() for x in (q, k, v)]
-    if why_not(recipe, 10 * arch[0] + arch[1]):
+    """Of operands that were quantised on the CPU; and a call that quantises on the device."""
+    major, minor = torch.cuda.get_device_capability()
+    given = [x.cuda() for x in make()]
+    if why_not(recipe, 10 * major + minor):
         with pytest.raises(RuntimeError, match=f"recipe '{recipe}' needs"):
             quantized_attention(*given, recipe)
         return
+    assert quantized_attention(*given, recipe)[0].isfinite().all()
+    here = quantized(*make(seqlen_q=200, seqlen_k=300, dim=128, dim_v=128), recipe)
+    there = [
+        x._replace(**{name: y.cuda() for name, y in x._asdict().items() if torch.is_tensor(y)})
+        for x in here
+    ]
+    how = {"recipe": recipe, "return_lse": True, "out_dtype": torch.float32}
     for options in ({}, {"causal": True}, {"softcap": 5.0, "window_size": (70, 3)}):
-        out, lse = quantized_attention(
-            *given, recipe, return_lse=True, out_dtype=torch.float32, **options
-        )
-        ref, ref_lse = quantized_attention(
-            q, k, v, recipe, return_lse=True, out_dtype=torch.float32, **options
-        )
+        out, lse = quantized_attention(*there, **how, **options)
+        ref, ref_lse = quantized_attention(*here, **how, **options)
         assert relative(out.cpu(), ref) <= 2e-3
         torch.testing.assert_close(lse.cpu(), ref_lse, rtol=1e-5, atol=1e-5)
 
