@@ -122,6 +122,9 @@ class _Graph:
         placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
         self._given = dict(zip(placeholders, operands, strict=True))
         (self._end,) = (node for node in body.graph.nodes if node.target is _END)
+        # Dynamo may have a float as a tensor of one number, whose value the body asks for.
+        items = [node for node in body.graph.nodes if node.target == "item"]
+        self._numbers = {node: _as_number(self._run(node, {})) for node in items}
 
     def attend(self) -> Any:
         *tensors, coords, score, seen = self._end.args
@@ -138,7 +141,8 @@ class _Graph:
         constants of it, for which torch keeps a guard."""
 
         def mod(*numbers: Any) -> Any:
-            return self._run(result, dict(zip(coords, numbers, strict=True)), _as_number)
+            known = self._numbers | dict(zip(coords, numbers, strict=True))
+            return self._run(result, known, _as_number)
 
         return mod
 
