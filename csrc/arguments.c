@@ -615,6 +615,11 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
         const struct fa_block_lists_read *lists = &problem->query_blocks;
         arguments->main.lists =
             block_lists_of(lists, lists->block_k / plan->tile_n, lists->block_q / plan->tile_m);
+        arguments->main.order = (struct fa_addition_order){
+            .before = (int *)(workspace + at->added_before),
+            .heads = fa_block_lists_are_own(lists) ? shape->heads_q : 1,
+            .rows = lists->rows,
+        };
     }
     set_mods(problem, &arguments->main.mods);
     arguments->dq = postprocess_params(workspace + at->dq_accum, variant->dq_buffers, queries,
@@ -655,6 +660,7 @@ void *fa_arguments_of(union fa_arguments *arguments, enum fa_job job)
     case FA_JOB_DK: return &arguments->backward.dk;
     case FA_JOB_DV: return &arguments->backward.dv;
     case FA_JOB_PREPROCESS:
+    case FA_JOB_ORDER:
     case FA_JOB_BACKWARD:
     case FA_JOB_CAPTURED:
     case FA_JOB_DSINK: break;

@@ -85,6 +85,16 @@ int fa_block_lists_read(struct fa_dlpack *dlpack, PyObject *option, const char *
     return 0;
 }
 
+bool fa_block_lists_are_own(const struct fa_block_lists_read *lists)
+{
+    const struct fa_tensor *const all[] = {&lists->counts, &lists->indices, &lists->full_counts,
+                                           &lists->full_indices};
+    for (int i = 0; i < 4; i++)
+        if (all[i]->object && all[i]->shape[1] > 1)
+            return true;
+    return false;
+}
+
 struct fa_strides fa_block_list_strides(const struct fa_tensor *tensor)
 {
     const int64_t *shape = tensor->shape, *stride = tensor->stride;

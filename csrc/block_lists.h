@@ -23,6 +23,9 @@ int fa_block_lists_read(struct fa_dlpack *dlpack, PyObject *option, const char *
                         bool lists_keys, const struct fa_tensor *q, const struct fa_shape *shape,
                         struct fa_block_lists_read *lists);
 
+/* Whether any of the lists differ from head to head. */
+bool fa_block_lists_are_own(const struct fa_block_lists_read *lists);
+
 /* Where the list of a row is in counts (or indices), of any kind, in elements. */
 struct fa_strides fa_block_list_strides(const struct fa_tensor *tensor);
 

@@ -77,6 +77,7 @@ enum fa_job {
     FA_JOB_COMBINE,
     FA_JOB_FILL,
     FA_JOB_PREPROCESS,
+    FA_JOB_ORDER,
     FA_JOB_BACKWARD,
     FA_JOB_DQ,
     FA_JOB_DK,
@@ -109,12 +110,13 @@ struct fa_workspace {
     int64_t rotated_q, seqused_k; /* of one that appends: what attention reads */
     int64_t dq_accum, dk_accum, dv_accum;
     int64_t dq_semaphores, dkv_semaphores, block_counter;
-    int64_t list;  /* of tiles, see kernels/tile_list.cuh */
+    int64_t added_before; /* see fa_addition_order */
+    int64_t list;         /* of tiles, see kernels/tile_list.cuh */
     int64_t zeros; /* from here on it has to be zero before the backward's main kernel runs */
     int64_t size;
 };
 
-#define FA_MAX_STEPS 7
+#define FA_MAX_STEPS 8
 struct fa_plan {
     int step_count;
     int main;               /* the step that multiplies matrices */

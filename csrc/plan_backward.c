@@ -36,7 +36,7 @@ static int dq_dim_warps(const struct fa_backward_tile *tile, int head_dim)
 static int dq_buffers_of(const struct fa_plan_input *input)
 {
     const bool are_few = (int64_t)input->batch * input->heads_q <= FEW_HEADS;
-    return input->deterministic && are_few && !input->varlen ? 2 : 1;
+    return input->deterministic && are_few && !input->varlen && !input->block_q ? 2 : 1;
 }
 
 static int tile_n_of(const struct fa_backward_tile *tile) { return tile->warps / 2 * tile->warp_n; }
@@ -174,6 +174,9 @@ static void explain_main(const struct fa_plan_input *input, const struct fa_plan
                         : variant->dq_buffers > 1
                             ? "blocks add to dQ in the order of their keys, to two accumulators in "
                               "turn: up to 16 (batch, head) pairs leave many blocks waiting"
+                        : input->block_q
+                            ? "blocks add to dQ in the order of their keys: a kernel counts by the "
+                              "lists how many come before"
                             : "blocks add to dQ in the order of their keys");
 }
 
@@ -374,6 +377,38 @@ static void add_postprocess(const struct fa_plan_input *input, enum fa_job job, 
                                        .threads = FA_POSTPROCESS_WARPS * 32});
 }
 
+/* Heads with lists of their own. */
+static int order_heads(const struct fa_plan_input *input)
+{
+    return input->own_lists ? input->heads_q : 1;
+}
+
+static bool has_order(const struct fa_plan_input *input)
+{
+    return input->deterministic && input->block_q;
+}
+
+/* Before the main kernel, and behind the one that clears the workspace. */
+static void add_order(const struct fa_plan_input *input, struct fa_plan *plan)
+{
+    fa_plan_add(plan, (struct fa_step){.job = FA_JOB_ORDER,
+                                       .variant = {.kernel = FA_KERNEL_BACKWARD_ORDER,
+                                                   .dtype = input->dtype,
+                                                   .block_sparse = 1},
+                                       .blocks = input->batch * order_heads(input),
+                                       .threads = FA_ORDER_THREADS});
+}
+
+/* Numbers of fa_addition_order. */
+static int64_t order_size(const struct fa_plan_input *input, const struct fa_plan *plan)
+{
+    if (!has_order(input))
+        return 0;
+    const int64_t rows = CEIL_DIV(plan->n_blocks, input->block_k / plan->tile_n) + 1;
+    const int64_t blocks = plan->m_blocks / (input->block_q / plan->tile_m);
+    return (int64_t)input->batch * order_heads(input) * rows * blocks;
+}
+
 /* The next `count` units of the workspace, from a multiple of 16 bytes on. */
 static int64_t take(struct fa_workspace *workspace, int64_t count)
 {
@@ -406,6 +441,7 @@ static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles,
     workspace->dq_semaphores = take(workspace, is_ordered ? buffers * query_tiles : 0);
     workspace->dkv_semaphores = take(workspace, is_ordered && keys > 0 ? key_tiles : 0);
     workspace->block_counter = take(workspace, is_ordered ? 1 : 0);
+    workspace->added_before = take(workspace, order_size(input, plan));
 }
 
 /* What score_mod captured: scores once more, by a kernel with one warp for all of an element. */
@@ -513,10 +549,6 @@ int fa_plan_backward(const struct fa_plan_input *input, const struct fa_plan_tar
     const char *why_not = why_no_bias_gradient(input);
     if (why_not)
         return fa_plan_refuse(error, true, why_not);
-    if (input->block_q && input->deterministic)
-        return fa_plan_refuse(error, true,
-                              "deterministic is not supported with listed blocks: they add to dQ "
-                              "in no order");
     bool is_own;
     const struct fa_backward_row *row = choose_row(input, target, &is_own);
     if (!row)
@@ -524,6 +556,8 @@ int fa_plan_backward(const struct fa_plan_input *input, const struct fa_plan_tar
                               "on CUDA the backward takes listed blocks of a multiple of 64 keys, "
                               "and of a multiple of 32 to 128 queries, more at small head dims");
     struct fa_step *first = fa_plan_add(plan, (struct fa_step){0});
+    if (has_order(input))
+        add_order(input, plan);
     set_main(input, target, row, is_own, plan);
     set_group_limit(input, &target->device, plan);
     const struct fa_extent extent = fa_plan_extent(input);

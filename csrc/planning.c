@@ -52,17 +52,6 @@ static int planned_box_rows(int page_size)
     return rows < FA_TMA_KEY_STEP ? MIN(rows, FA_MIN_BOX_ROWS) : rows;
 }
 
-/* Whether any of the lists differ from head to head. */
-static bool has_own_lists(const struct fa_block_lists_read *lists)
-{
-    const struct fa_tensor *const all[] = {&lists->counts, &lists->indices, &lists->full_counts,
-                                           &lists->full_indices};
-    for (int i = 0; i < 4; i++)
-        if (all[i]->object && all[i]->shape[1] > 1)
-            return true;
-    return false;
-}
-
 struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
                                        enum fa_direction direction, const struct fa_tensor *dout)
 {
@@ -114,7 +103,7 @@ struct fa_plan_input fa_planning_input(const struct fa_problem *problem,
         .box_rows = planned_box_rows(shape->page_size),
         .block_q = lists->block_q,
         .block_k = lists->block_k,
-        .own_lists = has_own_lists(lists),
+        .own_lists = fa_block_lists_are_own(lists),
         .tma_strides =
             has_map(shape, is_forward, first) && (!second || has_map(shape, is_forward, second)),
     };

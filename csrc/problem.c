@@ -842,8 +842,6 @@ int fa_problem_check_differentiable(const struct fa_problem *problem)
                         "k and v in float8_e4m3fn have no backward: they are a cache");
     if (problem->options.key_blocks && !problem->options.query_blocks)
         return fa_raise(PyExc_ValueError, "the backward of key_blocks needs query_blocks");
-    if (problem->score_mod.number && problem->shape.dropout)
-        return fa_raise(PyExc_NotImplementedError, "score_mod with dropout_p has no backward yet");
     if (fa_mod_has_gradients(&problem->score_mod) && problem->options.key_blocks)
         return fa_raise(PyExc_NotImplementedError,
                         "a gradient of what score_mod captures is not supported with blocks that "

@@ -19,7 +19,8 @@
     X(BACKWARD_PREPROCESS, "backward_preprocess")                                                  \
     X(BACKWARD_POSTPROCESS, "backward_postprocess")                                                \
     X(BACKWARD_SINK, "backward_sink")                                                              \
-    X(BACKWARD_CAPTURED, "backward_captured")
+    X(BACKWARD_CAPTURED, "backward_captured")                                                      \
+    X(BACKWARD_ORDER, "backward_order")
 
 #define FA_ID(kernel, name) FA_KERNEL_##kernel,
 enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
@@ -31,6 +32,7 @@ enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
 #define FA_BACKWARDS    FA_ONLY(BACKWARD)
 #define FA_MAIN         (FA_FORWARDS | FA_BACKWARDS)
 #define FA_SCORES       (FA_MAIN | FA_ONLY(BACKWARD_CAPTURED))
+#define FA_READ_LISTS   (FA_SCORES | FA_ONLY(BACKWARD_ORDER))
 #define FA_ALL_KERNELS  ((1 << FA_KERNEL_COUNT) - 1)
 /* Not what goes over all rows of out, nor what is of no other use. */
 #define FA_READ_LENGTHS                                                                            \
@@ -85,10 +87,10 @@ enum fa_code {
     X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)                     \
     X(varlen, "VARLEN", FA_READ_LENGTHS, "_varlen", FA_FLAG)                                       \
     X(paged, "PAGED", FA_FORWARDS, "_paged", FA_FLAG)                                              \
-    X(block_sparse, "BLOCK_SPARSE", FA_SCORES, "_blocks", FA_FLAG)                                 \
+    X(block_sparse, "BLOCK_SPARSE", FA_READ_LISTS, "_blocks", FA_FLAG)                             \
     X(tensor_repeat, "TENSOR_REPEAT", FA_MAIN, "_repeat", FA_FACTOR)                               \
-    X(score_mod, "SCORE_MOD", FA_SCORES, "_score", FA_TEXT)                                        \
-    X(mask_mod, "MASK_MOD", FA_SCORES, "_mask", FA_TEXT)                                           \
+    X(score_mod, "SCORE_MOD", FA_READ_LISTS, "_score", FA_TEXT)                                    \
+    X(mask_mod, "MASK_MOD", FA_READ_LISTS, "_mask", FA_TEXT)                                       \
     X(kv_e4m3, "KV_E4M3", FA_FORWARDS | FA_ONLY(KV_APPEND) | FA_ONLY(KV_SCATTER), "_e4m3",         \
       FA_FLAG)                                                                                     \
     X(q_e4m3, "Q_E4M3", FA_FORWARDS, "_q", FA_FLAG)                                                \

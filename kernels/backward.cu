@@ -74,7 +74,14 @@ __device__ __forceinline__ float p_times_slope(float p, float slope)
     return p == 0.0f ? 0.0f : p * slope;
 }
 
-/* P^T between the groups: fp16, unless a score_mod's derivative may take it out of its range. */
+/* P^T between the groups: fp16, unless a score_mod's derivative may take it out of its range, or
+ * below 0. Else its sign is free to tell group 1 what is dropped; with a score_mod that group draws
+ * the numbers once more. */
+enum : bool {
+    SIGNS_TELL_DROPPED = DROPOUT && !SCORE_MOD,
+    DRAWS_TWICE = DROPOUT && SCORE_MOD,
+};
+
 __device__ __forceinline__ unsigned pack_P(float low, float high)
 {
     return SCORE_MOD ? pack(low, high) : pack<FA_FLOAT16>(low, high);
@@ -158,15 +165,17 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
                 }
         }
 
-        /* What is dropped weighs nothing in dV. P^T is never negative: a minus sign tells group 1
-         * that an element is dropped. */
+        /* What is dropped weighs nothing in dV. Where P^T is never negative a minus sign tells
+         * group 1 that an element is dropped. */
         unsigned signed_words[N_FRAGS][M_FRAGS][2];
         if (DROPOUT) {
             pack_operand(P_rmem, S_rmem);
             for_each_kept_of_transposed<N_FRAGS, M_FRAGS>(
                 stream, query, key, [&](int n, int m, int half, unsigned kept) {
                     const float *p = P_group_1[n][m] + 2 * half;
-                    signed_words[n][m][half] = pack<FA_FLOAT16>(p[0], p[1]) | (~kept & 0x80008000u);
+                    if (SIGNS_TELL_DROPPED)
+                        signed_words[n][m][half] =
+                            pack<FA_FLOAT16>(p[0], p[1]) | (~kept & 0x80008000u);
                     P_rmem[n][m / 2][m % 2 * 2 + half] &= kept;
                 });
         }
@@ -176,11 +185,11 @@ __device__ __forceinline__ void compute_dV(float (&dV_rmem)[N_FRAGS][MAX_FRAGS][
             barrier_sync<GROUP_THREADS>(LOWER_FREE);
         if (m0 == HALF_M)
             barrier_sync<THREADS>(UPPER_FREE);
-        for_each_word(dS_layout::moved(word_smem, 0, m0 / 8),
-                      [&](unsigned smem, int n, int m, int half) {
-                          const float *p = P_group_1[n][m] + 2 * half;
-                          st_shared(smem, DROPOUT ? signed_words[n][m][half] : pack_P(p[0], p[1]));
-                      });
+        for_each_word(
+            dS_layout::moved(word_smem, 0, m0 / 8), [&](unsigned smem, int n, int m, int half) {
+                const float *p = P_group_1[n][m] + 2 * half;
+                st_shared(smem, SIGNS_TELL_DROPPED ? signed_words[n][m][half] : pack_P(p[0], p[1]));
+            });
         barrier_arrive<THREADS>(P_FULL + m0 / SUB_M);
 
         /* Product 3: dV [WARP_N, HEAD_DIM_V] += P^T [WARP_N, SUB_M] * dO. */
@@ -214,6 +223,7 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
                                            const sequence<fa_backward_params> &seq)
 {
     const fa_backward_params &params = seq.params;
+    const dropout_stream stream(params, seq.batch, tile.head);
     tile.wait_Q(); /* delta comes with it */
     tile.wait_dO();
 #pragma unroll
@@ -234,8 +244,18 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
             dS_rmem, V_rmem,
             not_before(tile.dO_smem + columns_first<dO_layout>()) + m0 * dO_layout::ROW_BYTES);
 
-        /* dS^T = P^T * (dP^T - delta), with P^T from group 0; of a dropped weight, whose P^T is
-         * negative, dP^T is 0. The factor 1 / (1 - p) is part of the scales of dK and dQ. */
+        if (DRAWS_TWICE)
+            for_each_kept_of_transposed<N_FRAGS, M_FRAGS>(
+                stream, tile.query0 + m0 + 2 * quad_lane(), key,
+                [&](int n, int m, int half, unsigned kept) {
+                    const float2 delta = load_delta(tile, m0 + 8 * m, params);
+                    float *dS = dS_rmem[n][m] + 2 * half;
+                    dS[0] = kept & 0xffffu ? dS[0] : -delta.x;
+                    dS[1] = kept >> 16 ? dS[1] : -delta.y;
+                });
+
+        /* dS^T = P^T * (dP^T - delta), with P^T from group 0; of a dropped weight dP^T is 0. The
+         * factor 1 / (1 - p) is part of the scales of dK and dQ. */
         barrier_sync<THREADS>(P_FULL + m0 / SUB_M);
 #pragma unroll
         for (int n = 0; n < N_FRAGS; n++)
@@ -246,7 +266,7 @@ __device__ __forceinline__ void compute_dK(float (&dK_rmem)[N_FRAGS][MAX_FRAGS][
                 for (int r = 0; r < 4; r++) {
                     const float2 p = unpack_P(P_rmem[n][m][r]);
                     float *dS = dS_rmem[n][2 * m + r / 2] + r % 2 * 2;
-                    if (DROPOUT) {
+                    if (SIGNS_TELL_DROPPED) {
                         const float2 delta = load_delta(tile, m0 + 8 * (2 * m + r / 2), params);
                         dS[0] = p.x < 0.0f ? delta.x : dS[0];
                         dS[1] = p.y < 0.0f ? delta.y : dS[1];
@@ -493,9 +513,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 
         /* ---- 6. Add dQ to its accumulator, after the blocks before this one; or store it. */
         if (DQ_IS_ORDERED) {
-            /* Metadata out of order may give a tile to two sequences, whose blocks both count. */
-            const int before = (block.n_block - mask.keys_of(query0).begin / TILE_N) / DQ_BUFFERS;
-            while (VARLEN ? added < before : added != before)
+            /* Metadata out of order may give a tile to two sequences, whose blocks both count, and
+             * a row may list a block twice. */
+            const int before = added_before(walk, block, mask, query0);
+            while (VARLEN || BLOCK_SPARSE ? added < before : added != before)
                 added = semaphore_load(semaphore);
         }
         float *accum = params.dq_accum + dq_tile * (TILE_M * HEAD_DIM) + row_frag * (16 * HEAD_DIM);

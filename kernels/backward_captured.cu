@@ -69,6 +69,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         static_cast<const element *>(params.v) + seq.k_offset(params.v_stride, head_kv);
     const float *lse = params.lse_delta + static_cast<fa_int64>(blockIdx.x) * (2 * TILE_M);
     const float slope = ALIBI ? load_slope(params, batch, head) : 0.0f;
+    const dropout_stream stream(params, batch, head);
     const fa_mods &mods = mods_of(params);
     const score_coords of_head = {batch, head, 0, 0};
     float sums[FA_MAX_CAPTURED] = {}; /* of elements that all scores of a head have in common */
@@ -105,7 +106,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     s = with_alibi(s, 1.0f, slope,
                                    at.query + seq.seqlen_k() - seq.seqlen_q() - at.key);
                 const float p = exp2_approx(s - lse[row]) * (1.0f / P_SCALE);
-                const float ds = p * (dP[e] - lse[TILE_M + row]);
+                const float dp = dP[e] * stream.factor(at.query, at.key, params.dropout.scale);
+                const float ds = p * (dp - lse[TILE_M + row]);
                 if (ds != 0.0f)
                     add_score_mod_gradients(ds, S[0][0][e], scale, at, mods, sums);
             }

@@ -13,7 +13,6 @@
  *
  * Blocks that run at the same time should share Q, dO and the accumulators of dQ in the L2: so
  * group_heads (batch, KV head) pairs go through all their tiles of keys together, heads fastest.
- * group_heads (batch, KV head) pairs go through all their tiles of keys together, heads fastest.
  * With a right diagonal the first keys are seen by the most queries: these blocks start first, and
  * the short ones fill the gaps at the end. With a list of tiles, sequence by sequence, a group is
  * of heads alone, and goes through the list. Of two blocks of a pair the one with the lower keys
@@ -147,6 +146,88 @@ template <> struct query_walk<false, true> {
             start(0);
     }
 };
+
+/* The same for ordered accumulation: whole heads, and a list from its end to its beginning. Where
+ * the last queries see the most keys, as by a causal mask, blocks then start with the same tile. */
+template <> struct query_walk<true, true> {
+    const backward_block *thread_block;
+    int begin, end;
+    int head, m_block; /* the current pair */
+    int head_end;
+    listed_tiles list;
+    int block, left; /* of the list, and the tiles before the current one in it */
+    int entry;       /* of the block before it in the list */
+
+    __device__ __forceinline__ query_walk(const fa_backward_params &params,
+                                          const backward_block &thread_block, int, int)
+        : thread_block(&thread_block)
+    {
+        const int first = thread_block.head_kv * params.heads_per_kv;
+        head = first + params.heads_per_kv * thread_block.q_split / params.q_splits;
+        head_end = first + params.heads_per_kv * (thread_block.q_split + 1) / params.q_splits;
+        begin = 0;
+        end = 0;
+        for (int i = head; i < head_end; i++)
+            end += list_of(i).count();
+        start();
+    }
+    __device__ __forceinline__ listed_tiles list_of(int query_head) const
+    {
+        const sequence<fa_backward_params> &seq = thread_block->seq;
+        return listed_tiles(seq.params, seq.batch, query_head, thread_block->n_block);
+    }
+    /* At the last tile of the current head, or of the next one that has any. */
+    __device__ __forceinline__ void start()
+    {
+        list = list_of(head);
+        while (list.blocks == 0 && head + 1 < head_end)
+            list = list_of(++head);
+        block = list.blocks - 1;
+        entry = list.read_entry(max(block, 0));
+        take_entry();
+    }
+    __device__ __forceinline__ void take_entry()
+    {
+        left = list.lists->tiles.number - 1;
+        m_block = list.tile_of(entry, left);
+        entry = list.read_entry(max(block - 1, 0));
+    }
+    __device__ __forceinline__ bool is_partial() const { return block < list.partial_blocks; }
+    __device__ __forceinline__ void advance()
+    {
+        if (left-- > 0)
+            m_block--;
+        else if (--block >= 0)
+            take_entry();
+        else if (++head < head_end)
+            start();
+    }
+};
+
+/* With ordered accumulation: how many additions to the current tile of dQ, of queries from `query0`
+ * on, come before that of this block. */
+template <class walk_t>
+__device__ __forceinline__ int added_before(const walk_t &, const backward_block &block,
+                                            const attention_mask &mask, int query0)
+{
+    return (block.n_block - mask.keys_of(query0).begin / TILE_N) / DQ_BUFFERS;
+}
+/* By the rows of lower keys, and by the tiles of lower keys of the block's own row. */
+__device__ __forceinline__ int added_before(const query_walk<true, true> &walk,
+                                            const backward_block &block, const attention_mask &,
+                                            int)
+{
+    const fa_extended_backward_params &params = extended(block.seq.params);
+    const fa_addition_order &order = params.order;
+    const divided row = divide(block.n_block, params.lists.row_tiles);
+    const int pair = block.seq.batch * order.heads + (order.heads > 1 ? walk.head : 0);
+    const fa_int64 first = static_cast<fa_int64>(pair) * (order.rows + 1) + row.quotient;
+    const int *before = order.before + first * params.lists.blocks +
+                        divide(walk.m_block, params.lists.tiles).quotient;
+    const int rows_before = ld_global(before),
+              through_own = ld_global(before + params.lists.blocks);
+    return rows_before * params.lists.row_tiles.number + row.rest * (through_own - rows_before);
+}
 
 /* A tile of queries in shared memory: Q [TILE_M, HEAD_DIM], dO [TILE_M, HEAD_DIM_V], lse_log2
  * [TILE_M] and behind it delta [TILE_M]. `count` tiles were loaded before it. With the TMA, one

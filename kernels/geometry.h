@@ -123,6 +123,7 @@ FA_CONSTEXPR int fa_p_shift(int dtype) { return dtype == FA_BFLOAT16 ? 14 : 0; }
 enum {
     FA_PREPROCESS_THREADS = 256, /* of a block of kernels/backward_preprocess.cu */
     FA_SINK_THREADS = 256,       /* of kernels/backward_sink.cu */
+    FA_ORDER_THREADS = 1024,     /* of kernels/backward_order.cu */
     FA_CAPTURED_THREADS = 128,   /* of kernels/backward_captured.cu */
     FA_POSTPROCESS_WARPS = 4,    /* of kernels/backward_postprocess.cu */
 };

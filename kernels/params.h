@@ -337,12 +337,20 @@ struct fa_backward_params {
 
 FA_STATIC_ASSERT(sizeof(struct fa_backward_params) == 896, "432, padding, maps, then the rest");
 
-/* The single argument of kernels/backward.cu where BLOCK_SPARSE. m_blocks is then that of whole
- * blocks of queries. */
+/* How often a block of queries is listed by rows of lower keys, as backward_order.cu writes it. */
+struct fa_addition_order {
+    int *before; /* [batch, heads, rows + 1, blocks of queries]; zero before */
+    int heads;   /* with lists of their own: heads_q, or 1 */
+    int rows;    /* of lists: blocks of keys */
+};
+
+/* The single argument of kernels/backward.cu where BLOCK_SPARSE, and of backward_order.cu. m_blocks
+ * is then that of whole blocks of queries. */
 struct fa_extended_backward_params {
     struct fa_backward_params dense;
     struct fa_block_lists lists;
     struct fa_mods mods;
+    struct fa_addition_order order; /* read only where BLOCK_SPARSE and DETERMINISTIC */
 };
 
 /* The single argument of kernels/backward_postprocess.cu. */

@@ -93,4 +93,14 @@ FA_INLINE int fa_dropout_keeps(const struct fa_dropout_draw *draw, int q, int k)
     return draw->word[q] >> (8 * k + 7) & 1;
 }
 
+/* The same of any weight. */
+FA_INLINE int fa_dropout_keeps_weight(const struct fa_dropout_stream *stream, int query, int key,
+                                      unsigned threshold)
+{
+    enum { QUERY_BIT = FA_DRAW_QUERY_STEP, KEY_BITS = (FA_DRAW_KEYS - 1) * FA_DRAW_KEY_STEP };
+    const struct fa_dropout_draw draw =
+        fa_dropout_draw_at(stream, query & ~QUERY_BIT, key & ~KEY_BITS, threshold);
+    return fa_dropout_keeps(&draw, (query & QUERY_BIT) != 0, (key & KEY_BITS) / FA_DRAW_KEY_STEP);
+}
+
 #endif

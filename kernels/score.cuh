@@ -176,6 +176,14 @@ struct dropout_stream {
         threshold = params.dropout.threshold;
     }
 
+    /* What one weight is multiplied by. */
+    __device__ __forceinline__ float factor(int query, int key, float factor_of_kept) const
+    {
+        if (!DROPOUT)
+            return 1.0f;
+        return fa_dropout_keeps_weight(&random, query, key, threshold) ? factor_of_kept : 0.0f;
+    }
+
     /* Calls f(q, k, kept) for the weights of two draws whose keys, or queries, are neighbours: the
      * halves of a word. `kept` has 16 ones for each that is not dropped. Of the keys of a draw
      * there are KEYS, from `key` on, which need not be the first; `query` is. */

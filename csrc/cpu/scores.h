@@ -157,14 +157,11 @@ static inline struct dropout dropout_of(const struct fa_problem *problem, int64_
 /* What a weight is multiplied by. */
 static inline float dropout_factor(const struct dropout *dropout, int64_t row, int64_t key)
 {
-    enum { QUERY_BIT = FA_DRAW_QUERY_STEP, KEY_BITS = (FA_DRAW_KEYS - 1) * FA_DRAW_KEY_STEP };
     if (dropout->threshold == 0)
         return 1;
-    const struct fa_dropout_draw draw =
-        fa_dropout_draw_at(&dropout->stream, (int)(row & ~(int64_t)QUERY_BIT),
-                           (int)(key & ~(int64_t)KEY_BITS), dropout->threshold);
-    const int q = (row & QUERY_BIT) != 0, k = (int)(key & KEY_BITS) / FA_DRAW_KEY_STEP;
-    return fa_dropout_keeps(&draw, q, k) ? dropout->factor : 0;
+    return fa_dropout_keeps_weight(&dropout->stream, (int)row, (int)key, dropout->threshold)
+               ? dropout->factor
+               : 0;
 }
 
 /* As torch.logsumexp: +inf where a score is, although no weight is defined there. */

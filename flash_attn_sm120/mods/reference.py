@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
+from flash_attn_sm120 import dropout
 from flash_attn_sm120.block_mask import pairs_of
 from flash_attn_sm120.mods.trace import Trace
 from flash_attn_sm120.mods.translate import SAME_VALUE
@@ -38,14 +39,13 @@ def attend(
     options: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` of a checked call."""
-    if options.get("dropout_p"):
-        raise NotImplementedError("a mod with dropout_p is not supported on the CPU yet")
     is_packed = tensors.get("cu_seqlens_q") is not None
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
     heads_first = (q.shape[-2], q.shape[0]) if is_packed else (q.shape[0], q.shape[-2], q.shape[1])
     lse = q.new_full(heads_first, -math.inf, dtype=torch.float32)
     for sequence in _sequences(q, k, v, tensors):
-        rows, logs = _attend(sequence, sink, mods, tensors.get("alibi_slopes"), options)
+        with torch.autocast(q.device.type, enabled=False):  # which would round products
+            rows, logs = _attend(sequence, sink, mods, tensors, options)
         out[sequence.place] = rows.to(q.dtype)
         where = (slice(None), *sequence.place) if is_packed else (
             sequence.number, slice(None), sequence.place[1]
@@ -76,14 +76,14 @@ def _sequences(q: Any, k: Any, v: Any, tensors: dict[str, Any]) -> Iterator[_Seq
 
 
 def _attend(
-    sequence: _Sequence, sink: Any, mods: Any, slopes: Any, options: dict[str, Any]
+    sequence: _Sequence, sink: Any, mods: Any, tensors: Any, options: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     q, k, v = (x.float().transpose(0, 1) for x in sequence[1:4])  # heads first
     k, v = (x.repeat_interleave(q.shape[0] // x.shape[0], dim=0) for x in (k, v))
     rows = max(1, BLOCK_SCORES // max(1, q.shape[0] * k.shape[1]))
     parts = [
         _attend_rows(sequence.number, q, k, v, range(first, min(first + rows, q.shape[1])), sink,
-                     mods, slopes, options)
+                     mods, tensors, options)
         for first in range(0, max(1, q.shape[1]), rows)
     ]  # fmt: skip
     out, lse = (torch.cat(x, dim=1) for x in zip(*parts, strict=True))
@@ -91,7 +91,7 @@ def _attend(
 
 
 def _attend_rows(
-    batch: int, q: Any, k: Any, v: Any, rows: range, sink: Any, mods: Any, slopes: Any,
+    batch: int, q: Any, k: Any, v: Any, rows: range, sink: Any, mods: Any, tensors: Any,
     options: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     scale, softcap = options.get("softmax_scale"), options.get("softcap")
@@ -109,6 +109,7 @@ def _attend_rows(
     seen = in_window(distance, options).expand(s.shape)
     if "score_mod" in mods:
         s = _map(mods["score_mod"], s, *coords)
+    slopes = tensors.get("alibi_slopes")
     if slopes is not None:
         slope = slopes[batch] if slopes.dim() == 2 else slopes
         s = s - slope[:, None, None] * distance.abs()
@@ -117,7 +118,9 @@ def _attend_rows(
         partial, full = pairs_of(options["key_blocks"], batch, query, key)
         asked = full | partial & asked
     seen = seen & asked
-    return _weigh(s.masked_fill(~seen, -math.inf), v, sink)
+    p = options.get("dropout_p")
+    kept = dropout.factors(tensors["dropout_seed"], p, batch, *grid) if p else 1
+    return _weigh(s.masked_fill(~seen, -math.inf), v, sink, kept)
 
 
 def _map(graph: Trace, *grids: torch.Tensor) -> torch.Tensor:
@@ -167,8 +170,11 @@ def in_window(distance: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
     return seen
 
 
-def _weigh(s: torch.Tensor, v: torch.Tensor, sink: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """The softmax in a form whose gradient is 0, not NaN, in rows that see no key."""
+def _weigh(
+    s: torch.Tensor, v: torch.Tensor, sink: Any, kept: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The softmax in a form whose gradient is 0, not NaN, in rows that see no key; weights count
+    ``kept`` times."""
     if sink is not None:
         s = torch.cat([s, sink.float()[:, None, None].expand(*s.shape[:2], 1)], dim=2)
     if not s.shape[2]:
@@ -177,4 +183,4 @@ def _weigh(s: torch.Tensor, v: torch.Tensor, sink: Any) -> tuple[torch.Tensor, t
     s = s.masked_fill(is_empty[..., None], 0)
     lse = torch.logsumexp(s, dim=2)
     p = (s - lse[..., None]).exp().masked_fill(is_empty[..., None], 0)
-    return p[..., : v.shape[1]] @ v, lse.masked_fill(is_empty, -math.inf)
+    return (kept * p[..., : v.shape[1]]) @ v, lse.masked_fill(is_empty, -math.inf)

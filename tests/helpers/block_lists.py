@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 
 from flash_attn_sm120 import _C, block_mask
+from helpers.dropout import factors
 from helpers.reference import (
     assert_close,
     assert_close_to,
@@ -13,6 +14,9 @@ from helpers.reference import (
     gradient_reference,
     rounding_of_out,
 )
+
+# Options that the reference has not got.
+NOT_OF_RESULTS = ("num_splits", "pack_gqa", "deterministic", "dropout_p", "dropout_seed")
 
 
 def random_map(batch, heads, rows, columns, density=0.4):
@@ -58,7 +62,10 @@ def options_of(device, tensors, q, k, mask_mod=None):
 def check(device, q, k, v, blocks, seen, dout=None, **options):
     """Both directions of a call, held against the reference; without `dout` the forward alone."""
     out, lse = _C.forward(q, k, v, return_lse=True, **blocks, **options)
-    case = {x: y for x, y in options.items() if x not in ("num_splits", "pack_gqa")}
+    case = {x: y for x, y in options.items() if x not in NOT_OF_RESULTS}
+    if "dropout_p" in options:
+        numbers = (options["dropout_seed"].tolist(), options["dropout_p"], range(q.shape[0]))
+        case["dropout"] = factors(*numbers, q.shape[2], q.shape[1], k.shape[1]).to(q.device)
     assert_close(out, lse, q, k, v, attn_bias=as_bias(seen).to(q.device), **case)
     if dout is None:
         return

@@ -49,6 +49,10 @@ def score_mods(x):
         "t5": t5(x["table"]),
         "temperature": lambda s, b, h, q, k: s * x["temperature"],
         "squared": lambda s, b, h, q, k: s * s.abs() + s**2 / 4,
+        # torch's derivatives of these change numbers in place.
+        "minimum": lambda s, b, h, q, k: (
+            torch.minimum(s, 0.3 - s) + torch.maximum(s * 0.5, 0.1 * s)
+        ),
         "gelu": lambda s, b, h, q, k: torch.nn.functional.gelu(s) - torch.sigmoid(s),
         "causal": lambda s, b, h, q, k: torch.where(q >= k, s, -float("inf")),
         # The kernel goes from the last key to the first: scores that rise within a tile beyond what
@@ -79,9 +83,23 @@ def mask_mods(x):
 
 
 def oracle(
-    q, k, v, *, score_mod=None, mask_mod=None, window=None, softmax_scale=None, softcap=None
+    q,
+    k,
+    v,
+    *,
+    score_mod=None,
+    mask_mod=None,
+    window=None,
+    softmax_scale=None,
+    softcap=None,
+    sink=None,
+    listed=None,
+    dropout=1,
 ):
-    """(out, lse) of dense scores; mods get whole grids of indices, not one element at a time."""
+    """(out, lse) of dense scores; mods get whole grids of indices, not one element at a time.
+
+    `listed`: the pairs in listed blocks; `dropout`: what weights are multiplied by.
+    """
     q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
@@ -98,9 +116,13 @@ def oracle(
         seen = (j >= diagonal - window[0]) & (j <= diagonal + window[1])
     if mask_mod:
         seen = seen & mask_mod(b, h, i, j)
+    if listed is not None:
+        seen = seen & listed
     s = s.masked_fill(~seen, -math.inf)
+    if sink is not None:
+        s = torch.cat([s, sink[:, None, None].expand(*s.shape[:3], 1)], -1)
     is_empty = (s == -math.inf).all(-1)
     s = s.masked_fill(is_empty[..., None], 0)
     p = torch.softmax(s, -1).masked_fill(is_empty[..., None], 0)
     lse = torch.logsumexp(s, -1).masked_fill(is_empty, -math.inf)
-    return (p @ v).transpose(1, 2), lse
+    return ((dropout * p[..., : k.shape[2]]) @ v).transpose(1, 2), lse

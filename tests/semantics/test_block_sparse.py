@@ -26,10 +26,10 @@ def inputs(device, seqlens, heads=(2, 2), head_dims=(64, 64), batch=1):
     ]
 
 
-def random_lists(device, seqlens, block, heads, batch=1):
+def random_lists(device, seqlens, block, heads, batch=1, density=0.4):
     """(the lists, the pairs that are seen)"""
     rows, columns = (-(-n // b) for n, b in zip(seqlens, block, strict=True))
-    maps = random_map(batch, heads, rows, columns)
+    maps = random_map(batch, heads, rows, columns, density)
     return lists_of(device, *maps, block), seen_by(*maps, block, *seqlens)
 
 
@@ -64,6 +64,7 @@ MASKS = {
     "softcap": {"softcap": 2.0},
     "sink": {"learnable_sink": torch.tensor([0.5, -1.0])},
     "alibi": {"alibi_slopes": torch.tensor([0.1, 0.5])},
+    "dropout": {"dropout_p": 0.3, "dropout_seed": torch.tensor([2**62 + 5, 17])},
 }
 
 
@@ -179,6 +180,71 @@ def test_scores_that_rise(device):
     maps = maps_of((1, 8), (0,), (1, 2, 6, 7))
     blocks = options_of(device, lists_of(device, *maps, block), q, k)
     check(device, q, k, v, blocks, seen_by(*maps, block, *seqlens))
+
+
+# ---- in a fixed order ----------------------------------------------------------------------------
+
+DETERMINISTIC = {
+    # queries and keys, block, heads of q and of k, heads of the lists, density; several tiles of
+    # keys in a block, lists of heads, and what the emulator runs first
+    "sparse": ((300, 400), (128, 128), (2, 2), 2, 0.3),
+    "dense": ((260, 520), (128, 64), (4, 2), 1, 1.0),
+    "large": ((300, 600), (256, 256), (4, 1), 4, 0.6),
+    "nothing": ((200, 300), (128, 128), (2, 1), 2, 0.0),
+}
+
+
+def gradients_in_order(dout, q, k, v, out, lse, blocks, **options):
+    return _C.backward(dout, q, k, v, out, lse, None, **blocks, **options, deterministic=True)[:3]
+
+
+@pytest.mark.quick("*cpu*", "emulator-large")
+@pytest.mark.parametrize("case", DETERMINISTIC.values(), ids=DETERMINISTIC)
+@on_each_device
+def test_deterministic(device, case):
+    """Right, and the same bits in every run; lists have an empty row and a full column."""
+    seqlens, block, heads, list_heads, density = case
+    q, k, v = inputs(device, seqlens, heads, batch=2)
+    dout = dout_for(device, q, v)
+    tensors, seen = random_lists(device, seqlens, block, list_heads, 2, density)
+    blocks = options_of(device, tensors, q, k)
+    check(device, q, k, v, blocks, seen, dout, deterministic=True)
+    out, lse = _C.forward(q, k, v, return_lse=True, **blocks)
+    first = gradients_in_order(dout, q, k, v, out, lse, blocks)
+    for _ in range(10 if device is CUDA else 1):
+        assert_all_equal(gradients_in_order(dout, q, k, v, out, lse, blocks), first)
+
+
+@pytest.mark.parametrize("device", params_of(EMULATOR, CUDA))
+def test_deterministic_whatever_lists_hold(device):
+    """A row that lists a block twice, lists of both directions that disagree, indices of no block."""
+    q, k, v = inputs(device, (260, 390))
+    counts = device.place(torch.tensor([[[3, 99, 0, -1]]]).int())
+    indices = torch.tensor([[1, 1, 0], [7, 2, 2**30], [0, 1, 2], [0, 0, 0]]).int()
+    of_queries = block_mask.BlockLists(128, 128, counts, device.place(indices[None, None]))
+    every = device.place(torch.arange(4).int().repeat(1, 1, 3, 1))
+    all_counts = device.place(torch.full((1, 1, 3), 4).int())
+    of_keys = block_mask.BlockLists(128, 128, all_counts, every)
+    blocks = {"key_blocks": of_keys, "query_blocks": of_queries}
+    out, lse = _C.forward(q, k, v, return_lse=True, **blocks)
+    given = dout_for(device, q, v), q, k, v, out, lse, blocks
+    first = gradients_in_order(*given)
+    assert_all_equal(gradients_in_order(*given), first)
+    default = _C.backward(*given[:-1], None, **blocks)[:3]
+    for got, expected in zip(first, default, strict=True):
+        assert_near(got, expected, 0.02)
+
+
+def test_what_counts_the_blocks_before():
+    q, k = (torch.empty(1, 1024, heads, 64).bfloat16() for heads in (8, 2))
+    tensors, _ = random_lists(CPU, (1024, 1024), (128, 128), 1)
+    plan = explain_backward(q, k, k, arch=120, deterministic=True, **options_of(CPU, tensors, q, k))
+    assert "count" in plan.reasons["deterministic"]
+    assert [step.kernel for step in plan.steps][:3] == [
+        "backward_preprocess",
+        "backward_order",
+        "backward",
+    ]
 
 
 # ---- what callers pass ---------------------------------------------------------------------------
@@ -300,9 +366,6 @@ def test_what_is_refused():
     with pytest.raises(NotImplementedError, match="block_sparse_tensors"):
         flash_attn_func(q, q, q, seqused_k=torch.tensor([100]).int(), block_sparse_tensors=tensors)
     half = q.bfloat16()
-    blocks = options_of(CPU, tensors, half, half)
-    with pytest.raises(NotImplementedError, match="deterministic"):
-        explain_backward(half, half, half, arch=120, deterministic=True, **blocks)
     for block, message in (((100, 128), "multiples of 16"), ((128, 24), "multiples of 16")):
         odd = options_of(
             CPU, lists_of(CPU, *random_map(1, 1, *(-(-200 // b) for b in block)), block), half, half
@@ -379,6 +442,11 @@ def test_a_callable_is_not_asked_in_full_blocks(device):
     got = flash_attn_func(q, k, v, block_sparse_tensors=fields, mask_mod=lambda b, h, q, k: q < 0)
     expected = flash_attn_func(q, k, v, block_sparse_tensors=fields)
     assert_close(device, got[:1], expected[:1])
+
+
+def assert_near(got, expected, tolerance):
+    got, expected = (x.cpu().as_subclass(torch.Tensor).float() for x in (got, expected))
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 
 def assert_close(device, got, expected):

@@ -7,6 +7,7 @@ from flash_attn_sm120 import _C, explain, flash_attn_func, flash_attn_varlen_fun
 from flash_attn_sm120.mods import attention
 from flash_attn_sm120.mods.capture import captured_by
 from helpers.devices import CPU, CUDA, EMULATOR, params_of
+from helpers.dropout import factors
 from helpers.mods import mask_mods, oracle, score_mods, tensors_of
 
 EVERY_MOD = [("score_mod", name) for name in score_mods({**tensors_of(CPU)})]
@@ -54,8 +55,20 @@ def assert_near(actual, expected, name, tolerance=None):
     assert (actual - expected)[finite].abs().max() <= bound, name
 
 
-def check(device, q, k, v, mod, cpu_mod, **options):
+def meant_by(q, k, options):
+    """What the options of a call are to the oracle."""
     named = {"window": options.get("window_size"), "softcap": options.get("softcap")}
+    if options.get("learnable_sink") is not None:
+        named["sink"] = plain(options["learnable_sink"])
+    if "dropout_p" in options:
+        seed, (batch, queries, heads, _) = options["dropout_seed"], q.shape
+        numbers = (plain(seed), options["dropout_p"], range(batch), heads, queries, k.shape[1])
+        named["dropout"] = factors(*numbers).float()
+    return named
+
+
+def check(device, q, k, v, mod, cpu_mod, **options):
+    named = meant_by(q, k, options)
     out, lse = flash_attn_func(q, k, v, return_lse=True, **mod, **options)
     expected = oracle(*(plain(x) for x in (q, k, v)), **named, **cpu_mod)
     assert_near(out, expected[0], "out", None if device is CPU else 2**-6)
@@ -71,8 +84,9 @@ def gradients(q, k, v, dout, mod, wanted=(), **options):
     out, lse = _C.forward(q, k, v, return_lse=True, **forward, **options)
     captured = joint["score_mod"][1] if "score_mod" in joint else ()
     wants = [any(x is w for w in wanted) for x in captured]
+    others = {name: x for name, x in options.items() if name != "learnable_sink"}
     dqkv, of_captured = attention.run_backward(
-        dout, None, q, k, v, None, out, lse, options, joint, wants
+        dout, None, q, k, v, options.get("learnable_sink"), out, lse, others, joint, wants
     )
     by_id = {id(x): g for x, g in zip(captured, of_captured, strict=True)}
     return [*dqkv[:3], *(by_id[id(x)] for x in wanted)]
@@ -81,7 +95,7 @@ def gradients(q, k, v, dout, mod, wanted=(), **options):
 def check_gradients(device, q, k, v, mod, cpu_mod, wanted=(), cpu_wanted=(), **options):
     leaves = [plain(x).requires_grad_() for x in (q, k, v)]
     dout = torch.randn(*q.shape[:3], v.shape[3]).to(q.dtype)
-    named = {"window": options.get("window_size"), "softcap": options.get("softcap")}
+    named = meant_by(q, k, options)
     expected = torch.autograd.grad(
         oracle(*leaves, **named, **cpu_mod)[0], [*leaves, *cpu_wanted], dout.float()
     )
@@ -112,7 +126,7 @@ def test_forward(device, mod):
 @every_mod
 @on_each_device
 def test_backward(device, mod):
-    if device is EMULATOR and mod[1] not in ("gelu", "document", "alibi"):
+    if device is EMULATOR and mod[1] not in ("gelu", "document", "alibi", "minimum"):
         return
     check_gradients(device, *qkv(device), *both(*mod, device))
 
@@ -148,6 +162,52 @@ def test_behind_a_softcap(device, mod):
     check_gradients(device, *inputs, *both(*mod, device), softcap=1.5)
 
 
+# Mods beside dropout, and one option more.
+SEED = (2**62 + 5, 17)
+BESIDE_DROPOUT = {
+    "gqa": (("score_mod", "alibi"), {}),
+    "score that falls": (("score_mod", "gelu"), {}),
+    "mask": (("mask_mod", "document"), {}),
+    "window": (("score_mod", "relative"), {"window_size": (40, 3)}),
+    "softcap": (("score_mod", "alibi"), {"softcap": 1.5}),
+    "sink": (("score_mod", "squared"), {"learnable_sink": (0.5, -1.0, 0.0, 2.0)}),
+}
+
+
+def with_dropout(device, options=()):
+    return {**dict(options), "dropout_p": 0.3, "dropout_seed": device.place(torch.tensor(SEED))}
+
+
+@pytest.mark.quick("cpu-*")
+@pytest.mark.parametrize("dims", [(64, 64), (128, 72)], ids=str)
+@pytest.mark.parametrize("case", BESIDE_DROPOUT)
+@on_each_device
+def test_with_dropout(device, case, dims):
+    """Weights that the derivative of a score makes negative are dropped as others are."""
+    if device is EMULATOR and dims[0] != (64, 128)[list(BESIDE_DROPOUT).index(case) % 2]:
+        return
+    mod, options = BESIDE_DROPOUT[case]
+    options = with_dropout(device, options)
+    if "learnable_sink" in options:
+        options["learnable_sink"] = device.place(torch.tensor(options["learnable_sink"]))
+    inputs = qkv(device, 2, 70, 90, dims=dims)
+    check(device, *inputs, *both(*mod, device), **options)
+    check_gradients(device, *inputs, *both(*mod, device), **options)
+
+
+@pytest.mark.parametrize("name", LEARNED)
+@on_each_device
+def test_gradients_of_captured_tensors_with_dropout(device, name):
+    if device is EMULATOR and name != "alibi":
+        return
+    tensors = tensors_of(device)
+    cpu = {n: plain(x) for n, x in tensors.items()}
+    learned = [x[LEARNED[name]].requires_grad_() for x in (tensors, cpu)]
+    mods = (made("score_mod", name, x) for x in (tensors, cpu))
+    inputs = qkv(device, 1, 90, 90)
+    check_gradients(device, *inputs, *mods, learned[:1], learned[1:], **with_dropout(device))
+
+
 @on_each_device
 @pytest.mark.parametrize("dims", [(128, 128), (72, 40)], ids=str)
 def test_with_a_window_in_parts_and_packed(device, dims):
@@ -159,21 +219,26 @@ def test_with_a_window_in_parts_and_packed(device, dims):
         check(device, q, k, v, *both_mods, window_size=(100, 3), **options)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @on_each_device
-def test_packed_sequences_have_indices_of_their_own(device):
+def test_packed_sequences_have_indices_of_their_own(device, dropout_p):
     lengths, heads = (37, 1, 80), 2
+    dropout = with_dropout(device) if dropout_p else {}
     ends = device.place(torch.tensor([0, 37, 38, 118], dtype=torch.int32))
     score, cpu_score = both("score_mod", "relative", device)
     mask, cpu_mask = both("mask_mod", "sliding", device)
     mods, cpu_mods = {**score, **mask}, {**cpu_score, **cpu_mask}
     q, k, v = (x[0] for x in qkv(device, 1, 118, 118, heads, heads))
     out, lse = flash_attn_varlen_func(
-        q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, return_lse=True, **mods
+        q, k, v, cu_seqlens_q=ends, cu_seqlens_k=ends, return_lse=True, **dropout, **mods
     )
     first = 0
-    for length in lengths:
+    for number, length in enumerate(lengths):
         rows = slice(first, first + length)
-        expected = oracle(*(plain(x)[None, rows] for x in (q, k, v)), **cpu_mods)
+        named = dict(cpu_mods)
+        if dropout:
+            named["dropout"] = factors(SEED, dropout_p, [number], heads, length, length).float()
+        expected = oracle(*(plain(x)[None, rows] for x in (q, k, v)), **named)
         assert_near(out[rows], expected[0][0], length, 1e-4 if device is CPU else 2**-6)
         assert_near(lse[:, rows], expected[1][0], length)
         first += length
