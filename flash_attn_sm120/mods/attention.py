@@ -60,7 +60,9 @@ def attend(
             "modes, subclasses)"
         )
     q, k, v = autograd.autocast(q, k, v, tensors.get("page_table"))
-    called = {name: _with_aux(name, mod, aux_tensors) for name, mod in mods.items() if mod}
+    called = {  # before torch 2.13 Dynamo knows no truth value of a nested function
+        name: _with_aux(name, mod, aux_tensors) for name, mod in mods.items() if mod is not None
+    }
     if torch.is_grad_enabled() and ops.learns_slopes(tensors):
         called["score_mod"] = _with_learned_alibi(called.get("score_mod"), q, k, tensors)
         tensors = {name: x for name, x in tensors.items() if name != ops.SLOPES}

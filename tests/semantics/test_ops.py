@@ -123,7 +123,7 @@ def runs(monkeypatch):
 
 def test_schemas_have_every_option():
     """A row of csrc/options.h that a dense call has, but for its tensors, is an argument of both
-    operators, with the same default. Lists of blocks are refused where torch follows a call, and
+    operators, with the same default. Lists of blocks are those of mods/operators.py, and
     heads_first is of torch's own operators."""
     parameters = inspect.signature(_C.backward).parameters
     names = ScalarOptions.__annotations__.keys() - {"key_blocks", "query_blocks", "heads_first"}
