@@ -19,27 +19,30 @@ struct fa_quantized_params {
     const float *q_head_scale, *k_head_scale, *v_head_scale;
     const float *k_mean; /* [batch, heads_kv, head_dim], rotated as K is; NULL: not needed */
     const float *v_mean; /* [batch, heads_kv, head_dim_v] */
-    void *out;           /* [batch, seqlen_q, heads_q, head_dim_v] */
-    float *lse;          /* [batch, heads_q, seqlen_q]; NULL: not wanted */
+    void *out;           /* [parts, batch, seqlen_q, heads_q, head_dim_v] */
+    float *lse;          /* [parts, batch, heads_q, seqlen_q]; NULL: not wanted */
     /* In bytes. Of V in e2m1 `seqlen` is from dim to dim. */
     struct fa_strides q_stride, k_stride, v_stride;
     int batch, heads_q, heads_kv, seqlen_q, seqlen_k;
+    int parts;                     /* blocks that share the keys of the same queries */
     int window_left, window_right; /* keys that a query sees before and after its diagonal */
     float softmax_scale, softcap;
 };
 
-/* Queries of one head, and the keys that they see: [begin, end) of a row. */
+/* Queries of one head, and the keys that they see, or a part of these: [begin, end) of a row. */
 struct quantized_block {
     const fa_quantized_params &params;
-    int batch, head, head_kv, first_row;
+    int part, batch, head, head_kv, first_row;
 
     __device__ __forceinline__ explicit quantized_block(const fa_quantized_params &params)
         : params(params)
     {
         const unsigned tiles = (params.seqlen_q + TILE_M - 1) / TILE_M;
-        const unsigned number =
-            read_block_index() / tiles; /* of the head: its K and V stay in L2 */
+        /* Blocks of a head follow each other: its K and V stay in L2. */
+        unsigned number = read_block_index() / tiles;
         first_row = (tiles - 1 - read_block_index() % tiles) * TILE_M;
+        part = number % params.parts;
+        number /= params.parts;
         head = number % params.heads_q;
         batch = number / params.heads_q;
         head_kv = head / (params.heads_q / params.heads_kv);
@@ -72,11 +75,13 @@ struct quantized_block {
         return begin(warp_row()) < (tile + 1) * TILE_N &&
                tile * TILE_N < end(warp_row() + WARP_M - 1);
     }
-    __device__ __forceinline__ int first_tile() const { return begin(first_row) / TILE_N; }
-    __device__ __forceinline__ int end_tile() const
+    /* Where the tiles of a part begin, of those that the rows see. */
+    __device__ __forceinline__ int first_tile(int part) const
     {
         const int last_row = min(first_row + TILE_M, params.seqlen_q) - 1;
-        return (max(end(last_row), 0) + TILE_N - 1) / TILE_N;
+        const int first = begin(first_row) / TILE_N;
+        const int tiles = max(0, (max(end(last_row), 0) + TILE_N - 1) / TILE_N - first);
+        return first + tiles * part / params.parts;
     }
     /* Every row sees all keys of the tiles between these. */
     __device__ __forceinline__ int first_whole_tile() const
@@ -96,6 +101,17 @@ struct quantized_block {
     __device__ __forceinline__ fa_int64 key_head() const
     {
         return static_cast<fa_int64>(batch) * params.heads_kv + head_kv;
+    }
+    /* The same of the results, which parts have in front. */
+    __device__ __forceinline__ fa_int64 lse_row(int row) const
+    {
+        const fa_int64 batches = static_cast<fa_int64>(part) * params.batch + batch;
+        return (batches * params.heads_q + head) * params.seqlen_q + row;
+    }
+    __device__ __forceinline__ fa_int64 out_row(int row) const
+    {
+        const fa_int64 batches = static_cast<fa_int64>(part) * params.batch + batch;
+        return (batches * params.seqlen_q + row) * params.heads_q + head;
     }
     /* Of [batch, seqlen, heads]: the number of a row. */
     __device__ __forceinline__ fa_int64 query(int row) const

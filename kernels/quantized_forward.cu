@@ -61,8 +61,7 @@ __device__ __forceinline__ void store_lse(const softmax_rows &rows, const float 
         const float lse =
             (rows.m[half] - P_SHIFT + log2_approx(l[half])) * LN2 + (SOFTCAP ? 0 : left_out[half]);
         if (quad_lane() == 0 && row < block.params.seqlen_q)
-            block.params.lse[block.query_head() * block.params.seqlen_q + row] =
-                l[half] == 0.0f ? -INF : lse;
+            block.params.lse[block.lse_row(row)] = l[half] == 0.0f ? -INF : lse;
     }
 }
 
@@ -112,7 +111,7 @@ __device__ __forceinline__ void store_out(float (&O_rmem)[O_FRAGS][2][4], const 
                                pack<OUT_DTYPE>(__uint_as_float(next.z), __uint_as_float(next.w)));
         }
         *reinterpret_cast<uint4 *>(static_cast<char *>(params.out) +
-                                   (block.query(row) * HEAD_DIM_V + dim) * OUT_ELEMENT) = chunk;
+                                   (block.out_row(row) * HEAD_DIM_V + dim) * OUT_ELEMENT) = chunk;
     }
 }
 
@@ -121,9 +120,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
 {
     extern __shared__ __align__(128) char smem[];
     const quantized_block block(params);
-    const int end = block.end_tile();
+    const int end = block.first_tile(block.part + 1);
     const int whole_begin = block.first_whole_tile(), whole_end = block.end_whole_tile();
-    int tile = block.first_tile();
+    int tile = block.first_tile(block.part);
     quantized_ring ring(block, smem, tile);
     if (tile < end)
         ring.copy(tile);

@@ -61,7 +61,7 @@ struct quantized_ring {
     }
     __device__ __forceinline__ unsigned K_tile(int tile) const
     {
-        return smem + tile % STAGES * STAGE_BYTES;
+        return smem + static_cast<unsigned>(tile) % STAGES * STAGE_BYTES;
     }
     __device__ __forceinline__ unsigned V_tile(int tile) const
     {

@@ -29,22 +29,23 @@ def attend(
     return_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """``(out, lse)`` of checked operands on a CUDA device that :func:`check` has let pass."""
-    device = q.data.device
-    out = torch.empty((q.batch, q.seqlen, q.heads, v.head_dim), dtype=out_dtype, device=device)
-    lse = None
+    place = q.data.device
+    index = place.index or 0
+    shape = (q.batch, q.seqlen, q.heads, v.head_dim)
+    lse_shape = (q.batch, q.heads, q.seqlen)
+    out, lse = torch.empty(shape, dtype=out_dtype, device=place), None
     if return_lse:
-        shape = (q.batch, q.heads, q.seqlen)
-        lse = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
+        lse = torch.full(lse_shape, -math.inf, dtype=torch.float32, device=place)
     if not out.numel():
         return out, lse
     if not k.seqlen:
         return out.zero_(), lse
-    _launch(q, k, v, options, out, lse, device.index or 0)
+    _compute(q, k, v, options, out, lse, index)
     return out, lse
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _launch(
+def _compute(
     q: Quantized,
     k: Quantized,
     v: Quantized,
@@ -54,10 +55,34 @@ def _launch(
     index: int,
 ) -> None:
     """A graph of torch.compile ends here."""
+    parts = kernel.parts_of(kernel.blocks_of(q), k.seqlen, _multiprocessors(index))
+    if parts == 1:
+        _launch(q, k, v, options, out, lse, index)
+        return
+    of_parts = out.new_empty((parts, *out.shape), dtype=torch.float32)
+    lse_of_parts = out.new_empty((parts, q.batch, q.heads, q.seqlen), dtype=torch.float32)
+    _launch(q, k, v, options, of_parts, lse_of_parts, index)
+    _C.combine(of_parts, lse_of_parts.transpose(2, 3), out, lse, None, None)
+
+
+def _launch(
+    q: Quantized,
+    k: Quantized,
+    v: Quantized,
+    options: dict[str, Any],
+    out: Tensor,
+    lse: Tensor | None,
+    index: int,
+) -> None:
     with torch.cuda.device(index):
         launch = kernel.prepare(q, k, v, options, out, lse, target_of(index))
         loaded = _loaded(launch.variant, index)
         loaded((launch.blocks, 1), kernel.THREADS, launch.parameters)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    return _C.devices()[1][index]["sms"]
 
 
 def check(recipe: str, index: int) -> None:

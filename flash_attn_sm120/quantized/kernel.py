@@ -15,6 +15,8 @@ from flash_attn_sm120.quantized.quantize import rotate
 KERNEL = "quantized_forward"
 THREADS = 128
 TILE_M, TILE_N = 64, 64  # queries of a block, keys of a step
+MOST_PARTS = 16
+LEAST_TILES = 4  # of a part
 _FORMATS = {"16bit": 0, "int8": 1, "fp8": 2, "mxfp8": 3, "nvfp4": 4}  # enum quantized_format
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum fa_dtype
 
@@ -34,8 +36,8 @@ class Parameters(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("k_mean", "v_mean", "out", "lse")),
         *((name, Strides) for name in ("q_stride", "k_stride", "v_stride")),
         *((name, ctypes.c_int) for name in ("batch", "heads_q", "heads_kv")),
-        *((name, ctypes.c_int) for name in ("seqlen_q", "seqlen_k", "window_left")),
-        ("window_right", ctypes.c_int),
+        *((name, ctypes.c_int) for name in ("seqlen_q", "seqlen_k", "parts")),
+        *((name, ctypes.c_int) for name in ("window_left", "window_right")),
         ("softmax_scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     ]
@@ -74,7 +76,12 @@ def prepare(
     lse: Tensor | None,
     target: Target,
 ) -> Launch:
-    """The launch that computes checked operands, with at least one row of ``out``."""
+    """The launch that computes checked operands, with at least one row of ``out``.
+
+    ``out (batch, seqlen_q, heads_q, head_dim_v)`` and ``lse (batch, heads_q, seqlen_q)`` may have
+    another dimension in front: parts of the keys, of which each has results of its own keys.
+    """
+    parts = out.shape[0] if out.dim() == 5 else 1
     q_data, k_data, v_data = (_readable(x.data) for x in (q, k, v))
     needs_mean = k.mean is not None and (lse is not None or options["softcap"])
     k_mean = rotate(k.mean, k.rotation) if k.mean is not None and needs_mean else None
@@ -100,6 +107,7 @@ def prepare(
         heads_kv=k.heads,
         seqlen_q=q.seqlen,
         seqlen_k=k.seqlen,
+        parts=parts,
         window_left=left,
         window_right=right,
         softmax_scale=options["softmax_scale"],
@@ -109,8 +117,20 @@ def prepare(
     has_softcap = options["softcap"] > 0
     dims = (q.head_dim, v.head_dim)
     variant = variant_of(q.format, v.format, dims, v_dtype, out.dtype, has_softcap, target)
-    blocks = -(-q.seqlen // TILE_M) * q.heads * q.batch
+    blocks = blocks_of(q) * parts
     return Launch(variant, blocks, parameters, tuple(tensors.values()))
+
+
+def blocks_of(q: Quantized) -> int:
+    """Of queries of one head, each."""
+    return -(-q.seqlen // TILE_M) * q.heads * q.batch
+
+
+def parts_of(blocks: int, seqlen_k: int, multiprocessors: int) -> int:
+    """How many blocks share the keys of the same queries: 1 where two of them for each
+    multiprocessor are there without, and then so few that each has some tiles of keys."""
+    most = min(MOST_PARTS, seqlen_k // (LEAST_TILES * TILE_N))
+    return max(1, min(most, 2 * multiprocessors // blocks))
 
 
 @functools.cache

@@ -136,6 +136,31 @@ def test_sharp_softmaxes(recipe):
 
 
 @emulated
+@recipes
+def test_parts_of_the_keys(recipe):
+    """Put together they are the whole, a part without keys included."""
+    q, k, v = quantized(*make(seqlen_k=200), recipe)
+    options = {"causal": True, "window_size": (120, None)}
+    whole, whole_lse = emulate(q, k, v, **options)
+    for parts in (2, 5):
+        out = torch.full((parts, *whole.shape), math.nan)
+        lse = torch.full((parts, *whole_lse.shape), math.nan)
+        run(kernel.prepare(q, k, v, options_of(q, **options), out, lse, GEFORCE), out, lse)
+        merged = lse.logsumexp(dim=0)
+        weight = (lse - merged).exp().transpose(2, 3)[..., None]
+        assert relative((weight * out).sum(dim=0), whole) <= 1e-5
+        torch.testing.assert_close(merged, whole_lse, rtol=1e-6, atol=1e-5)
+
+
+def test_few_blocks_share_keys():
+    assert kernel.parts_of(blocks=1, seqlen_k=1 << 20, multiprocessors=170) == 16
+    assert kernel.parts_of(blocks=100, seqlen_k=1 << 20, multiprocessors=170) == 3
+    assert kernel.parts_of(blocks=171, seqlen_k=1 << 20, multiprocessors=170) == 1
+    assert kernel.parts_of(blocks=8, seqlen_k=1000, multiprocessors=170) == 3
+    assert kernel.parts_of(blocks=8, seqlen_k=64, multiprocessors=170) == 1
+
+
+@emulated
 @pytest.mark.parametrize("recipe", ["int8_fp8", "nvfp4"])
 def test_many_keys(recipe):
     torch.manual_seed(0)
@@ -301,6 +326,7 @@ def test_calls_of_a_device(monkeypatch):
 
     monkeypatch.setattr(kernel, "prepare", prepare)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(device, "_multiprocessors", lambda index: 1)
     monkeypatch.setattr(device, "target_of", lambda index: GEFORCE)
     monkeypatch.setattr(device, "_loaded", lambda variant, index: lambda *_: launches[-1]())
     q, k, v = quantized(*make(), "int8_fp8")
@@ -312,12 +338,20 @@ def test_calls_of_a_device(monkeypatch):
         assert (lse is not None) == returns_lse
         assert lse is None or relative(lse, ref_lse) <= 1e-5
     assert len(launches) == 2
+    monkeypatch.setattr(device, "_multiprocessors", lambda index: 100)
+    operands = quantized(*make(seqlen_k=600), "int8_fp8")
+    ref, ref_lse = reference.attend(*operands, options)
+    for returns_lse in (True, False):
+        out, lse = device.attend(*operands, options, torch.float32, returns_lse)
+        assert relative(out, ref) <= 2e-3
+        assert lse is None or relative(lse, ref_lse) <= 1e-5
+    assert len(launches) == 4
     _, k, v = quantized(*make(seqlen_k=0), "int8_fp8")
     out, lse = device.attend(q, k, v, options, torch.float32, True)
     assert (out == 0).all() and (lse == -math.inf).all()
     q, k, v = quantized(*make(seqlen_q=0), "int8_fp8")
     assert device.attend(q, k, v, options, torch.float32, False)[0].shape == (2, 0, 4, 32)
-    assert len(launches) == 2
+    assert len(launches) == 4
 
 
 @recipes
