@@ -114,26 +114,29 @@ def by_operator(problem: Problem, dout: Tensor) -> list[Trainer]:
     ]
 
 
-def expanded(problem: Problem) -> Problem:
-    """A KV head for each query head, for peers that know nothing of GQA; the copy is not timed."""
+def suited(problem: Problem, dout: Tensor) -> tuple[Problem, Tensor]:
+    """A KV head for each query head and one head dim, for peers that know nothing of GQA or of
+    head dims that differ; the copies are not timed."""
     group = problem.q.shape[2] // problem.k.shape[2]
     k, v = (t.repeat_interleave(group, dim=2) for t in (problem.k, problem.v))
-    return Problem(problem.q, k, v, problem.causal)
+    other = harness.with_padded_v(Problem(problem.q, k, v, problem.causal))
+    return other, F.pad(dout, (0, other.v.shape[3] - v.shape[3]))
 
 
 def admit(
     problem: Problem, dout: Tensor, graph: bool
 ) -> tuple[list[Trainer], dict[str, str], set[str]]:
-    """Those found right; why the others are absent; and who had K and V expanded."""
+    """Those found right; why the others are absent; and who had copies of K and V made for it."""
     make = by_operator if graph else by_autograd
     check = Check(problem, dout)
     outputs = (dout, problem.q, problem.k, problem.v)  # out, of the forward before, and gradients
     entrants, absent = harness.admit(make(problem, dout), check, outputs)
     peers = [name for name in PEERS if name in absent]
-    if not peers or problem.q.shape[2] == problem.k.shape[2]:
+    heads_q, head_dim = problem.q.shape[2:]
+    if not peers or problem.v.shape[2:] == (heads_q, head_dim):
         return entrants, absent, set()
     again, still = harness.admit(
-        [c for c in make(expanded(problem), dout) if c.name in peers], check, outputs
+        [c for c in make(*suited(problem, dout)) if c.name in peers], check, outputs
     )
     others = {name: why for name, why in absent.items() if name not in peers}
     return entrants + again, others | {n: absent[n] for n in still}, {c.name for c in again}
@@ -162,8 +165,8 @@ class Check:
         for what, got, like in zip(("dq", "dk", "dv"), gradients, inputs, strict=True):
             if got.dtype != like.dtype:
                 raise WrongResult(f"{name}: {what} is {got.dtype}, expected {like.dtype}")
-            if what != "dq" and got.shape != like.shape:  # of expanded K and V
-                got = got.unflatten(2, (like.shape[2], -1)).float().sum(3)
+            if what != "dq" and got.shape != like.shape:  # of copies of K and V
+                got = got[..., : like.shape[3]].unflatten(2, (like.shape[2], -1)).float().sum(3)
             if got.shape != like.shape:
                 raise WrongResult(f"{name}: {what} {tuple(got.shape)}, not {tuple(like.shape)}")
             for (b, kv_head), of_head in self.references.items():
@@ -273,7 +276,7 @@ def memory_table(measured: list[dict[str, dict]]) -> str:
     def row(cell: dict[str, dict]) -> list[object]:
         return [*grid.label(cell), *(peak(cell[name]) for name in NAMES)]
 
-    return harness.markdown(("preset", "S", "causal", *NAMES), map(row, measured))
+    return harness.markdown((*grid.LABEL, *NAMES), map(row, measured))
 
 
 # ----------------------------------------------------------------------------------------- main
@@ -290,12 +293,14 @@ def measure(problem: Problem, args: argparse.Namespace) -> dict[str, dict]:
     flops = FLOPS_OF_FORWARD * harness.forward_flops(problem)
     fields = {
         name: {
-            "expanded_kv": name in with_copies,
+            "copied_kv": name in with_copies,
             **harness.timing_fields(timing, flops),
             "step_peak_mib": peaks[name],
         }
         for name, timing in timings.items()
     }
+    if args.wall:
+        harness.add_wall_times(fields, entrants, args.device, args.rounds)
     return fields | harness.absent_fields(absent | exhausted | without)
 
 
@@ -303,14 +308,14 @@ def main() -> None:
     args = grid.parse(grid.make_parser(__doc__, "training"))
     records = harness.Records(args.output, "backward", args.device)
     measured = functools.partial(measure, args=args)
-    found = harness.measure_cells(grid.cells(args), measured, NAMES, records, args.device, copies=2)
+    found = harness.measure_cells(args.cells, measured, NAMES, records, args.device, copies=2)
     grid.report("Backward", args, records.header, found, NAMES)
     print("\nWith deterministic=True:\n", grid.by_preset(found, DETERMINISTIC), sep="\n")
     print("\nPeak MiB of forward and backward, results included:\n", memory_table(found), sep="\n")
     for name in PEERS:
-        cells = sum(cell[name].get("expanded_kv", False) for cell in found)
+        cells = sum(cell[name].get("copied_kv", False) for cell in found)
         if cells:
-            print(f"{name}: K and V expanded before it in {cells} cells")
+            print(f"{name}: K and V expanded or padded before it in {cells} cells")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import re
 import statistics
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import backward
+import grid
 import harness
 import torch
 from harness import OURS, Cell, Preset, Problem
@@ -50,7 +52,8 @@ from flash_attn_sm120 import (
 from flash_attn_sm120.mma_peak import MmaPeak
 from flash_attn_sm120.plan import Plan
 from flash_attn_sm120.tune import candidates as tune_tiles
-from flash_attn_sm120.tune import grid, trial
+from flash_attn_sm120.tune import grid as tune_grid
+from flash_attn_sm120.tune import trial
 
 PEAK, DETERMINISTIC = "mma.sync peak", "deterministic"
 LIKE = {1: "as it is", 2: "PRO-like", 4: "GeForce-like"}
@@ -82,14 +85,20 @@ class Call:
     causal: bool
     is_backward: bool
     wanted: dict[int, float]
+    batch: int = 1
 
     def __str__(self) -> str:
         p = self.preset
         dims = f"{p.head_dim}" if p.head_dim_v is None else f"{p.head_dim},{p.head_dim_v}"
+        batch = f"B {self.batch}, " if self.batch > 1 else ""
         return (
             f"{'backward' if self.is_backward else 'forward'} D {dims}, {p.heads_q}/{p.heads_kv}, "
-            f"S {self.seqlen} {'causal' if self.causal else 'full'}"
+            f"{batch}S {self.seqlen} {'causal' if self.causal else 'full'}"
         )
+
+    @property
+    def cell(self) -> Cell:
+        return Cell(self.preset, self.seqlen, self.causal, self.batch, torch.bfloat16)
 
     @property
     def head_dims(self) -> tuple[int, int]:
@@ -103,7 +112,7 @@ class Call:
     def problem(self, device: str) -> Problem:
         """On the emulator a small one, which takes the same path."""
         if device != "emulator":
-            return Cell(self.preset, self.seqlen, self.causal, 1, torch.bfloat16).problem(device)
+            return self.cell.problem(device)
         from emulator import EmulatedTensor
 
         preset = Preset(1, 1, *self.head_dims)
@@ -134,14 +143,25 @@ CALLS = (
 )
 
 
+def calls_of_grid(name: str) -> Iterator[Call]:
+    """Those of a grid of forward.py and backward.py, in both directions; no share is asked."""
+    cells = [cell for part in grid.GRIDS[name] for cell in part.cells()]
+    for is_backward, cell in itertools.product((False, True), cells):
+        yield Call(cell.preset, cell.seqlen, cell.causal, is_backward, {}, cell.batch)
+
+
 # ----------------------------------------------------------------------------------------- plans
 
 
-def plan_of(call: Call, problem: Problem, deterministic: bool = False) -> Plan:
+def plan_of(
+    call: Call, problem: Problem, deterministic: bool = False, arch: int | None = None
+) -> Plan:
+    """On the device of the problem, or on one of compute capability `arch`."""
     qkv = problem.q, problem.k, problem.v
+    options: dict[str, Any] = {"causal": call.causal, "arch": arch}
     if call.is_backward:
-        return explain_backward(*qkv, causal=call.causal, deterministic=deterministic)
-    return explain(*qkv, causal=call.causal)
+        return explain_backward(*qkv, **options, deterministic=deterministic)
+    return explain(*qkv, **options)
 
 
 def compile_all(plans: Iterable[Plan], say: Callable[[str], None]) -> dict[str, str]:
@@ -274,13 +294,15 @@ class Tile(NamedTuple):
     plan: Plan
 
 
-def tiles_of(call: Call, problem: Problem, rows: Iterable[tuple[str, tuple]]) -> dict[str, Tile]:
+def tiles_of(
+    call: Call, problem: Problem, rows: Iterable[tuple[str, tuple]], arch: int | None = None
+) -> dict[str, Tile]:
     """Those that serve the call and fit, by the variant that it gets from each."""
     found: dict[str, Tile] = {}
     for label, row in rows:
         try:
             call.use_tiles([row])
-            plan = plan_of(call, problem)
+            plan = plan_of(call, problem, arch=arch)
         except ValueError:  # a tile that no kernel has
             continue
         finally:
@@ -290,12 +312,15 @@ def tiles_of(call: Call, problem: Problem, rows: Iterable[tuple[str, tuple]]) ->
     return found
 
 
-def first_tiles(call: Call, problem: Problem) -> dict[str, Tile]:
+def first_tiles(call: Call, problem: Problem, arch: int | None = None) -> dict[str, Tile]:
     """What is tried first: every tile of the backward; of the forward those fed by cp.async."""
-    return tiles_of(call, problem, (backward_rows if call.is_backward else forward_rows)(call))
+    rows = (backward_rows if call.is_backward else forward_rows)(call)
+    return tiles_of(call, problem, rows, arch)
 
 
-def fed_otherwise(call: Call, problem: Problem, tiles: Iterable[Tile]) -> dict[str, Tile]:
+def fed_otherwise(
+    call: Call, problem: Problem, tiles: Iterable[Tile], arch: int | None = None
+) -> dict[str, Tile]:
     """Tiles of the forward with K and V brought by the TMA, in every way."""
     rows = []
     for label, row, _ in tiles:
@@ -303,12 +328,12 @@ def fed_otherwise(call: Call, problem: Problem, tiles: Iterable[Tile]) -> dict[s
         for name, feed in tune_tiles.FEEDS.items():
             fed = tuned_tiles.as_tuple(fields | feed)
             rows.append((f"{label.split()[0]} {name}", fed))
-    return tiles_of(call, problem, rows)
+    return tiles_of(call, problem, rows, arch)
 
 
 def forward_rows(call: Call) -> Iterator[tuple[str, tuple[int, ...]]]:
     """As `tune` tries them."""
-    cell = grid.Cell(*call.head_dims, True, grid.BUCKETS[-1])
+    cell = tune_grid.Cell(*call.head_dims, True, tune_grid.BUCKETS[-1])
     anything = dict.fromkeys(_C.tile_fields(), tuned_tiles.ANY) | tune_tiles.CP_ASYNC
     of_all = dict.fromkeys(("arch", "mask_right", "mask_left"), tuned_tiles.ANY)
     for row in tune_tiles.candidate_rows(cell, anything, 120, tune_tiles.CHOICES):
@@ -549,6 +574,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeat", nargs="+", type=int, choices=LIKE, default=[4, 2])
     parser.add_argument("--only", default="", metavar="REGEX", help="calls whose name has it")
+    parser.add_argument("--grid", choices=grid.GRIDS, help="its calls, and not those of the table")
     direction = parser.add_mutually_exclusive_group()
     direction.add_argument("--forward", action="store_true", help="calls of the forward alone")
     direction.add_argument("--backward", action="store_true", help="of the backward alone")
@@ -561,7 +587,7 @@ def parse() -> argparse.Namespace:
     harness.require_device("cuda" if args.device == "cuda" else "cpu")
     args.calls = [
         call
-        for call in CALLS
+        for call in (calls_of_grid(args.grid) if args.grid else CALLS)
         if re.search(args.only, str(call))
         and not (args.forward if call.is_backward else args.backward)
     ]

@@ -73,13 +73,13 @@ class Check:
 def measure(problem: Problem, direction: str, args: argparse.Namespace) -> dict[str, dict]:
     """What the records of a cell say of each contestant."""
     dout = torch.randn_like(problem.q)
-    entrants, absent = harness.admit(
-        contestants(problem, dout, direction), Check(problem, dout, direction), (dout,)
-    )
+    found = contestants(problem, dout, direction)
+    found, left_out = harness.without_peers(found, NAMES[2:], args)
+    entrants, absent = harness.admit(found, Check(problem, dout, direction), (dout,))
     timings, without = harness.time_interleaved(entrants, args.device, args.rounds)
     flops = harness.FLOPS[direction] * harness.forward_flops(problem)
     fields = {name: harness.timing_fields(x, flops) for name, x in timings.items()}
-    return fields | harness.absent_fields(absent | without)
+    return fields | harness.absent_fields(absent | left_out | without)
 
 
 def cells(direction: str, device: str) -> list[Cell]:
@@ -107,13 +107,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    harness.add_choices(parser, "calls", "flash")
     harness.add_arguments(parser)
     args = harness.parse(parser)
     records = harness.Records(args.output, "dropout", args.device)
     found = []
     for direction in harness.FLOPS:
         measured = functools.partial(measure, direction=direction, args=args)
-        of_one = cells(direction, args.device)
+        of_one = [
+            cell
+            for cell in cells(direction, args.device)
+            if harness.is_chosen(f"{direction}, {cell}", args)
+        ]
         found += harness.measure_cells(of_one, measured, NAMES, records, args.device, copies=4)
     head = (
         "direction",

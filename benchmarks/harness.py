@@ -18,7 +18,9 @@ import math
 import os
 import platform
 import re
+import statistics
 import sys
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
@@ -77,6 +80,10 @@ PRESETS = {
     "d64-128": Preset(16, 4, 64, 128),
     "d128-64": Preset(16, 4, 128, 64),
     "d192-128": Preset(16, 4, 192, 128),
+    "mha-d128-64": Preset(32, 32, 128, 64),
+    "mha-d192-128": Preset(32, 32, 192, 128),
+    "mha-d256-128": Preset(32, 32, 256, 128),
+    "qwen3-0.6b": Preset(16, 8, 128),
 }
 
 
@@ -101,6 +108,13 @@ class Problem:
     def out_shape(self) -> tuple[int, ...]:
         """(B, Sq, Hq, Dv)"""
         return (*self.q.shape[:3], self.v.shape[3])
+
+
+def with_padded_v(problem: Problem) -> Problem:
+    """V with zeros up to the head dim of K, for peers that ask for one head dim; not timed."""
+    missing = problem.k.shape[3] - problem.v.shape[3]
+    v = F.pad(problem.v, (0, missing)) if missing > 0 else problem.v
+    return Problem(problem.q, problem.k, v, problem.causal)
 
 
 @dataclass(frozen=True)
@@ -395,6 +409,25 @@ def time_interleaved(
     return {c.name: t for c, t in zip(contestants, timings, strict=True)}, absent
 
 
+def add_wall_times(
+    fields: dict[str, dict], contestants: Iterable[Timed], device: str, rounds: int | None = None
+) -> None:
+    """Adds to what the records say: how long it is from the call to the end of its work, for a
+    caller who waits for the result. The device is idle before, and the L2 warm."""
+    timed = [contestant for contestant in contestants if contestant.name in fields]
+    samples: dict[str, list[float]] = {contestant.name: [] for contestant in timed}
+    for _ in range(rounds or ROUNDS[1]):
+        for contestant in timed:
+            with contestant.context():
+                synchronize(device)
+                begin = time.perf_counter()
+                contestant.call()
+                synchronize(device)
+                samples[contestant.name].append(time.perf_counter() - begin)
+    for name, own in samples.items():
+        fields[name]["wall_ms"] = statistics.median(own) * 1e3
+
+
 def prepared(
     contestants: Sequence[Timed], step: Callable[[Timed], Timed]
 ) -> tuple[list[Timed], dict[str, str]]:
@@ -608,6 +641,26 @@ def add_arguments(parser: argparse.ArgumentParser, rounds: int | None = None) ->
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default: {default}")
     parser.add_argument("--output", type=Path, metavar="FILE.jsonl")
+
+
+def add_choices(parser: argparse.ArgumentParser, what: str, peer: str) -> None:
+    """The arguments by which a run measures less: some cells alone, and ours without its peer."""
+    parser.add_argument("--only", default="", metavar="REGEX", help=f"{what} whose name has it")
+    parser.add_argument(
+        "--peers", choices=(peer, "none"), default=peer, help=f"beside ours (default: {peer})"
+    )
+
+
+def is_chosen(name: str, args: argparse.Namespace) -> bool:
+    return re.search(args.only, name) is not None
+
+
+def without_peers(
+    contestants: Iterable[C], peers: Iterable[str], args: argparse.Namespace
+) -> tuple[list[C], dict[str, str]]:
+    """The contestants, with `--peers none` without those named; and why these are absent."""
+    left_out = dict.fromkeys(peers, "--peers none") if args.peers == "none" else {}
+    return [c for c in contestants if c.name not in left_out], left_out
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:

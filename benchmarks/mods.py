@@ -139,13 +139,14 @@ def measure(
 ) -> dict[str, dict]:
     dout = torch.randn_like(problem.q)
     found = contestants(problem, mod, mask, dout, direction)
+    found, left_out = harness.without_peers(found, [FLEX], args)
     entrants, absent = harness.admit(found, Check(), (dout,))
     timings, without = harness.time_interleaved(entrants, args.device, args.rounds)
     flops = harness.FLOPS[direction] * harness.forward_flops(problem)
     fields = {name: harness.timing_fields(x, flops) for name, x in timings.items()}
     if not mod.built_in:
         absent[BUILT_IN] = "there is none"
-    return fields | harness.absent_fields(absent | without)
+    return fields | harness.absent_fields(absent | left_out | without)
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -163,13 +164,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default="", help="mods whose name has it")
+    harness.add_choices(parser, "mods", "flex")
     harness.add_arguments(parser)
     args = harness.parse(parser)
     records = harness.Records(args.output, "mods", args.device)
     seqlen, found = SEQLEN[args.device], []
     for mod in mods(args.device, PRESETS[0].heads_q, seqlen):
-        if args.only not in mod.name:
+        if not harness.is_chosen(mod.name, args):
             continue
         mask = block_mask.create_block_mask(
             mod.mask or causal, None, None, seqlen, seqlen, BLOCK, args.device

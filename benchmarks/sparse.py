@@ -191,12 +191,14 @@ def measure(
 ) -> dict[str, dict]:
     dout = torch.randn_like(problem.q)
     check = functools.partial(Check(problem, case, mask, dout), direction)
-    entrants, absent = harness.admit(contestants(problem, mask, dout, direction), check, (dout,))
+    found = contestants(problem, mask, dout, direction)
+    found, left_out = harness.without_peers(found, [FLEX], args)
+    entrants, absent = harness.admit(found, check, (dout,))
     timings, without = harness.time_interleaved(entrants, args.device, args.rounds)
     flops = harness.FLOPS[direction] * harness.forward_flops(problem)
     shares = dict.fromkeys(NAMES, listed(mask)) | {DENSE: 1.0}
     fields = {name: harness.timing_fields(x, flops * shares[name]) for name, x in timings.items()}
-    return fields | harness.absent_fields(absent | without)
+    return fields | harness.absent_fields(absent | left_out | without)
 
 
 # ---- the table -----------------------------------------------------------------------------------
@@ -218,11 +220,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    harness.add_choices(parser, "masks", "flex")
     harness.add_arguments(parser)
     args = harness.parse(parser)
     records = harness.Records(args.output, "sparse", args.device)
     found = []
     for case in cases(args.device):
+        if not harness.is_chosen(case.name, args):
+            continue
         mask = mask_of(case, args.device)
         for direction in harness.FLOPS:
             fields = {"direction": direction, "mask": case.name, "seqlen": case.seqlen}

@@ -177,12 +177,9 @@ def compare_times(
 ) -> None:
     """The geomean and the extremes of other / this over a grid."""
     ratios = {}
-    cells = grid.GRIDS[name]
-    for (preset, names), seqlen, causal in itertools.product(
-        cells.shapes(), cells.seqlens, (False, True)
-    ):
-        label = f"{names[0]} S {seqlen}{' causal' if causal else ''}"
-        problem = harness.Cell(preset, seqlen, causal, 1, torch.bfloat16).problem(device)
+    for cell in (cell for part in grid.GRIDS[name] for cell in part.cells()):
+        label = f"{cell.fields['presets'][0]} S {cell.seqlen}{' causal' if cell.causal else ''}"
+        problem = cell.problem(device)
         entrants = contestants(packages, problem, backward)
         timings, absent = harness.time_interleaved(entrants, device, ROUNDS)
         for package, reason in absent.items():

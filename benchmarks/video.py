@@ -52,7 +52,7 @@ def cells() -> list[Cell]:
 
 
 def measure(problem: Problem, device: str, rounds: int) -> dict[str, dict]:
-    return forward.measure(problem, device, rounds, graph=False)
+    return forward.measure(problem, device, rounds)
 
 
 def table(measured: list[dict[str, dict]]) -> str:

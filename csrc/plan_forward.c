@@ -182,6 +182,40 @@ static void prefer_tma(const struct fa_plan_input *input, const struct fa_device
         *tile = by_tma;
 }
 
+/* The query rows that pass through the multiprocessor that computes the most, if each computes one
+ * block at a time. */
+static int64_t rows_of_waves(const struct fa_plan_input *input, const struct fa_device *device,
+                             int tile_m)
+{
+    const int64_t blocks =
+        (int64_t)input->batch * input->heads_q * CEIL_DIV(input->seqlen_q, tile_m);
+    return CEIL_DIV(blocks, MAX(1, device->sms)) * tile_m;
+}
+
+/* Blocks that take all of a multiprocessor come in waves, and a last wave of two blocks takes as
+ * long as a full one: of 256 rows, 512 blocks are four waves on the 170 multiprocessors of an
+ * RTX 5090, where blocks of 128 rows need three and a half of such. Those are slower by SLOWER
+ * percent where waves are full: S13 in benchmarks/NOTES.md. */
+static bool fill_waves(const struct fa_plan_input *input, const struct fa_device *device,
+                       struct fa_tile *tile)
+{
+    enum { GEFORCE_SLOWER = 1, PRO_SLOWER = 4 };
+    const int slower = device->kind == FA_PRO_LIKE ? PRO_SLOWER : GEFORCE_SLOWER;
+    const int tile_m = tile->warps * tile->warp_m;
+    struct fa_tile half;
+    const char *why_not_tma = NULL;
+    if (input->varlen ||
+        !first_that_serves(FA_WAVE_TILES, FA_WAVE_TILE_COUNT, input, device, &half, &why_not_tma))
+        return false;
+    const int half_m = half.warps * half.warp_m;
+    if (tile_m != 2 * half_m || half.kernel != tile->kernel ||
+        rows_of_waves(input, device, half_m) * (100 + slower) >=
+            rows_of_waves(input, device, tile_m) * 100)
+        return false;
+    *tile = half;
+    return true;
+}
+
 /* Whether products of e4m3 are those with block scales, which then are 1: GeForce cards take half
  * as long for them, others do not. */
 static bool takes_block_scales(const struct fa_device *device)
@@ -209,6 +243,7 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
         prefer_tma(input, device, tile, &why_not_tma);
     if (!is_own && (input->dropout || lacks_registers(input, device, tile)))
         make_room(tile);
+    const bool is_halved = !is_own && !is_of_e4m3 && fill_waves(input, device, tile);
     if (input->varlen && !is_own)
         shrink_ring(input, tile);
     if (input->block_q) { /* again: what needs room has another tile */
@@ -232,7 +267,9 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     fa_plan_because(
         plan, "tile",
         is_own ? "first row of use_tiles() that serves the call and fits the shared memory"
-               : "first row of csrc/tiles.c that serves the call and fits the shared memory");
+        : is_halved
+            ? "half the rows of the first row of csrc/tiles.c: its last wave would be nearly empty"
+            : "first row of csrc/tiles.c that serves the call and fits the shared memory");
     return true;
 }
 

@@ -166,6 +166,14 @@ const struct fa_tile_row FA_PAGED_TILES[] = {
 
 const size_t FA_PAGED_TILE_COUNT = sizeof FA_PAGED_TILES / sizeof *FA_PAGED_TILES;
 
+/* Half the rows of the tile of FA_TILES, for calls that would leave the last wave of its blocks
+ * nearly empty. */
+const struct fa_tile_row FA_WAVE_TILES[] = {
+    SM120_128(ANY, 128, 0, 64, 64, 8, 16, 3, TMA_THREAD),
+};
+
+const size_t FA_WAVE_TILE_COUNT = sizeof FA_WAVE_TILES / sizeof *FA_WAVE_TILES;
+
 /* Measured on an H200, see "Backward" in benchmarks/NOTES.md. Short sequences: of blocks of one
  * tile two share a multiprocessor, so that one's loads and stores hide behind the other's products.
  * That of 12.x: on an H100, like BALANCE above, at S 8192; all others are within 2% of the best

@@ -71,6 +71,10 @@ extern const size_t FA_Q_E4M3_TILE_COUNT;
 extern const struct fa_tile_row FA_PAGED_TILES[];
 extern const size_t FA_PAGED_TILE_COUNT;
 
+/* Where a row of FA_TILES has more rows than the grid has use for, see fill_waves(). */
+extern const struct fa_tile_row FA_WAVE_TILES[];
+extern const size_t FA_WAVE_TILE_COUNT;
+
 /* The same of kernels/backward.cu.
  *   head_dim        serves calls whose head dims are both up to it
  *   varlen_k        serves sequences of any lengths alone, of up to so many keys

@@ -1,5 +1,6 @@
 """FlashAttention for consumer Blackwell and every NVIDIA GPU since Ampere."""
 
+import flash_attn_sm120.mods.operators  # noqa: F401, exported programs have them
 from flash_attn_sm120 import tuned_tiles
 from flash_attn_sm120.combine import flash_attn_combine
 from flash_attn_sm120.common_kernels import warmup

@@ -142,8 +142,8 @@ def _refuse_gradients(tensors: tuple[Any, ...]) -> None:
     slopes, page_table = others.get(ops.SLOPES), others.get("page_table")
     if slopes is not None and slopes.requires_grad:
         raise NotImplementedError(
-            "alibi_slopes has no gradient in calls with lengths or that torch follows (compile, "
-            "func, modes, subclasses): detach() it, or use no_grad()"
+            "alibi_slopes has no gradient in calls with lengths, nor by this operator: detach() "
+            "it, or use no_grad()"
         )
     if page_table is not None and any(x is not None and x.requires_grad for x in tensors[:4]):
         raise NotImplementedError(
@@ -219,7 +219,7 @@ def autocast_bias(bias: Any) -> Any:
 
 
 def _autocast(x: Any) -> Any:
-    if not isinstance(x, torch.Tensor):
+    if not isinstance(x, torch.Tensor) or x.is_meta:
         return x
     device_type = x.device.type
     is_cast = x.dtype in (torch.float32, torch.float16, torch.bfloat16)

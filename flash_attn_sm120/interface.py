@@ -102,8 +102,8 @@ def flash_attn_func(
         alibi_slopes: ``(heads_q,)`` or ``(batch, heads_q)`` float32, with any strides: ALiBi (Press
             et al. 2021, https://arxiv.org/abs/2108.12409) as FlashAttention-2 defines it, ``-slope
             * abs(i + seqlen_k - seqlen_q - j)`` added to the score of query ``i`` and key ``j``
-            after ``softcap``. Of negative slopes CUDA computes most rows twice. Slopes have no
-            gradient, as in FlashAttention-2.
+            after ``softcap``. Of negative slopes CUDA computes most rows twice. Slopes that
+            require a gradient get one, but not with lengths, pages or dropout.
         attn_bias: ``(batch or 1, heads_q or 1, seqlen_q or 1, seqlen_k)`` float32, or in the dtype
             of ``q``: added to the scores after ``softmax_scale``, ``softcap`` and
             ``alibi_slopes``, before the mask. It is read in place, with any strides, 0 included,
@@ -152,17 +152,17 @@ def flash_attn_func(
     Gradients of torch tensors reach ``q``, ``k``, ``v``, ``learnable_sink`` and ``attn_bias``. That
     of a bias with a dimension of size 1 is summed in any order on CUDA; with ``deterministic`` in
     order, from a gradient of all scores in float32. The backward keeps those, ``out`` and the
-    log-sum-exp. There are no second derivatives, and none in forward mode. Calls
-    that torch follows (compile, export, vmap, modes, DTensor) are those of the operator
-    ``torch.ops.flash_attn_sm120.forward``. Under ``torch.autocast``, ``q``, ``k`` and ``v`` are
-    cast to its dtype, as for ``torch.nn.functional.scaled_dot_product_attention``, and so is an
-    ``attn_bias`` that is not in float32.
+    log-sum-exp. There are no second derivatives, and none in forward mode. Calls that torch follows
+    (compile, export, vmap, modes, DTensor) are those of the operator
+    ``torch.ops.flash_attn_sm120.forward``, or ``mods_forward`` with mods, or with lists of blocks.
+    Under ``torch.autocast``, ``q``, ``k`` and ``v`` are cast to its dtype, as for
+    ``torch.nn.functional.scaled_dot_product_attention``, and so is an ``attn_bias`` that is not in
+    float32.
 
     Raises:
         TypeError: not a tensor, or a dtype other than the above.
         ValueError: shapes, sizes, devices or scalars out of range.
-        NotImplementedError: valid, but not supported yet; the message says what. Also where a
-            gradient of ``alibi_slopes`` is wanted under ``torch.compile``.
+        NotImplementedError: valid, but not supported yet; the message says what.
         RuntimeError: the driver or the compiler; ``out`` or ``lse`` where a gradient is wanted or
             torch follows the call.
     """
@@ -535,15 +535,12 @@ def _attend(
     )
     if by_operator and "key_blocks" in options:
         if is_followed(q, k, v, learnable_sink, *lengths.values()):
-            raise NotImplementedError(
-                f"{function} with block_sparse_tensors is not supported yet where torch follows "
-                "the call (compile, func, modes, subclasses): torch.compiler.disable() it"
-            )
+            call = q, k, v, learnable_sink, lengths, options, return_lse, out, lse
+            return _attend_with_mods(None, None, None, function, *call)
         by_operator = False
     learns_slopes = is_grad_enabled() and ops.learns_slopes(lengths)
-    tensors = q, k, v, learnable_sink
-    if learns_slopes and not (ops.has_lengths(lengths) or is_followed(*tensors, *lengths.values())):
-        call = *tensors, lengths, options, return_lse, out, lse  # no operator has that gradient
+    if learns_slopes and not ops.has_lengths(lengths):  # a score_mod that captures them has it
+        call = q, k, v, learnable_sink, lengths, options, return_lse, out, lse
         return _attend_with_mods(None, None, None, function, *call)
     if not by_operator and _is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v, lengths.get("page_table"))

@@ -81,7 +81,7 @@ def to_schema(window_size: Any = None, **options: Any) -> dict[str, Any]:
     """
     if "key_blocks" in options:
         raise NotImplementedError(
-            "block_sparse_tensors has no second derivative, and no gradient that torch follows yet"
+            "block_sparse_tensors with attn_bias has no gradient that torch follows"
         )
     if window_size is None:
         window_size = (None, None)
@@ -136,6 +136,11 @@ def backward(
     bias_gradient: bool = False,
 ) -> tuple[Tensor, ...]:
     """``(dq, dk, dv, dsink)`` by the operator, and dbias; dsink has no elements without a sink."""
+    if "key_blocks" in options and not bias_gradient:
+        from flash_attn_sm120.mods import operators
+
+        call: Any = dout, dlse, q, k, v, learnable_sink, out, lse, by_name(lengths), options
+        return tuple(operators.backward({}, *call)[0])
     op = VARLEN_BACKWARD if len(lengths) >= len(LENGTHS) else BACKWARD
     if bias_gradient:
         op = BIAS_BACKWARD
@@ -514,31 +519,24 @@ if hasattr(torch.library, "register_vmap"):  # PyTorch 2.5; before, vmap calls o
 # ---- FLOPs: those of SDPA, which count masked scores, too ----------------------------------------
 
 
-def _register_flops() -> None:
-    from torch.utils.flop_counter import (
-        register_flop_formula,
-        sdpa_backward_flop_count,
-        sdpa_flop_count,
-    )
+def forward_flops(q: Any, k: Any, v: Any, sink: Any, *lengths: Any, **options: Any) -> Any:
+    from torch.utils.flop_counter import sdpa_flop_count
 
-    def forward(q: Any, k: Any, v: Any, sink: Any, *lengths: Any, **options: Any) -> Any:
-        rows, keys = _rows_and_keys(q, k, by_name(lengths), **options)
-        shapes = ((1, q[-2], n, x[-1]) for n, x in ((rows, q), (keys, k), (keys, v)))
-        return sdpa_flop_count(*shapes)  # type: ignore[no-untyped-call]
+    rows, keys = _rows_and_keys(q, k, by_name(lengths), **options)
+    shapes = ((1, q[-2], n, x[-1]) for n, x in ((rows, q), (keys, k), (keys, v)))
+    return sdpa_flop_count(*shapes)  # type: ignore[no-untyped-call]
 
-    def backward(
-        dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, out: Any, lse: Any, *lengths: Any,
-        **options: Any,
-    ) -> Any:  # fmt: skip
-        rows, keys = _rows_and_keys(q, k, by_name(lengths), **options)
-        sides = ((rows, dout), (rows, q), (keys, k), (keys, v))
-        shapes = ((1, q[-2], n, x[-1]) for n, x in sides)
-        return sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
 
-    for op in FORWARDS:
-        register_flop_formula(op.overloadpacket)(forward)
-    for op in BACKWARDS:
-        register_flop_formula(op.overloadpacket)(backward)
+def backward_flops(
+    dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, out: Any, lse: Any, *lengths: Any,
+    **options: Any,
+) -> Any:  # fmt: skip
+    from torch.utils.flop_counter import sdpa_backward_flop_count
+
+    rows, keys = _rows_and_keys(q, k, by_name(lengths), **options)
+    sides = ((rows, dout), (rows, q), (keys, k), (keys, v))
+    shapes = ((1, q[-2], n, x[-1]) for n, x in sides)
+    return sdpa_backward_flop_count(*shapes)  # type: ignore[no-untyped-call]
 
 
 def _rows_and_keys(
@@ -570,6 +568,15 @@ def _rows_and_keys(
         all_of.append(rows if is_packed else batch * longest[-1])
     by_rows, by_keys = (all_of[0], longest[1]), (longest[0], all_of[1])
     return by_rows if by_rows[0] * by_rows[1] <= by_keys[0] * by_keys[1] else by_keys
+
+
+def _register_flops() -> None:
+    from torch.utils.flop_counter import register_flop_formula
+
+    for op in FORWARDS:
+        register_flop_formula(op.overloadpacket)(forward_flops)
+    for op in BACKWARDS:
+        register_flop_formula(op.overloadpacket)(backward_flops)
 
 
 when_imported("torch.utils.flop_counter", _register_flops)

@@ -82,6 +82,13 @@ __device__ __forceinline__ void cp_async_16(unsigned smem, const void *gmem, int
                  : "memory");
 }
 
+/* The same of 8 bytes, or 0. */
+__device__ __forceinline__ void cp_async_8(unsigned smem, const void *gmem, int bytes)
+{
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(smem), "l"(gmem), "r"(bytes)
+                 : "memory");
+}
+
 /* Closes this thread's group of copies. */
 __device__ __forceinline__ void cp_async_commit()
 {
@@ -404,8 +411,23 @@ __device__ __forceinline__ void mma_m16n8k32_e4m3(float (&c)[4], const unsigned 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-/* The same with a scale of 1 for each 32 numbers: of 12.x alone, whose GeForce cards take half as
- * long for it. */
+/* C [16, 8] += A [16, 32] * B [32, 8] of int8, accumulated in int32: C holds the bits of those. */
+__device__ __forceinline__ void mma_m16n8k32_s8(float (&c)[4], const unsigned (&a)[4], unsigned b0,
+                                                unsigned b1)
+{
+    int sum[4];
+    for (int i = 0; i < 4; i++)
+        sum[i] = __float_as_int(c[i]);
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    for (int i = 0; i < 4; i++)
+        c[i] = __int_as_float(sum[i]);
+}
+
+/* The e4m3 product with a scale of 1 for each 32 numbers: of 12.x alone, whose GeForce cards take
+ * half as long for it. */
 __device__ __forceinline__ void mma_m16n8k32_mxfp8(float (&c)[4], const unsigned (&a)[4],
                                                    unsigned b0, unsigned b1)
 {
@@ -497,6 +519,24 @@ __device__ __forceinline__ unsigned pack_e4m3(const float (&x)[4])
         : "=r"(bytes)
         : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
     return bytes;
+}
+
+/* Rounds eight floats to e2m1, x[0] to the lowest four bits: what is beyond 6 becomes that. 12.x
+ * alone. */
+__device__ __forceinline__ unsigned pack_e2m1(const float (&x)[8])
+{
+    unsigned nibbles;
+    asm("{\n"
+        "    .reg .b8 b0, b1, b2, b3;\n"
+        "    cvt.rn.satfinite.e2m1x2.f32 b0, %2, %1;\n"
+        "    cvt.rn.satfinite.e2m1x2.f32 b1, %4, %3;\n"
+        "    cvt.rn.satfinite.e2m1x2.f32 b2, %6, %5;\n"
+        "    cvt.rn.satfinite.e2m1x2.f32 b3, %8, %7;\n"
+        "    mov.b32 %0, {b0, b1, b2, b3};\n"
+        "}"
+        : "=r"(nibbles)
+        : "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]), "f"(x[4]), "f"(x[5]), "f"(x[6]), "f"(x[7]));
+    return nibbles;
 }
 
 __device__ __forceinline__ float exp2_approx(float x)

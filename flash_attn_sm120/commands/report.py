@@ -35,6 +35,6 @@ def run(arguments: argparse.Namespace) -> int:
     made = report.make()
     text = report.markdown(made)
     for suffix, content in ((".md", text), (".json", json.dumps(made, indent=1))):
-        arguments.output.with_suffix(suffix).write_text(content)
+        arguments.output.with_suffix(suffix).write_text(content, encoding="utf-8")
     print(text)
     return 0 if report.passed(made) else 1

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch.autograd import Function
+from torch.compiler import is_dynamo_compiling
 
 from flash_attn_sm120 import _C, autograd, ops
 from flash_attn_sm120.following import is_followed
-from flash_attn_sm120.mods import headers, reference
+from flash_attn_sm120.mods import headers, operators, reference
 from flash_attn_sm120.mods.capture import captured_by
 from flash_attn_sm120.mods.trace import trace
 from flash_attn_sm120.mods.translate import check_captured, mask_text, score_text
@@ -47,20 +48,30 @@ def attend(
     tensors = {name: x for name, x in tensors.items() if x is not None}
     for name, hint in _NOT_BESIDE.items():
         if name in tensors:
-            raise NotImplementedError(f"{function} with {name} and a mod is not supported{hint}")
+            has_mod = score_mod or mask_mod or "key_blocks" not in options
+            beside = "a mod" if has_mod else "block_sparse_tensors"
+            raise NotImplementedError(f"{function} with {name} and {beside} is not supported{hint}")
     given = (q, k, v, learnable_sink, *tensors.values())
     ops.check_tensors("a mod is given", q, k, v, learnable_sink, **tensors)
-    if is_followed(*given):
-        raise NotImplementedError(
-            f"{function} with {' and '.join(name for name, mod in mods.items() if mod)} cannot be "
-            "followed by torch yet (compile, func, modes, subclasses): call it in "
-            "torch.compiler.disable"
+    followed = is_followed(*given)
+    if followed and (out is not None or lse is not None):
+        raise RuntimeError(
+            f"{function}(..., out=, lse=) does not support what torch follows by (compile, func, "
+            "modes, subclasses)"
         )
     q, k, v = autograd.autocast(q, k, v, tensors.get("page_table"))
-    called = {name: _with_aux(name, mod, aux_tensors) for name, mod in mods.items() if mod}
+    called = {  # before torch 2.13 Dynamo knows no truth value of a nested function
+        name: _with_aux(name, mod, aux_tensors) for name, mod in mods.items() if mod is not None
+    }
     if torch.is_grad_enabled() and ops.learns_slopes(tensors):
         called["score_mod"] = _with_learned_alibi(called.get("score_mod"), q, k, tensors)
         tensors = {name: x for name, x in tensors.items() if name != ops.SLOPES}
+    if followed:
+        attend_followed = operators.attend
+        if is_dynamo_compiling():
+            from flash_attn_sm120.mods.dynamo import attend as attend_followed
+        results = attend_followed(called, q, k, v, learnable_sink, tensors, options)
+        return results[0], results[1] if return_lse else None
     is_cpu = q.__dlpack_device__()[0] == 1
     found = {name: captured_by(mod, aux_tensors) for name, mod in called.items()}
     captured = [x for _, xs in found.values() for x in xs]
@@ -75,7 +86,7 @@ def attend(
         name: translate(name, mod, *found[name]) for name, mod in called.items()
     }
     for name, (_, read, _) in translated.items():
-        _check_devices(name, read, q)
+        operators.check_devices(name, read, q)
     if is_cpu:
         _check(q, k, v, learnable_sink, tensors, options)
         graphs = {name: trace(name, mod) for name, mod in called.items()}
@@ -83,7 +94,7 @@ def attend(
         return _into(computed, return_lse, out, lse)
     if wants_gradient:
         joint = {name: translate(name, mod, *found[name], True) for name, mod in called.items()}
-        both = translated, joint
+        both = translated, joint, called
         return _record(q, k, v, learnable_sink, tensors, options, both, return_lse)
     results = _C.forward(
         q, k, v, learnable_sink=learnable_sink, return_lse=return_lse, out=out, lse=lse,
@@ -100,16 +111,25 @@ def _with_aux(name: str, mod: Mod, aux_tensors: Any) -> Mod:
         raise TypeError(f"{name} must be callable, got {type(mod).__name__}")
     if aux_tensors is None:
         return mod
-    count = 5 if name == "score_mod" else 4
-    try:
-        inspect.signature(mod).bind(*range(count + 1))
-    except TypeError:
+    if not _takes(mod, 6 if name == "score_mod" else 5):
         return mod
 
     def with_aux(*numbers: Any) -> Any:
         return mod(*numbers, aux_tensors)
 
     return with_aux
+
+
+def _takes(mod: Mod, count: int) -> bool:
+    """Whether a callable takes so many arguments."""
+    if is_dynamo_compiling():  # which knows no signatures of functions inside functions
+        code = getattr(mod, "__func__", mod).__code__
+        return code.co_argcount - hasattr(mod, "__self__") >= count
+    try:
+        inspect.signature(mod).bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 def _with_learned_alibi(score_mod: Mod | None, q: Any, k: Any, tensors: dict[str, Any]) -> Mod:
@@ -136,14 +156,6 @@ def _check(q: Any, k: Any, v: Any, sink: Any, tensors: Any, options: Any) -> Non
     """What C checks of a call without mods, of no data: by the operators' rules for shapes."""
     lengths = {n: x for n, x in tensors.items() if n not in (ops.SEED,)}
     ops._check(q, k, v, sink, lengths)
-
-
-def _check_devices(name: str, captured: Sequence[Any], q: Any) -> None:
-    for x in captured:
-        if x.device != q.device:
-            raise ValueError(
-                f"a tensor that {name} captures must be on q's device, {q.device}, got {x.device}"
-            )
 
 
 def _into(results: Any, return_lse: bool, out: Any, lse: Any) -> tuple[Any, Any]:
@@ -185,6 +197,10 @@ def translate(
     return number, tuple(graph.captured), ()
 
 
+def is_translated(name: str, key: Any, gradient: bool) -> bool:
+    return (name, key, gradient and name == "score_mod") in _traced
+
+
 def explain_mod(name: str, mod: Mod, aux_tensors: Any, gradient: bool) -> tuple[Translated, str]:
     """What _C takes, and what was traced: the statements of the kernel."""
     called = _with_aux(name, mod, aux_tensors)
@@ -219,22 +235,28 @@ class _Attention(Function):
         )
         ctx.save_for_backward(q, k, v, sink, out, lse, *captured)
         ctx.set_materialize_grads(False)
-        ctx.call = tensors, options, both[1]
+        ctx.call = tensors, options, both[1], both[2]
         return (out, lse) if return_lse else out
 
     @staticmethod
     def backward(ctx, dout: Any, dlse: Any = None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
         q, k, v, sink, out, lse, *_ = ctx.saved_tensors
-        tensors, options, joint = ctx.call
-        if torch.are_deterministic_algorithms_enabled():
-            options = {**options, "deterministic": True}
+        tensors, options, joint, called = ctx.call
         wants = ctx.needs_input_grad[4:]
         dout = torch.zeros_like(out) if dout is None else dout
-        gradients, of_captured = run_backward(
-            dout, dlse, q, k, v, sink, out, lse, {**tensors, **options}, joint, wants[4:]
-        )
+        given = dout, dlse, q, k, v, sink, out, lse
+        # A gradient that is to be differentiated again comes from the operator, which refuses.
+        if torch.is_grad_enabled() or is_followed(q, k, v, sink, dout, dlse):
+            captured = joint["score_mod"][1] if "score_mod" in joint else ()
+            gradients, of_captured = operators.backward(
+                called, *given, tensors, options, captured, wants[4:]
+            )
+        else:
+            if torch.are_deterministic_algorithms_enabled():
+                options = {**options, "deterministic": True}
+            gradients, of_captured = run_backward(*given, {**tensors, **options}, joint, wants[4:])
         dq, dk, dv, dsink = gradients
-        dsink = None if dsink is None else dsink.to(sink.dtype)
+        dsink = None if sink is None else dsink.to(sink.dtype)
         given = (dq, dk, dv, dsink, *of_captured)
         return (
             None,

@@ -44,7 +44,8 @@ def attend(
     heads_first = (q.shape[-2], q.shape[0]) if is_packed else (q.shape[0], q.shape[-2], q.shape[1])
     lse = q.new_full(heads_first, -math.inf, dtype=torch.float32)
     for sequence in _sequences(q, k, v, tensors):
-        rows, logs = _attend(sequence, sink, mods, tensors, options)
+        with torch.autocast(q.device.type, enabled=False):  # which would round products
+            rows, logs = _attend(sequence, sink, mods, tensors, options)
         out[sequence.place] = rows.to(q.dtype)
         where = (slice(None), *sequence.place) if is_packed else (
             sequence.number, slice(None), sequence.place[1]

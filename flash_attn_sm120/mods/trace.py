@@ -14,39 +14,78 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 COORDS = ("b", "h", "q_idx", "kv_idx")
+_SIZES = ("size", "stride", "numel", "nelement", "__len__")
+_SHAPE = torch.Tensor.shape
+
+
+class _ReadsSizes(Exception):
+    """A mod asks for a size that torch takes to be dynamic."""
 
 
 class _Captures(TorchFunctionMode):
     """Puts stand-ins in the place of captured tensors, and counts them; an index that is a tensor
-    stays one."""
+    stays one.
 
-    def __init__(self, stand_in: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    Torch may take sizes to be dynamic, which a kernel reads as they are. Those that a mod asks for
+    are constants of it: with ``fixes_sizes`` they become numbers, for which torch keeps a guard.
+    """
+
+    def __init__(self, fake: FakeTensorMode, fixes_sizes: bool) -> None:
         super().__init__()
         self.captured: list[torch.Tensor] = []
         self.stand_ins: list[torch.Tensor] = []
         self.own: set[int] = set()  # ids of stand-ins and arguments
-        self._stand_in = stand_in
+        self._fake = fake
+        self._fixes_sizes = fixes_sizes
+
+    def again(self, stand_ins: list[torch.Tensor]) -> _Captures:
+        """For the same tensors, with other stand-ins."""
+        given = _Captures(self._fake, self._fixes_sizes)
+        given.captured, given.stand_ins = list(self.captured), stand_ins
+        given.own = {id(x) for x in stand_ins}
+        return given
 
     def of(self, x: Any) -> Any:
-        if not isinstance(x, torch.Tensor) or id(x) in self.own or _is_traced(x):
+        if not isinstance(x, torch.Tensor) or self.of_trace(x):
             return x
         for known, stand_in in zip(self.captured, self.stand_ins, strict=True):
             if known is x:
                 return stand_in
-        stand_in = self._stand_in(x)
+        with self._fake:
+            stand_in = torch.empty(self._shape_of(x), dtype=x.dtype)
         self.captured.append(x)
         self.stand_ins.append(stand_in)
         self.own.add(id(stand_in))
         return stand_in
 
+    def of_trace(self, x: torch.Tensor) -> bool:
+        if isinstance(x, torch._subclasses.FakeTensor):
+            return x.fake_mode is self._fake
+        return id(x) in self.own
+
+    def _shape_of(self, x: torch.Tensor) -> list[int]:
+        unknown = int if self._fixes_sizes else lambda _: 2
+        return [n if isinstance(n, int) else unknown(n) for n in x.shape]
+
+    def _size(self, func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Of a captured tensor its own, as a number."""
+        if self.of_trace(x):
+            sizes = [n for captured in self.captured for n in captured.shape]
+            if not self._fixes_sizes and not all(isinstance(n, int) for n in sizes):
+                raise _ReadsSizes
+        return pytree.tree_map_only(torch.SymInt, int, func(x, *args, **kwargs))
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") == "__get__":  # .shape, .dtype: those of the tensor itself
+        if getattr(func, "__name__", "") in _SIZES or getattr(func, "__self__", None) is _SHAPE:
+            return self._size(func, *args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "__get__":  # .dtype: that of the tensor itself
             return func(*args, **(kwargs or {}))
         args, kwargs = pytree.tree_map(self.of, (tuple(args), kwargs or {}))
-        return _call(func, args, kwargs)
+        return call_with_indices(func, args, kwargs)
 
 
-def _call(func: Any, args: Any, kwargs: Any) -> Any:
+def call_with_indices(func: Any, args: Any, kwargs: Any) -> Any:
+    """A function of torch, where an index that is a tensor stays one."""
     if func is not torch.Tensor.__getitem__:
         return func(*args, **kwargs)
     indices = args[1] if isinstance(args[1], tuple) else (args[1],)
@@ -56,10 +95,6 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
         x if isinstance(x, torch.Tensor) else torch.full((), x, dtype=torch.int64) for x in indices
     ]
     return torch.ops.aten.index.Tensor(args[0], tensors)
-
-
-def _is_traced(x: torch.Tensor) -> bool:
-    return isinstance(x, torch._subclasses.FakeTensor)
 
 
 class Trace:
@@ -85,17 +120,20 @@ def trace(name: str, mod: Callable[..., Any], *, gradient: bool = False) -> Trac
         ValueError: what it returns is not one number.
         RuntimeError: torch cannot trace it, for reasons of the callable.
     """
+    try:
+        return _trace(name, mod, gradient, fixes_sizes=False)
+    except _ReadsSizes:
+        return _trace(name, mod, gradient, fixes_sizes=True)
+
+
+def _trace(name: str, mod: Callable[..., Any], gradient: bool, fixes_sizes: bool) -> Trace:
     is_score = name == "score_mod"
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake:
         score = [torch.empty((), dtype=torch.float32)] if is_score else []
         coords = [torch.empty((), dtype=torch.int32) for _ in COORDS]
 
-    def stand_in(x: torch.Tensor) -> torch.Tensor:
-        with fake:
-            return torch.empty(x.shape, dtype=x.dtype)
-
-    captures = _Captures(stand_in)
+    captures = _Captures(fake, fixes_sizes)
     inputs = [*score, *coords]
     _run(name, mod, captures, inputs, fake)
     captured = list(captures.captured)
@@ -112,10 +150,7 @@ def trace(name: str, mod: Callable[..., Any], *, gradient: bool = False) -> Trac
                 for x, real in zip(tensors, captured, strict=True)
             ]
             wanted = [own[0], *(x for x in tensors if x.requires_grad)]
-        given = _Captures(stand_in)
-        given.captured, given.stand_ins = list(captured), tensors
-        given.own = {id(x) for x in tensors}
-        with given, torch.enable_grad() if gradient else nullcontext():
+        with captures.again(tensors), torch.enable_grad() if gradient else nullcontext():
             result = mod(*own)
         if not gradient:
             return result
@@ -125,9 +160,27 @@ def trace(name: str, mod: Callable[..., Any], *, gradient: bool = False) -> Trac
 
     with fake:
         dout = [torch.empty((), dtype=torch.float32)] if gradient else []
-    graph = make_fx(body, tracing_mode="real")(*inputs, *captures.stand_ins, *dout).graph
+        graph = make_fx(body, tracing_mode="real")(*inputs, *captures.stand_ins, *dout).graph
+    _functionalize(graph)
     graph.eliminate_dead_code()
     return Trace(graph, captured, len(inputs))
+
+
+def _functionalize(graph: fx.Graph) -> None:
+    """What changes a number in place (torch's derivatives do, that of ``minimum`` for one) makes
+    another one, which all later operations take. No number here is a view of another."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    for node in graph.nodes:
+        operator = node.target
+        if not isinstance(operator, torch._ops.OpOverload) or not operator._schema.is_mutable:
+            continue
+        changed = node.args[0]
+        name = operator._schema.name.removeprefix("aten::").removesuffix("_")
+        other = getattr(getattr(torch.ops.aten, name, None), operator._overloadname, operator)
+        if other is operator:
+            continue  # translate.py refuses it by its name
+        node.target = other
+        changed.replace_all_uses_with(node, lambda user, after=order[node]: order[user] > after)
 
 
 def _run(

@@ -245,6 +245,11 @@ class Body:
         args = [self._value(x) for x in node.args]
         kwargs = {k: self._value(v) for k, v in node.kwargs.items()}
         if name in SAME_VALUE and (not isinstance(args[0], Number) or not meta.dim()):
+            if (
+                isinstance(args[0], View)
+                and meta.shape != node.all_input_nodes[0].meta["val"].shape
+            ):
+                self._refuse(name, meta)
             return args[0]
         special: Callable[..., Any] | None = getattr(self, f"_op_{name.strip('_')}", None)
         if name in _SPECIAL and special:

@@ -1,8 +1,8 @@
 """Attention of bf16 and fp16 tensors in 8- and 4-bit numbers, forward only.
 
-On the CPU every recipe is computed as its kernel will compute it, rounding by rounding. There are
-no kernels yet: tensors on a CUDA device are refused. `docs/quantized.md` has the recipes, their
-measured errors, and the layout of quantised tensors.
+On the CPU every recipe is computed as its kernel computes it, rounding by rounding.
+`docs/quantized.md` has the recipes, their measured errors, the devices that run them, and the
+layout of quantised tensors.
 """
 
 from flash_attn_sm120.quantized.attention import quantized_attention

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_sm120.plan import Window
-from flash_attn_sm120.quantized import reference
+from flash_attn_sm120.quantized import device, reference
 from flash_attn_sm120.quantized.layout import (
     Quantized,
     check_head_dim,
@@ -36,7 +36,10 @@ def quantized_attention(
     *,
     out_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """:func:`flash_attn_func` in 8- and 4-bit numbers, forward only; today on the CPU alone.
+    """:func:`flash_attn_func` in 8- and 4-bit numbers, forward only.
+
+    On CUDA devices ``"int8_fp8"`` and ``"fp8"`` run from compute capability 8.9 on, the others on
+    12.x alone. On the CPU every recipe is computed rounding by rounding, for tests.
 
     Errors are relative L2 and cosine against fp64 of N(0, 1) inputs of 4096 tokens, head dim 128,
     made by ``benchmarks/accuracy.py``, whose table is in ``docs/quantized.md``.
@@ -84,7 +87,7 @@ def quantized_attention(
         ValueError: an unknown recipe; shapes, head dims, devices; scales of another shape, or not
             positive and finite.
         NotImplementedError: a gradient is wanted.
-        RuntimeError: tensors on a CUDA device, for which there are no kernels yet.
+        RuntimeError: a device that cannot run the recipe; NVRTC or the driver fail.
     """
     chosen = recipe_of(recipe)
     given = {"q": q, "k": k, "v": v}
@@ -94,11 +97,13 @@ def quantized_attention(
     if out_dtype not in _OUT_TYPES:
         raise TypeError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
     _check_together(q, k, v)
-    device = _data(q).device
-    if device.type != "cpu":
+    place = _data(q).device
+    if place.type == "cuda":
+        device.check(recipe, place.index or 0)
+    elif place.type != "cpu":
         raise RuntimeError(
-            f"quantized_attention has no kernels for {device.type} devices yet: recipe {recipe!r} "
-            "is computed on the CPU alone"
+            f"quantized_attention has no kernels for {place.type} devices: it takes CUDA and CPU "
+            "tensors"
         )
     options = _options(q, softmax_scale, causal, window_size, softcap)
     narrow_q, narrow_k, narrow_v = (
@@ -109,6 +114,8 @@ def quantized_attention(
             f"q and k must be rotated alike, got blocks of {narrow_q.rotation} and "
             f"{narrow_k.rotation}"
         )
+    if place.type == "cuda":
+        return device.attend(narrow_q, narrow_k, narrow_v, options, out_dtype, return_lse)
     with torch.no_grad():
         out, lse = reference.attend(narrow_q, narrow_k, narrow_v, options)
     return out.to(out_dtype), lse if return_lse else None

@@ -132,20 +132,23 @@ def _card_lines(record: Record) -> Iterator[str]:
     )
     yield f"class: {record['kind'] or 'none'}, {record['why']} ({record['half_rate']:.2f})"
     yield ", ".join(f"{name} {value}" for name, value in running.items() if value)
+    if record["others"]:
+        yield ", ".join(f"{name} {version}" for name, version in record["others"].items())
 
 
 def _speed_lines(records: list[Record]) -> Iterator[str]:
-    yield "| cell | ours, TF | of the peak | fastest other | ours / other | |"
-    yield "|---|---|---|---|---|---|"
+    yield "| cell | ours, TF | of the peak | predicted | fastest other | ours / other | |"
+    yield "|---|---|---|---|---|---|---|"
     verdicts: dict[str, int] = {}
     for cell in dict.fromkeys(record["cell"] for record in records):
         own = [r for r in records if r["cell"] == cell and "ms" in r]
         ours = next((r for r in own if r["contestant"] == "ours"), None)
         if not ours:
-            yield f"| {cell} | absent | | | | |"
+            yield f"| {cell} | absent | | | | | |"
             continue
         low = "low clocks" if ours["low_clocks"] else ""
-        shown = f"| {cell} | {ours['tflops']:.1f} | {ours['share']:.3f} |"
+        predicted = f"{ours['predicted']:.2f}" if ours["predicted"] else ""
+        shown = f"| {cell} | {ours['tflops']:.1f} | {ours['share']:.3f} | {predicted} |"
         others = [r for r in own if r is not ours]
         if not others:
             yield f"{shown} none | | {low} |"

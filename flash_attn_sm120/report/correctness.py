@@ -73,8 +73,10 @@ def _guarded(name: str, check: Callable[[], str]) -> dict[str, Any]:
         wrong = check()
     except NotImplementedError as error:
         return {"check": name, "passed": None, "said": f"not supported: {error}"}
-    except RuntimeError as error:
-        wrong = str(error).splitlines()[0]
+    except torch.cuda.OutOfMemoryError:
+        return {"check": name, "passed": None, "said": "out of memory"}
+    except Exception as error:  # a row, and the other checks still run
+        wrong = next(iter(str(error).splitlines()), "") or repr(error)
     return {"check": name, "passed": not wrong, "said": wrong}
 
 

@@ -15,6 +15,7 @@ if not BENCHMARKS.is_dir():
     pytest.skip("runs in a checkout alone", allow_module_level=True)
 sys.path.insert(0, str(BENCHMARKS))
 
+import sass  # noqa: E402
 import sass_report  # noqa: E402
 
 
@@ -80,7 +81,7 @@ def opcodes(code, loop):
 
 
 def test_parse():
-    code = sass_report.parse(KERNEL)
+    code = sass.parse(KERNEL)
     lines = [line for line in KERNEL.splitlines() if "/*" in line]
     assert len(code) == len(lines)
     assert str(code[1]).split() == ["MOV", "R9,", "RZ"]
@@ -107,13 +108,13 @@ def test_parse():
     ],
 )
 def test_falls_through(line, falls_through):
-    (instruction,) = sass_report.parse(listing(line))
+    (instruction,) = sass.parse(listing(line))
     assert instruction.falls_through == falls_through
 
 
 def test_loops():
-    code = sass_report.parse(KERNEL)
-    loops = sass_report.find_loops(code)
+    code = sass.parse(KERNEL)
+    loops = sass.find_loops(code)
     again, careful, fast, sub, plain = loops  # neither the detour nor the trap
     assert [len(loop.body) for loop in loops] == [25, 7, 14, 5, 2]
     assert opcodes(code, careful) == ["BAR", "HMMA", "FMNMX", "BRA", "SHFL", "FMUL", "BRA"]
@@ -123,8 +124,8 @@ def test_loops():
 
 
 def test_main_loop():
-    code = sass_report.parse(KERNEL)
-    main = sass_report.find_main_loop(code, sub_tiles=2)
+    code = sass.parse(KERNEL)
+    main = sass.find_main_loop(code, sub_tiles=2)
     assert [(i.opcode.split(".")[0], runs) for i, runs in main] == [
         ("DEPBAR", 1),
         ("BAR", 1),
@@ -145,7 +146,7 @@ def test_main_loop():
 
 def test_main_loop_that_polls_an_mbarrier():
     """Polling, laid out beyond the end, counts once, and is no loop over tiles."""
-    code = sass_report.parse(
+    code = sass.parse(
         listing("""
         .L_tile:
         SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R3], R4
@@ -160,7 +161,7 @@ def test_main_loop_that_polls_an_mbarrier():
         BRA `(.L_landed)
         """)
     )
-    main = sass_report.find_main_loop(code, sub_tiles=4)
+    main = sass.find_main_loop(code, sub_tiles=4)
     assert [(i.opcode[:4], runs) for i, runs in main] == [
         ("SYNC", 1),
         ("BRA", 1),
@@ -169,9 +170,33 @@ def test_main_loop_that_polls_an_mbarrier():
     ]
 
 
+def test_what_is_done_where_a_max_rises_is_not_counted():
+    """The code behind a vote; not what one thread does for all."""
+    code = sass.parse(
+        listing("""
+        .L_tile:
+        BAR.SYNC.DEFER_BLOCKING 0x0
+        HMMA.16816.F32.BF16 R4, R16, R80, RZ
+        VOTE.ANY P1, P1
+        @!P1 BRA `(.L_same)
+        FMUL R4, R4, R3
+        MUFU.EX2 R3, R3
+        .L_same:
+        @P4 BRA `(.L_asked)
+        UTMALDG.4D [UR4], [UR6]
+        .L_asked:
+        @P2 BRA `(.L_tile)
+        EXIT
+        """)
+    )
+    main = sass.find_main_loop(code, sub_tiles=1)
+    names = [i.opcode.split(".")[0] for i, _ in main]
+    assert names == ["BAR", "HMMA", "VOTE", "BRA", "BRA", "UTMALDG", "BRA"]
+
+
 def test_no_main_loop():
     with pytest.raises(ValueError, match="no loop"):
-        sass_report.find_main_loop(sass_report.parse(listing("FADD R0, R0, R1\nEXIT")), 1)
+        sass.find_main_loop(sass.parse(listing("FADD R0, R0, R1\nEXIT")), 1)
 
 
 # Two groups of warps in one loop: those with exponentials have a way with a mask and one without,
@@ -210,12 +235,10 @@ PAIR = listing("""
 
 
 def test_paths():
-    code = sass_report.parse(PAIR)
-    (loop,), _ = sass_report.find_tile_loops(code)
+    code = sass.parse(PAIR)
+    (loop,), _ = sass.find_tile_loops(code)
     begin, end = ["SYNCS", "BRA"], ["BRA", "UTMALDG", "HMMA", "REDG", "BRA"]
-    found = [
-        [code[i].opcode.split(".")[0] for i in path] for path in sass_report.find_paths(code, loop)
-    ]
+    found = [[code[i].opcode.split(".")[0] for i in path] for path in sass.find_paths(code, loop)]
     assert sorted(found) == sorted(
         [
             [*begin, "BRA", "HMMA", "ISETP", "MUFU", "BRA", *end],
@@ -227,12 +250,12 @@ def test_paths():
 
 def test_main_loop_of_two_groups_of_warps():
     """The path without a mask, and that of the other group: what they share counts for each."""
-    runs = sass_report.find_pair_loop(sass_report.parse(PAIR))
+    runs = sass.find_pair_loop(sass.parse(PAIR))
     names = [instruction.opcode.split(".")[0] for instruction, times in runs if times == 1]
     counts = {name: names.count(name) for name in ("HMMA", "MUFU", "LDSM", "ISETP", "REDG")}
     assert counts == {"HMMA": 4, "MUFU": 1, "LDSM": 1, "ISETP": 0, "REDG": 2}
     with pytest.raises(ValueError, match="both groups"):
-        sass_report.find_pair_loop(sass_report.parse(KERNEL.replace("MUFU.EX2", "MUFU.RCP")))
+        sass.find_pair_loop(sass.parse(KERNEL.replace("MUFU.EX2", "MUFU.RCP")))
 
 
 @pytest.mark.parametrize(
@@ -265,14 +288,14 @@ def test_main_loop_of_two_groups_of_warps():
     ],
 )
 def test_price(opcode, pipe, geforce, pro):
-    found, cycles = sass_report.price(opcode)
-    assert found == pipe and len(cycles) == len(sass_report.CHIPS)
+    found, cycles = sass.price(opcode)
+    assert found == pipe and len(cycles) == len(sass.CHIPS)
     assert cycles[:2] == (geforce, pro)
 
 
 def test_tensor_instructions_without_a_rate_are_refused():
     with pytest.raises(ValueError, match=r"IMMA\.16832"):
-        sass_report.price("IMMA.16832.S8.S8")
+        sass.price("IMMA.16832.S8.S8")
 
 
 def test_missing_nvdisasm_says_what_to_install(monkeypatch):
@@ -280,26 +303,30 @@ def test_missing_nvdisasm_says_what_to_install(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.setattr(pathfinder, "find_nvidia_binary_utility", lambda name: None, raising=False)
     with pytest.raises(RuntimeError, match=r"pip install .*nvidia-cuda-nvdisasm"):
-        sass_report.find_nvdisasm()
+        sass.find_nvdisasm()
 
 
 @pytest.fixture(scope="module")
-def figures():
-    """Of the common kernels in bf16: those in fp16 differ in the names of the types alone. Of the
-    backward one for each of its tiles, with a mask: it has the tiles without one, too."""
+def nvdisasm():
     pytest.importorskip("cuda.bindings.nvrtc")
     try:
-        sass_report.find_nvdisasm()
+        return sass.find_nvdisasm()
     except RuntimeError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def figures(nvdisasm):
+    """Of the common kernels in bf16: those in fp16 differ in the names of the types alone. Of the
+    backward one for each of its tiles, with a mask: it has the tiles without one, too."""
     forward = [p for p in common_kernels.common_plans(120) if "_bf16_" in p.variant]
     plans = common_kernels.backward_plans(120, ((64, 64), (128, 128), (192, 128), (256, 256)))
     backward = [p for p in plans if re.search("_bf16_.*_right", p.main.variant)]
     assert len(forward) >= 2 * len(common_kernels.COMMON_HEAD_DIMS) and len(backward) == 4
     with pytest.MonkeyPatch.context() as patch:
         # test_resources.py has made them, too.
-        patch.setattr(sass_report.jit, "build", builds.build)
-        found = sass_report.analyse_all([*forward, *backward], "sm_120f")
+        patch.setattr(sass.jit, "build", builds.build)
+        found = sass.analyse_all([*forward, *backward], "sm_120f")
     sass_report.report(found)
     return found
 
@@ -334,7 +361,7 @@ def test_tensor_pipe_is_the_bound(figures):
         assert f.tensor_share("GeForce") >= 0.9, (f.variant, f.cycles("GeForce"))
 
 
-@pytest.mark.parametrize("chip", sass_report.CHIPS)
+@pytest.mark.parametrize("chip", sass.CHIPS)
 def test_backward_leaves_other_pipes_room(backward_figures, chip):
     """The tensor pipe is the bound. Next is shared memory, where tensor instructions are fastest
     with 38% of its cycles at D 128, 42% at D 64 and 61% at D 256."""
@@ -343,6 +370,57 @@ def test_backward_leaves_other_pipes_room(backward_figures, chip):
         tensor, runner_up, *_ = f.cycles(chip).values()
         head_dim = int(re.search(r"_d(\d+)", f.variant)[1])
         assert runner_up / tensor <= (0.5 if head_dim <= 128 else 0.65), f.cycles(chip)
+
+
+def test_eight_bit_loops(nvdisasm):
+    """Of D 128: at most 400 instructions for 16 x 64 scores, and no shuffle on the way to O."""
+    kind = "e4m3 q, k, v"
+    cell = sass_report.lowp.cells(((1, sass_report.LONG),))[3]
+    for chip in sass_report.CLASSES:
+        plan = sass_report.KINDS[kind](sass_report.DEVICES[chip], cell)
+        figures = sass.analyse(plan, "sm_120f")
+        assert figures.counts()["tensor"] == figures.products == 64 and not figures.spill_bytes
+        row = sass_report.step_row(kind, chip, plan, figures)
+        issued, tensor, shuffles = float(row[2]), float(row[3]), float(row[7])
+        assert issued + figures.counts()["nop"] <= 400 and shuffles == 0 and tensor == 1024
+
+
+@pytest.mark.parametrize("is_backward", [False, True])
+def test_report_of_tiles(nvdisasm, monkeypatch, capsys, is_backward):
+    """The plan's own and the best of all, of each call on both cards."""
+    few = {"tile_n": (64,), "sub_n": (64,), "warps": (4, 8), "warp_m": (16,), "stages": (3,)}
+    few_backward = {"warps": (8,), "warp_n": (32,), "tile_m": (128,), "sub_m": (32, 64)}
+    balance = sass_report.balance
+    monkeypatch.setattr(balance.tune_tiles, "CHOICES", few)
+    monkeypatch.setattr(balance.tune_tiles, "BACKWARD_CHOICES", few_backward | {"stages": (1,)})
+    monkeypatch.setattr(sass.jit, "build", builds.build)
+    preset = sass_report.Preset(16, 16, 64)
+    calls = [balance.Call(preset, seqlen, False, is_backward, {}) for seqlen in (1024, 8192)]
+    sass_report.report_tiles(calls)
+    said = capsys.readouterr().out
+    for call, chip in itertools.product(calls, sass_report.CLASSES):
+        row = re.search(rf"^\| {call} +\| {chip} +\| \w+ +\| 0\.\d+ +\|(.*)\|$", said, re.M)
+        shares = [float(tile.split(": ")[1]) for tile in row[1].split(";")]
+        assert shares == sorted(shares, reverse=True) and len(shares) == 2
+
+
+def test_report_of_eight_bits(nvdisasm, monkeypatch, capsys, tmp_path):
+    """A row for each kernel, and for each call how fast it is beside bf16."""
+    monkeypatch.setattr(sass_report, "LONG", 1024)
+    cells = sass_report.lowp.cells
+    monkeypatch.setattr(sass_report.lowp, "cells", lambda sizes=(): cells(sizes)[:1])
+    monkeypatch.setattr(sass.jit, "build", builds.build)
+    path = tmp_path / "low.jsonl"
+    sass_report.report_low(path)
+    said = capsys.readouterr().out
+    for kind in sass_report.KINDS:
+        assert len(re.findall(rf"^\| {kind} +\| (GeForce|PRO) +\| \d", said, re.M)) == 2
+    speeds = re.search(r"^\| 16/16 heads, D 64, B 1, S 1024 \|(.*)\|$", said, re.M)[1].split("|")
+    assert len(speeds) == 4 and float(speeds[2]) > float(speeds[0])
+    records = sass_report.harness.read_records(path)[1]
+    assert {(r["operands"], r["device"]) for r in records} == set(
+        itertools.product(sass_report.KINDS, sass_report.CLASSES)
+    )
 
 
 def test_json_lines(figures, tmp_path):
@@ -355,5 +433,5 @@ def test_json_lines(figures, tmp_path):
     for cell, f in zip(cells, figures, strict=True):
         direction = ("forward", "backward")[cell["warps"] - 1]
         assert re.match(rf"{direction}\w*_bf16_d\d+", cell["variant"]) and not cell["measured"]
-        assert set(cell["chips"]) == set(sass_report.CHIPS)
+        assert set(cell["chips"]) == set(sass.CHIPS)
         assert cell["chips"]["PRO"]["cycles"]["tensor"] == 16 * f.products

@@ -49,6 +49,10 @@ def score_mods(x):
         "t5": t5(x["table"]),
         "temperature": lambda s, b, h, q, k: s * x["temperature"],
         "squared": lambda s, b, h, q, k: s * s.abs() + s**2 / 4,
+        # torch's derivatives of these change numbers in place.
+        "minimum": lambda s, b, h, q, k: (
+            torch.minimum(s, 0.3 - s) + torch.maximum(s * 0.5, 0.1 * s)
+        ),
         "gelu": lambda s, b, h, q, k: torch.nn.functional.gelu(s) - torch.sigmoid(s),
         "causal": lambda s, b, h, q, k: torch.where(q >= k, s, -float("inf")),
         # The kernel goes from the last key to the first: scores that rise within a tile beyond what

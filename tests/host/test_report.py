@@ -43,6 +43,27 @@ def test_wrong_results_are_found(monkeypatch):
     assert record["passed"] is False and "largest error" in record["said"]
 
 
+def test_a_check_that_raises_is_a_row_and_the_others_run(monkeypatch):
+    """Whatever it raises, with a message or without; a lack of memory is no wrong result."""
+    errors = iter((ValueError(), torch.cuda.OutOfMemoryError("8 GB"), NotImplementedError("no"), IndexError("x\ny")))  # fmt: skip
+
+    def raises(*_, **__):
+        raise next(errors)
+
+    monkeypatch.setattr(correctness, "flash_attn_func", raises)
+    case = correctness.Case("a call", 1, 40, 40, (2, 1), (64, 64))
+    found = [
+        correctness._guarded("", lambda: correctness._check(case, lambda x: x)) for _ in "1234"
+    ]
+    assert [record["passed"] for record in found] == [False, None, None, False]
+    assert [record["said"] for record in found] == [
+        "ValueError()",
+        "out of memory",
+        "not supported: no",
+        "x",
+    ]
+
+
 def child(code):
     return [sys.executable, "-c", code]
 
@@ -89,24 +110,74 @@ def test_a_report_is_right_only_if_all_came_to_its_end():
     assert "| a | WRONG: largest error 1, allowed 0.1 |" in text and "WRONG OR UNFINISHED" in text
 
 
-def test_speed_of_small_calls(monkeypatch):
-    """On the CPU: each contestant has a row, or says why it has none; the text has the verdicts."""
+@pytest.fixture
+def quick_speed(monkeypatch):
     monkeypatch.setattr(speed, "ROUNDS", 2)
     monkeypatch.setattr(speed, "SOAK_S", 0.0)
     monkeypatch.setattr(speed, "FLUSH_BYTES", 1 << 10)
+    monkeypatch.setattr(speed, "RECOVERY_S", 0.0)
     a = torch.randn(64, 64)
     peak = SimpleNamespace(flops=2.0 * 64**3, timed=lambda: Timed("peak", lambda: a @ a))
     monkeypatch.setattr(speed, "MmaPeak", lambda: peak)
-    cells = [speed.Cell(kind, 1, (2, 2), 16, 32, 32, True) for kind in ("forward", "backward")]
-    monkeypatch.setattr(speed, "RECOVERY_S", 0.0)
-    found = list(speed.measure(cells, "cpu"))
+
+
+def small_cell(kind):
+    return speed.Cell(kind, 1, (2, 2), 16, 32, 32, True)
+
+
+def test_speed_of_small_calls(monkeypatch, quick_speed):
+    """On the CPU: each contestant has a row, or says why it has none; the text has the verdicts."""
+    cells = [small_cell(kind) for kind in ("forward", "backward")]
+    monkeypatch.setitem(speed.PREDICTED, str(cells[0]), {cards.PRO: 0.123})
+    found = list(speed.measure(cells, "cpu", cards.PRO))
     names = {(r["cell"], r["contestant"]) for r in found}
     assert names >= {(str(c), n) for c in cells for n in (speed.OURS, *speed.BACKENDS)}
     timed = [r for r in found if r["contestant"] == speed.OURS]
     assert all(r["share"] > 0 and "low_clocks" in r for r in timed)
+    assert [r["predicted"] for r in timed] == [0.123, None]
     text = report.markdown(made(speed={"ended": "", "records": found}))
     assert all(str(cell) in text for cell in cells)
-    assert "absent: sdpa cudnn" in text
+    assert "absent: sdpa cudnn" in text and "| 0.12 |" in text
+
+
+def test_a_cell_that_breaks_is_a_row_and_the_others_run(monkeypatch, quick_speed):
+    """Memory that runs out beside the others, or a GPU that one of them has broken."""
+    samples = speed._samples
+    left = iter([RuntimeError("CUDA error: sticky\nmore")])
+
+    def once(*arguments):
+        if error := next(left, None):
+            raise error
+        return samples(*arguments)
+
+    monkeypatch.setattr(speed, "_samples", once)
+    cells = [small_cell(kind) for kind in ("forward", "backward")]
+    found = list(speed.measure(cells, "cpu"))
+    ours = [r for r in found if r["contestant"] == speed.OURS]
+    assert ours[0]["absent"] == "CUDA error: sticky" and "ms" in ours[1]
+    text = report.markdown(made(speed={"ended": "", "records": found}))
+    assert f"| {cells[0]} | absent |" in text
+
+
+def test_every_cell_but_decoding_has_a_prediction():
+    names = {str(cell) for cell in speed.cells() if cell.kind != "decoding"}
+    assert names == set(speed.PREDICTED)
+    assert all(0 < x < 1 for each in speed.PREDICTED.values() for x in each.values())
+
+
+def test_what_a_card_says_is_in_the_text():
+    card = {"name": "A card", "arch": 120, "sms": 170, "l2_bytes": 96 << 20}
+    record = {
+        "card": card,
+        "half_rate": 1.98,
+        "kind": cards.GEFORCE,
+        "why": "by its name",
+        "while_running": {"clocks.sm": "2407 MHz", "power.draw": None},
+        "others": {"flash_attn": "2.8.3"},
+    }
+    text = report.markdown(made(speed={"ended": "", "records": [record]}))
+    assert "A card: compute capability 12.0, 170 SMs, 96 MB of L2" in text
+    assert "clocks.sm 2407 MHz\nflash_attn 2.8.3\n" in text and "(1.98)" in text
 
 
 def test_nothing_personal_is_in_it(monkeypatch):

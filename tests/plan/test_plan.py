@@ -96,11 +96,13 @@ def test_variant_names_are_unique_to_their_constants():
 
 
 def test_tiles_by_rows_per_sm():
-    """Calls that fill the machine get large tiles, whatever they are made of; short ones do not."""
+    """Calls that fill the machine get large tiles, whatever they are made of; short ones do not.
+    Of sequences of 64 queries no tile is larger than it has to be."""
     for batch, heads, seqlen in ((1, 8, 512), (8, 8, 64), (1, 1, 4096), (64, 1, 64)):
         small = explain(*shapes(seqlen_q=seqlen, heads=(heads, 1), batch=batch), arch=120)
         large = explain(*shapes(seqlen_q=seqlen, heads=(heads, 1), batch=16 * batch), arch=120)
-        assert (small.tile_m, large.tile_m) == (64, 256), (batch, heads, seqlen)
+        expected = 64, 256 if seqlen > 64 else 128
+        assert (small.tile_m, large.tile_m) == expected, (batch, heads, seqlen)
 
 
 def plan_of_rows(arch, sms, head_dim, rows_per_sm, **options):
@@ -119,7 +121,7 @@ TILES_OF_12_X = {  # head dim, causal: of 65, 256 and 300 rows per SM; GeForce-l
     (80, False): ((SPLIT, SPLIT, WIDE),) * 2,
     (96, True): ((SPLIT, SPLIT, WIDE),) * 2,
     (112, False): (("32x32_w4x16_s3_p2", "64x32_w8x16_s2_p1", "64x32_w8x16_s2_p1"),) * 2,
-    (128, False): (("32x32_w4x16_s3_p2", "64x16_w8x32_s3_p1", "64x16_w8x32_s3_p1"),) * 2,
+    (128, False): (("32x32_w4x16_s3_p2", "64x16_w8x32_s3_p1", "64x64_w8x16_s3_p1"),) * 2,
     (128, True): (
         ("32x32_w4x16_s3_p2", "64x64_w8x16_s3_p1", "64x64_w8x16_s3_p1"),
         ("32x32_w4x16_s3_p2", "64x64_w8x16_s3_p0", "32x16_w4x32_s3"),
@@ -135,6 +137,22 @@ def test_rows_of_12_x(head_dim, causal, arch, sms):
     ]
     tiles = tuple(re.search(r"_n(\d+x\d+_w\d+x\d+_s\d(_p\d)?)", name)[1] for name in found)
     assert tiles == TILES_OF_12_X[head_dim, causal][arch == 121]
+
+
+@pytest.mark.parametrize("arch, sms, slower", [(120, 170, 1.01), (121, 48, 1.04)])
+def test_waves_of_12_x(arch, sms, slower):
+    """Tiles of 256 rows, unless the grid's last wave is so empty that those of 128 take less."""
+    found = set()
+    for heads, seqlen in itertools.product((16, 28, 32), (2048, 3000, 4096, 8192)):
+
+        def rows(tile_m, blocks_of_a_row=heads, seqlen=seqlen):
+            return -(-(-(-seqlen // tile_m) * blocks_of_a_row) // sms) * tile_m
+
+        plan = explain(*shapes(128, seqlen_q=seqlen, heads=(heads, 4), tma=True), arch=arch)
+        assert plan.tile_m == (128 if rows(128) * slower < rows(256) else 256), (heads, seqlen)
+        assert ("last wave" in plan.reasons["tile"]) == (plan.tile_m == 128)
+        found.add(plan.tile_m)
+    assert found == {128, 256}
 
 
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])

@@ -326,15 +326,12 @@ def test_slopes_are_learned_beside_a_score_mod():
 def test_slopes_have_no_gradient():
     q, slopes = torch.randn(2, 5, 4, 16), torch.ones(4, requires_grad=True)
     cache = q.clone()
-    compiled = torch.compile(flash_attn_func, backend="aot_eager")
     for call in (
         lambda: ops.FORWARD(q, q, q, None, slopes),
         lambda: fa2.flash_attn_with_kvcache(q, cache, cache, alibi_slopes=slopes),
     ):
         with pytest.raises(NotImplementedError, match="gradient"):
             call()
-    with pytest.raises(Exception, match="alibi_slopes has no gradient"):
-        compiled(q, q, q, alibi_slopes=slopes)
     with torch.no_grad():
         assert_all_equal(
             attend(q, q, q, alibi_slopes=slopes), attend(q, q, q, alibi_slopes=slopes.detach())

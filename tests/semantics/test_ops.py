@@ -123,7 +123,7 @@ def runs(monkeypatch):
 
 def test_schemas_have_every_option():
     """A row of csrc/options.h that a dense call has, but for its tensors, is an argument of both
-    operators, with the same default. Lists of blocks are refused where torch follows a call, and
+    operators, with the same default. Lists of blocks are those of mods/operators.py, and
     heads_first is of torch's own operators."""
     parameters = inspect.signature(_C.backward).parameters
     names = ScalarOptions.__annotations__.keys() - {"key_blocks", "query_blocks", "heads_first"}
@@ -873,10 +873,10 @@ for placement, of_slopes in ((Shard(0), Shard(0)), (Shard(2), Shard(1)), (Replic
     assert out.placements == (placement,) and not communication.get_comm_counts()
     torch.testing.assert_close(out.full_tensor(), flash_attn_func(q, k, v, alibi_slopes=slopes)[0])
 
-def refused(words, *arguments):
+def refused(words, *arguments, **options):
     try:
-        flash_attn_func(*arguments)
-    except RuntimeError as error:
+        flash_attn_func(*arguments, **options)
+    except RuntimeError as error:  # NotImplementedError, too
         assert words in str(error), error
     else:
         raise AssertionError(words)
@@ -884,6 +884,7 @@ def refused(words, *arguments):
 for placement in (Shard(1), Shard(3)):
     refused("redistribute() q to Shard(2) (heads), Shard(0)", *shards(placement, Replicate())[:3])
 mqa = [distribute_tensor(x[:, :, :1].detach(), mesh, [Replicate()]) for x in (k, v)]
+refused("take no DTensor yet", a, b, c, score_mod=lambda s, *_: s * 2)
 refused("part query heads from their 1 KV heads", a, *mqa)
 dist.destroy_process_group()
 if child:

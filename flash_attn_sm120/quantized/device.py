@@ -1,0 +1,115 @@
+"""Quantised attention on CUDA devices: which can run a recipe, and the launch."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flash_attn_sm120 import _C
+from flash_attn_sm120.loaded_kernel import LoadedKernel
+from flash_attn_sm120.quantized import kernel
+from flash_attn_sm120.quantized.layout import Quantized
+from flash_attn_sm120.quantized.recipes import RECIPES
+from flash_attn_sm120.tuned_tiles import KINDS, PRO
+
+E4M3_ARCH = 89  # the first compute capability with products of e4m3
+BLOCK_SCALES_MAJOR = 12  # of those with block-scaled products
+
+
+def attend(
+    q: Quantized,
+    k: Quantized,
+    v: Quantized,
+    options: dict[str, Any],
+    out_dtype: torch.dtype,
+    return_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """``(out, lse)`` of checked operands on a CUDA device that :func:`check` has let pass."""
+    device = q.data.device
+    out = torch.empty((q.batch, q.seqlen, q.heads, v.head_dim), dtype=out_dtype, device=device)
+    lse = None
+    if return_lse:
+        shape = (q.batch, q.heads, q.seqlen)
+        lse = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
+    if not out.numel():
+        return out, lse
+    if not k.seqlen:
+        return out.zero_(), lse
+    _launch(q, k, v, options, out, lse, device.index or 0)
+    return out, lse
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _launch(
+    q: Quantized,
+    k: Quantized,
+    v: Quantized,
+    options: dict[str, Any],
+    out: Tensor,
+    lse: Tensor | None,
+    index: int,
+) -> None:
+    """A graph of torch.compile ends here."""
+    with torch.cuda.device(index):
+        launch = kernel.prepare(q, k, v, options, out, lse, target_of(index))
+        loaded = _loaded(launch.variant, index)
+        loaded((launch.blocks, 1), kernel.THREADS, launch.parameters)
+
+
+def check(recipe: str, index: int) -> None:
+    """Refuses a recipe that a device cannot run.
+
+    Raises:
+        RuntimeError: it says which devices can.
+    """
+    reason = _refusal(recipe, index)
+    if reason:
+        raise RuntimeError(reason)
+
+
+@functools.cache
+def _refusal(recipe: str, index: int) -> str:
+    device = _C.devices()[1][index]
+    reason = why_not(recipe, device["arch"])
+    return reason and f"{reason}; {device['name']} has {device['arch'] / 10:.1f}"
+
+
+def why_not(recipe: str, arch: int) -> str:
+    """Why compute capability ``arch`` has no kernel of a recipe; empty where it has."""
+    if arch // 10 == BLOCK_SCALES_MAJOR:
+        return ""
+    if _needs_block_scales(recipe):
+        others = ", ".join(repr(name) for name in RECIPES if not _needs_block_scales(name))
+        return (
+            f"recipe {recipe!r} needs the block-scaled products of compute capability "
+            f"{BLOCK_SCALES_MAJOR}.x (from 8.9 on there are {others})"
+        )
+    if arch < E4M3_ARCH:
+        return f"recipe {recipe!r} needs compute capability 8.9 or newer"
+    return ""
+
+
+def _needs_block_scales(recipe: str) -> bool:
+    chosen = RECIPES[recipe]
+    return bool({"mxfp8", "nvfp4"} & {chosen.qk, chosen.pv})
+
+
+@functools.cache
+def target_of(index: int) -> kernel.Target:
+    """What of a device decides about variants. 12.x cards of unknown names count as GeForce-like,
+    as in the forward."""
+    device = _C.devices()[1][index]
+    if device["arch"] // 10 != BLOCK_SCALES_MAJOR:
+        return kernel.Target(transposes_bytes=False, mx_e4m3=False)
+    is_pro = KINDS[_C.card_kind(device["name"], device["arch"])] == PRO
+    return kernel.Target(transposes_bytes=True, mx_e4m3=not is_pro)
+
+
+@functools.cache
+def _loaded(variant: kernel.Variant, index: int) -> LoadedKernel:
+    """On the current device, which is ``index``."""
+    return LoadedKernel(kernel.KERNEL, *variant)

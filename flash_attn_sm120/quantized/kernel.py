@@ -1,0 +1,190 @@
+"""What a call of kernels/quantized_forward.cu is launched with, as far as no device is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flash_attn_sm120.quantized.layout import Quantized
+from flash_attn_sm120.quantized.quantize import rotate
+
+KERNEL = "quantized_forward"
+THREADS = 128
+TILE_M, TILE_N = 64, 64  # queries of a block, keys of a step
+_FORMATS = {"16bit": 0, "int8": 1, "fp8": 2, "mxfp8": 3, "nvfp4": 4}  # enum quantized_format
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum fa_dtype
+
+
+class Strides(ctypes.Structure):
+    """``fa_strides``, in bytes."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "seqlen", "head")]
+
+
+class Parameters(ctypes.Structure):
+    """``fa_quantized_params`` of kernels/quantized_block.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "q_scale", "k_scale", "v_scale")),
+        *((name, ctypes.c_void_p) for name in ("q_head_scale", "k_head_scale", "v_head_scale")),
+        *((name, ctypes.c_void_p) for name in ("k_mean", "v_mean", "out", "lse")),
+        *((name, Strides) for name in ("q_stride", "k_stride", "v_stride")),
+        *((name, ctypes.c_int) for name in ("batch", "heads_q", "heads_kv")),
+        *((name, ctypes.c_int) for name in ("seqlen_q", "seqlen_k", "window_left")),
+        ("window_right", ctypes.c_int),
+        ("softmax_scale", ctypes.c_float),
+        ("softcap", ctypes.c_float),
+    ]
+
+
+class Variant(NamedTuple):
+    """What is compiled, and the shared memory of its blocks."""
+
+    name: str
+    options: tuple[str, ...]
+    shared_bytes: int
+
+
+class Launch(NamedTuple):
+    """One launch, and what it reads and writes."""
+
+    variant: Variant
+    blocks: int
+    parameters: Parameters
+    tensors: tuple[Tensor, ...]  # whose memory the parameters point to
+
+
+class Target(NamedTuple):
+    """What of a device decides about variants."""
+
+    transposes_bytes: bool  # ldmatrix of 12.x
+    mx_e4m3: bool  # GeForce-like: block-scaled products of e4m3 take half as long
+
+
+def prepare(
+    q: Quantized,
+    k: Quantized,
+    v: Quantized,
+    options: dict[str, Any],
+    out: Tensor,
+    lse: Tensor | None,
+    target: Target,
+) -> Launch:
+    """The launch that computes checked operands, with at least one row of ``out``."""
+    q_data, k_data, v_data = (_readable(x.data) for x in (q, k, v))
+    needs_mean = k.mean is not None and (lse is not None or options["softcap"])
+    k_mean = rotate(k.mean, k.rotation) if k.mean is not None and needs_mean else None
+    named = {
+        "q": q_data, "k": k_data, "v": v_data,
+        "q_scale": q.scale, "k_scale": k.scale, "v_scale": v.scale,
+        "q_head_scale": q.head_scale, "k_head_scale": k.head_scale, "v_head_scale": v.head_scale,
+        "k_mean": k_mean, "v_mean": v.mean, "out": out, "lse": lse,
+    }  # fmt: skip
+    tensors = {
+        name: x if name in ("q", "k", "v") else _in_words(x)
+        for name, x in named.items()
+        if x is not None
+    }
+    left, right = _window(options, q.seqlen, k.seqlen)
+    parameters = Parameters(
+        **{name: x.data_ptr() for name, x in tensors.items()},
+        q_stride=_strides(q_data, q),
+        k_stride=_strides(k_data, k),
+        v_stride=_strides(v_data, v),
+        batch=q.batch,
+        heads_q=q.heads,
+        heads_kv=k.heads,
+        seqlen_q=q.seqlen,
+        seqlen_k=k.seqlen,
+        window_left=left,
+        window_right=right,
+        softmax_scale=options["softmax_scale"],
+        softcap=options["softcap"],
+    )
+    v_dtype = v.dtype if v.format == "16bit" else torch.bfloat16  # one variant for both
+    has_softcap = options["softcap"] > 0
+    dims = (q.head_dim, v.head_dim)
+    variant = variant_of(q.format, v.format, dims, v_dtype, out.dtype, has_softcap, target)
+    blocks = -(-q.seqlen // TILE_M) * q.heads * q.batch
+    return Launch(variant, blocks, parameters, tuple(tensors.values()))
+
+
+@functools.cache
+def variant_of(
+    qk: str,
+    pv: str,
+    head_dims: tuple[int, int],
+    v_dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    softcap: bool,
+    target: Target,
+) -> Variant:
+    """The constants that formats, head dims and types ask for."""
+    shared = shared_bytes(qk, pv, *head_dims)
+    constants = {
+        "QK_FORMAT": _FORMATS[qk],
+        "PV_FORMAT": _FORMATS[pv],
+        "HEAD_DIM": head_dims[0],
+        "HEAD_DIM_V": head_dims[1],
+        "DTYPE": _DTYPES[v_dtype],
+        "OUT_DTYPE": _DTYPES[out_dtype],
+        "SOFTCAP": int(softcap),
+        "MX_E4M3": int(target.mx_e4m3 and "fp8" in (qk, pv)),
+        "TRANSPOSES_BYTES": int(target.transposes_bytes),
+        "SMEM_BYTES": shared,
+    }
+    name = "_".join([KERNEL, *map(str, constants.values())])
+    return Variant(name, tuple(f"-D{key}={value}" for key, value in constants.items()), shared)
+
+
+def shared_bytes(qk: str, pv: str, head_dim: int, head_dim_v: int) -> int:
+    """Two stages of K and V, or the rows of O in fp32 on their way out."""
+    k = TILE_N * _padded(head_dim // 2 if qk == "nvfp4" else head_dim, 32)
+    if pv == "nvfp4":
+        v = _padded(head_dim_v, 64) * TILE_N // 2
+    else:
+        v = TILE_N * _padded(head_dim_v if pv == "fp8" else 2 * head_dim_v, 32)
+    return max(2 * (k + v), TILE_M * head_dim_v * 4)
+
+
+def _padded(size: int, to: int) -> int:
+    return -(-size // to) * to
+
+
+def _readable(x: Tensor) -> Tensor:
+    """Rows in place where they are contiguous and begin at chunks of 16 bytes, as cp.async wants
+    them, or of 8, where a row of a contiguous tensor may."""
+    size, row = x.element_size(), x.shape[3] * x.element_size()
+    chunk = 16 if row % 16 == 0 else 8
+    aligned = x.data_ptr() % chunk == 0 and all(step * size % chunk == 0 for step in x.stride()[:3])
+    return x if aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _in_words(x: Tensor) -> Tensor:
+    """Contiguous, from a multiple of four bytes on."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 4 == 0 else x.clone()
+
+
+def _strides(data: Tensor, x: Quantized) -> Strides:
+    """Of V in 4 bits, (batch, heads, dim, tokens), rows are dims."""
+    batch, row, head = data.stride()[:3]
+    if x.operand == "v" and x.format == "nvfp4":
+        row, head = head, row
+    return Strides(*(step * data.element_size() for step in (batch, row, head)))
+
+
+def _window(options: dict[str, Any], seqlen_q: int, seqlen_k: int) -> tuple[int, int]:
+    """Keys before and after the diagonal."""
+    left, right = options["window_size"]
+    right = 0 if options["causal"] else right
+    if left is not None and right is not None and left + right < 0:
+        left, right = None, 0 if options["causal"] else None  # as everywhere: no window
+    # Farther than these no query sees; sums with them stay within an int.
+    left = seqlen_k if left is None else max(-seqlen_q, min(left, seqlen_k))
+    right = seqlen_q if right is None else max(-seqlen_k - 1, min(right, seqlen_q))
+    return left, right

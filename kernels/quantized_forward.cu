@@ -1,0 +1,194 @@
+/* Attention forward with Q, K, P and V in 8 and 4 bits: for each recipe of docs/quantized.md one
+ * set of constants. A block has 64 queries of one head, 16 of each warp; keys come 64 at a time.
+ *
+ *   QK_FORMAT, PV_FORMAT    enum quantized_format, of Q and K, of V and P
+ *   HEAD_DIM, HEAD_DIM_V    of Q and K, of V and O: multiples of 16 up to 256
+ *   DTYPE                   enum fa_dtype: of V in 16 bits
+ *   OUT_DTYPE               of out
+ *   SOFTCAP                 1: scores are capped by a tanh
+ *   MX_E4M3                 1: products of e4m3 by the block-scaled mma of 12.x, with scales of 1
+ *   TRANSPOSES_BYTES        1: ldmatrix of 12.x transposes bytes; 0: pairs of bytes
+ *   SMEM_BYTES              what the host launches it with */
+#include "params.h"
+
+#include "ptx.cuh"
+#include "quantized_nonfinite.cuh"
+#include "quantized_softmax.cuh"
+
+/* What a warp's rows of O are brought to in order to be written, in fp32. */
+constexpr int OUT_BYTES = WARP_M * HEAD_DIM_V * 4;
+static_assert(SMEM_BYTES >= STAGES * STAGE_BYTES && SMEM_BYTES >= WARPS * OUT_BYTES,
+              "the host computes the same");
+
+/* Of a multiprocessor, where registers are enough for three. */
+constexpr bool IS_CROWDED = HEAD_DIM > 128 || HEAD_DIM_V > 128 || SOFTCAP;
+constexpr bool IS_CLOSE =
+    (IS_V_E4M3 && !TRANSPOSES_BYTES) || (IS_V_NVFP4 && QK_FORMAT == FORMAT_INT8);
+constexpr int BLOCKS = IS_CROWDED ? 1 : IS_CLOSE ? 2 : 3;
+
+/* The factor of a row of Q in its head or block. */
+__device__ __forceinline__ float query_factor(const quantized_block &block)
+{
+    const fa_quantized_params &params = block.params;
+    if (QK_FORMAT != FORMAT_INT8)
+        return factor_of(params.q_head_scale, block.query_head());
+    const int row = min(block.warp_row(), params.seqlen_q - 1);
+    const int blocks = ceil_div(params.seqlen_q, INT8_QUERIES);
+    return ld_global(static_cast<const float *>(params.q_scale) + block.query_head() * blocks +
+                     row / INT8_QUERIES);
+}
+
+__device__ __forceinline__ void clear(softmax_rows &rows, float (&O_rmem)[O_FRAGS][2][4])
+{
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        rows.m[half] = LOWEST_FLOAT;
+        rows.l[half] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < O_FRAGS; n++)
+#pragma unroll
+            for (int r = 0; r < 4; r++)
+                O_rmem[n][half][r] = 0.0f;
+    }
+}
+
+__device__ __forceinline__ void store_lse(const softmax_rows &rows, const float (&l)[2],
+                                          const float (&left_out)[2], const quantized_block &block)
+{
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int row = block.lane_row() + 8 * half;
+        const float lse =
+            (rows.m[half] - P_SHIFT + log2_approx(l[half])) * LN2 + (SOFTCAP ? 0 : left_out[half]);
+        if (quad_lane() == 0 && row < block.params.seqlen_q)
+            block.params.lse[block.query_head() * block.params.seqlen_q + row] =
+                l[half] == 0.0f ? -INF : lse;
+    }
+}
+
+/* Where four numbers of a row of O are, from dim on: pairs of rows alternate between banks. */
+__device__ __forceinline__ int out_offset(int row, int dim)
+{
+    return (row * HEAD_DIM_V + (dim ^ row / 2 % 2 * 8)) * 4;
+}
+
+/* O^T / l, times the factor of V and plus its mean, to this warp's part of shared memory as O, and
+ * from there to `out`. */
+__device__ __forceinline__ void store_out(float (&O_rmem)[O_FRAGS][2][4], const float (&l)[2],
+                                          const quantized_block &block, unsigned smem)
+{
+    const fa_quantized_params &params = block.params;
+    const float factor = factor_of(params.v_head_scale, block.key_head()) / P_REST;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float sums[2];
+        of_columns(sums, l[half]);
+#pragma unroll
+        for (int n = 0; n < O_FRAGS; n++)
+#pragma unroll
+            for (int r = 0; r < 4; r++) {
+                const int dim = dim_of(n, r / 2), row = 8 * half + 2 * quad_lane() + r % 2;
+                float x = O_rmem[n][half][r] / sums[r % 2] * factor;
+                if (params.v_mean)
+                    x += ld_global(params.v_mean + block.key_head() * HEAD_DIM_V + dim);
+                st_shared(smem + out_offset(row, dim),
+                          __float_as_uint(sums[r % 2] == 0.0f ? 0.0f : x));
+            }
+    }
+    __syncwarp();
+    constexpr int CHUNK = OUT_DTYPE == FA_FLOAT32 ? 4 : 8, CHUNKS = HEAD_DIM_V / CHUNK;
+    constexpr int OUT_ELEMENT = fa_element_bytes(OUT_DTYPE);
+    for (int i = lane_id(); i < WARP_M * CHUNKS; i += 32) {
+        const int row = block.warp_row() + i / CHUNKS, dim = i % CHUNKS * CHUNK;
+        if (row >= params.seqlen_q)
+            break;
+        const unsigned from = smem + out_offset(i / CHUNKS, dim);
+        uint4 chunk = ld_shared_16(from);
+        if (CHUNK == 8) {
+            const uint4 next = ld_shared_16(from + 16);
+            chunk = make_uint4(pack<OUT_DTYPE>(__uint_as_float(chunk.x), __uint_as_float(chunk.y)),
+                               pack<OUT_DTYPE>(__uint_as_float(chunk.z), __uint_as_float(chunk.w)),
+                               pack<OUT_DTYPE>(__uint_as_float(next.x), __uint_as_float(next.y)),
+                               pack<OUT_DTYPE>(__uint_as_float(next.z), __uint_as_float(next.w)));
+        }
+        *reinterpret_cast<uint4 *>(static_cast<char *>(params.out) +
+                                   (block.query(row) * HEAD_DIM_V + dim) * OUT_ELEMENT) = chunk;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+    quantized_forward(const __grid_constant__ fa_quantized_params params)
+{
+    extern __shared__ __align__(128) char smem[];
+    const quantized_block block(params);
+    const int end = block.end_tile();
+    const int whole_begin = block.first_whole_tile(), whole_end = block.end_whole_tile();
+    int tile = block.first_tile();
+    quantized_ring ring(block, smem, tile);
+    if (tile < end)
+        ring.copy(tile);
+
+    unsigned Q_rmem[D_STEPS][4];
+    load_queries(Q_rmem, block);
+    query_scales Q_scales;
+    Q_scales.load(block);
+
+    const float scale = fabsf(params.softmax_scale), of_query = query_factor(block);
+    const float cap = SOFTCAP ? 1.0f / params.softcap : LOG2_E;
+    const score_factor factor = {scale * cap * of_query *
+                                     factor_of(params.k_head_scale, block.key_head()),
+                                 params.softcap * LOG2_E};
+    float O_rmem[O_FRAGS][2][4], shift[2];
+    softmax_rows rows;
+    clear(rows, O_rmem);
+    if (SOFTCAP)
+        left_out(shift, Q_rmem, block);
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        rows.shift[half] = SOFTCAP ? shift[half] * of_query * scale * cap : 0.0f;
+
+    key_scale_source K_scale_source(block, tile);
+    value_scale_source V_scale_source(block, tile);
+    key_scales K_scales, next_K_scales;
+    if (tile < end)
+        K_scale_source.load(K_scales, block, params.seqlen_k - tile * TILE_N);
+    for (; tile < end; tile++) {
+        cp_async_wait<0>();
+        __syncthreads(); /* the tile has come, and the other stage is free */
+        if (tile + 1 < end) {
+            ring.copy(tile + 1);
+            K_scale_source.load(next_K_scales, block, params.seqlen_k - (tile + 1) * TILE_N);
+        }
+        value_scales V_scales;
+        V_scale_source.load(V_scales, params.seqlen_k - tile * TILE_N);
+        const bool is_whole = whole_begin <= tile && tile < whole_end;
+        if (!is_whole) {
+            if constexpr (IS_V_NVFP4)
+                take_nan_scales(O_rmem, V_scales, block, tile * TILE_N);
+            else
+                take_nonfinite(O_rmem, ring.V_tile(tile), block, tile * TILE_N);
+        }
+        if (is_whole || block.warp_sees(tile)) {
+            float S_rmem[S_FRAGS][4];
+            weights P;
+            scores(S_rmem, Q_rmem, ring.K_tile(tile) + K_lane_offset(), Q_scales, K_scales);
+            if (is_whole)
+                weigh<false>(P, S_rmem, O_rmem, rows, factor, K_scales, block, tile * TILE_N);
+            else
+                weigh<true>(P, S_rmem, O_rmem, rows, factor, K_scales, block, tile * TILE_N);
+            add_values(O_rmem, P, ring.V_tile(tile) + V_lane_offset(), V_scales);
+        }
+        K_scales = next_K_scales;
+    }
+
+    const float l[2] = {quad_sum(rows.l[0]), quad_sum(rows.l[1])};
+    if (params.lse) {
+        if (!SOFTCAP)
+            left_out(shift, Q_rmem, block);
+        shift[0] *= of_query * scale;
+        shift[1] *= of_query * scale;
+        store_lse(rows, l, shift, block);
+    }
+    __syncthreads(); /* no warp reads the ring any more */
+    store_out(O_rmem, l, block, ring.smem + read_thread_index() / 32 * OUT_BYTES);
+}
