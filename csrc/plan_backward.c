@@ -52,6 +52,21 @@ static bool takes_registers(const struct fa_plan_input *input)
     return input->softcap || input->dropout || input->bias || input->score_mod || input->mask_mod;
 }
 
+/* Queries of a sub-tile. */
+static int sub_m_of(const struct fa_plan_input *input, const struct fa_backward_tile *tile)
+{
+    return takes_registers(input) ? 16 : input->block_q ? MIN(tile->sub_m, 32) : tile->sub_m;
+}
+
+/* Whether a call has more in registers than the tiles of FA_BACKWARD_TILES leave: with head dims
+ * above 64 they leave none, below dropout alone and lists alone have room. */
+static bool is_crowded(const struct fa_plan_input *input)
+{
+    const bool is_wide = MAX(input->head_dim, input->head_dim_v) > 64;
+    return input->score_mod || input->mask_mod || input->bias ||
+           (input->dropout != 0) + (input->block_q != 0) > (is_wide ? 0 : 1);
+}
+
 static struct fa_variant variant_of(const struct fa_plan_input *input,
                                     const struct fa_device *device,
                                     const struct fa_backward_tile *tile)
@@ -60,7 +75,7 @@ static struct fa_variant variant_of(const struct fa_plan_input *input,
     variant.kernel = FA_KERNEL_BACKWARD;
     variant.warp_n = tile->warp_n;
     variant.tile_m = tile->tile_m;
-    variant.sub_m = takes_registers(input) ? 16 : tile->sub_m;
+    variant.sub_m = sub_m_of(input, tile);
     variant.dq_dim_warps = dq_dim_warps(tile, input->head_dim);
     variant.warps = tile->warps;
     variant.stages = tile->stages;
@@ -189,6 +204,9 @@ static const struct fa_backward_row *choose_row(const struct fa_plan_input *inpu
     const struct fa_backward_row *row = first_that_serves(own->backward_rows, own->backward_count,
                                                           input, varlen_k, &target->device);
     *is_own = row != NULL;
+    if (!row && is_crowded(input))
+        row = first_that_serves(FA_CROWDED_BACKWARD_TILES, FA_CROWDED_BACKWARD_TILE_COUNT, input,
+                                varlen_k, &target->device);
     if (!row) /* the last one serves all but listed blocks */
         row = first_that_serves(FA_BACKWARD_TILES, FA_BACKWARD_TILE_COUNT, input, varlen_k,
                                 &target->device);

@@ -104,10 +104,15 @@ static void make_room(struct fa_tile *tile)
 }
 
 /* What takes registers where the TMA feeds warps of 32 rows, which at these head dims have none
- * left. */
-static bool lacks_registers(const struct fa_plan_input *input, const struct fa_tile *tile)
+ * left; on 12.x, where nothing may spill up to head_dim 128, also where other warps of 32 rows have
+ * none, or a ninth warp leaves none. */
+static bool lacks_registers(const struct fa_plan_input *input, const struct fa_device *device,
+                            const struct fa_tile *tile)
 {
-    const bool has_steps = input->alibi || input->bias || input->score_mod || input->mask_mod;
+    const bool is_crowded = input->bias || input->score_mod || input->mask_mod;
+    const bool has_steps = is_crowded || input->alibi;
+    if (device->arch / 10 == 12 && (is_crowded || input->block_q))
+        return tile->warp_m == 32 || (tile->producer == FA_PRODUCER_WARP && tile->warps == 8);
     return has_steps && tile->kernel == FA_KERNEL_FORWARD_TMA && tile->warp_m == 32 &&
            input->head_dim > 96;
 }
@@ -236,7 +241,7 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const bool is_asked = tile->kernel == FA_KERNEL_FORWARD_TMA;
     if (!is_own && input->paged)
         prefer_tma(input, device, tile, &why_not_tma);
-    if (!is_own && (input->dropout || lacks_registers(input, tile)))
+    if (!is_own && (input->dropout || lacks_registers(input, device, tile)))
         make_room(tile);
     const bool is_halved = !is_own && !is_of_e4m3 && fill_waves(input, device, tile);
     if (input->varlen && !is_own)

@@ -197,3 +197,20 @@ const struct fa_backward_row FA_BACKWARD_TILES[] = {
 /* clang-format on */
 
 const size_t FA_BACKWARD_TILE_COUNT = sizeof FA_BACKWARD_TILES / sizeof *FA_BACKWARD_TILES;
+
+/* Smaller tiles, in which nothing spills up to head_dim 128. By counts of instructions the tensor
+ * pipe stays the limit of both classes of cards, and at 65 to 96 half as many queries with 32 keys
+ * per warp would pad products. NOT MEASURED. */
+/* clang-format off */
+#define CROWDED(head_dim, varlen_k, left, ...) \
+    {120, ANY, head_dim, varlen_k, ANY, ANY, left, {__VA_ARGS__}, {0}}
+const struct fa_backward_row FA_CROWDED_BACKWARD_TILES[] = {
+    /* head_dim, varlen_k, left,               warps, warp_n, tile_m, sub_m, stages */
+    CROWDED( 64,  64,   0,                     4, 32,  64, 32, 1),
+    CROWDED( 64, ANY,   0,                     8, 32,  64, 32, 1),
+    CROWDED(128, ANY, ANY,                     8, 16,  64, 32, 1),
+};
+/* clang-format on */
+
+const size_t FA_CROWDED_BACKWARD_TILE_COUNT =
+    sizeof FA_CROWDED_BACKWARD_TILES / sizeof *FA_CROWDED_BACKWARD_TILES;

@@ -110,6 +110,11 @@ struct fa_backward_row {
 extern const struct fa_backward_row FA_BACKWARD_TILES[];
 extern const size_t FA_BACKWARD_TILE_COUNT;
 
+/* Of calls with dropout, a bias, mods or listed blocks that would spill registers in those; calls
+ * that no row of these serves have those. */
+extern const struct fa_backward_row FA_CROWDED_BACKWARD_TILES[];
+extern const size_t FA_CROWDED_BACKWARD_TILE_COUNT;
+
 /* Whether a row of an architecture and a class of cards serves a device. */
 static inline bool fa_row_is_of(int arch, int kind, const struct fa_device *device)
 {
