@@ -158,12 +158,18 @@ def _trace(name: str, mod: Callable[..., Any], gradient: bool, fixes_sizes: bool
             result, wanted, arguments[-1].to(result.dtype), allow_unused=True
         )
 
-    with fake:
+    with fake, _without_hooks():
         dout = [torch.empty((), dtype=torch.float32)] if gradient else []
         graph = make_fx(body, tracing_mode="real")(*inputs, *captures.stand_ins, *dout).graph
     _functionalize(graph)
     graph.eliminate_dead_code()
     return Trace(graph, captured, len(inputs))
+
+
+def _without_hooks() -> Any:
+    """The hooks of a checkpoint see what a call saves, and not what is saved to trace a mod, which
+    is done once for many calls. Torch calls the hooks that were set last."""
+    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def _functionalize(graph: fx.Graph) -> None:

@@ -15,6 +15,7 @@ from flash_attn_sm120 import block_mask, flash_attn_func, flash_attn_varlen_func
 from flash_attn_sm120.mods import headers, operators
 from flash_attn_sm120.mods.attention import translate
 from flash_attn_sm120.mods.program import graph_of, mod_of, program_of, translated
+from flash_attn_sm120.mods.trace import trace
 from helpers.children import run_python
 from helpers.devices import CPU, CUDA, EMULATOR, params_of
 from helpers.mods import mask_mods, score_mods, tensors_of
@@ -245,6 +246,14 @@ def test_checkpoint(leaves, table):
 
     for function in (call, compiled(call)):
         assert_same(function, relative, *leaves(), table)
+
+
+def test_tracing_saves_nothing_for_a_checkpoint():
+    """A mod is traced in the first call, and not again when a checkpoint repeats it."""
+    seen = []
+    with torch.autograd.graph.saved_tensors_hooks(seen.append, lambda x: x):
+        trace("score_mod", lambda s, b, h, i, j: s * s.abs() + s**3, gradient=True)
+    assert not seen
 
 
 def test_graph_break_in_a_mod(leaves):
