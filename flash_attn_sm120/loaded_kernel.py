@@ -11,6 +11,12 @@ import torch
 from flash_attn_sm120 import _C, jit
 
 
+class Strides(ctypes.Structure):
+    """``fa_strides``."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "seqlen", "head")]
+
+
 class LoadedKernel:
     """A kernel on torch's current CUDA device; a call launches it on torch's stream.
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flash_attn_sm120.loaded_kernel import Strides
 from flash_attn_sm120.quantized.layout import Quantized
 from flash_attn_sm120.quantized.quantize import rotate
 
@@ -19,12 +20,6 @@ MOST_PARTS = 16
 LEAST_TILES = 4  # of a part
 _FORMATS = {"16bit": 0, "int8": 1, "fp8": 2, "mxfp8": 3, "nvfp4": 4}  # enum quantized_format
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum fa_dtype
-
-
-class Strides(ctypes.Structure):
-    """``fa_strides``, in bytes."""
-
-    _fields_ = [(name, ctypes.c_int64) for name in ("batch", "seqlen", "head")]
 
 
 class Parameters(ctypes.Structure):

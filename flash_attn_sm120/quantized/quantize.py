@@ -1,4 +1,4 @@
-"""bf16 and fp16 tensors to quantised ones, by torch operations, on any device."""
+"""bf16 and fp16 tensors to quantised ones: by torch operations, or kernels where there are."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from flash_attn_sm120.quantized import device_quantize
 from flash_attn_sm120.quantized.formats import (
     E2M1_MAX,
     E4M3_MAX,
@@ -36,9 +37,11 @@ def quantize(x: Tensor, recipe: str = "int8_fp8", operand: str = "k") -> Quantiz
     """One operand of :func:`quantized_attention`, quantised ahead: what the call itself would do.
 
     Args:
-        x: ``(batch, seqlen, heads, head_dim)`` bfloat16 or float16, any strides. Means and scales
-            of heads are over all of its tokens. A NaN or an infinity makes its whole head NaN, or
-            the blocks that share its scale.
+        x: ``(batch, seqlen, heads, head_dim)`` bfloat16 or float16, any strides. On CUDA devices
+            of compute capability 8.9 or newer, int8 and e4m3 with a scale per head have kernels,
+            for a stride of 1 in the head dim; all else is computed by torch operations. Means and
+            scales of heads are over all of its tokens. A NaN or an infinity makes its whole head
+            NaN, or the blocks that share its scale.
         recipe: a name in ``RECIPES``.
         operand: ``"q"``, ``"k"`` or ``"v"``.
 
@@ -58,14 +61,19 @@ def quantize(x: Tensor, recipe: str = "int8_fp8", operand: str = "k") -> Quantiz
     check_head_dim(operand, format, x.shape[3])
     if format == "16bit":
         return Quantized(operand, format, x, None, None, None, 1, x.shape[1], x.shape[3], x.dtype)
+    subtracts = {"q": False, "k": chosen.subtracts_k_mean, "v": chosen.subtracts_v_mean}
+    if device_quantize.has_kernel(x, format):
+        narrow: Quantized = device_quantize.quantize(x, format, operand, subtracts[operand])
+        return narrow
     with torch.no_grad():
-        return _quantize(x, chosen, format, operand)
+        return _quantize(x, chosen, format, operand, subtracts[operand])
 
 
-def _quantize(x: Tensor, recipe: Recipe, format: str, operand: str) -> Quantized:
+def _quantize(
+    x: Tensor, recipe: Recipe, format: str, operand: str, subtracts_mean: bool
+) -> Quantized:
     values, mean, rotation = x.float(), None, 1
-    subtracts = {"q": False, "k": recipe.subtracts_k_mean, "v": recipe.subtracts_v_mean}
-    if subtracts[operand] and x.shape[1]:
+    if subtracts_mean and x.shape[1]:
         mean = values.mean(dim=1)
         values = values - mean[:, None]
     if recipe.rotates and operand != "v":
