@@ -58,13 +58,17 @@ static int sub_m_of(const struct fa_plan_input *input, const struct fa_backward_
     return takes_registers(input) ? 16 : input->block_q ? MIN(tile->sub_m, 32) : tile->sub_m;
 }
 
-/* Whether a call has more in registers than the tiles of FA_BACKWARD_TILES leave: with head dims
- * above 64 they leave none, below dropout alone and lists alone have room. */
+/* Whether a call has more in registers than the tiles of FA_BACKWARD_TILES leave. Head dims above 64
+ * leave none, but some 100 bytes of spills take less than smaller tiles do: S14 in
+ * benchmarks/NOTES.md. */
 static bool is_crowded(const struct fa_plan_input *input)
 {
     const bool is_wide = MAX(input->head_dim, input->head_dim_v) > 64;
-    return input->score_mod || input->mask_mod || input->bias ||
-           (input->dropout != 0) + (input->block_q != 0) > (is_wide ? 0 : 1);
+    const bool has_lists = input->block_q != 0;
+    const bool masks_twice = input->mask_mod && (input->mask_right || input->mask_left);
+    if (is_wide)
+        return input->bias || masks_twice || (input->mask_mod && !has_lists);
+    return input->score_mod || input->mask_mod || input->bias || (input->dropout && has_lists);
 }
 
 static struct fa_variant variant_of(const struct fa_plan_input *input,

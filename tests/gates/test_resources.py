@@ -157,11 +157,15 @@ def crowded_options(name, seqlen):
     return options
 
 
+CROWDED_SPILLS = 128  # bytes that the backward may spill above head_dim 64
+
+
 @pytest.mark.parametrize("name", CROWDED)
 def test_crowded_variants(name, compute_capability=120):
-    """Few, some and many rows per multiprocessor, both directions: nothing spills up to head_dim 128.
+    """Few, some and many rows per multiprocessor: up to head_dim 128 nothing spills in the forward.
 
-    Each name has every second call, and its neighbours the others.
+    Nor in the backward up to 64; above, the tiles in which nothing spills are slower than those with
+    some thirty words, so only more than these is too much. Each name has every second call, and its neighbours the others.
     """
     plans, spilled = [], []
     calls = [*itertools.product((64, 96, 128), CROWDED_MASKS)]
@@ -173,7 +177,9 @@ def test_crowded_variants(name, compute_capability=120):
         plans += [explain(q, q, q, **given), explain_backward(q, q, q, **given, **of_bias)]
     each_once = {plan.main.variant: plan for plan in plans}.values()
     for plan, build, line in build_all(each_once, jit.architecture(compute_capability)):
-        spilled.extend([line] if build.spill_bytes else [])
+        is_wide = not re.search("_d64_", plan.main.variant)
+        allowed = CROWDED_SPILLS if plan.main.kernel == "backward" and is_wide else 0
+        spilled.extend([line] if build.spill_bytes > allowed else [])
         assert build.shared_bytes + plan.smem_bytes <= SM120_SMEM, line
         assert build.registers * plan.warps * 32 <= REGISTERS_PER_SM, line
     assert spilled == []
