@@ -58,8 +58,8 @@ static int sub_m_of(const struct fa_plan_input *input, const struct fa_backward_
     return takes_registers(input) ? 16 : input->block_q ? MIN(tile->sub_m, 32) : tile->sub_m;
 }
 
-/* Whether a call has more in registers than the tiles of FA_BACKWARD_TILES leave. Head dims above 64
- * leave none, but some 100 bytes of spills take less than smaller tiles do: S14 in
+/* Whether a call has more in registers than the tiles of FA_BACKWARD_TILES leave. Head dims above
+ * 64 leave none, but some 100 bytes of spills take less than smaller tiles do: S14 in
  * benchmarks/NOTES.md. */
 static bool is_crowded(const struct fa_plan_input *input)
 {

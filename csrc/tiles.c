@@ -198,8 +198,9 @@ const struct fa_backward_row FA_BACKWARD_TILES[] = {
 
 const size_t FA_BACKWARD_TILE_COUNT = sizeof FA_BACKWARD_TILES / sizeof *FA_BACKWARD_TILES;
 
-/* Smaller tiles, in which nothing spills up to head_dim 128. At 64 level with the larger ones at the
- * balance of 12.x, above slower than those with 100 bytes of spills: S14 in benchmarks/NOTES.md. */
+/* Smaller tiles, in which nothing spills up to head_dim 128. At 64 level with the larger ones at
+ * the balance of 12.x, above slower than those with 100 bytes of spills: S14 in
+ * benchmarks/NOTES.md. */
 /* clang-format off */
 #define CROWDED(head_dim, varlen_k, left, ...) \
     {120, ANY, head_dim, varlen_k, ANY, ANY, left, {__VA_ARGS__}, {0}}
