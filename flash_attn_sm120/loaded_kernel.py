@@ -10,6 +10,8 @@ import torch
 
 from flash_attn_sm120 import _C, jit
 
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum fa_dtype
+
 
 class Strides(ctypes.Structure):
     """``fa_strides``."""

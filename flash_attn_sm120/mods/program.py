@@ -126,7 +126,7 @@ def graph_of(name: str, text: str, captured: Sequence[torch.Tensor]) -> Trace:
     if key not in _graphs:
         if len(_graphs) >= MOST_TRACES:
             _graphs.clear()
-        given = [x.detach() for x in captured]  # so that each is one of its own
+        given = [x.detach() for x in captured]  # objects of this call alone
         traced = aside(trace, name, mod_of(name, text, given))
         _graphs[key] = traced.graph, traced.inputs
     graph, inputs = _graphs[key]

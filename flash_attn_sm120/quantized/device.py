@@ -12,11 +12,11 @@ from torch import Tensor
 from flash_attn_sm120 import _C
 from flash_attn_sm120.loaded_kernel import LoadedKernel
 from flash_attn_sm120.quantized import kernel
+from flash_attn_sm120.quantized.formats import E4M3_ARCH
 from flash_attn_sm120.quantized.layout import Quantized
 from flash_attn_sm120.quantized.recipes import RECIPES
 from flash_attn_sm120.tuned_tiles import KINDS, PRO
 
-E4M3_ARCH = 89  # the first compute capability with products of e4m3
 BLOCK_SCALES_MAJOR = 12  # of those with block-scaled products
 
 

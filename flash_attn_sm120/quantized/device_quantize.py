@@ -10,15 +10,13 @@ import torch
 from torch import Tensor
 
 from flash_attn_sm120 import _C
-from flash_attn_sm120.loaded_kernel import LoadedKernel, Strides
-from flash_attn_sm120.quantized.formats import E4M3
+from flash_attn_sm120.loaded_kernel import DTYPES, LoadedKernel, Strides
+from flash_attn_sm120.quantized.formats import E4M3, E4M3_ARCH
 from flash_attn_sm120.quantized.layout import INT8_ROWS, Quantized
 
 THREADS = 256
 FP8_ROWS = 64  # tokens of a block; bits do not depend on it
 LEAST_CHUNK, MOST_CHUNKS = 256, 64  # tokens whose sum is a block's; how many a head has
-_E4M3_ARCH = 89  # the first compute capability with conversions to e4m3
-_DTYPES = {torch.float16: 1, torch.bfloat16: 2}  # enum fa_dtype
 
 
 class Parameters(ctypes.Structure):
@@ -45,7 +43,7 @@ def has_kernel(x: Tensor, format: str) -> bool:
     """Whether kernels quantise ``x``."""
     if x.device.type != "cuda" or format not in ("int8", "fp8"):
         return False
-    return x.numel() > 0 and x.stride(3) == 1 and _arch(x.device.index or 0) >= _E4M3_ARCH
+    return x.numel() > 0 and x.stride(3) == 1 and _arch(x.device.index or 0) >= E4M3_ARCH
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -87,7 +85,7 @@ def prepare(
         chunks=chunks,
         rows=rows,
     )
-    options = (f"-DDTYPE={_DTYPES[x.dtype]}", f"-DHEAD_DIM={head_dim}")
+    options = (f"-DDTYPE={DTYPES[x.dtype]}", f"-DHEAD_DIM={head_dim}")
     memory, all_heads = tuple(tensors.values()), batch * heads
     first = Launch("quantize_extrema", options, chunks * all_heads, parameters, memory)
     int8 = f"-DINT8={int(is_int8)}"

@@ -12,6 +12,7 @@ from torch import Tensor
 
 E4M3 = torch.float8_e4m3fn
 E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)  # a type since torch 2.7
+E4M3_ARCH = 89  # the first compute capability with conversions to e4m3, and its products
 E4M3_MAX = 448.0
 E2M1_MAX = 6.0
 INT8_MAX = 127

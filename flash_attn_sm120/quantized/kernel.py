@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn_sm120.loaded_kernel import Strides
+from flash_attn_sm120.loaded_kernel import DTYPES, Strides
 from flash_attn_sm120.quantized.layout import Quantized
 from flash_attn_sm120.quantized.quantize import rotate
 
@@ -19,7 +19,6 @@ TILE_M, TILE_N = 64, 64  # queries of a block, keys of a step
 MOST_PARTS = 16
 LEAST_TILES = 4  # of a part
 _FORMATS = {"16bit": 0, "int8": 1, "fp8": 2, "mxfp8": 3, "nvfp4": 4}  # enum quantized_format
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}  # enum fa_dtype
 
 
 class Parameters(ctypes.Structure):
@@ -74,7 +73,8 @@ def prepare(
     """The launch that computes checked operands, with at least one row of ``out``.
 
     ``out (batch, seqlen_q, heads_q, head_dim_v)`` and ``lse (batch, heads_q, seqlen_q)`` may have
-    another dimension in front: parts of the keys, of which each has results of its own keys.
+    another dimension in front, the parts: the keys are divided among them, and each part's results
+    are those of its share of the keys alone.
     """
     parts = out.shape[0] if out.dim() == 5 else 1
     q_data, k_data, v_data = (_readable(x.data) for x in (q, k, v))
@@ -145,8 +145,8 @@ def variant_of(
         "PV_FORMAT": _FORMATS[pv],
         "HEAD_DIM": head_dims[0],
         "HEAD_DIM_V": head_dims[1],
-        "DTYPE": _DTYPES[v_dtype],
-        "OUT_DTYPE": _DTYPES[out_dtype],
+        "DTYPE": DTYPES[v_dtype],
+        "OUT_DTYPE": DTYPES[out_dtype],
         "SOFTCAP": int(softcap),
         "MX_E4M3": int(target.mx_e4m3 and "fp8" in (qk, pv)),
         "TRANSPOSES_BYTES": int(target.transposes_bytes),

@@ -1,6 +1,5 @@
 """The quantisers' kernels on the emulator, beside the torch operations of the CPU."""
 
-import re
 from contextlib import ExitStack
 
 import pytest
@@ -10,6 +9,7 @@ from emulator import emulator, unavailable
 from flash_attn_sm120 import jit
 from flash_attn_sm120.quantized import device_quantize
 from flash_attn_sm120.quantized.quantize import _ENCODERS
+from helpers.structs import fields_of
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
@@ -85,8 +85,5 @@ def test_nan_and_infinity_reach_what_shares_their_scale():
 
 
 def test_host_and_device_agree_on_the_parameters():
-    text = (jit.kernel_directory() / "quantize.cuh").read_text()
-    struct = re.search(r"struct fa_quantize_params \{(.*?)\n\};", text, flags=re.S)[1]
-    declared = re.sub(r"/\*.*?\*/", "", struct, flags=re.S)
-    names = [re.findall(r"\w+", line)[-1] for line in re.split("[,;]", declared) if line.strip()]
+    names = fields_of("quantize.cuh", "fa_quantize_params")
     assert names == [name for name, *_ in device_quantize.Parameters._fields_]

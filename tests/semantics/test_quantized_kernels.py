@@ -21,6 +21,7 @@ from flash_attn_sm120.quantized import (
 from flash_attn_sm120.quantized.device import why_not
 from helpers import builds, spans
 from helpers.devices import CPU
+from helpers.structs import fields_of
 
 pytest.importorskip("cuda.bindings.nvrtc")
 emulated = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
@@ -299,10 +300,7 @@ def test_poison_behind_the_last_token_of_v_in_4_bits_reaches_nothing():
 
 
 def test_host_and_device_agree_on_the_parameters():
-    text = (jit.kernel_directory() / "quantized_block.cuh").read_text()
-    struct = re.search(r"struct fa_quantized_params \{(.*?)\n\};", text, flags=re.S)[1]
-    declared = re.sub(r"/\*.*?\*/", "", struct, flags=re.S)
-    names = [re.findall(r"\w+", line)[-1] for line in re.split("[,;]", declared) if line.strip()]
+    names = fields_of("quantized_block.cuh", "fa_quantized_params")
     assert names == [name for name, *_ in kernel.Parameters._fields_]
 
 
