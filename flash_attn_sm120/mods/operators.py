@@ -207,7 +207,7 @@ def _by_autograd(
 ) -> Any:  # fmt: skip
     """As :func:`attention.run_backward` returns them, on the CPU."""
     from flash_attn_sm120.mods import reference
-    from flash_attn_sm120.mods.program import aside
+    from flash_attn_sm120.mods.trace import aside
 
     graphs = _graphs(mods)
 
