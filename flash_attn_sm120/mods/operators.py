@@ -7,7 +7,6 @@ captures, and the tensors of the lists. The backward has the gradients of what a
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from torch.autograd import Function
 
 from flash_attn_sm120 import _C, autograd, block_mask, ops
 from flash_attn_sm120.imports import when_imported
+from flash_attn_sm120.mods.capture import refuse_dtensors
 
 # ---- schemas -------------------------------------------------------------------------------------
 
@@ -52,6 +52,7 @@ def attend(
     options: dict[str, Any],
 ) -> tuple[Any, Any]:
     """``(out, lse)`` by the operator, which torch follows."""
+    refuse_dtensors(q, k, v, sink, *tensors.values())
     lists, options = _arguments(mods, q, options)
     results: tuple[Any, Any] = FORWARD(
         *(q, k, v, sink), *lists, *lengths_in_order(tensors), **options
@@ -98,11 +99,6 @@ def _arguments(
     mods: dict[str, Callable[..., Any]], q: Any, options: dict[str, Any]
 ) -> tuple[list[Any], dict[str, Any]]:
     """The operators' four lists of tensors, and their options."""
-    tensor = sys.modules.get("torch.distributed.tensor")
-    if tensor is not None and isinstance(q, tensor.DTensor):
-        raise NotImplementedError(
-            "mods and block_sparse_tensors take no DTensor yet: call them with to_local() of each"
-        )
     programs = {}
     if mods:
         from flash_attn_sm120.mods.program import program_of

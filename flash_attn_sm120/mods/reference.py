@@ -152,7 +152,10 @@ def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
         return tensor, indices
     sizes = tensor.shape
     inside = [(x.long() + n * (x < 0)).clamp(0, n - 1) for x, n in zip(indices, sizes, strict=True)]
-    return tensor[tuple(inside)]
+    if not tensor.requires_grad:
+        return tensor[tuple(inside)]
+    # Torch adds up the gradient one by one, where in fp32 threads do so in any order.
+    return tensor.double()[tuple(inside)].to(tensor.dtype)
 
 
 def in_window(distance: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
