@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd import Function
 from torch.compiler import is_dynamo_compiling
 
 from flash_attn_sm120 import _C, autograd, ops
@@ -75,7 +74,12 @@ def attend(
         return results[0], results[1] if return_lse else None
     is_cpu = q.__dlpack_device__()[0] == 1
     found = {name: captured_by(mod, aux_tensors) for name, mod in called.items()}
-    captured = [x for _, xs in found.values() for x in xs]
+    translated: dict[str, Any] = {
+        name: translate(name, mod, *found[name]) for name, mod in called.items()
+    }
+    for name, (_, read, _) in translated.items():
+        operators.check_devices(name, read, q)
+    captured = [x for _, read, _ in translated.values() for x in read]
     wants_gradient = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (*given, *captured)
     )
@@ -83,11 +87,6 @@ def attend(
         raise RuntimeError(
             f"{function}(..., out=, lse=) does not support automatic differentiation: use no_grad()"
         )
-    translated: dict[str, Any] = {
-        name: translate(name, mod, *found[name]) for name, mod in called.items()
-    }
-    for name, (_, read, _) in translated.items():
-        operators.check_devices(name, read, q)
     if is_cpu:
         _check(q, k, v, learnable_sink, tensors, options)
         graphs = {name: trace(name, mod) for name, mod in called.items()}
@@ -218,54 +217,26 @@ def explain_mod(name: str, mod: Mod, aux_tensors: Any, gradient: bool) -> tuple[
 def _record(
     q: Any, k: Any, v: Any, sink: Any, tensors: Any, options: Any, both: Any, return_lse: bool
 ) -> tuple[Any, Any]:  # fmt: skip
-    captured = both[1]["score_mod"][1] if "score_mod" in both[1] else ()
-    record: Any = _Attention.apply
-    results = record(tensors, options, both, return_lse, q, k, v, sink, *captured)
-    return results if return_lse else (results, None)
+    translated, joint, called = both
+    captured = joint["score_mod"][1] if "score_mod" in joint else ()
 
-
-class _Attention(Function):
-    """As autograd.py's, with mods: what score_mod captured gets gradients, too."""
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, tensors, options, both, return_lse, q, k, v, sink, *captured
-    ) -> Any:
-        out, lse = _C.forward(
-            q, k, v, learnable_sink=sink, return_lse=True, **tensors, **options, **both[0]
+    def forward(q: Any, k: Any, v: Any, sink: Any, *_: Any) -> Any:
+        return _C.forward(
+            q, k, v, learnable_sink=sink, return_lse=True, **tensors, **options, **translated
         )
-        ctx.save_for_backward(q, k, v, sink, out, lse, *captured)
-        ctx.set_materialize_grads(False)
-        ctx.call = tensors, options, both[1], both[2]
-        return (out, lse) if return_lse else out
 
-    @staticmethod
-    def backward(ctx, dout: Any, dlse: Any = None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        q, k, v, sink, out, lse, *_ = ctx.saved_tensors
-        tensors, options, joint, called = ctx.call
-        wants = ctx.needs_input_grad[4:]
-        dout = torch.zeros_like(out) if dout is None else dout
+    def backward(dout: Any, dlse: Any, out: Any, lse: Any, saved: Any, wanted: Any) -> Any:
+        q, k, v, sink, *_ = saved
         given = dout, dlse, q, k, v, sink, out, lse
         # A gradient that is to be differentiated again comes from the operator, which refuses.
         if torch.is_grad_enabled() or is_followed(q, k, v, sink, dout, dlse):
-            captured = joint["score_mod"][1] if "score_mod" in joint else ()
-            gradients, of_captured = operators.backward(
-                called, *given, tensors, options, captured, wants[4:]
-            )
-        else:
-            if torch.are_deterministic_algorithms_enabled():
-                options = {**options, "deterministic": True}
-            gradients, of_captured = run_backward(*given, {**tensors, **options}, joint, wants[4:])
-        dq, dk, dv, dsink = gradients
-        dsink = None if sink is None else dsink.to(sink.dtype)
-        given = (dq, dk, dv, dsink, *of_captured)
-        return (
-            None,
-            None,
-            None,
-            None,
-            *(g if w else None for g, w in zip(given, wants, strict=True)),
-        )
+            return operators.backward(called, *given, tensors, options, captured, wanted[4:])
+        by_switch = torch.are_deterministic_algorithms_enabled()
+        asked = {**tensors, **options, **({"deterministic": True} if by_switch else {})}
+        return run_backward(*given, asked, joint, wanted[4:])
+
+    results = operators.record(forward, backward, return_lse, q, k, v, sink, *captured)
+    return results if return_lse else (results, None)
 
 
 def run_backward(

@@ -301,48 +301,58 @@ def _nested(tensors: Any, start: int, counts: tuple[int, ...]) -> list[Any]:
 
 
 class _Attention(Function):
-    """As autograd.py's, around the operator."""
+    """As autograd.py's, for calls with mods or lists: around the operator, or what takes half the
+    time. Of ``tensors`` the first are q, k, v, sink, then those that a score_mod captures.
+
+    ``backward(dout, dlse, out, lse, tensors, wanted)`` returns the gradients of these, of captured
+    ones as a list.
+    """
 
     @staticmethod
-    def forward(ctx, below: Any, counts: Any, options: Any, *tensors: Any) -> Any:  # type: ignore[no-untyped-def]
-        out, lse = below(*_nested(tensors, _GIVEN, counts))
+    def forward(ctx, forward: Any, backward: Any, return_lse: bool, *tensors: Any) -> Any:  # type: ignore[no-untyped-def]
+        out, lse = forward(*tensors)
         ctx.save_for_backward(out, lse, *tensors)
         ctx.set_materialize_grads(False)
-        ctx.call = counts, options
-        return out, lse
+        ctx.gradients = backward
+        return (out, lse) if return_lse else out
 
     @staticmethod
-    def backward(ctx, dout: Any, dlse: Any) -> Any:  # type: ignore[no-untyped-def]
+    def backward(ctx, dout: Any, dlse: Any = None) -> Any:  # type: ignore[no-untyped-def]
         out, lse, *tensors = ctx.saved_tensors
-        counts, options = ctx.call
-        wants = ctx.needs_input_grad[3:]
-        learned = slice(_GIVEN, _GIVEN + counts[0])
-        nested = _nested(tensors, _GIVEN, counts)
-        *gradients, of_captured = BACKWARD(
-            torch.zeros_like(out) if dout is None else dout,
-            *(dlse, *nested[:_GIVEN], out, lse, *nested[_GIVEN:]),
-            wanted=list(wants[learned]),
-            **options,
-        )
+        wanted = ctx.needs_input_grad[3:]
+        dout = torch.zeros_like(out) if dout is None else dout
+        (dq, dk, dv, dsink), of_captured = ctx.gradients(dout, dlse, out, lse, tensors, wanted)
         sink = tensors[3]
-        gradients[3] = None if sink is None else gradients[3].to(sink.dtype)
-        given = (*gradients, *of_captured)
+        dsink = None if sink is None else dsink.to(sink.dtype)
+        given = (dq, dk, dv, dsink, *of_captured)
         others = [None] * (len(tensors) - len(given))
-        wanted = [g if w else None for g, w in zip(given, wants, strict=False)]
-        return None, None, None, *wanted, *others
+        of_tensors = [g if w else None for g, w in zip(given, wanted, strict=False)]
+        return None, None, None, *of_tensors, *others
 
     jvp = autograd._Attention.jvp
 
 
-def _record_forward(keyset: Any, *tensors: Any, **options: Any) -> Any:
-    def below(*tensors: Any) -> Any:
-        return autograd._redispatch(FORWARD, keyset, *tensors, **options)
+# Function's own apply() asks first, in Python, for what the dispatcher has answered.
+record: Any = super(Function, _Attention).apply
 
+
+def _record_forward(keyset: Any, *tensors: Any, **options: Any) -> Any:
     flat, counts = _flat(tensors, _GIVEN)
+    learned = slice(_GIVEN, _GIVEN + counts[0])
+
+    def forward(*flat: Any) -> Any:
+        return autograd._redispatch(FORWARD, keyset, *_nested(flat, _GIVEN, counts), **options)
+
+    def backward(dout: Any, dlse: Any, out: Any, lse: Any, flat: Any, wanted: Any) -> Any:
+        nested = _nested(flat, _GIVEN, counts)
+        given = dout, dlse, *nested[:_GIVEN], out, lse, *nested[_GIVEN:]
+        *gradients, of_captured = BACKWARD(*given, wanted=list(wanted[learned]), **options)
+        return gradients, of_captured
+
     if torch.is_grad_enabled():
         autograd._refuse_gradients((*tensors[:_GIVEN], *tensors[_GIVEN + len(_LISTS) :]))
     with autograd._one_level():
-        return _record(below, counts, options, *flat)
+        return record(forward, backward, True, *flat)
 
 
 def _record_backward(keyset: Any, *tensors: Any, **options: Any) -> Any:
@@ -359,8 +369,6 @@ def _record_backward(keyset: Any, *tensors: Any, **options: Any) -> Any:
     return *results[:4], list(results[4:])  # dq, dk, dv, dsink
 
 
-# Function's own apply() asks first, in Python, for what the dispatcher has answered.
-_record: Any = super(Function, _Attention).apply
 ops.LIBRARY.impl(FORWARD, _record_forward, "Autograd", with_keyset=True)
 ops.LIBRARY.impl(BACKWARD, _record_backward, "Autograd", with_keyset=True)
 

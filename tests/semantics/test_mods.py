@@ -1,11 +1,14 @@
 """score_mod and mask_mod: right in both directions, refused by name, and compiled once."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from flash_attn_sm120 import explain, flash_attn_func, flash_attn_varlen_func
 from flash_attn_sm120.mods import attention
 from flash_attn_sm120.mods.capture import captured_by
+from flash_attn_sm120.mods.translate import MAX_ADDITIONS
 from helpers.checks import assert_all_equal
 from helpers.devices import CPU, CUDA, EMULATOR, params_of, reordered
 from helpers.dropout import factors
@@ -253,6 +256,30 @@ def test_the_gradient_of_one_of_two_captured_tensors(device):
                 gradients(q, k, v, dout, mod, x, **options)[3:] for x in ([slopes, table], [slopes])
             )
         assert_near(one[0], both[0], "slopes")
+
+
+@on_each_device
+def test_what_captures_a_tensor_in_an_object(device):
+    """Only its trace tells that something requires a gradient."""
+    tables = {"slopes": device.place(torch.rand(4)).requires_grad_()}
+    out, _ = flash_attn_func(
+        *qkv(device, 1, 20, 20), score_mod=lambda s, b, h, i, j: s * tables["slopes"][h]
+    )
+    assert out.requires_grad
+
+
+def test_what_a_score_may_add():
+    """In fixed point a sum has room for so many additions of each score."""
+    params = (Path(__file__).parents[2] / "kernels/params.h").read_text()
+    assert f"FA_MAX_ADDITIONS = {MAX_ADDITIONS} " in params
+    table = torch.zeros(MAX_ADDITIONS + 1, requires_grad=True)
+
+    def reading(count):
+        return lambda s, b, h, i, j: s + sum(table[i + n] for n in range(count))
+
+    attention.translate("score_mod", reading(MAX_ADDITIONS), None, [table], True)
+    with pytest.raises(NotImplementedError, match="65 times, at most 64"):
+        attention.translate("score_mod", reading(MAX_ADDITIONS + 1), None, [table], True)
 
 
 # ---- beside other options ------------------------------------------------------------------------
