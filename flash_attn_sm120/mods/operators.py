@@ -17,6 +17,7 @@ from torch.autograd import Function
 
 from flash_attn_sm120 import _C, autograd, block_mask, ops
 from flash_attn_sm120.imports import when_imported
+from flash_attn_sm120.mods.call import Call
 from flash_attn_sm120.mods.capture import refuse_dtensors
 
 # ---- schemas -------------------------------------------------------------------------------------
@@ -42,36 +43,23 @@ FORWARD = getattr(torch.ops, ops.NAMESPACE).mods_forward.default
 BACKWARD = getattr(torch.ops, ops.NAMESPACE).mods_backward.default
 
 
-def attend(
-    mods: dict[str, Callable[..., Any]],
-    q: Any,
-    k: Any,
-    v: Any,
-    sink: Any,
-    tensors: dict[str, Any],
-    options: dict[str, Any],
-) -> tuple[Any, Any]:
+def attend(mods: dict[str, Callable[..., Any]], call: Call) -> tuple[Any, Any]:
     """``(out, lse)`` by the operator, which torch follows."""
-    refuse_dtensors(q, k, v, sink, *tensors.values())
-    lists, options = _arguments(mods, q, options)
+    refuse_dtensors(*call[:4], *call.tensors.values())
+    lists, options = _arguments(mods, call)
     results: tuple[Any, Any] = FORWARD(
-        *(q, k, v, sink), *lists, *lengths_in_order(tensors), **options
+        *call[:4], *lists, *lengths_in_order(call.tensors), **options
     )
     return results
 
 
 def backward(
     mods: dict[str, Callable[..., Any]],
+    call: Call,
     dout: Any,
     dlse: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    sink: Any,
     out: Any,
     lse: Any,
-    tensors: dict[str, Any],
-    options: dict[str, Any],
     captured: Any = (),
     wanted: Any = (),
 ) -> tuple[Any, list[Any]]:
@@ -82,10 +70,10 @@ def backward(
             "gradients of mods and of block_sparse_tensors take no is_grads_batched=True: use "
             "torch.func.vmap, or a call for each"
         )
-    lists, options = _arguments(mods, q, options)
+    lists, options = _arguments(mods, call)
     wanted_ids = [id(x) for x, w in zip(captured, wanted, strict=True) if w]
     *gradients, found = BACKWARD(
-        *(dout, dlse, q, k, v, sink, out, lse, *lists, *lengths_in_order(tensors)),
+        *(dout, dlse, *call[:4], out, lse, *lists, *lengths_in_order(call.tensors)),
         wanted=[id(x) in wanted_ids for x in lists[0]],
         **options,
     )
@@ -95,19 +83,17 @@ def backward(
     ]
 
 
-def _arguments(
-    mods: dict[str, Callable[..., Any]], q: Any, options: dict[str, Any]
-) -> tuple[list[Any], dict[str, Any]]:
+def _arguments(mods: dict[str, Callable[..., Any]], call: Call) -> tuple[list[Any], dict[str, Any]]:
     """The operators' four lists of tensors, and their options."""
     programs = {}
     if mods:
         from flash_attn_sm120.mods.program import program_of
 
         programs = {name: program_of(name, mod) for name, mod in mods.items()}
-    if isinstance(q, torch.Tensor):
+    if isinstance(call.q, torch.Tensor):
         for name, (_, captured) in programs.items():
-            check_devices(name, captured, q)
-    blocks, sizes, options = without_blocks(options)
+            check_devices(name, captured, call.q)
+    blocks, sizes, options = without_blocks(call.options)
     lists = [programs[name][1] if name in programs else [] for name in ("score_mod", "mask_mod")]
     texts = {name: text for name, (text, _) in programs.items()}
     return [*lists, *blocks], {**texts, "block_sizes": sizes, **ops.to_schema(**options)}
@@ -163,7 +149,7 @@ def _forward(
     if mods and q.__dlpack_device__()[0] == 1:  # the CPU
         from flash_attn_sm120.mods import reference
 
-        return reference.attend(q, k, v, sink, _graphs(mods), tensors, options)
+        return reference.attend(_graphs(mods), Call(q, k, v, sink, tensors, options))
     return _C.forward(
         q, k, v, learnable_sink=sink, return_lse=True, **tensors, **options, **_translated(mods)
     )  # fmt: skip
@@ -178,18 +164,16 @@ def _backward(
     mods = _by_mod(score_mod, learned, mask_mod, mask_captured)
     tensors = by_name(lengths)
     options = with_blocks(ops.from_schema(**schema), key_blocks, query_blocks, block_sizes)
+    call = Call(q, k, v, sink, tensors, options)
     if mods and q.__dlpack_device__()[0] == 1:  # the CPU
-        gradients = _by_autograd(dout, dlse, q, k, v, sink, learned, mods, tensors, options)
+        gradients = _by_autograd(mods, call, dout, dlse, learned)
     else:
         from flash_attn_sm120.mods.attention import run_backward
 
         if key_blocks and not query_blocks:
             options["query_blocks"] = block_mask.transposed(options["key_blocks"], k.shape[1])
-        if torch.are_deterministic_algorithms_enabled():
-            options["deterministic"] = True
-        options.update(tensors)
         translated = _translated(mods, gradient=True)
-        gradients = run_backward(dout, dlse, q, k, v, sink, out, lse, options, translated, wanted)
+        gradients = run_backward(translated, call, dout, dlse, out, lse, wanted)
     (dq, dk, dv, dsink), of_captured = gradients
     return (
         *(dq, dk, dv, ops._no_sink(q) if dsink is None else dsink),
@@ -197,10 +181,7 @@ def _backward(
     )
 
 
-def _by_autograd(
-    dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, learned: Any, mods: Any,
-    tensors: Any, options: Any,
-) -> Any:  # fmt: skip
+def _by_autograd(mods: Any, call: Call, dout: Any, dlse: Any, learned: Any) -> Any:
     """As :func:`attention.run_backward` returns them, on the CPU."""
     from flash_attn_sm120.mods import reference
     from flash_attn_sm120.mods.program import aside
@@ -208,9 +189,8 @@ def _by_autograd(
     graphs = _graphs(mods)
 
     def gradients() -> Any:
-        leaves = [None if x is None else x.detach().requires_grad_() for x in (q, k, v, sink)]
-        attend: Any = reference.attend
-        out, lse = attend(*leaves, graphs, tensors, options)
+        leaves = [None if x is None else x.detach().requires_grad_() for x in call[:4]]
+        out, lse = reference.attend(graphs, Call._make((*leaves, *call[4:])))
         given = [x for x in (*leaves, *learned) if x is not None and x.requires_grad]
         results, slopes = (out,) if dlse is None else (out, lse), (dout, dlse)
         found = torch.autograd.grad(

@@ -6,6 +6,7 @@ import torch
 
 from flash_attn_sm120 import _C
 from flash_attn_sm120.mods import attention
+from flash_attn_sm120.mods.call import Call
 from flash_attn_sm120.mods.capture import captured_by
 
 SEQLEN = 150  # that tables have room for
@@ -142,8 +143,7 @@ def gradients(q, k, v, dout, mod, wanted=(), **options):
     captured = joint["score_mod"][1] if "score_mod" in joint else ()
     wants = [any(x is w for w in wanted) for x in captured]
     others = {name: x for name, x in options.items() if name != "learnable_sink"}
-    dqkv, of_captured = attention.run_backward(
-        dout, None, q, k, v, options.get("learnable_sink"), out, lse, others, joint, wants
-    )
+    call = Call(q, k, v, options.get("learnable_sink"), {}, others)
+    dqkv, of_captured = attention.run_backward(joint, call, dout, None, out, lse, wants)
     by_id = {id(x): g for x, g in zip(captured, of_captured, strict=True)}
     return [*dqkv[:3], *(by_id[id(x)] for x in wanted)]

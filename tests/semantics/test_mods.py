@@ -7,6 +7,7 @@ import torch
 
 from flash_attn_sm120 import explain, flash_attn_func, flash_attn_varlen_func
 from flash_attn_sm120.mods import attention
+from flash_attn_sm120.mods.call import Call
 from flash_attn_sm120.mods.capture import captured_by
 from flash_attn_sm120.mods.translate import MAX_ADDITIONS
 from helpers.checks import assert_all_equal
@@ -232,9 +233,9 @@ def test_deterministic_gradients_of_too_many_scores(device):
         x.expand(-1, 2**22, -1, -1).as_subclass(device.tensor_class)
         for x in qkv(device, 1, 1, 1, 1, 1)
     )
-    given = q, None, q, k, v, None, q, q
+    call = Call(q, k, v, None, {}, {"deterministic": True})
     with pytest.raises(NotImplementedError, match=r"2\^43 scores"):
-        attention.run_backward(*given, {"deterministic": True}, {"score_mod": joint}, [True])
+        attention.run_backward({"score_mod": joint}, call, q, None, q, q, [True])
 
 
 @on_each_device
