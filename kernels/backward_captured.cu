@@ -130,8 +130,8 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const score_coords of_head = {batch, head, 0, 0};
     float sums[FA_MAX_CAPTURED] = {}; /* of elements that all scores of a head have in common */
 
-    /* The scores of a tile of queries, whose lse and delta are at `lse`, and of the keys [key_begin,
-     * key_end); is_partial: whether a mask_mod may hide some. */
+    /* The scores of a tile of queries, whose lse and delta are at `lse`, and of the keys from
+     * `key_begin` to `key_end`; is_partial: whether a mask_mod may hide some. */
     const auto add_scores = [&, batch = batch, head = head](int m_block, const float *lse,
                                                             int key_begin, int key_end,
                                                             bool is_partial) {
