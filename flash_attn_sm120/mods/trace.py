@@ -15,6 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from flash_attn_sm120.mods.capture import refuse_dtensors
+
 T = TypeVar("T")
 COORDS = ("b", "h", "q_idx", "kv_idx")
 _SIZES = ("size", "stride", "numel", "nelement", "__len__")
@@ -56,6 +58,7 @@ class _Captures(TorchFunctionMode):
         for known, stand_in in zip(self.captured, self.stand_ins, strict=True):
             if known is x:
                 return stand_in
+        refuse_dtensors(x)
         with self._fake:
             stand_in = torch.empty(self._shape_of(x), dtype=x.dtype)
         self.captured.append(x)
