@@ -844,12 +844,13 @@ int fa_problem_check_differentiable(const struct fa_problem *problem)
         return fa_raise(PyExc_ValueError, "the backward of key_blocks needs query_blocks");
     if (fa_mod_has_gradients(&problem->score_mod) && problem->options.key_blocks)
         return fa_raise(PyExc_NotImplementedError,
-                        "a gradient of what score_mod captures is not supported with blocks that "
-                        "are listed yet");
+                        "a gradient of alibi_slopes, or of what score_mod captures, is not "
+                        "supported with listed blocks yet");
     if (fa_mod_has_gradients(&problem->score_mod) && problem->options.deterministic)
         return fa_raise(PyExc_NotImplementedError,
-                        "deterministic=True is not supported where a tensor that score_mod "
-                        "captures gets a gradient: its elements are summed up in any order");
+                        "deterministic=True is not supported where alibi_slopes, or a tensor that "
+                        "score_mod captures, gets a gradient: its elements are summed up in any "
+                        "order");
     if (!problem->page_table.object)
         return 0;
     return fa_raise(PyExc_NotImplementedError, "page_table has no backward: K and V are a cache");

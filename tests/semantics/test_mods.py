@@ -8,7 +8,8 @@ from flash_attn_sm120.mods import attention
 from flash_attn_sm120.mods.capture import captured_by
 from helpers.devices import CPU, CUDA, EMULATOR, params_of
 from helpers.dropout import factors
-from helpers.mods import mask_mods, oracle, score_mods, tensors_of
+from helpers.mods import mask_mods, score_mods, tensors_of
+from helpers.reference import attention_reference
 
 EVERY_MOD = [("score_mod", name) for name in score_mods({**tensors_of(CPU)})]
 EVERY_MOD += [("mask_mod", name) for name in mask_mods(tensors_of(CPU))]
@@ -56,21 +57,21 @@ def assert_near(actual, expected, name, tolerance=None):
 
 
 def meant_by(q, k, options):
-    """What the options of a call are to the oracle."""
-    named = {"window": options.get("window_size"), "softcap": options.get("softcap")}
+    """What the options of a call are to the reference."""
+    named = {n: x for n, x in options.items() if n in ("window_size", "softcap")}
     if options.get("learnable_sink") is not None:
-        named["sink"] = plain(options["learnable_sink"])
+        named["learnable_sink"] = plain(options["learnable_sink"])
     if "dropout_p" in options:
         seed, (batch, queries, heads, _) = options["dropout_seed"], q.shape
         numbers = (plain(seed), options["dropout_p"], range(batch), heads, queries, k.shape[1])
-        named["dropout"] = factors(*numbers).float()
+        named["dropout"] = factors(*numbers)
     return named
 
 
 def check(device, q, k, v, mod, cpu_mod, **options):
     named = meant_by(q, k, options)
     out, lse = flash_attn_func(q, k, v, return_lse=True, **mod, **options)
-    expected = oracle(*(plain(x) for x in (q, k, v)), **named, **cpu_mod)
+    expected = attention_reference(*(plain(x) for x in (q, k, v)), **named, **cpu_mod)
     assert_near(out, expected[0], "out", None if device is CPU else 2**-6)
     assert_near(lse, expected[1], "lse", 1e-4)
     return out
@@ -97,7 +98,7 @@ def check_gradients(device, q, k, v, mod, cpu_mod, wanted=(), cpu_wanted=(), **o
     dout = torch.randn(*q.shape[:3], v.shape[3]).to(q.dtype)
     named = meant_by(q, k, options)
     expected = torch.autograd.grad(
-        oracle(*leaves, **named, **cpu_mod)[0], [*leaves, *cpu_wanted], dout.float()
+        attention_reference(*leaves, **named, **cpu_mod)[0], [*leaves, *cpu_wanted], dout.float()
     )
     if device is CPU:
         inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -237,8 +238,8 @@ def test_packed_sequences_have_indices_of_their_own(device, dropout_p):
         rows = slice(first, first + length)
         named = dict(cpu_mods)
         if dropout:
-            named["dropout"] = factors(SEED, dropout_p, [number], heads, length, length).float()
-        expected = oracle(*(plain(x)[None, rows] for x in (q, k, v)), **named)
+            named["dropout"] = factors(SEED, dropout_p, [number], heads, length, length)
+        expected = attention_reference(*(plain(x)[None, rows] for x in (q, k, v)), **named)
         assert_near(out[rows], expected[0][0], length, 1e-4 if device is CPU else 2**-6)
         assert_near(lse[:, rows], expected[1][0], length)
         first += length
