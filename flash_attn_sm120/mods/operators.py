@@ -184,7 +184,7 @@ def _backward(
 def _by_autograd(mods: Any, call: Call, dout: Any, dlse: Any, learned: Any) -> Any:
     """As :func:`attention.run_backward` returns them, on the CPU."""
     from flash_attn_sm120.mods import reference
-    from flash_attn_sm120.mods.program import aside
+    from flash_attn_sm120.mods.trace import aside
 
     graphs = _graphs(mods)
 
