@@ -84,6 +84,7 @@ enum fa_job {
     FA_JOB_DV,
     FA_JOB_DSINK,
     FA_JOB_CAPTURED,
+    FA_JOB_CAPTURED_SUMS,
 };
 
 /* One launch. */
@@ -98,7 +99,7 @@ struct fa_step {
     bool overlaps_previous;
 };
 
-#define FA_MAX_REASONS 14
+#define FA_MAX_REASONS 15
 struct fa_reason {
     const char *choice, *why; /* "kernel", "float16 and bfloat16 run on ..." */
     bool dropped;             /* although the caller asked for it */
@@ -116,7 +117,7 @@ struct fa_workspace {
     int64_t size;
 };
 
-#define FA_MAX_STEPS 8
+#define FA_MAX_STEPS 10
 struct fa_plan {
     int step_count;
     int main;               /* the step that multiplies matrices */

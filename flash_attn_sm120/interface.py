@@ -89,7 +89,9 @@ def flash_attn_func(
             forbids it.
         deterministic: the backward is bitwise reproducible too, as the forward always is;
             ``torch.use_deterministic_algorithms(True)`` asks for the same. On an H200 that takes 3
-            to 30% of its speed, most with few heads and short sequences.
+            to 30% of its speed, most with few heads and short sequences. Gradients of what a
+            score_mod captures then take 16 bytes of memory for each element, and their kernel
+            twice the time.
         return_lse: also return the log-sum-exp of the scores, through which gradients flow, too.
         dropout_p: the probability, in [0, 1), rounded to a multiple of 2^-16, with which a weight
             of the softmax counts nothing; the others then count ``1 / (1 - dropout_p)`` times as

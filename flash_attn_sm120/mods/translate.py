@@ -36,7 +36,7 @@ MEMORY_TYPES = {
     torch.uint8: "unsigned char",
 }
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-MAX_CAPTURED, MAX_DIMS = 8, 4
+MAX_CAPTURED, MAX_DIMS, MAX_ADDITIONS = 8, 4, 64
 
 
 class Number(NamedTuple):
@@ -488,18 +488,20 @@ def score_text(trace: Trace, joint: Trace | None) -> str:
         slope = Body("score_mod", joint, "1.0f")
         lines = [*slope.lines, f"return {_text_of(slope.result[0])};"]
         additions, sums = _additions(joint)
-    place = "const score_coords &at, const fa_mods &mods, float *sums"
+    gradients = "const gradients_t &gradients, float *sums"
     return "\n".join(
         (
             text,
             _function("float", "score_mod_slope", f"{_SCORE}, {_PLACE}", [_SCALED, *lines]),
+            "template <class gradients_t>",
             _function(
                 "void",
                 "add_score_mod_gradients",
-                f"float dout, {_SCORE}, {place}",
+                f"float dout, {_SCORE}, {_PLACE}, {gradients}",
                 [_SCALED, *additions],
             ),
-            _function("void", "add_score_mod_sums", place, sums),
+            "template <class gradients_t>",
+            _function("void", "add_score_mod_sums", f"const score_coords &at, {gradients}", sums),
             f"enum : bool {{ SCORE_MOD_READS_KEY = {_literal(_reads_key(trace), torch.bool)} }};\n",
         )
     )
@@ -523,15 +525,19 @@ def _additions(joint: Trace) -> tuple[list[str], list[str]]:
     learned = [i for i, x in enumerate(joint.captured) if x.requires_grad]
     for index, result in zip(learned, body.result[1:], strict=True):
         for indices, value in _flat(result):
-            arguments = ", ".join((f"mods.gradients[{index}], mods.score[{index}], {{}}", *indices))
+            where = "".join(f", {x}" for x in indices)
             is_of_head = all(x in ("at.head", "at.batch") or x.isdigit() for x in indices)
             if is_of_head and len(of_head) < MAX_CAPTURED:
                 lines.append(f"sums[{len(of_head)}] += {value};")
-                of_head.append(f"add_sum_to_captured({arguments.format(f'sums[{len(of_head)}]')});")
+                of_head.append(f"gradients.add_sum({index}, sums[{len(of_head)}]{where});")
             else:
-                lines.append(f"add_to_captured({arguments.format(value)});")
-    prefix = "const fa_captured *mod = mods.score;"
-    return [prefix, *body.lines, *lines], of_head
+                lines.append(f"gradients.add({index}, {value}{where});")
+    if len(lines) > MAX_ADDITIONS:
+        raise NotImplementedError(
+            f"score_mod reads tensors that require a gradient {len(lines)} times, at most "
+            f"{MAX_ADDITIONS} are supported"
+        )
+    return [*body.lines, *lines], of_head
 
 
 def _flat(result: Any, before: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], str]]:

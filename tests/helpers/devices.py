@@ -6,12 +6,13 @@ emulator/__main__.py.
 
 import os
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from emulator import EmulatedTensor, library, unavailable
+from emulator import EmulatedTensor, emulator, library, unavailable
 
 os.environ["FA_SM120_TILES"] = ""  # not what was tuned on the developer's machine
 if not os.environ.get("FA_SM120_DRIVER") and not torch.cuda.is_available() and not unavailable():
@@ -93,6 +94,13 @@ def writable(tensor):
     if isinstance(tensor, EmulatedTensor):
         tensor.writable = True
     return tensor
+
+
+def reordered(device, seed):
+    """Another order of blocks, warps and copies, where that can be had."""
+    if device.tensor_class is not EmulatedTensor:
+        return nullcontext()
+    return emulator().settings(seed=seed, late_copies=seed % 2 == 1)
 
 
 def params_of(*devices):

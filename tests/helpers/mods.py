@@ -4,6 +4,11 @@ import math
 
 import torch
 
+from flash_attn_sm120 import _C
+from flash_attn_sm120.mods import attention
+from flash_attn_sm120.mods.call import Call
+from flash_attn_sm120.mods.capture import captured_by
+
 SEQLEN = 150  # that tables have room for
 
 
@@ -80,3 +85,19 @@ def mask_mods(x):
         "jagged": lambda b, h, q, k: offsets[document[q].clamp(max=2)] <= k,
         "nothing": lambda b, h, q, k: (q < 20) & (k > 100) & ~(h == 1),
     }
+
+
+def gradients(q, k, v, dout, mod, wanted=(), **options):
+    """dq, dk, dv, and those of what a score_mod captures that are wanted; by _C, on any device but
+    the CPU."""
+    found = {name: captured_by(f, None) for name, f in mod.items()}
+    forward = {name: attention.translate(name, f, *found[name]) for name, f in mod.items()}
+    joint = {name: attention.translate(name, f, *found[name], True) for name, f in mod.items()}
+    out, lse = _C.forward(q, k, v, return_lse=True, **forward, **options)
+    captured = joint["score_mod"][1] if "score_mod" in joint else ()
+    wants = [any(x is w for w in wanted) for x in captured]
+    others = {name: x for name, x in options.items() if name != "learnable_sink"}
+    call = Call(q, k, v, options.get("learnable_sink"), {}, others)
+    dqkv, of_captured = attention.run_backward(joint, call, dout, None, out, lse, wants)
+    by_id = {id(x): g for x, g in zip(captured, of_captured, strict=True)}
+    return [*dqkv[:3], *(by_id[id(x)] for x in wanted)]

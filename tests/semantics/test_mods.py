@@ -2,17 +2,21 @@
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
-from flash_attn_sm120 import _C, explain, flash_attn_func, flash_attn_varlen_func
+from flash_attn_sm120 import explain, flash_attn_func, flash_attn_varlen_func
 from flash_attn_sm120.block_mask import create_block_mask
 from flash_attn_sm120.mods import attention, costs
+from flash_attn_sm120.mods.call import Call
 from flash_attn_sm120.mods.capture import captured_by
-from helpers.devices import CPU, CUDA, EMULATOR, each_on, params_of
+from flash_attn_sm120.mods.translate import MAX_ADDITIONS
+from helpers.checks import assert_all_equal
+from helpers.devices import CPU, CUDA, EMULATOR, each_on, params_of, reordered
 from helpers.dropout import factors
-from helpers.mods import mask_mods, score_mods, tensors_of
+from helpers.mods import gradients, mask_mods, score_mods, tensors_of
 from helpers.reference import attention_reference
 
 EVERY_MOD = {f"score_mod-{name}": ("score_mod", name) for name in score_mods(tensors_of(CPU))}
@@ -83,22 +87,6 @@ def check(device, q, k, v, mod, cpu_mod, **options):
     return out
 
 
-def gradients(q, k, v, dout, mod, wanted=(), **options):
-    """By _C, on any device but the CPU."""
-    found = {name: captured_by(f, None) for name, f in mod.items()}
-    forward = {name: attention.translate(name, f, *found[name]) for name, f in mod.items()}
-    joint = {name: attention.translate(name, f, *found[name], True) for name, f in mod.items()}
-    out, lse = _C.forward(q, k, v, return_lse=True, **forward, **options)
-    captured = joint["score_mod"][1] if "score_mod" in joint else ()
-    wants = [any(x is w for w in wanted) for x in captured]
-    others = {name: x for name, x in options.items() if name != "learnable_sink"}
-    dqkv, of_captured = attention.run_backward(
-        dout, None, q, k, v, options.get("learnable_sink"), out, lse, others, joint, wants
-    )
-    by_id = {id(x): g for x, g in zip(captured, of_captured, strict=True)}
-    return [*dqkv[:3], *(by_id[id(x)] for x in wanted)]
-
-
 def check_gradients(device, q, k, v, mod, cpu_mod, wanted=(), cpu_wanted=(), **options):
     leaves = [plain(x).requires_grad_() for x in (q, k, v)]
     dout = torch.randn(*q.shape[:3], v.shape[3]).to(q.dtype)
@@ -111,11 +99,13 @@ def check_gradients(device, q, k, v, mod, cpu_mod, wanted=(), cpu_wanted=(), **o
         out, _ = flash_attn_func(*inputs, **mod, **options)
         actual = torch.autograd.grad(out, [*inputs, *wanted], dout)
     else:
-        actual = gradients(q, k, v, device.place(dout), mod, wanted, **options)
+        dout = device.place(dout)
+        actual = gradients(q, k, v, dout, mod, wanted, **options)
     for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
         # What is captured gets sums over all scores of a head: these cancel, their roundings do not.
         rounding = 0.03 if i < 3 else 0.1
         assert_near(x / y.abs().max(), y / y.abs().max(), i, 1e-4 if device is CPU else rounding)
+    return dout, actual
 
 
 # ---- the mods ------------------------------------------------------------------------------------
@@ -149,6 +139,154 @@ def test_gradients_of_captured_tensors(device, case):
     learned = [x[tensor].requires_grad_() for x in (tensors, cpu)]
     mods = (made("score_mod", name, x) for x in (tensors, cpu))
     check_gradients(device, *qkv(device), *mods, learned[:1], learned[1:])
+
+
+# In fixed point: what is learned, the head dims, and one option more.
+IN_FIXED_POINT = {
+    "gqa": ("relative", (64, 64), {}),
+    "window": ("bias", (128, 72), {"window_size": (40, 3)}),
+    "softcap": ("alibi", (64, 64), {"softcap": 1.5}),
+    "wide": ("temperature", (192, 128), {}),
+    "dropout": ("relative", (64, 64), {"dropout_p": 0.3}),
+}
+
+
+@pytest.mark.quick("cpu-gqa", "emulator-gqa")
+@pytest.mark.parametrize("case", IN_FIXED_POINT)
+@on_each_device
+def test_deterministic_gradients_of_captured_tensors(device, case):
+    """Right, and the same bits in any order of blocks and warps."""
+    name, dims, options = IN_FIXED_POINT[case]
+    if "dropout_p" in options:
+        options = with_dropout(device)
+    tensors = tensors_of(device)
+    cpu = {n: plain(x) for n, x in tensors.items()}
+    learned = [x[LEARNED[name]].requires_grad_() for x in (tensors, cpu)]
+    mod, cpu_mod = (made("score_mod", name, x) for x in (tensors, cpu))
+    inputs = qkv(device, 2, 90, 110, dims=dims)
+    options = {**options, "deterministic": True}
+    dout, first = check_gradients(
+        device, *inputs, mod, cpu_mod, learned[:1], learned[1:], **options
+    )
+    if device is CPU:
+        return
+    for seed in range(1, 10 if device is CUDA else 3):
+        with reordered(device, seed):
+            assert_all_equal(gradients(*inputs, dout, mod, learned[:1], **options), first)
+    options["deterministic"] = False
+    default = gradients(*inputs, dout, mod, learned[:1], **options)[3]
+    assert_near(first[3] / default.abs().max(), default / default.abs().max(), name, 1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("device", params_of(EMULATOR, CUDA))
+def test_packed_gradients_of_captured_tensors(device, deterministic):
+    ends = [0, 37, 38, 118]
+    q, k, v = (x[0] for x in qkv(device, 1, 118, 118, 2, 1))
+    dout = torch.randn(q.shape).to(q.dtype)
+    table = torch.randn(2, 160)
+    learned = [table.clone().requires_grad_(), device.place(table).requires_grad_()]
+
+    def mod_of(table):
+        return {"score_mod": lambda s, b, h, i, j: s + table[h, i - j + 80]}
+
+    expected = 0
+    for rows in map(slice, ends, ends[1:]):
+        out, _ = attention_reference(
+            *(plain(x)[None, rows] for x in (q, k, v)), **mod_of(learned[0])
+        )
+        expected += torch.autograd.grad(out[0], learned[0], dout[rows].float())[0]
+    cu_seqlens = device.place(torch.tensor(ends, dtype=torch.int32))
+    options = {name: cu_seqlens for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    given = q, k, v, device.place(dout), mod_of(learned[1]), learned[1:]
+    (actual,) = gradients(*given, deterministic=deterministic, **options)[3:]
+    assert_near(actual / expected.abs().max(), expected / expected.abs().max(), "table", 0.03)
+
+
+@pytest.mark.parametrize("device", params_of(EMULATOR, CUDA))
+def test_deterministic_gradients_of_any_size(device):
+    """Elements whose gradients differ by more than a fixed-point number holds keep all their bits;
+    what is not finite stays so."""
+    q, k, v = qkv(device, 1, 70, 70)
+    factors = 2.0 ** torch.linspace(-110, 110, 70).round()
+    table = device.place(torch.zeros(4, 70)).requires_grad_()
+    factors = device.place(factors)
+    mod = {"score_mod": lambda s, b, h, i, j: s + table[h, j] * factors[j]}
+    dout = device.place(torch.randn(q.shape).to(q.dtype))
+    in_order, default = (
+        plain(gradients(q, k, v, dout, mod, [table], deterministic=x)[3]).cpu()
+        for x in (True, False)
+    )
+    # Of all that the sum of a key has: 70 numbers, which may cancel.
+    largest = plain(factors).cpu() * (default / plain(factors).cpu()).abs().max()
+    assert ((in_order - default).abs() <= 1e-6 * largest).all()
+    assert in_order.count_nonzero() == default.count_nonzero()
+    dout[:, 3] = torch.inf
+    (got,) = gradients(q, k, v, dout, mod, [table], deterministic=True)[3:]
+    assert plain(got).isnan().any()
+
+
+@pytest.mark.parametrize("device", params_of(EMULATOR, CUDA))
+def test_deterministic_gradients_of_too_many_scores(device):
+    """2^43 of them could overflow a sum; tensors without so many elements."""
+    slopes = device.place(torch.ones(1)).requires_grad_()
+
+    def score_mod(s, b, h, i, j):
+        return s * slopes[h]
+
+    joint = attention.translate("score_mod", score_mod, *captured_by(score_mod, None), True)
+    q, k, v = (
+        x.expand(-1, 2**22, -1, -1).as_subclass(device.tensor_class)
+        for x in qkv(device, 1, 1, 1, 1, 1)
+    )
+    call = Call(q, k, v, None, {}, {"deterministic": True})
+    with pytest.raises(NotImplementedError, match=r"2\^43 scores"):
+        attention.run_backward({"score_mod": joint}, call, q, None, q, q, [True])
+
+
+@on_each_device
+def test_the_gradient_of_one_of_two_captured_tensors(device):
+    """The other one requires a gradient, too, but none is asked for."""
+    tensors = tensors_of(device)
+    slopes, table = (tensors[name].requires_grad_() for name in ("slopes", "table"))
+    q, k, v = qkv(device, 1, 40, 40)
+    dout = device.place(torch.randn(q.shape).to(q.dtype))
+    mod = {"score_mod": lambda s, b, h, i, j: s * slopes[h] + table[h, i - j + 70]}
+    for options in ({}, {"deterministic": True}):
+        if device is CPU:
+            both, one = (
+                torch.autograd.grad(flash_attn_func(q, k, v, **mod, **options)[0], x, dout)
+                for x in ([slopes, table], [slopes])
+            )
+        else:
+            both, one = (
+                gradients(q, k, v, dout, mod, x, **options)[3:] for x in ([slopes, table], [slopes])
+            )
+        assert_near(one[0], both[0], "slopes")
+
+
+@on_each_device
+def test_what_captures_a_tensor_in_an_object(device):
+    """Only its trace tells that something requires a gradient."""
+    tables = {"slopes": device.place(torch.rand(4)).requires_grad_()}
+    out, _ = flash_attn_func(
+        *qkv(device, 1, 20, 20), score_mod=lambda s, b, h, i, j: s * tables["slopes"][h]
+    )
+    assert out.requires_grad
+
+
+def test_what_a_score_may_add():
+    """In fixed point a sum has room for so many additions of each score."""
+    params = (Path(__file__).parents[2] / "kernels/params.h").read_text()
+    assert f"FA_MAX_ADDITIONS = {MAX_ADDITIONS} " in params
+    table = torch.zeros(MAX_ADDITIONS + 1, requires_grad=True)
+
+    def reading(count):
+        return lambda s, b, h, i, j: s + sum(table[i + n] for n in range(count))
+
+    attention.translate("score_mod", reading(MAX_ADDITIONS), None, [table], True)
+    with pytest.raises(NotImplementedError, match="65 times, at most 64"):
+        attention.translate("score_mod", reading(MAX_ADDITIONS + 1), None, [table], True)
 
 
 # ---- beside other options ------------------------------------------------------------------------
@@ -286,16 +424,17 @@ def test_equal_mods_share_a_kernel(monkeypatch):
     assert variant(capturing(torch.rand(2))) == first
 
 
-def test_threads_trace_mods_at_the_same_time():
+@pytest.mark.parametrize("device", params_of(CPU, CUDA))
+def test_threads_trace_mods_at_the_same_time(device):
     def gradient_with(number):
-        q = torch.ones(1, 3, 1, 8, requires_grad=True)
+        q = device.place(torch.ones(1, 3, 1, 16, dtype=torch.bfloat16)).requires_grad_()
         out, _ = flash_attn_func(
             q, q, q, score_mod=lambda score, b, h, q_idx, kv_idx: score * number + kv_idx * number
         )
         return torch.autograd.grad(out.sum(), q)[0]
 
     with ThreadPoolExecutor(8) as pool:
-        gradients = list(pool.map(gradient_with, range(32)))
+        gradients = list(pool.map(gradient_with, range(8)))
     for number, gradient in enumerate(gradients):
         assert torch.equal(gradient, gradient_with(number))
 
