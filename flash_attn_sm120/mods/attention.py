@@ -215,7 +215,8 @@ def explain_mod(name: str, mod: Mod, aux_tensors: Any, gradient: bool) -> tuple[
     text = headers.text(translated[0])
     statements = [line.strip() for line in text.split("\n}\n")[0].splitlines()[2:]]
     count = len(translated[1])
-    return translated, f"traced, with {count} captured tensors: {' '.join(statements)}"
+    captured = f"{count} captured tensor{'s' * (count != 1)}"
+    return translated, f"traced, with {captured}: {' '.join(statements)}"
 
 
 # ---- gradients -----------------------------------------------------------------------------------

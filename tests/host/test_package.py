@@ -167,6 +167,7 @@ def test_wheel_ships_cubins_where_asked(checkout, tmp_path, monkeypatch):
     others = {"varlen_fill", "kv_append", "kv_scatter", "backward_captured", "backward_order"}
     others |= {"backward_captured_sums"}
     others |= {"mma_peak", "probe_8bit", "quantized_forward", "quantize", "quantize_extrema"}
+    others |= {"mod_cost"}
     assert {kernel.kernel for kernel in kernels} | others == {
         x.stem for x in (ROOT / "kernels").glob("*.cu")
     }

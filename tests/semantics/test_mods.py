@@ -1,5 +1,6 @@
 """score_mod and mask_mod: right in both directions, refused by name, and compiled once."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,7 +8,8 @@ import pytest
 import torch
 
 from flash_attn_sm120 import explain, flash_attn_func, flash_attn_varlen_func
-from flash_attn_sm120.mods import attention
+from flash_attn_sm120.block_mask import create_block_mask
+from flash_attn_sm120.mods import attention, costs
 from flash_attn_sm120.mods.call import Call
 from flash_attn_sm120.mods.capture import captured_by
 from flash_attn_sm120.mods.translate import MAX_ADDITIONS
@@ -440,6 +442,40 @@ def test_explain_says_what_was_traced():
     q = torch.empty(1, 256, 2, 64, dtype=torch.bfloat16)
     plan = explain(q, q, q, arch=120, mask_mod=lambda b, h, i, j: i >= j)
     assert "at.query >= at.key" in plan.reasons["mask_mod"]
+
+
+def test_explain_says_what_mods_and_lists_cost():
+    if EMULATOR.missing:
+        pytest.skip(EMULATOR.missing)
+    q = torch.empty(1, 256, 2, 64, dtype=torch.bfloat16)
+    blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, 256, 256, 128, "cpu")
+    call = {"score_mod": lambda s, b, h, i, j: s * 2.0, "block_sparse_tensors": blocks}
+    reasons = explain(q, q, q, arch=120, costs=True, **call).reasons
+    assert "at.query >= at.key" in reasons["mask_mod"]
+    assert "partial and full blocks of 128 queries and 128" in reasons["block_sparse_tensors"]
+    cost = (
+        r"(\d+) registers per thread, 0 bytes spilled; without mods and lists (\d+) and 0; "
+        r"score_mod \d PTX instructions per score; mask_mod \d PTX instructions per score"
+    )
+    found = re.fullmatch(cost, reasons["costs"])
+    assert found and all(64 < int(x) < 255 for x in found.groups()), reasons["costs"]
+    assert "costs" not in explain(q, q, q, arch=120, **call).reasons
+    with pytest.raises(ValueError, match="costs=True is for kernels"):
+        explain(*qkv(CPU), costs=True, **call | {"block_sparse_tensors": None})
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_more_operations_are_more_instructions(backward):
+    if EMULATOR.missing:
+        pytest.skip(EMULATOR.missing)
+
+    def count(mod):
+        number, *_ = attention.translate("score_mod", mod, None, [], backward)
+        return costs.instructions("score_mod", number, backward)
+
+    mods = score_mods(tensors_of(CPU))
+    counts = [count(mod) for mod in (lambda s, *_: s, mods["squared"], mods["gelu"])]
+    assert counts == sorted(counts) and counts[0] <= 1 < counts[1] < 30 < counts[2], counts
 
 
 # ---- bad input -----------------------------------------------------------------------------------

@@ -232,6 +232,7 @@ COVERING = [
 
 
 @pytest.mark.quick("cpu-*")
+@pytest.mark.filterwarnings("ignore:pack_gqa was asked for and is dropped")
 @pytest.mark.parametrize("device, function, names, gradients", COVERING)
 def test_all_pairs_in_few_calls(device, function, names, gradients, backward_on):
     call = call_of(device, function, names)
