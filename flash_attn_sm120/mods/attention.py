@@ -48,8 +48,13 @@ def attend(
     tensors = {name: x for name, x in tensors.items() if x is not None}
     for name, hint in _NOT_BESIDE.items():
         if name in tensors:
-            has_mod = score_mod or mask_mod or "key_blocks" not in options
-            beside = "a mod" if has_mod else "block_sparse_tensors"
+            beside = (
+                "a mod"
+                if score_mod or mask_mod
+                else "alibi_slopes that require a gradient"
+                if ops.learns_slopes(tensors)
+                else "block_sparse_tensors"
+            )
             raise NotImplementedError(f"{function} with {name} and {beside} is not supported{hint}")
     given = (q, k, v, learnable_sink, *tensors.values())
     ops.check_tensors("a mod is given", q, k, v, learnable_sink, **tensors)
@@ -85,6 +90,8 @@ def attend(
     wants_gradient = torch.is_grad_enabled() and any(
         x is not None and x.requires_grad for x in (*given, *captured)
     )
+    if wants_gradient:
+        autograd.refuse_pages(tensors.get("page_table"), *given, *captured)
     if wants_gradient and (out is not None or lse is not None):
         raise RuntimeError(
             f"{function}(..., out=, lse=) does not support automatic differentiation: use no_grad()"
@@ -208,7 +215,8 @@ def explain_mod(name: str, mod: Mod, aux_tensors: Any, gradient: bool) -> tuple[
     text = headers.text(translated[0])
     statements = [line.strip() for line in text.split("\n}\n")[0].splitlines()[2:]]
     count = len(translated[1])
-    return translated, f"traced, with {count} captured tensors: {' '.join(statements)}"
+    captured = f"{count} captured tensor{'s' * (count != 1)}"
+    return translated, f"traced, with {captured}: {' '.join(statements)}"
 
 
 # ---- gradients -----------------------------------------------------------------------------------

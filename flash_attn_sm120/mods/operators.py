@@ -330,7 +330,9 @@ def _record_forward(keyset: Any, *tensors: Any, **options: Any) -> Any:
         return gradients, of_captured
 
     if torch.is_grad_enabled():
-        autograd._refuse_gradients((*tensors[:_GIVEN], *tensors[_GIVEN + len(_LISTS) :]))
+        lengths = tensors[_GIVEN + len(_LISTS) :]
+        autograd._refuse_gradients((*tensors[:_GIVEN], *lengths))
+        autograd.refuse_pages(by_name(lengths).get("page_table"), *flat)
     with autograd._one_level():
         return record(forward, backward, True, *flat)
 

@@ -165,6 +165,8 @@ _SPECIAL = _words(
     "masked_fill index_put _index_put_impl_ select_backward"
 )
 SUPPORTED = tuple(sorted({*_TEXTS, *SAME_VALUE, *_SPECIAL}))
+# Exponents that take no powf; 1 is that of the derivative of a square.
+_POWERS = {1: "{0}", 2: "times({0}, {0})", 3: "times({0}, times({0}, {0}))"}
 
 
 class Body:
@@ -285,8 +287,8 @@ class Body:
             self._refuse(f"{name} of integers", None)
         elif name in ("floor", "ceil", "trunc", "round") and not dtype.is_floating_point:
             return self._let(self._cast(args[0], dtype), dtype)
-        if name == "pow" and args[1] in (2, 3):
-            text = "times({0}, {0})" if args[1] == 2 else "times({0}, times({0}, {0}))"
+        if name == "pow" and args[1] in _POWERS:
+            text = _POWERS[args[1]]
         if name == "mul" and dtype.is_floating_point:
             for x, factor in (args, args[::-1]):
                 if isinstance(x, Number) and _is_factor(factor) and x.dtype in _FLOATS:

@@ -108,6 +108,17 @@ def params_of(*devices):
     return [pytest.param(device, id=device.name) for device in devices]
 
 
+def each_on(devices, cases, emulated):
+    """Parameters (device, case) of a test, `cases` by their ids. The emulator, for which kernels take
+    long to compile, has those alone whose ids `emulated` holds."""
+    return [
+        pytest.param(device, case, id=f"{device.name}-{name}")
+        for device in devices
+        for name, case in cases.items()
+        if device is not EMULATOR or name in emulated
+    ]
+
+
 def why_left_out(item):
     """Why a collected test cannot run on this machine; empty where it can."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}

@@ -1,4 +1,4 @@
-"""Mods that people write, and dense scores in torch as their oracle."""
+"""Mods that people write."""
 
 import math
 
@@ -85,52 +85,6 @@ def mask_mods(x):
         "jagged": lambda b, h, q, k: offsets[document[q].clamp(max=2)] <= k,
         "nothing": lambda b, h, q, k: (q < 20) & (k > 100) & ~(h == 1),
     }
-
-
-def oracle(
-    q,
-    k,
-    v,
-    *,
-    score_mod=None,
-    mask_mod=None,
-    window=None,
-    softmax_scale=None,
-    softcap=None,
-    sink=None,
-    listed=None,
-    dropout=1,
-):
-    """(out, lse) of dense scores; mods get whole grids of indices, not one element at a time.
-
-    `listed`: the pairs in listed blocks; `dropout`: what weights are multiplied by.
-    """
-    q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    s = scale * q @ k.transpose(-1, -2)
-    if softcap:
-        s = softcap * torch.tanh(s / softcap)
-    grids = torch.meshgrid(*(torch.arange(n) for n in s.shape), indexing="ij")
-    b, h, i, j = grids
-    if score_mod:
-        s = score_mod(s, b, h, i, j)
-    seen = torch.ones(s.shape, dtype=torch.bool)
-    if window:
-        diagonal = i + k.shape[2] - q.shape[2]
-        seen = (j >= diagonal - window[0]) & (j <= diagonal + window[1])
-    if mask_mod:
-        seen = seen & mask_mod(b, h, i, j)
-    if listed is not None:
-        seen = seen & listed
-    s = s.masked_fill(~seen, -math.inf)
-    if sink is not None:
-        s = torch.cat([s, sink[:, None, None].expand(*s.shape[:3], 1)], -1)
-    is_empty = (s == -math.inf).all(-1)
-    s = s.masked_fill(is_empty[..., None], 0)
-    p = torch.softmax(s, -1).masked_fill(is_empty[..., None], 0)
-    lse = torch.logsumexp(s, -1).masked_fill(is_empty, -math.inf)
-    return ((dropout * p[..., : k.shape[2]]) @ v).transpose(1, 2), lse
 
 
 def gradients(q, k, v, dout, mod, wanted=(), **options):

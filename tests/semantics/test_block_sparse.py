@@ -9,11 +9,12 @@ from torch.nn.attention import flex_attention as flex
 
 import emulator
 from flash_attn_sm120 import _C, block_mask, explain, explain_backward, flash_attn_func
-from helpers.block_lists import check, lists_of, options_of, random_map, seen_by
+from helpers.block_lists import as_bias, check, lists_of, options_of, random_map, seen_by
 from helpers.checks import assert_all_equal, dout_for
 from helpers.children import run_python
 from helpers.devices import CPU, CUDA, EMULATOR, params_of, reordered
-from helpers.mods import gradients, oracle
+from helpers.mods import gradients
+from helpers.reference import attention_reference
 from helpers.tiles import tile_row, use_tiles
 
 on_each_device = pytest.mark.parametrize("device", params_of(CPU, EMULATOR, CUDA))
@@ -469,7 +470,8 @@ def test_gradients_of_what_a_score_mod_captures(device, case):
     seen = full | partial & cpu_mods["mask_mod"](0, 0, *grid)
     del cpu_mods["mask_mod"]
     window = options.get("window")
-    out, _ = oracle(*leaves, **cpu_mods, listed=seen, window=window)
+    meant = {"attn_bias": as_bias(seen), "window_size": window or (None, None)}
+    out, _ = attention_reference(*leaves, **cpu_mods, **meant)
     expected = torch.autograd.grad(out, [*leaves, *cpu_learned], plain(dout).float())
     called = {"window_size": window} if window else options
     tensors = lists_of(device, *maps, block)

@@ -1,5 +1,6 @@
 """score_mod and mask_mod: right in both directions, refused by name, and compiled once."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -7,23 +8,27 @@ import pytest
 import torch
 
 from flash_attn_sm120 import explain, flash_attn_func, flash_attn_varlen_func
-from flash_attn_sm120.mods import attention
+from flash_attn_sm120.block_mask import create_block_mask
+from flash_attn_sm120.mods import attention, costs
 from flash_attn_sm120.mods.call import Call
 from flash_attn_sm120.mods.capture import captured_by
 from flash_attn_sm120.mods.translate import MAX_ADDITIONS
 from helpers.checks import assert_all_equal
-from helpers.devices import CPU, CUDA, EMULATOR, params_of, reordered
+from helpers.devices import CPU, CUDA, EMULATOR, each_on, params_of, reordered
 from helpers.dropout import factors
-from helpers.mods import gradients, mask_mods, oracle, score_mods, tensors_of
+from helpers.mods import gradients, mask_mods, score_mods, tensors_of
+from helpers.reference import attention_reference
 
-EVERY_MOD = [("score_mod", name) for name in score_mods({**tensors_of(CPU)})]
-EVERY_MOD += [("mask_mod", name) for name in mask_mods(tensors_of(CPU))]
-EMULATED = {"alibi", "t5", "gelu", "cap", "grows", "rises", "late_low", "late_high"}
-EMULATED |= {"document", "natten", "nothing"}
+EVERY_MOD = {f"score_mod-{name}": ("score_mod", name) for name in score_mods(tensors_of(CPU))}
+EVERY_MOD |= {f"mask_mod-{name}": ("mask_mod", name) for name in mask_mods(tensors_of(CPU))}
 DEVICES = (CPU, EMULATOR, CUDA)
 
 on_each_device = pytest.mark.parametrize("device", params_of(*DEVICES))
-every_mod = pytest.mark.parametrize("mod", EVERY_MOD, ids="-".join)
+
+
+def every_mod(emulated):
+    names = [name for name in EVERY_MOD if name.split("-")[1] in emulated.split()]
+    return pytest.mark.parametrize("device, mod", each_on(DEVICES, EVERY_MOD, names))
 
 
 def qkv(device, batch=2, seqlen_q=150, seqlen_k=150, heads=4, heads_kv=2, dims=(64, 64)):
@@ -62,21 +67,21 @@ def assert_near(actual, expected, name, tolerance=None):
 
 
 def meant_by(q, k, options):
-    """What the options of a call are to the oracle."""
-    named = {"window": options.get("window_size"), "softcap": options.get("softcap")}
+    """What the options of a call are to the reference."""
+    named = {n: x for n, x in options.items() if n in ("window_size", "softcap")}
     if options.get("learnable_sink") is not None:
-        named["sink"] = plain(options["learnable_sink"])
+        named["learnable_sink"] = plain(options["learnable_sink"])
     if "dropout_p" in options:
         seed, (batch, queries, heads, _) = options["dropout_seed"], q.shape
         numbers = (plain(seed), options["dropout_p"], range(batch), heads, queries, k.shape[1])
-        named["dropout"] = factors(*numbers).float()
+        named["dropout"] = factors(*numbers)
     return named
 
 
 def check(device, q, k, v, mod, cpu_mod, **options):
     named = meant_by(q, k, options)
     out, lse = flash_attn_func(q, k, v, return_lse=True, **mod, **options)
-    expected = oracle(*(plain(x) for x in (q, k, v)), **named, **cpu_mod)
+    expected = attention_reference(*(plain(x) for x in (q, k, v)), **named, **cpu_mod)
     assert_near(out, expected[0], "out", None if device is CPU else 2**-6)
     assert_near(lse, expected[1], "lse", 1e-4)
     return out
@@ -87,7 +92,7 @@ def check_gradients(device, q, k, v, mod, cpu_mod, wanted=(), cpu_wanted=(), **o
     dout = torch.randn(*q.shape[:3], v.shape[3]).to(q.dtype)
     named = meant_by(q, k, options)
     expected = torch.autograd.grad(
-        oracle(*leaves, **named, **cpu_mod)[0], [*leaves, *cpu_wanted], dout.float()
+        attention_reference(*leaves, **named, **cpu_mod)[0], [*leaves, *cpu_wanted], dout.float()
     )
     if device is CPU:
         inputs = [x.requires_grad_() for x in (q, k, v)]
@@ -107,33 +112,31 @@ def check_gradients(device, q, k, v, mod, cpu_mod, wanted=(), cpu_wanted=(), **o
 
 
 @pytest.mark.quick("cpu-*", "emulator-mask_mod-document")
-@every_mod
-@on_each_device
+@every_mod("alibi t5 gelu cap grows rises late_low late_high document natten nothing")
 def test_forward(device, mod):
-    if device is EMULATOR and mod[1] not in EMULATED:
-        return
     check(device, *qkv(device), *both(*mod, device))
 
 
-@every_mod
-@on_each_device
+@every_mod("gelu document alibi minimum")
 def test_backward(device, mod):
-    if device is EMULATOR and mod[1] not in ("gelu", "document", "alibi", "minimum"):
-        return
     check_gradients(device, *qkv(device), *both(*mod, device))
 
 
+# score_mod -> what it captures.
 LEARNED = {"relative": "table", "alibi": "slopes", "temperature": "temperature", "bias": "bias"}
 
 
-@pytest.mark.parametrize("name", LEARNED)
-@on_each_device
-def test_gradients_of_captured_tensors(device, name):
-    if device is EMULATOR and name == "bias":
-        return
+def every_learning(emulated):
+    cases = {name: (name, tensor) for name, tensor in LEARNED.items()}
+    return pytest.mark.parametrize("device, case", each_on(DEVICES, cases, emulated.split()))
+
+
+@every_learning("relative alibi temperature")
+def test_gradients_of_captured_tensors(device, case):
+    name, tensor = case
     tensors = tensors_of(device)
     cpu = {n: plain(x) for n, x in tensors.items()}
-    learned = [x[LEARNED[name]].requires_grad_() for x in (tensors, cpu)]
+    learned = [x[tensor].requires_grad_() for x in (tensors, cpu)]
     mods = (made("score_mod", name, x) for x in (tensors, cpu))
     check_gradients(device, *qkv(device), *mods, learned[:1], learned[1:])
 
@@ -189,7 +192,8 @@ def test_packed_gradients_of_captured_tensors(device, deterministic):
 
     expected = 0
     for rows in map(slice, ends, ends[1:]):
-        out, _ = oracle(*(plain(x)[None, rows] for x in (q, k, v)), **mod_of(learned[0]))
+        sequence = (plain(x)[None, rows] for x in (q, k, v))
+        out, _ = attention_reference(*sequence, **mod_of(learned[0]))
         expected += torch.autograd.grad(out[0], learned[0], dout[rows].float())[0]
     cu_seqlens = device.place(torch.tensor(ends, dtype=torch.int32))
     options = {name: cu_seqlens for name in ("cu_seqlens_q", "cu_seqlens_k")}
@@ -316,15 +320,18 @@ def with_dropout(device, options=()):
     return {**dict(options), "dropout_p": 0.3, "dropout_seed": device.place(torch.tensor(SEED))}
 
 
+CASES = {
+    f"{name}-{dims}": (*beside, dims)
+    for name, beside in BESIDE_DROPOUT.items()
+    for dims in ((64, 64), (128, 72))
+}
+
+
 @pytest.mark.quick("cpu-*")
-@pytest.mark.parametrize("dims", [(64, 64), (128, 72)], ids=str)
-@pytest.mark.parametrize("case", BESIDE_DROPOUT)
-@on_each_device
-def test_with_dropout(device, case, dims):
+@pytest.mark.parametrize("device, case", each_on(DEVICES, CASES, [*CASES][::4] + [*CASES][3::4]))
+def test_with_dropout(device, case):
     """Weights that the derivative of a score makes negative are dropped as others are."""
-    if device is EMULATOR and dims[0] != (64, 128)[list(BESIDE_DROPOUT).index(case) % 2]:
-        return
-    mod, options = BESIDE_DROPOUT[case]
+    mod, options, dims = case
     options = with_dropout(device, options)
     if "learnable_sink" in options:
         options["learnable_sink"] = device.place(torch.tensor(options["learnable_sink"]))
@@ -333,14 +340,12 @@ def test_with_dropout(device, case, dims):
     check_gradients(device, *inputs, *both(*mod, device), **options)
 
 
-@pytest.mark.parametrize("name", LEARNED)
-@on_each_device
-def test_gradients_of_captured_tensors_with_dropout(device, name):
-    if device is EMULATOR and name != "alibi":
-        return
+@every_learning("alibi")
+def test_gradients_of_captured_tensors_with_dropout(device, case):
+    name, tensor = case
     tensors = tensors_of(device)
     cpu = {n: plain(x) for n, x in tensors.items()}
-    learned = [x[LEARNED[name]].requires_grad_() for x in (tensors, cpu)]
+    learned = [x[tensor].requires_grad_() for x in (tensors, cpu)]
     mods = (made("score_mod", name, x) for x in (tensors, cpu))
     inputs = qkv(device, 1, 90, 90)
     check_gradients(device, *inputs, *mods, learned[:1], learned[1:], **with_dropout(device))
@@ -375,8 +380,8 @@ def test_packed_sequences_have_indices_of_their_own(device, dropout_p):
         rows = slice(first, first + length)
         named = dict(cpu_mods)
         if dropout:
-            named["dropout"] = factors(SEED, dropout_p, [number], heads, length, length).float()
-        expected = oracle(*(plain(x)[None, rows] for x in (q, k, v)), **named)
+            named["dropout"] = factors(SEED, dropout_p, [number], heads, length, length)
+        expected = attention_reference(*(plain(x)[None, rows] for x in (q, k, v)), **named)
         assert_near(out[rows], expected[0][0], length, 1e-4 if device is CPU else 2**-6)
         assert_near(lse[:, rows], expected[1][0], length)
         first += length
@@ -437,6 +442,40 @@ def test_explain_says_what_was_traced():
     q = torch.empty(1, 256, 2, 64, dtype=torch.bfloat16)
     plan = explain(q, q, q, arch=120, mask_mod=lambda b, h, i, j: i >= j)
     assert "at.query >= at.key" in plan.reasons["mask_mod"]
+
+
+def test_explain_says_what_mods_and_lists_cost():
+    if EMULATOR.missing:
+        pytest.skip(EMULATOR.missing)
+    q = torch.empty(1, 256, 2, 64, dtype=torch.bfloat16)
+    blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, 256, 256, 128, "cpu")
+    call = {"score_mod": lambda s, b, h, i, j: s * 2.0, "block_sparse_tensors": blocks}
+    reasons = explain(q, q, q, arch=120, costs=True, **call).reasons
+    assert "at.query >= at.key" in reasons["mask_mod"]
+    assert "partial and full blocks of 128 queries and 128" in reasons["block_sparse_tensors"]
+    cost = (
+        r"(\d+) registers per thread, 0 bytes spilled; without mods and lists (\d+) and 0; "
+        r"score_mod \d PTX instructions per score; mask_mod \d PTX instructions per score"
+    )
+    found = re.fullmatch(cost, reasons["costs"])
+    assert found and all(64 < int(x) < 255 for x in found.groups()), reasons["costs"]
+    assert "costs" not in explain(q, q, q, arch=120, **call).reasons
+    with pytest.raises(ValueError, match="costs=True is for kernels"):
+        explain(*qkv(CPU), costs=True, **call | {"block_sparse_tensors": None})
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_more_operations_are_more_instructions(backward):
+    if EMULATOR.missing:
+        pytest.skip(EMULATOR.missing)
+
+    def count(mod):
+        number, *_ = attention.translate("score_mod", mod, None, [], backward)
+        return costs.instructions("score_mod", number, backward)
+
+    mods = score_mods(tensors_of(CPU))
+    counts = [count(mod) for mod in (lambda s, *_: s, mods["squared"], mods["gelu"])]
+    assert counts == sorted(counts) and counts[0] <= 1 < counts[1] < 30 < counts[2], counts
 
 
 # ---- bad input -----------------------------------------------------------------------------------
