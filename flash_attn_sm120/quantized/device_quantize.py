@@ -21,8 +21,8 @@ from flash_attn_sm120.quantized.recipes import Recipe
 
 KERNEL = "quantize"
 ROWS = 64  # tokens of a block that quantises, where those of int8 do not share a scale
-# For each multiprocessor. Statistics are so far ahead of the codes; and what is read again counts as
-# read once where no more lies between than this, half of the L2 of 12.x or less.
+# For each multiprocessor. Statistics are so far ahead of the codes; and what is read again counts
+# as read once where no more lies between than this, half of the L2 of 12.x or less.
 AHEAD_BYTES, CACHE_BYTES = 1 << 16, 1 << 18
 _HEAD_LARGEST = {"fp8": E4M3_MAX, "nvfp4": E4M3_MAX * E2M1_MAX}  # what the largest becomes
 _RESULTS = ("data", "scale", "head_scale", "mean")
