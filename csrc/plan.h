@@ -99,7 +99,7 @@ struct fa_step {
     bool overlaps_previous;
 };
 
-#define FA_MAX_REASONS 15
+#define FA_MAX_REASONS 14
 struct fa_reason {
     const char *choice, *why; /* "kernel", "float16 and bfloat16 run on ..." */
     bool dropped;             /* although the caller asked for it */

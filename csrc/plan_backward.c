@@ -488,9 +488,6 @@ static void add_captured(const struct fa_plan_input *input, struct fa_plan *plan
                                                    .dtype = input->dtype},
                                        .blocks = FA_CAPTURED_SUMS_BLOCKS,
                                        .threads = FA_CAPTURED_SUMS_THREADS});
-    fa_plan_because(plan, "captured",
-                    "gradients of captured tensors are sums in fixed point, the same in any order: "
-                    "16 bytes an element, and scores are computed twice for them");
 }
 
 static void add_steps_after(const struct fa_plan_input *input, struct fa_plan *plan)

@@ -850,8 +850,8 @@ int fa_problem_check_differentiable(const struct fa_problem *problem)
         return fa_raise(PyExc_ValueError, "the backward of key_blocks needs query_blocks");
     if (needs_sums(problem) && fa_shape_sum_bits(&problem->shape) < FA_LEAST_SUM_BITS)
         return fa_raise(PyExc_NotImplementedError,
-                        "a gradient of what score_mod captures is not supported with "
-                        "deterministic=True for 2^43 scores or more");
+                        "a gradient of alibi_slopes, or of what score_mod captures, is not "
+                        "supported with deterministic=True for 2^43 scores or more");
     if (!problem->page_table.object)
         return 0;
     return fa_raise(PyExc_NotImplementedError, "page_table has no backward: K and V are a cache");

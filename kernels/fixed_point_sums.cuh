@@ -24,7 +24,9 @@ __device__ __forceinline__ void add_to_largest(float *largest, float x)
 /* `sum` [2]: of units, and of what these round off. */
 __device__ __forceinline__ void add_in_units(fa_int64 *sum, float x, float largest, int bits)
 {
-    const float scaled = ldexpf(x, bits - exponent_above(largest)), whole = rintf(scaled);
+    /* What was found and what is added may be rounded in two ways, as kernels of their own. */
+    const float most = 1 << bits, exact = ldexpf(x, bits - exponent_above(largest));
+    const float scaled = fminf(fmaxf(exact, -most), most), whole = rintf(scaled);
     const float rest = ldexpf(scaled - whole, bits + 1);
     unsigned long long *to = reinterpret_cast<unsigned long long *>(sum);
     atomicAdd(to, static_cast<long long>(__float2int_rn(whole)));

@@ -16,7 +16,7 @@ from flash_attn_sm120.quantized.layout import (
     check_input,
     check_quantized,
 )
-from flash_attn_sm120.quantized.quantize import quantize
+from flash_attn_sm120.quantized.quantize import quantize_together
 from flash_attn_sm120.quantized.recipes import Recipe, recipe_of
 
 Operand = Tensor | Quantized
@@ -106,9 +106,10 @@ def quantized_attention(
             "tensors"
         )
     options = _options(q, softmax_scale, causal, window_size, softcap)
-    narrow_q, narrow_k, narrow_v = (
-        x if isinstance(x, Quantized) else quantize(x, recipe, name) for name, x in given.items()
-    )
+    wide = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    narrow = {name: x for name, x in given.items() if isinstance(x, Quantized)}
+    narrow |= quantize_together(wide, recipe)
+    narrow_q, narrow_k, narrow_v = (narrow[name] for name in ("q", "k", "v"))
     if narrow_q.rotation != narrow_k.rotation:
         raise ValueError(
             f"q and k must be rotated alike, got blocks of {narrow_q.rotation} and "

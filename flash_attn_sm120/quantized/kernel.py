@@ -10,15 +10,14 @@ import torch
 from torch import Tensor
 
 from flash_attn_sm120.loaded_kernel import DTYPES, Strides
+from flash_attn_sm120.quantized.formats import FORMATS
 from flash_attn_sm120.quantized.layout import Quantized
-from flash_attn_sm120.quantized.quantize import rotate
 
 KERNEL = "quantized_forward"
 THREADS = 128
 TILE_M, TILE_N = 64, 64  # queries of a block, keys of a step
 MOST_PARTS = 16
 LEAST_TILES = 4  # of a part
-_FORMATS = {"16bit": 0, "int8": 1, "fp8": 2, "mxfp8": 3, "nvfp4": 4}  # enum quantized_format
 
 
 class Parameters(ctypes.Structure):
@@ -78,8 +77,7 @@ def prepare(
     """
     parts = out.shape[0] if out.dim() == 5 else 1
     q_data, k_data, v_data = (_readable(x.data) for x in (q, k, v))
-    needs_mean = k.mean is not None and (lse is not None or options["softcap"])
-    k_mean = rotate(k.mean, k.rotation) if k.mean is not None and needs_mean else None
+    k_mean = k.mean if lse is not None or options["softcap"] else None
     named = {
         "q": q_data, "k": k_data, "v": v_data,
         "q_scale": q.scale, "k_scale": k.scale, "v_scale": v.scale,
@@ -141,8 +139,8 @@ def variant_of(
     """The constants that formats, head dims and types ask for."""
     shared = shared_bytes(qk, pv, *head_dims)
     constants = {
-        "QK_FORMAT": _FORMATS[qk],
-        "PV_FORMAT": _FORMATS[pv],
+        "QK_FORMAT": FORMATS[qk],
+        "PV_FORMAT": FORMATS[pv],
         "HEAD_DIM": head_dims[0],
         "HEAD_DIM_V": head_dims[1],
         "DTYPE": DTYPES[v_dtype],

@@ -192,9 +192,8 @@ def test_packed_gradients_of_captured_tensors(device, deterministic):
 
     expected = 0
     for rows in map(slice, ends, ends[1:]):
-        out, _ = attention_reference(
-            *(plain(x)[None, rows] for x in (q, k, v)), **mod_of(learned[0])
-        )
+        sequence = (plain(x)[None, rows] for x in (q, k, v))
+        out, _ = attention_reference(*sequence, **mod_of(learned[0]))
         expected += torch.autograd.grad(out[0], learned[0], dout[rows].float())[0]
     cu_seqlens = device.place(torch.tensor(ends, dtype=torch.int32))
     options = {name: cu_seqlens for name in ("cu_seqlens_q", "cu_seqlens_k")}
