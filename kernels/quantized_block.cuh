@@ -19,6 +19,7 @@ struct fa_quantized_params {
     const float *q_head_scale, *k_head_scale, *v_head_scale;
     const float *k_mean; /* [batch, heads_kv, head_dim], rotated as K is; NULL: not needed */
     const float *v_mean; /* [batch, heads_kv, head_dim_v] */
+    const void *sink;    /* [heads_q], natural log; read where SINK */
     void *out;           /* [parts, batch, seqlen_q, heads_q, head_dim_v] */
     float *lse;          /* [parts, batch, heads_q, seqlen_q]; NULL: not wanted */
     /* In bytes. Of V in e2m1 `seqlen` is from dim to dim. */
@@ -26,6 +27,7 @@ struct fa_quantized_params {
     int batch, heads_q, heads_kv, seqlen_q, seqlen_k;
     int parts;                     /* blocks that share the keys of the same queries */
     int window_left, window_right; /* keys that a query sees before and after its diagonal */
+    int sink_dtype;                /* enum fa_dtype */
     float softmax_scale, softcap;
 };
 

@@ -6,6 +6,7 @@
  *   DTYPE                   enum fa_dtype: of V in 16 bits
  *   OUT_DTYPE               of out
  *   SOFTCAP                 1: scores are capped by a tanh
+ *   SINK                    1: one more logit of each head, see sink.cuh
  *   MX_E4M3                 1: products of e4m3 by the block-scaled mma of 12.x, with scales of 1
  *   TRANSPOSES_BYTES        1: ldmatrix of 12.x transposes bytes; 0: pairs of bytes
  *   SMEM_BYTES              what the host launches it with */
@@ -52,16 +53,39 @@ __device__ __forceinline__ void clear(softmax_rows &rows, float (&O_rmem)[O_FRAG
     }
 }
 
-__device__ __forceinline__ void store_lse(const softmax_rows &rows, const float (&l)[2],
-                                          const float (&left_out)[2], const quantized_block &block)
+/* What goes out with the rows g and g + 8. */
+struct row_ends {
+    float l[2];     /* of all lanes, times 2^P_SHIFT: what O is divided by */
+    float share[2]; /* of the keys in all weights, where SINK */
+    float lse[2];   /* natural logarithm */
+};
+
+/* `left_out`: of the scores, what K's mean would add; 0 where SOFTCAP. The sink is one of the first
+ * part's weights. */
+__device__ __forceinline__ void end_rows(row_ends &ends, const softmax_rows &rows,
+                                         const float (&left_out)[2], const quantized_block &block)
+{
+    const fa_quantized_params &params = block.params;
+    const float sink =
+        SINK && block.part == 0 ? load_sink(params.sink, params.sink_dtype, block.head) : -INF;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float l = ends.l[half] = quad_sum(rows.l[half]), m = rows.m[half] - P_SHIFT;
+        if (SINK) {
+            const float rescale = add_sink(l, m, sink - left_out[half]);
+            ends.share[half] = ends.l[half] * rescale / l;
+        }
+        ends.lse[half] = l == 0.0f ? sink : (m + log2_approx(l)) * LN2 + left_out[half];
+    }
+}
+
+__device__ __forceinline__ void store_lse(const row_ends &ends, const quantized_block &block)
 {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = block.lane_row() + 8 * half;
-        const float lse =
-            (rows.m[half] - P_SHIFT + log2_approx(l[half])) * LN2 + (SOFTCAP ? 0 : left_out[half]);
         if (quad_lane() == 0 && row < block.params.seqlen_q)
-            block.params.lse[block.lse_row(row)] = l[half] == 0.0f ? -INF : lse;
+            block.params.lse[block.lse_row(row)] = ends.lse[half];
     }
 }
 
@@ -73,15 +97,17 @@ __device__ __forceinline__ int out_offset(int row, int dim)
 
 /* O^T / l, times the factor of V and plus its mean, to this warp's part of shared memory as O, and
  * from there to `out`. */
-__device__ __forceinline__ void store_out(float (&O_rmem)[O_FRAGS][2][4], const float (&l)[2],
+__device__ __forceinline__ void store_out(float (&O_rmem)[O_FRAGS][2][4], const row_ends &ends,
                                           const quantized_block &block, unsigned smem)
 {
     const fa_quantized_params &params = block.params;
     const float factor = factor_of(params.v_head_scale, block.key_head()) / P_REST;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float sums[2];
-        of_columns(sums, l[half]);
+        float sums[2], shares[2];
+        of_columns(sums, ends.l[half]);
+        if (SINK)
+            of_columns(shares, ends.share[half]);
 #pragma unroll
         for (int n = 0; n < O_FRAGS; n++)
 #pragma unroll
@@ -90,6 +116,8 @@ __device__ __forceinline__ void store_out(float (&O_rmem)[O_FRAGS][2][4], const 
                 float x = O_rmem[n][half][r] / sums[r % 2] * factor;
                 if (params.v_mean)
                     x += ld_global(params.v_mean + block.key_head() * HEAD_DIM_V + dim);
+                if (SINK)
+                    x *= shares[r % 2];
                 st_shared(smem + out_offset(row, dim),
                           __float_as_uint(sums[r % 2] == 0.0f ? 0.0f : x));
             }
@@ -137,7 +165,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const score_factor factor = {scale * cap * of_query *
                                      factor_of(params.k_head_scale, block.key_head()),
                                  params.softcap * LOG2_E};
-    float O_rmem[O_FRAGS][2][4], shift[2];
+    float O_rmem[O_FRAGS][2][4], shift[2] = {0.0f, 0.0f};
     softmax_rows rows;
     clear(rows, O_rmem);
     if (SOFTCAP)
@@ -180,14 +208,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         K_scales = next_K_scales;
     }
 
-    const float l[2] = {quad_sum(rows.l[0]), quad_sum(rows.l[1])};
-    if (params.lse) {
-        if (!SOFTCAP)
-            left_out(shift, Q_rmem, block);
-        shift[0] *= of_query * scale;
-        shift[1] *= of_query * scale;
-        store_lse(rows, l, shift, block);
-    }
+    if (!SOFTCAP && (SINK || params.lse))
+        left_out(shift, Q_rmem, block);
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        shift[half] = SOFTCAP ? 0.0f : shift[half] * of_query * scale;
+    row_ends ends;
+    end_rows(ends, rows, shift, block);
+    if (params.lse)
+        store_lse(ends, block);
     __syncthreads(); /* no warp reads the ring any more */
-    store_out(O_rmem, l, block, ring.smem + read_thread_index() / 32 * OUT_BYTES);
+    store_out(O_rmem, ends, block, ring.smem + read_thread_index() / 32 * OUT_BYTES);
 }

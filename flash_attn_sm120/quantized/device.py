@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from flash_attn_sm120 import _C
 from flash_attn_sm120.loaded_kernel import LoadedKernel
-from flash_attn_sm120.quantized import kernel
+from flash_attn_sm120.quantized import kernel, reference
 from flash_attn_sm120.quantized.formats import E4M3_ARCH
 from flash_attn_sm120.quantized.layout import Quantized
 from flash_attn_sm120.quantized.recipes import RECIPES
@@ -20,42 +19,23 @@ from flash_attn_sm120.tuned_tiles import KINDS, PRO
 BLOCK_SCALES_MAJOR = 12  # of those with block-scaled products
 
 
-def attend(
-    q: Quantized,
-    k: Quantized,
-    v: Quantized,
-    options: dict[str, Any],
-    out_dtype: torch.dtype,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """``(out, lse)`` of checked operands on a CUDA device that :func:`check` has let pass."""
-    place = q.data.device
-    index = place.index or 0
-    shape = (q.batch, q.seqlen, q.heads, v.head_dim)
-    lse_shape = (q.batch, q.heads, q.seqlen)
-    out, lse = torch.empty(shape, dtype=out_dtype, device=place), None
-    if return_lse:
-        lse = torch.full(lse_shape, -math.inf, dtype=torch.float32, device=place)
-    if not out.numel():
-        return out, lse
-    if not k.seqlen:
-        return out.zero_(), lse
-    _compute(q, k, v, options, out, lse, index)
-    return out, lse
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _compute(
+def attend(
     q: Quantized,
     k: Quantized,
     v: Quantized,
     options: dict[str, Any],
     out: Tensor,
     lse: Tensor | None,
-    index: int,
 ) -> None:
-    """A graph of torch.compile ends here."""
-    parts = kernel.parts_of(kernel.blocks_of(q), k.seqlen, _multiprocessors(index))
+    """Fills ``out`` and ``lse`` of checked operands on a CUDA device that :func:`check` has let
+    pass. A graph of torch.compile ends here."""
+    if not out.numel() or not k.seqlen:
+        reference.fill_without_keys(out, lse, options["learnable_sink"])
+        return
+    index = out.device.index or 0
+    splits = options["num_splits"]
+    parts = kernel.parts_of(kernel.blocks_of(q), k.seqlen, _multiprocessors(index), splits)
     if parts == 1:
         _launch(q, k, v, options, out, lse, index)
         return

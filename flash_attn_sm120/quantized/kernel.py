@@ -14,11 +14,12 @@ from flash_attn_sm120.quantized.layout import Quantized
 from flash_attn_sm120.quantized.quantize import rotate
 
 KERNEL = "quantized_forward"
-THREADS = 128
-TILE_M, TILE_N = 64, 64  # queries of a block, keys of a step
+WARPS, WARP_M = 4, 16  # of a block; queries of each
+THREADS = 32 * WARPS
+TILE_M, TILE_N = WARPS * WARP_M, 64  # queries of a block, keys of a step
 MOST_PARTS = 16
 LEAST_TILES = 4  # of a part
-_FORMATS = {"16bit": 0, "int8": 1, "fp8": 2, "mxfp8": 3, "nvfp4": 4}  # enum quantized_format
+FORMATS = {"16bit": 0, "int8": 1, "fp8": 2, "mxfp8": 3, "nvfp4": 4}  # enum quantized_format
 
 
 class Parameters(ctypes.Structure):
@@ -27,11 +28,11 @@ class Parameters(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "q_scale", "k_scale", "v_scale")),
         *((name, ctypes.c_void_p) for name in ("q_head_scale", "k_head_scale", "v_head_scale")),
-        *((name, ctypes.c_void_p) for name in ("k_mean", "v_mean", "out", "lse")),
+        *((name, ctypes.c_void_p) for name in ("k_mean", "v_mean", "sink", "out", "lse")),
         *((name, Strides) for name in ("q_stride", "k_stride", "v_stride")),
         *((name, ctypes.c_int) for name in ("batch", "heads_q", "heads_kv")),
         *((name, ctypes.c_int) for name in ("seqlen_q", "seqlen_k", "parts")),
-        *((name, ctypes.c_int) for name in ("window_left", "window_right")),
+        *((name, ctypes.c_int) for name in ("window_left", "window_right", "sink_dtype")),
         ("softmax_scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
     ]
@@ -52,6 +53,13 @@ class Launch(NamedTuple):
     blocks: int
     parameters: Parameters
     tensors: tuple[Tensor, ...]  # whose memory the parameters point to
+
+
+class Steps(NamedTuple):
+    """What happens to scores, beside masks."""
+
+    softcap: bool = False
+    sink: bool = False
 
 
 class Target(NamedTuple):
@@ -78,13 +86,14 @@ def prepare(
     """
     parts = out.shape[0] if out.dim() == 5 else 1
     q_data, k_data, v_data = (_readable(x.data) for x in (q, k, v))
-    needs_mean = k.mean is not None and (lse is not None or options["softcap"])
+    sink = options["learnable_sink"]
+    needs_mean = lse is not None or sink is not None or options["softcap"]
     k_mean = rotate(k.mean, k.rotation) if k.mean is not None and needs_mean else None
     named = {
         "q": q_data, "k": k_data, "v": v_data,
         "q_scale": q.scale, "k_scale": k.scale, "v_scale": v.scale,
         "q_head_scale": q.head_scale, "k_head_scale": k.head_scale, "v_head_scale": v.head_scale,
-        "k_mean": k_mean, "v_mean": v.mean, "out": out, "lse": lse,
+        "k_mean": k_mean, "v_mean": v.mean, "sink": sink, "out": out, "lse": lse,
     }  # fmt: skip
     tensors = {
         name: x if name in ("q", "k", "v") else _in_words(x)
@@ -105,13 +114,14 @@ def prepare(
         parts=parts,
         window_left=left,
         window_right=right,
+        sink_dtype=0 if sink is None else DTYPES[sink.dtype],
         softmax_scale=options["softmax_scale"],
         softcap=options["softcap"],
     )
     v_dtype = v.dtype if v.format == "16bit" else torch.bfloat16  # one variant for both
-    has_softcap = options["softcap"] > 0
+    steps = Steps(options["softcap"] > 0, sink is not None)
     dims = (q.head_dim, v.head_dim)
-    variant = variant_of(q.format, v.format, dims, v_dtype, out.dtype, has_softcap, target)
+    variant = variant_of(q.format, v.format, dims, v_dtype, out.dtype, steps, target)
     blocks = blocks_of(q) * parts
     return Launch(variant, blocks, parameters, tuple(tensors.values()))
 
@@ -121,9 +131,12 @@ def blocks_of(q: Quantized) -> int:
     return -(-q.seqlen // TILE_M) * q.heads * q.batch
 
 
-def parts_of(blocks: int, seqlen_k: int, multiprocessors: int) -> int:
-    """How many blocks share the keys of the same queries: 1 where two of them for each
-    multiprocessor are there without, and then so few that each has some tiles of keys."""
+def parts_of(blocks: int, seqlen_k: int, multiprocessors: int, asked: int = 0) -> int:
+    """How many blocks share the keys of the same queries: as many as are asked for, if there are
+    tiles for them; else 1 where two of them for each multiprocessor are there without, and then so
+    few that each has some tiles of keys."""
+    if asked:
+        return min(asked, -(-seqlen_k // TILE_N))
     most = min(MOST_PARTS, seqlen_k // (LEAST_TILES * TILE_N))
     return max(1, min(most, 2 * multiprocessors // blocks))
 
@@ -135,19 +148,20 @@ def variant_of(
     head_dims: tuple[int, int],
     v_dtype: torch.dtype,
     out_dtype: torch.dtype,
-    softcap: bool,
+    steps: Steps,
     target: Target,
 ) -> Variant:
     """The constants that formats, head dims and types ask for."""
     shared = shared_bytes(qk, pv, *head_dims)
     constants = {
-        "QK_FORMAT": _FORMATS[qk],
-        "PV_FORMAT": _FORMATS[pv],
+        "QK_FORMAT": FORMATS[qk],
+        "PV_FORMAT": FORMATS[pv],
         "HEAD_DIM": head_dims[0],
         "HEAD_DIM_V": head_dims[1],
         "DTYPE": DTYPES[v_dtype],
         "OUT_DTYPE": DTYPES[out_dtype],
-        "SOFTCAP": int(softcap),
+        "SOFTCAP": int(steps.softcap),
+        "SINK": int(steps.sink),
         "MX_E4M3": int(target.mx_e4m3 and "fp8" in (qk, pv)),
         "TRANSPOSES_BYTES": int(target.transposes_bytes),
         "SMEM_BYTES": shared,

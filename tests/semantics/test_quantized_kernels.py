@@ -42,12 +42,16 @@ def quantized(q, k, v, recipe):
     return [quantize(x, recipe, name) for x, name in ((q, "q"), (k, "k"), (v, "v"))]
 
 
-def options_of(q, softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0):
+def options_of(
+    q, softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0, sink=None
+):
     return {
         "softmax_scale": softmax_scale or 1 / math.sqrt(q.head_dim),
         "causal": causal,
         "window_size": window_size,
         "softcap": softcap,
+        "learnable_sink": sink,
+        "num_splits": 0,
     }
 
 
@@ -85,9 +89,9 @@ def check(q, k, v, **options):
     out_dtype = out_dtype or torch.float32
     ref, ref_lse = reference.attend(q, k, v, options_of(q, **options))
     out, lse = emulate(q, k, v, target, out_dtype, **options)
-    empty = ref_lse == -math.inf
-    assert torch.equal(lse == -math.inf, empty)
-    assert (out.transpose(1, 2)[empty] == 0).all()
+    assert torch.equal(lse == -math.inf, ref_lse == -math.inf)
+    empty = (ref == 0).all(dim=3)
+    assert (out[empty] == 0).all()
     assert relative(out, ref) <= 2e-3
     torch.testing.assert_close(lse, ref_lse, rtol=1e-6, atol=1e-5)
 
@@ -98,6 +102,10 @@ CALLS = {
     "short": ({"seqlen_q": 129, "seqlen_k": 33, "heads_kv": 1}, {"causal": True}),
     "scale": ({"seqlen_q": 16, "seqlen_k": 65}, {"softmax_scale": -0.3, "out_dtype": torch.half}),
     "softcap": ({"seqlen_q": 64, "seqlen_k": 193}, {"softcap": 2.0, "window_size": (70, None)}),
+    "sink": (
+        {"seqlen_q": 80, "seqlen_k": 70},  # ten rows see no key
+        {"causal": True, "sink": torch.tensor([-math.inf, 0.5, 4.0, 200.0])},
+    ),
 }
 
 
@@ -141,7 +149,7 @@ def test_sharp_softmaxes(recipe):
 def test_parts_of_the_keys(recipe):
     """Put together they are the whole, a part without keys included."""
     q, k, v = quantized(*make(seqlen_k=200), recipe)
-    options = {"causal": True, "window_size": (120, None)}
+    options = {"causal": True, "window_size": (120, None), "sink": torch.tensor([-1, 0, 1.5, 40])}
     whole, whole_lse = emulate(q, k, v, **options)
     for parts in (2, 5):
         out = torch.full((parts, *whole.shape), math.nan)
@@ -159,6 +167,8 @@ def test_few_blocks_share_keys():
     assert kernel.parts_of(blocks=171, seqlen_k=1 << 20, multiprocessors=170) == 1
     assert kernel.parts_of(blocks=8, seqlen_k=1000, multiprocessors=170) == 3
     assert kernel.parts_of(blocks=8, seqlen_k=64, multiprocessors=170) == 1
+    assert kernel.parts_of(blocks=1, seqlen_k=1 << 20, multiprocessors=170, asked=1) == 1
+    assert kernel.parts_of(blocks=500, seqlen_k=130, multiprocessors=170, asked=16) == 3
 
 
 @emulated
@@ -331,25 +341,36 @@ def test_calls_of_a_device(monkeypatch):
     options = options_of(q, causal=True)
     ref, ref_lse = reference.attend(q, k, v, options)
     for returns_lse in (True, False):
-        out, lse = device.attend(q, k, v, options, torch.bfloat16, returns_lse)
-        assert out.dtype == torch.bfloat16 and relative(out, ref) <= 2e-3
-        assert (lse is not None) == returns_lse
+        out, lse = attend_there(q, k, v, options, torch.bfloat16, returns_lse)
+        assert relative(out, ref) <= 2e-3
         assert lse is None or relative(lse, ref_lse) <= 1e-5
     assert len(launches) == 2
     monkeypatch.setattr(device, "_multiprocessors", lambda index: 100)
     operands = quantized(*make(seqlen_k=600), "int8_fp8")
     ref, ref_lse = reference.attend(*operands, options)
     for returns_lse in (True, False):
-        out, lse = device.attend(*operands, options, torch.float32, returns_lse)
+        out, lse = attend_there(*operands, options, torch.float32, returns_lse)
         assert relative(out, ref) <= 2e-3
         assert lse is None or relative(lse, ref_lse) <= 1e-5
     assert len(launches) == 4
     _, k, v = quantized(*make(seqlen_k=0), "int8_fp8")
-    out, lse = device.attend(q, k, v, options, torch.float32, True)
+    out, lse = attend_there(q, k, v, options, torch.float32, True)
     assert (out == 0).all() and (lse == -math.inf).all()
+    options["learnable_sink"] = torch.arange(4.0)
+    assert (
+        attend_there(q, k, v, options, torch.float32, True)[1][0, :, 0] == torch.arange(4)
+    ).all()
     q, k, v = quantized(*make(seqlen_q=0), "int8_fp8")
-    assert device.attend(q, k, v, options, torch.float32, False)[0].shape == (2, 0, 4, 32)
+    assert attend_there(q, k, v, options, torch.float32, False)[0].shape == (2, 0, 4, 32)
     assert len(launches) == 4
+
+
+def attend_there(q, k, v, options, dtype, returns_lse):
+    """device.attend with results full of NaN."""
+    out = torch.full((q.batch, q.seqlen, q.heads, v.head_dim), math.nan, dtype=dtype)
+    lse = torch.full((q.batch, q.heads, q.seqlen), math.nan) if returns_lse else None
+    device.attend(q, k, v, options, out, lse)
+    return out, lse
 
 
 @recipes
@@ -368,9 +389,10 @@ def test_on_a_gpu(recipe, cuda):
         for x in here
     ]
     how = {"recipe": recipe, "return_lse": True, "out_dtype": torch.float32}
-    for options in ({}, {"causal": True}, {"softcap": 5.0, "window_size": (70, 3)}):
-        out, lse = quantized_attention(*there, **how, **options)
-        ref, ref_lse = quantized_attention(*here, **how, **options)
+    sink = torch.tensor([-1.0, 0.0, 2.0, 30.0])
+    for options in ({"num_splits": 3}, {"causal": True}, {"softcap": 5.0, "window_size": (70, 3)}):
+        out, lse = quantized_attention(*there, **how, **options, learnable_sink=sink.cuda())
+        ref, ref_lse = quantized_attention(*here, **how, **options, learnable_sink=sink)
         assert relative(out.cpu(), ref) <= 2e-3
         torch.testing.assert_close(lse.cpu(), ref_lse, rtol=1e-5, atol=1e-5)
 
@@ -381,7 +403,8 @@ def test_no_spills(recipe):
     chosen = RECIPES[recipe]
     for dim, target, softcap in ((64, GEFORCE, False), (128, PRO, False), (128, GEFORCE, True)):
         dtype = torch.bfloat16
-        variant = kernel.variant_of(chosen.qk, chosen.pv, (dim, dim), dtype, dtype, softcap, target)
+        steps = kernel.Steps(softcap, sink=softcap)
+        variant = kernel.variant_of(chosen.qk, chosen.pv, (dim, dim), dtype, dtype, steps, target)
         build = builds.build(kernel.KERNEL, *variant[:2], "sm_120f")
         assert build.spill_bytes == 0, variant.name
         assert variant.shared_bytes <= 48 << 10
