@@ -9,7 +9,8 @@
  *   SINK                    1: one more logit of each head, see sink.cuh
  *   MX_E4M3                 1: products of e4m3 by the block-scaled mma of 12.x, with scales of 1
  *   TRANSPOSES_BYTES        1: ldmatrix of 12.x transposes bytes; 0: pairs of bytes
- *   SMEM_BYTES              what the host launches it with */
+ *   SMEM_BYTES              what the host launches it with
+ *   BLOCKS                  of a multiprocessor, for which registers are to be enough */
 #include "params.h"
 
 #include "ptx.cuh"
@@ -20,12 +21,6 @@
 constexpr int OUT_BYTES = WARP_M * HEAD_DIM_V * 4;
 static_assert(SMEM_BYTES >= STAGES * STAGE_BYTES && SMEM_BYTES >= WARPS * OUT_BYTES,
               "the host computes the same");
-
-/* Of a multiprocessor, where registers are enough for three. */
-constexpr bool IS_CROWDED = HEAD_DIM > 128 || HEAD_DIM_V > 128 || SOFTCAP;
-constexpr bool IS_CLOSE =
-    (IS_V_E4M3 && !TRANSPOSES_BYTES) || (IS_V_NVFP4 && QK_FORMAT == FORMAT_INT8);
-constexpr int BLOCKS = IS_CROWDED ? 1 : IS_CLOSE ? 2 : 3;
 
 /* The factor of a row of Q in its head or block. */
 __device__ __forceinline__ float query_factor(const quantized_block &block)

@@ -191,8 +191,8 @@ def checked_call(
     _check_together(q, k, v)
     if isinstance(q, Quantized) and isinstance(k, Quantized):
         check_rotations(q, k)
-    batch, seqlen, heads, head_dim = _sizes(q)
-    out_shape, lse_shape = (batch, seqlen, heads, _sizes(v)[3]), (batch, heads, seqlen)
+    batch, seqlen, heads, head_dim = sizes_of(q)
+    out_shape, lse_shape = (batch, seqlen, heads, sizes_of(v)[3]), (batch, heads, seqlen)
     out_dtype = out_dtype or (q.dtype if out is None else out.dtype)
     if out_dtype not in _OUT_TYPES:
         raise TypeError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
@@ -217,7 +217,8 @@ def _data(x: Operand) -> Tensor:
     return x.data if isinstance(x, Quantized) else x
 
 
-def _sizes(x: Operand) -> tuple[int, int, int, int]:
+def sizes_of(x: Operand) -> tuple[int, int, int, int]:
+    """(batch, seqlen, heads, head_dim)."""
     if isinstance(x, Quantized):
         return x.batch, x.seqlen, x.heads, x.head_dim
     batch, seqlen, heads, head_dim = x.shape
@@ -234,9 +235,9 @@ def _check_operand(name: str, x: Any, recipe: Recipe) -> None:
 
 
 def _check_together(q: Operand, k: Operand, v: Operand) -> None:
-    batch, _, heads_q, head_dim = _sizes(q)
-    batch_k, seqlen_k, heads_kv, head_dim_k = _sizes(k)
-    batch_v, seqlen_v, heads_v, _ = _sizes(v)
+    batch, _, heads_q, head_dim = sizes_of(q)
+    batch_k, seqlen_k, heads_kv, head_dim_k = sizes_of(k)
+    batch_v, seqlen_v, heads_v, _ = sizes_of(v)
     if not batch == batch_k == batch_v:
         raise ValueError(f"batch sizes differ: q {batch}, k {batch_k}, v {batch_v}")
     if (seqlen_k, heads_kv) != (seqlen_v, heads_v):

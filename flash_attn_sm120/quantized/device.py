@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from flash_attn_sm120.quantized import kernel, reference
 from flash_attn_sm120.quantized.formats import E4M3_ARCH
 from flash_attn_sm120.quantized.layout import Quantized
 from flash_attn_sm120.quantized.recipes import RECIPES
+from flash_attn_sm120.static_model import GB10, GEFORCE, Device
+from flash_attn_sm120.static_model import PRO as PRO_6000
 from flash_attn_sm120.tuned_tiles import KINDS, PRO
 
 BLOCK_SCALES_MAJOR = 12  # of those with block-scaled products
@@ -103,18 +106,58 @@ def _needs_block_scales(recipe: str) -> bool:
     return bool({"mxfp8", "nvfp4"} & {chosen.qk, chosen.pv})
 
 
+class Card(NamedTuple):
+    """What of a device decides about plans."""
+
+    arch: int
+    sms: int
+    smem_per_sm: int
+    target: kernel.Target
+    model: Device | None  # what its speed is predicted for; None outside 12.x
+
+
+_SMEM_PER_SM = {8: 100 << 10, 9: 228 << 10, 10: 228 << 10, 12: 100 << 10}
+_SMS = {89: 128, 90: 132, 100: 148}  # as csrc/device.c has them
+
+
+def card_of_arch(arch: int) -> Card:
+    """Of the card that stands for a compute capability."""
+    smem = _SMEM_PER_SM.get(arch // 10, 0)
+    if arch // 10 != BLOCK_SCALES_MAJOR:
+        return Card(arch, _SMS.get(arch, 128), smem, _target("", arch), None)
+    model = GEFORCE if arch == GEFORCE.rows else GB10
+    return Card(arch, model.sms, smem, _target("" if model is GEFORCE else "GB10", arch), model)
+
+
+@functools.cache
+def card_of(index: int) -> Card:
+    """Of a device."""
+    device = _C.devices()[1][index]
+    arch, target = device["arch"], target_of(index)
+    model = None
+    if arch // 10 == BLOCK_SCALES_MAJOR:
+        like = GEFORCE if target.mx_e4m3 else GB10 if device["sms"] <= GB10.sms else PRO_6000
+        model = dataclasses.replace(like, sms=device["sms"])
+    return Card(arch, device["sms"], device["smem_per_sm"], target, model)
+
+
 @functools.cache
 def target_of(index: int) -> kernel.Target:
-    """What of a device decides about variants. 12.x cards of unknown names count as GeForce-like,
-    as in the forward."""
+    """What of a device decides about variants."""
     device = _C.devices()[1][index]
-    if device["arch"] // 10 != BLOCK_SCALES_MAJOR:
+    return _target(device["name"], device["arch"])
+
+
+def _target(name: str, arch: int) -> kernel.Target:
+    """12.x cards of unknown names count as GeForce-like, as in the forward."""
+    if arch // 10 != BLOCK_SCALES_MAJOR:
         return kernel.Target(transposes_bytes=False, mx_e4m3=False)
-    is_pro = KINDS[_C.card_kind(device["name"], device["arch"])] == PRO
+    is_pro = KINDS[_C.card_kind(name, arch)] == PRO
     return kernel.Target(transposes_bytes=True, mx_e4m3=not is_pro)
 
 
 @functools.cache
 def _loaded(variant: kernel.Variant, index: int) -> LoadedKernel:
     """On the current device, which is ``index``."""
-    return LoadedKernel(kernel.KERNEL, *variant)
+    name, options, shared_bytes, _ = variant
+    return LoadedKernel(kernel.KERNEL, name, options, shared_bytes)

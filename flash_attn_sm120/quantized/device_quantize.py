@@ -15,6 +15,7 @@ from flash_attn_sm120.quantized.formats import E4M3, E4M3_ARCH
 from flash_attn_sm120.quantized.layout import INT8_ROWS, Quantized
 
 THREADS = 256
+FORMATS = ("int8", "fp8")  # that have kernels
 FP8_ROWS = 64  # tokens of a block; bits do not depend on it
 LEAST_CHUNK, MOST_CHUNKS = 256, 64  # tokens whose sum is a block's; how many a head has
 
@@ -38,10 +39,15 @@ class Launch(NamedTuple):
     parameters: Parameters
     tensors: tuple[Tensor, ...]
 
+    @property
+    def variant(self) -> str:
+        """Its canonical name."""
+        return "_".join([self.kernel, *(x.split("=")[1] for x in self.options)])
+
 
 def has_kernel(x: Tensor, format: str) -> bool:
     """Whether kernels quantise ``x``."""
-    if x.device.type != "cuda" or format not in ("int8", "fp8"):
+    if x.device.type != "cuda" or format not in FORMATS:
         return False
     return x.numel() > 0 and x.stride(3) == 1 and _arch(x.device.index or 0) >= E4M3_ARCH
 
@@ -53,7 +59,7 @@ def quantize(x: Tensor, format: str, operand: str, subtracts_mean: bool) -> Quan
     index = x.device.index or 0
     with torch.cuda.device(index):
         for launch in launches:
-            loaded = _loaded(launch.kernel, launch.options, index)
+            loaded = _loaded(launch.kernel, launch.variant, launch.options, index)
             loaded((launch.blocks, 1), THREADS, launch.parameters)
     return narrow
 
@@ -102,6 +108,6 @@ def _arch(index: int) -> int:
 
 
 @functools.cache
-def _loaded(kernel: str, options: tuple[str, ...], index: int) -> LoadedKernel:
+def _loaded(kernel: str, variant: str, options: tuple[str, ...], index: int) -> LoadedKernel:
     """On the current device, which is ``index``."""
-    return LoadedKernel(kernel, "_".join([kernel, *(x.split("=")[1] for x in options)]), options)
+    return LoadedKernel(kernel, variant, options)

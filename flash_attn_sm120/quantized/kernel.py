@@ -17,8 +17,11 @@ KERNEL = "quantized_forward"
 WARPS, WARP_M = 4, 16  # of a block; queries of each
 THREADS = 32 * WARPS
 TILE_M, TILE_N = WARPS * WARP_M, 64  # queries of a block, keys of a step
+STAGES = 2  # of K and V
+SHARED_RESERVED = 1024  # bytes of a multiprocessor for each block, as in csrc/device.c
 MOST_PARTS = 16
 LEAST_TILES = 4  # of a part
+SAVED_TILES = 12  # that take a block longer than a second kernel takes
 FORMATS = {"16bit": 0, "int8": 1, "fp8": 2, "mxfp8": 3, "nvfp4": 4}  # enum quantized_format
 
 
@@ -44,6 +47,7 @@ class Variant(NamedTuple):
     name: str
     options: tuple[str, ...]
     shared_bytes: int
+    blocks: int  # of a multiprocessor, for which registers are enough
 
 
 class Launch(NamedTuple):
@@ -134,11 +138,12 @@ def blocks_of(q: Quantized) -> int:
 def parts_of(blocks: int, seqlen_k: int, multiprocessors: int, asked: int = 0) -> int:
     """How many blocks share the keys of the same queries: as many as are asked for, if there are
     tiles for them; else 1 where two of them for each multiprocessor are there without, and then so
-    few that each has some tiles of keys."""
+    few that each has some tiles of keys, if that saves each enough of them."""
+    tiles = -(-seqlen_k // TILE_N)
     if asked:
-        return min(asked, -(-seqlen_k // TILE_N))
-    most = min(MOST_PARTS, seqlen_k // (LEAST_TILES * TILE_N))
-    return max(1, min(most, 2 * multiprocessors // blocks))
+        return min(asked, tiles)
+    parts = max(1, min(MOST_PARTS, tiles // LEAST_TILES, 2 * multiprocessors // blocks))
+    return parts if tiles - -(-tiles // parts) >= SAVED_TILES else 1
 
 
 @functools.cache
@@ -153,6 +158,7 @@ def variant_of(
 ) -> Variant:
     """The constants that formats, head dims and types ask for."""
     shared = shared_bytes(qk, pv, *head_dims)
+    blocks = _blocks(qk, pv, head_dims, steps, target)
     constants = {
         "QK_FORMAT": FORMATS[qk],
         "PV_FORMAT": FORMATS[pv],
@@ -165,9 +171,25 @@ def variant_of(
         "MX_E4M3": int(target.mx_e4m3 and "fp8" in (qk, pv)),
         "TRANSPOSES_BYTES": int(target.transposes_bytes),
         "SMEM_BYTES": shared,
+        "BLOCKS": blocks,
     }
     name = "_".join([KERNEL, *map(str, constants.values())])
-    return Variant(name, tuple(f"-D{key}={value}" for key, value in constants.items()), shared)
+    options = tuple(f"-D{key}={value}" for key, value in constants.items())
+    return Variant(name, options, shared, blocks)
+
+
+def _blocks(qk: str, pv: str, head_dims: tuple[int, int], steps: Steps, target: Target) -> int:
+    """Without spills."""
+    if max(head_dims) > 128 or steps.softcap:
+        return 1
+    transposes_pairs = pv == "fp8" and not target.transposes_bytes
+    return 2 if transposes_pairs or (qk, pv) == ("int8", "nvfp4") else 3
+
+
+def resident_blocks(variant: Variant, shared_of_multiprocessor: int) -> int:
+    """On a multiprocessor. 255 registers of a thread are enough for two blocks."""
+    by_shared = shared_of_multiprocessor // (variant.shared_bytes + SHARED_RESERVED)
+    return max(1, min(by_shared, max(variant.blocks, 2)))
 
 
 def shared_bytes(qk: str, pv: str, head_dim: int, head_dim_v: int) -> int:
@@ -177,7 +199,15 @@ def shared_bytes(qk: str, pv: str, head_dim: int, head_dim_v: int) -> int:
         v = _padded(head_dim_v, 64) * TILE_N // 2
     else:
         v = TILE_N * _padded(head_dim_v if pv == "fp8" else 2 * head_dim_v, 32)
-    return max(2 * (k + v), TILE_M * head_dim_v * 4)
+    return max(STAGES * (k + v), TILE_M * head_dim_v * 4)
+
+
+def products_of(qk: str, pv: str, head_dim: int, head_dim_v: int) -> tuple[int, int]:
+    """Instructions of both products that a warp has in a tile of keys, each of 32 bytes of a row
+    of K, or of a column of V."""
+    row = head_dim // 2 if qk == "nvfp4" else head_dim
+    keys_of_step = {"16bit": 16, "fp8": 32, "nvfp4": 64}[pv]
+    return TILE_N // 8 * -(-row // 32), head_dim_v // 8 * TILE_N // keys_of_step
 
 
 def _padded(size: int, to: int) -> int:

@@ -165,7 +165,8 @@ def test_few_blocks_share_keys():
     assert kernel.parts_of(blocks=1, seqlen_k=1 << 20, multiprocessors=170) == 16
     assert kernel.parts_of(blocks=100, seqlen_k=1 << 20, multiprocessors=170) == 3
     assert kernel.parts_of(blocks=171, seqlen_k=1 << 20, multiprocessors=170) == 1
-    assert kernel.parts_of(blocks=8, seqlen_k=1000, multiprocessors=170) == 3
+    assert kernel.parts_of(blocks=8, seqlen_k=1500, multiprocessors=170) == 6
+    assert kernel.parts_of(blocks=8, seqlen_k=512, multiprocessors=170) == 1
     assert kernel.parts_of(blocks=8, seqlen_k=64, multiprocessors=170) == 1
     assert kernel.parts_of(blocks=1, seqlen_k=1 << 20, multiprocessors=170, asked=1) == 1
     assert kernel.parts_of(blocks=500, seqlen_k=130, multiprocessors=170, asked=16) == 3
@@ -346,7 +347,7 @@ def test_calls_of_a_device(monkeypatch):
         assert lse is None or relative(lse, ref_lse) <= 1e-5
     assert len(launches) == 2
     monkeypatch.setattr(device, "_multiprocessors", lambda index: 100)
-    operands = quantized(*make(seqlen_k=600), "int8_fp8")
+    operands = quantized(*make(seqlen_k=1100), "int8_fp8")
     ref, ref_lse = reference.attend(*operands, options)
     for returns_lse in (True, False):
         out, lse = attend_there(*operands, options, torch.float32, returns_lse)
