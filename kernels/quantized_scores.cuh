@@ -7,9 +7,8 @@
 #define FA_QUANTIZED_SCORES_CUH
 
 #include "quantized_block.cuh"
+#include "quantized_format.cuh"
 #include "sink.cuh"
-
-enum quantized_format { FORMAT_16BIT, FORMAT_INT8, FORMAT_E4M3, FORMAT_MXFP8, FORMAT_NVFP4 };
 
 constexpr int STEP_BYTES = 32;
 constexpr int QK_BYTES = QK_FORMAT == FORMAT_NVFP4 ? HEAD_DIM / 2 : HEAD_DIM; /* of a row */
@@ -231,13 +230,6 @@ __device__ __forceinline__ void scores(float (&S_rmem)[S_FRAGS][4],
 
 /* ---- what K's mean adds ---------------------------------------------------------------------- */
 
-__device__ __forceinline__ float from_e4m3(unsigned byte)
-{
-    unsigned pairs[2];
-    widen_e4m3(pairs, byte);
-    return unpack<FA_FLOAT16>(pairs[0]).x;
-}
-
 /* The i-th number of a word of Q. */
 __device__ __forceinline__ float query_element(unsigned word, int i)
 {
@@ -245,9 +237,7 @@ __device__ __forceinline__ float query_element(unsigned word, int i)
         return static_cast<float>(static_cast<signed char>(word >> 8 * i));
     if (QK_FORMAT != FORMAT_NVFP4)
         return from_e4m3(word >> 8 * i & 0xff);
-    /* The bits of an e2m1 number are those of fp16 with another bias. */
-    const unsigned nibble = word >> 4 * i & 0xf;
-    return from_fp16((nibble & 8) << 12 | (nibble & 7) << 9) * 16384.0f;
+    return from_e2m1(word >> 4 * i & 0xf);
 }
 
 __device__ __forceinline__ float query_scale(const quantized_block &block, int row, int group)
@@ -258,7 +248,7 @@ __device__ __forceinline__ float query_scale(const quantized_block &block, int r
         static_cast<const unsigned char *>(block.params.q_scale)[block.query(row) * SCALES + group];
     if (QK_FORMAT == FORMAT_NVFP4)
         return from_e4m3(code & 0x7f);
-    return __uint_as_float(code == 0 ? 1 << 22 : code == 255 ? 0x7fc00000 : code << 23);
+    return from_e8m0(code);
 }
 
 /* Rows g and g + 8 of Q * mean of K: what was left out of all scores of the row, up to the factor

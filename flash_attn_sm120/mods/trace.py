@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
@@ -16,6 +17,8 @@ from torch.utils import _pytree as pytree
 COORDS = ("b", "h", "q_idx", "kv_idx")
 _SIZES = ("size", "stride", "numel", "nelement", "__len__")
 _SHAPE = torch.Tensor.shape
+
+_tracing = threading.Lock()  # torch's tracer replaces functions of modules, for all threads
 
 
 class _ReadsSizes(Exception):
@@ -120,10 +123,11 @@ def trace(name: str, mod: Callable[..., Any], *, gradient: bool = False) -> Trac
         ValueError: what it returns is not one number.
         RuntimeError: torch cannot trace it, for reasons of the callable.
     """
-    try:
-        return _trace(name, mod, gradient, fixes_sizes=False)
-    except _ReadsSizes:
-        return _trace(name, mod, gradient, fixes_sizes=True)
+    with _tracing:
+        try:
+            return _trace(name, mod, gradient, fixes_sizes=False)
+        except _ReadsSizes:
+            return _trace(name, mod, gradient, fixes_sizes=True)
 
 
 def _trace(name: str, mod: Callable[..., Any], gradient: bool, fixes_sizes: bool) -> Trace:

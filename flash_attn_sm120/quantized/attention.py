@@ -20,7 +20,7 @@ from flash_attn_sm120.quantized.layout import (
     check_input,
     check_quantized,
 )
-from flash_attn_sm120.quantized.quantize import quantize
+from flash_attn_sm120.quantized.quantize import quantize_together
 from flash_attn_sm120.quantized.recipes import Recipe, recipe_of
 
 Operand = Tensor | Quantized
@@ -124,10 +124,11 @@ def quantized_attention(
             f"quantized_attention has no kernels for {place.type} devices: it takes CUDA and CPU "
             "tensors"
         )
-    narrow_q, narrow_k, narrow_v = [
-        x if isinstance(x, Quantized) else quantize(x, recipe, name)
-        for name, x in zip("qkv", call.operands, strict=True)
-    ]
+    given = {"q": q, "k": k, "v": v}
+    wide = {name: x for name, x in given.items() if isinstance(x, Tensor)}
+    narrow = {name: x for name, x in given.items() if isinstance(x, Quantized)}
+    narrow |= quantize_together(wide, recipe)
+    narrow_q, narrow_k, narrow_v = (narrow[name] for name in ("q", "k", "v"))
     check_rotations(narrow_q, narrow_k)
     result = (
         out if out is not None else torch.empty(call.out_shape, dtype=call.out_dtype, device=place)

@@ -1,4 +1,10 @@
-"""int8 and e4m3 on CUDA devices, by kernels/quantize_extrema.cu and kernels/quantize.cu."""
+"""Quantisers on CUDA devices: Q, K and V together, in three launches at most.
+
+1. kernels/quantize_statistics.cu: sums and extrema of chunks of tokens, for means and scales of
+   heads
+2. kernels/quantize_heads.cu: these means and scales
+3. kernels/quantize.cu: the codes, and the scales of blocks and groups
+"""
 
 from __future__ import annotations
 
@@ -11,94 +17,201 @@ from torch import Tensor
 
 from flash_attn_sm120 import _C
 from flash_attn_sm120.loaded_kernel import DTYPES, LoadedKernel, Strides
-from flash_attn_sm120.quantized.formats import E4M3, E4M3_ARCH
-from flash_attn_sm120.quantized.layout import INT8_ROWS, Quantized
+from flash_attn_sm120.quantized.formats import E2M1_MAX, E4M3_ARCH, E4M3_MAX, FORMATS
+from flash_attn_sm120.quantized.layout import INT8_ROWS, Quantized, empty
+from flash_attn_sm120.quantized.mean import THREADS, chunk_of
+from flash_attn_sm120.quantized.recipes import Recipe
 
-THREADS = 256
-FORMATS = ("int8", "fp8")  # that have kernels
-FP8_ROWS = 64  # tokens of a block; bits do not depend on it
-LEAST_CHUNK, MOST_CHUNKS = 256, 64  # tokens whose sum is a block's; how many a head has
+ROWS = 64  # tokens of a block of quantize.cu, where those of int8 do not share a scale
+_HEAD_LARGEST = {"fp8": E4M3_MAX, "nvfp4": E4M3_MAX * E2M1_MAX}  # what the largest becomes
+
+
+class Operand(ctypes.Structure):
+    """``fa_quantize_operand`` of kernels/quantize.cuh."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "statistics", "data", "scale")),
+        *((name, ctypes.c_void_p) for name in ("head_scale", "mean")),
+        ("stride", Strides),
+        *((name, ctypes.c_int) for name in ("batch", "seqlen", "heads", "chunk", "chunks", "rows")),
+        ("head_largest", ctypes.c_float),
+    ]
 
 
 class Parameters(ctypes.Structure):
     """``fa_quantize_params`` of kernels/quantize.cuh."""
 
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "extrema", "data", "scale", "mean")),
-        ("x_stride", Strides),
-        *((name, ctypes.c_int) for name in ("seqlen", "heads", "chunk", "chunks", "rows")),
-    ]
+    _fields_ = [(name, Operand) for name in ("q", "k", "v")]
+
+
+class Work(NamedTuple):
+    """One operand, and what its blocks read and write."""
+
+    x: Tensor  # readable
+    narrow: Quantized
+    statistics: Tensor | None  # (batch, heads, chunks, 3, head_dim) float32
+    rows: int
+
+    @property
+    def chunks(self) -> int:
+        """Of a head: blocks of quantize_statistics.cu."""
+        return 0 if self.statistics is None else self.statistics.shape[2]
+
+    @property
+    def blocks(self) -> int:
+        """Of a head: blocks of quantize.cu."""
+        return -(-self.narrow.seqlen // self.rows)
+
+    @property
+    def heads(self) -> int:
+        """Of all sequences."""
+        return self.narrow.batch * self.narrow.heads
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What pointers of the parameters point to."""
+        of_result = {name: getattr(self.narrow, name) for name in _RESULTS}
+        named = {"x": self.x, "statistics": self.statistics, **of_result}
+        return {name: x for name, x in named.items() if x is not None}
+
+    def parameters(self) -> Operand:
+        """For all launches."""
+        return Operand(
+            **{name: x.data_ptr() for name, x in self.tensors().items()},
+            stride=Strides(*self.x.stride()[:3]),
+            batch=self.narrow.batch,
+            seqlen=self.narrow.seqlen,
+            heads=self.narrow.heads,
+            chunk=chunk_of(self.narrow.seqlen),
+            chunks=self.chunks,
+            rows=self.rows,
+            head_largest=_HEAD_LARGEST.get(self.narrow.format, 1),
+        )
+
+    def bytes_moved(self) -> tuple[int, int, int]:
+        """By each launch: what its blocks read, as often as they do, and write."""
+        of_head = _bytes(self.narrow.mean) + _bytes(self.narrow.head_scale)
+        codes = _bytes(self.x) + _bytes(self.narrow.data) + _bytes(self.narrow.scale)
+        codes += self.blocks * of_head
+        if self.statistics is None:
+            return 0, 0, codes
+        of_chunks = _bytes(self.statistics)
+        return _bytes(self.x) + of_chunks, of_chunks + of_head, codes
+
+    def bytes_needed(self) -> int:
+        """Of reading ``x`` once, and of writing the results."""
+        return _bytes(self.x) + sum(_bytes(getattr(self.narrow, name)) for name in _RESULTS)
+
+
+_RESULTS = ("data", "scale", "head_scale", "mean")
 
 
 class Launch(NamedTuple):
-    """One launch, and what it reads and writes."""
+    """One launch."""
 
     kernel: str
     options: tuple[str, ...]
     blocks: int
+    bytes_moved: int
+
+
+class Plan(NamedTuple):
+    """The launches, in order, that quantise operands of one device and dtype."""
+
+    works: dict[str, Work]
+    launches: tuple[Launch, ...]
     parameters: Parameters
-    tensors: tuple[Tensor, ...]
 
     @property
-    def variant(self) -> str:
-        """Its canonical name."""
-        return "_".join([self.kernel, *(x.split("=")[1] for x in self.options)])
+    def bytes_moved(self) -> int:
+        """By all blocks of all launches."""
+        return sum(launch.bytes_moved for launch in self.launches)
+
+    @property
+    def bytes_needed(self) -> int:
+        """Of reading each operand once, and of writing the results."""
+        return sum(work.bytes_needed() for work in self.works.values())
 
 
 def has_kernel(x: Tensor, format: str) -> bool:
     """Whether kernels quantise ``x``."""
-    if x.device.type != "cuda" or format not in FORMATS:
+    if x.device.type != "cuda" or format == "16bit" or not x.numel():
         return False
-    return x.numel() > 0 and x.stride(3) == 1 and _arch(x.device.index or 0) >= E4M3_ARCH
+    return _arch(x.device.index or 0) >= E4M3_ARCH
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def quantize(x: Tensor, format: str, operand: str, subtracts_mean: bool) -> Quantized:
-    """Checked ``x``, quantised; a graph of torch.compile ends here."""
-    narrow, launches = prepare(x, format, operand, subtracts_mean)
-    index = x.device.index or 0
-    with torch.cuda.device(index):
-        for launch in launches:
-            loaded = _loaded(launch.kernel, launch.variant, launch.options, index)
-            loaded((launch.blocks, 1), THREADS, launch.parameters)
+def quantize(operands: dict[str, Tensor], recipe: Recipe) -> dict[str, Quantized]:
+    """Checked operands, quantised; a graph of torch.compile ends here."""
+    alike: dict[tuple[torch.device, torch.dtype], dict[str, Tensor]] = {}
+    for name, x in operands.items():
+        alike.setdefault((x.device, x.dtype), {})[name] = x
+    narrow: dict[str, Quantized] = {}
+    for (device, _), some in alike.items():
+        plan = prepare(some, recipe)
+        index = device.index or 0
+        with torch.cuda.device(index):
+            for launch in plan.launches:
+                loaded = _loaded(launch.kernel, launch.options, index)
+                loaded((launch.blocks, 1), THREADS, plan.parameters)
+        narrow |= {name: work.narrow for name, work in plan.works.items()}
     return narrow
 
 
-def prepare(
-    x: Tensor, format: str, operand: str, subtracts_mean: bool
-) -> tuple[Quantized, tuple[Launch, ...]]:
-    """What the launches, in order, fill."""
-    batch, seqlen, heads, head_dim = x.shape
-    is_int8 = format == "int8"
-    rows = INT8_ROWS[operand] if is_int8 else FP8_ROWS
-    blocks = -(-seqlen // rows)
-    chunk = max(LEAST_CHUNK, -(-seqlen // MOST_CHUNKS))
-    chunks = -(-seqlen // chunk)
-    floats = functools.partial(torch.empty, dtype=torch.float32, device=x.device)
-    data = torch.empty(x.shape, dtype=torch.int8 if is_int8 else E4M3, device=x.device)
-    scale = floats((batch, heads, blocks) if is_int8 else (batch, heads))
-    mean = floats((batch, heads, head_dim)) if subtracts_mean else None
-    has_extrema = subtracts_mean or not is_int8
-    extrema = floats((batch, heads, chunks, head_dim, 3)) if has_extrema else None
-    named = {"x": x, "extrema": extrema, "data": data, "scale": scale, "mean": mean}
-    tensors = {name: tensor for name, tensor in named.items() if tensor is not None}
-    parameters = Parameters(
-        **{name: tensor.data_ptr() for name, tensor in tensors.items()},
-        x_stride=Strides(x.stride(0), x.stride(1), x.stride(2)),
-        seqlen=seqlen,
-        heads=heads,
-        chunk=chunk,
-        chunks=chunks,
-        rows=rows,
+def prepare(operands: dict[str, Tensor], recipe: Recipe) -> Plan:
+    """What quantises operands of one device and dtype, none of them empty."""
+    works = {name: _work(x, name, recipe) for name, x in operands.items()}
+    dims = {work.narrow.operand == "v": work.narrow.head_dim for work in works.values()}
+    rotation = max(work.narrow.rotation for work in works.values())
+    of_heads = {
+        "DTYPE": DTYPES[next(iter(operands.values())).dtype],
+        "HEAD_DIM": dims.get(False, dims.get(True)),
+        "HEAD_DIM_V": dims.get(True, dims.get(False)),
+        "ROTATION": rotation,
+    }
+    formats = {name: works[name].narrow.format if name in works else "16bit" for name in "qkv"}
+    of_codes = of_heads | {f"{name.upper()}_FORMAT": FORMATS[x] for name, x in formats.items()}
+    summed = [work for work in works.values() if work.statistics is not None]
+    blocks = (
+        sum(work.heads * work.chunks for work in summed),
+        sum(work.heads for work in summed),
+        sum(work.heads * work.blocks for work in works.values()),
     )
-    options = (f"-DDTYPE={DTYPES[x.dtype]}", f"-DHEAD_DIM={head_dim}")
-    memory, all_heads = tuple(tensors.values()), batch * heads
-    first = Launch("quantize_extrema", options, chunks * all_heads, parameters, memory)
-    int8 = f"-DINT8={int(is_int8)}"
-    second = Launch("quantize", (*options, int8), blocks * all_heads, parameters, memory)
-    of_rows, of_head = (scale, None) if is_int8 else (None, scale)
-    narrow = Quantized(operand, format, data, of_rows, of_head, mean, 1, seqlen, head_dim, x.dtype)
-    return narrow, (first, second) if has_extrema else (second,)
+    moved = map(sum, zip(*(work.bytes_moved() for work in works.values()), strict=True))
+    kernels = (
+        ("quantize_statistics", of_heads),
+        ("quantize_heads", of_heads),
+        ("quantize", of_codes),
+    )
+    launches = (
+        Launch(kernel, tuple(f"-D{key}={value}" for key, value in constants.items()), *counts)
+        for (kernel, constants), *counts in zip(kernels, blocks, moved, strict=True)
+    )
+    parameters = Parameters(**{name: work.parameters() for name, work in works.items()})
+    return Plan(works, tuple(launch for launch in launches if launch.blocks), parameters)
+
+
+def _work(x: Tensor, operand: str, recipe: Recipe) -> Work:
+    treatment = recipe.treatment(operand)
+    batch, seqlen, heads, head_dim = x.shape
+    narrow = empty(x, operand, treatment)
+    statistics = None
+    if treatment.subtracts_mean or narrow.head_scale is not None:
+        shape = (batch, heads, -(-seqlen // chunk_of(seqlen)), 3, head_dim)
+        statistics = torch.empty(shape, dtype=torch.float32, device=x.device)
+    rows = INT8_ROWS[operand] if treatment.format == "int8" else ROWS
+    return Work(_readable(x), narrow, statistics, rows)
+
+
+def _readable(x: Tensor) -> Tensor:
+    """In place, where vectors of 16 bytes can be read, as of any contiguous tensor."""
+    steps = x.stride()[:3]
+    is_aligned = x.data_ptr() % 16 == 0 and all(step % 8 == 0 for step in steps)
+    return x if is_aligned and x.stride(3) == 1 else x.clone(memory_format=torch.contiguous_format)
+
+
+def _bytes(x: Tensor | None) -> int:
+    """Of its elements."""
+    return 0 if x is None else x.numel() * x.element_size()
 
 
 @functools.cache
@@ -108,6 +221,6 @@ def _arch(index: int) -> int:
 
 
 @functools.cache
-def _loaded(kernel: str, variant: str, options: tuple[str, ...], index: int) -> LoadedKernel:
+def _loaded(kernel: str, options: tuple[str, ...], index: int) -> LoadedKernel:
     """On the current device, which is ``index``."""
-    return LoadedKernel(kernel, variant, options)
+    return LoadedKernel(kernel, "_".join([kernel, *(x.split("=")[1] for x in options)]), options)

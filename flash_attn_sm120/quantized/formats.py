@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+FORMATS = {"16bit": 0, "int8": 1, "fp8": 2, "mxfp8": 3, "nvfp4": 4}  # enum quantized_format
 E4M3 = torch.float8_e4m3fn
 E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)  # a type since torch 2.7
 E4M3_ARCH = 89  # the first compute capability with conversions to e4m3, and its products

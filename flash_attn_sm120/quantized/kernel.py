@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from flash_attn_sm120.loaded_kernel import DTYPES, Strides
+from flash_attn_sm120.quantized.formats import FORMATS
 from flash_attn_sm120.quantized.layout import Quantized
-from flash_attn_sm120.quantized.quantize import rotate
 
 KERNEL = "quantized_forward"
 WARPS, WARP_M = 4, 16  # of a block; queries of each
@@ -22,7 +22,6 @@ SHARED_RESERVED = 1024  # bytes of a multiprocessor for each block, as in csrc/d
 MOST_PARTS = 16
 LEAST_TILES = 4  # of a part
 SAVED_TILES = 12  # that take a block longer than a second kernel takes
-FORMATS = {"16bit": 0, "int8": 1, "fp8": 2, "mxfp8": 3, "nvfp4": 4}  # enum quantized_format
 
 
 class Parameters(ctypes.Structure):
@@ -92,7 +91,7 @@ def prepare(
     q_data, k_data, v_data = (_readable(x.data) for x in (q, k, v))
     sink = options["learnable_sink"]
     needs_mean = lse is not None or sink is not None or options["softcap"]
-    k_mean = rotate(k.mean, k.rotation) if k.mean is not None and needs_mean else None
+    k_mean = k.mean if needs_mean else None
     named = {
         "q": q_data, "k": k_data, "v": v_data,
         "q_scale": q.scale, "k_scale": k.scale, "v_scale": v.scale,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_attn_sm120.quantized.formats import E4M3, E8M0
+from flash_attn_sm120.quantized.recipes import Treatment
 
 MX_GROUP = 32  # elements of a head dim that share an e8m0 scale
 NV_GROUP = 16  # elements that share an e4m3 scale
@@ -25,7 +26,7 @@ class Quantized(NamedTuple):
     data: Tensor  # int8, e4m3, two e2m1 in a byte (uint8), or V as it was
     scale: Tensor | None  # of blocks or groups
     head_scale: Tensor | None  # (batch, heads) float32
-    mean: Tensor | None  # (batch, heads, head_dim) float32, subtracted before; of K and V
+    mean: Tensor | None  # (batch, heads, head_dim) float32 of K and V: of rotated ones, rotated
     rotation: int  # size of the Hadamard blocks; 1 is none
     seqlen: int
     head_dim: int
@@ -47,22 +48,52 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 def layout_of(x: Quantized) -> Layout:
     """Shape and type of each tensor that the format has; `mean` may be there or not."""
-    b, s, h, d = x.batch, x.seqlen, x.heads, x.head_dim
+    return _layout(x.operand, x.format, (x.batch, x.seqlen, x.heads, x.head_dim), x.dtype)
+
+
+def empty(x: Tensor, operand: str, treatment: Treatment) -> Quantized:
+    """What ``x`` becomes, with whatever its memory holds."""
+    batch, seqlen, heads, head_dim = x.shape
+    layout = _layout(operand, treatment.format, (batch, seqlen, heads, head_dim), x.dtype)
+    if treatment.subtracts_mean:
+        layout["mean"] = (batch, heads, head_dim), torch.float32
+    tensors = {
+        field: torch.empty(size, dtype=dtype, device=x.device)
+        for field, (size, dtype) in layout.items()
+    }
+    return Quantized(
+        operand,
+        treatment.format,
+        tensors["data"],
+        tensors.get("scale"),
+        tensors.get("head_scale"),
+        tensors.get("mean"),
+        treatment.rotation(head_dim),
+        seqlen,
+        head_dim,
+        x.dtype,
+    )
+
+
+def _layout(
+    operand: str, format: str, shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> Layout:
+    b, s, h, d = shape
     per_head = {"head_scale": ((b, h), torch.float32)}
-    if x.format == "16bit":
-        return {"data": ((b, s, h, d), x.dtype)}
-    if x.format == "int8":
-        blocks = -(-s // INT8_ROWS[x.operand])
+    if format == "16bit":
+        return {"data": ((b, s, h, d), dtype)}
+    if format == "int8":
+        blocks = -(-s // INT8_ROWS[operand])
         return {
             "data": ((b, s, h, d), torch.int8),
             "scale": ((b, h, blocks), torch.float32),
         }
-    if x.format == "fp8":
+    if format == "fp8":
         return {"data": ((b, s, h, d), E4M3), **per_head}
-    if x.format == "mxfp8":
+    if format == "mxfp8":
         groups = d // MX_GROUP
         return {"data": ((b, s, h, d), E4M3), "scale": ((b, s, h, groups), E8M0)}
-    if x.operand == "v":
+    if operand == "v":
         tokens = padded(s)
         return {
             "data": ((b, h, d, tokens // 2), torch.uint8),

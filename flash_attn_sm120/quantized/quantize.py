@@ -30,6 +30,7 @@ from flash_attn_sm120.quantized.layout import (
     padded,
     v_tokens,
 )
+from flash_attn_sm120.quantized.mean import mean_of
 from flash_attn_sm120.quantized.recipes import Recipe, recipe_of
 
 
@@ -37,9 +38,9 @@ def quantize(x: Tensor, recipe: str = "int8_fp8", operand: str = "k") -> Quantiz
     """One operand of :func:`quantized_attention`, quantised ahead: what the call itself would do.
 
     Args:
-        x: ``(batch, seqlen, heads, head_dim)`` bfloat16 or float16, any strides. On CUDA devices
-            of compute capability 8.9 or newer, int8 and e4m3 with a scale per head have kernels,
-            for a stride of 1 in the head dim; all else is computed by torch operations. Means and
+        x: ``(batch, seqlen, heads, head_dim)`` bfloat16 or float16, any strides; rows that do not
+            begin at multiples of 16 bytes are copied first. CUDA devices of compute capability
+            8.9 or newer have kernels, older ones and the CPU torch operations. Means and
             scales of heads are over all of its tokens. A NaN or an infinity makes its whole head
             NaN, or the blocks that share its scale.
         recipe: a name in ``RECIPES``.
@@ -53,38 +54,7 @@ def quantize(x: Tensor, recipe: str = "int8_fp8", operand: str = "k") -> Quantiz
         ValueError: an unknown recipe or operand, a shape or head dim that the recipe does not take.
         NotImplementedError: ``x`` requires a gradient.
     """
-    chosen = recipe_of(recipe)
-    if operand not in ("q", "k", "v"):
-        raise ValueError(f"operand must be 'q', 'k' or 'v', got {operand!r}")
-    check_input("x", x)
-    format = chosen.pv if operand == "v" else chosen.qk
-    check_head_dim(operand, format, x.shape[3])
-    if format == "16bit":
-        return Quantized(operand, format, x, None, None, None, 1, x.shape[1], x.shape[3], x.dtype)
-    subtracts = {"q": False, "k": chosen.subtracts_k_mean, "v": chosen.subtracts_v_mean}
-    if device_quantize.has_kernel(x, format):
-        narrow: Quantized = device_quantize.quantize(x, format, operand, subtracts[operand])
-        return narrow
-    with torch.no_grad():
-        return _quantize(x, chosen, format, operand, subtracts[operand])
-
-
-def _quantize(
-    x: Tensor, recipe: Recipe, format: str, operand: str, subtracts_mean: bool
-) -> Quantized:
-    values, mean, rotation = x.float(), None, 1
-    if subtracts_mean and x.shape[1]:
-        mean = values.mean(dim=1)
-        values = values - mean[:, None]
-    if recipe.rotates and operand != "v":
-        rotation = x.shape[3] & -x.shape[3]
-        values = rotate(values, rotation)
-    if operand == "v" and format == "nvfp4":
-        values = _stored(values)
-    data, scale, head_scale = _ENCODERS[format](values, operand)
-    return Quantized(
-        operand, format, data, scale, head_scale, mean, rotation, x.shape[1], x.shape[3], x.dtype
-    )
+    return quantize_together({operand: x}, recipe)[operand]
 
 
 def quantize_kv(k: Tensor, v: Tensor, recipe: str = "int8_fp8") -> tuple[Quantized, Quantized]:
@@ -103,7 +73,48 @@ def quantize_kv(k: Tensor, v: Tensor, recipe: str = "int8_fp8") -> tuple[Quantiz
     Raises:
         The exceptions of :func:`quantize`.
     """
-    return quantize(k, recipe, "k"), quantize(v, recipe, "v")
+    narrow = quantize_together({"k": k, "v": v}, recipe)
+    return narrow["k"], narrow["v"]
+
+
+def quantize_together(operands: dict[str, Tensor], recipe: str) -> dict[str, Quantized]:
+    """Those of Q, K and V that are given. On a CUDA device three launches quantise them all."""
+    chosen = recipe_of(recipe)
+    for name, x in operands.items():
+        if name not in ("q", "k", "v"):
+            raise ValueError(f"operand must be 'q', 'k' or 'v', got {name!r}")
+        check_input(name, x)
+        check_head_dim(name, chosen.treatment(name).format, x.shape[3])
+    has_kernel = {
+        name: x
+        for name, x in operands.items()
+        if device_quantize.has_kernel(x, chosen.treatment(name).format)
+    }
+    narrow = device_quantize.quantize(has_kernel, chosen) if has_kernel else {}
+    with torch.no_grad():
+        return {
+            name: narrow[name] if name in narrow else _quantize(x, chosen, name)
+            for name, x in operands.items()
+        }
+
+
+def _quantize(x: Tensor, recipe: Recipe, operand: str) -> Quantized:
+    """By torch operations: what the kernels are to compute, bit for bit."""
+    treatment = recipe.treatment(operand)
+    format, seqlen, head_dim = treatment.format, x.shape[1], x.shape[3]
+    if format == "16bit":
+        return Quantized(operand, format, x, None, None, None, 1, seqlen, head_dim, x.dtype)
+    rotation = treatment.rotation(head_dim)
+    values, mean = rotate(x.float(), rotation), None
+    if treatment.subtracts_mean and x.shape[1]:
+        mean = mean_of(values)
+        values = values - mean[:, None]
+    if operand == "v" and format == "nvfp4":
+        values = _stored(values)
+    data, scale, head_scale = _ENCODERS[format](values, operand)
+    return Quantized(
+        operand, format, data, scale, head_scale, mean, rotation, seqlen, head_dim, x.dtype
+    )
 
 
 def rotate(x: Tensor, size: int) -> Tensor:
@@ -170,7 +181,10 @@ def _group_codes(groups: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]
     rounded = to_e4m3(scale)
     factor = rounded.float()[..., None]
     codes = to_e2m1((groups / factor).masked_fill(factor == 0, 0))
-    return rounded, codes, (from_e2m1(codes) * factor - groups).square().sum(dim=-1)
+    errors = (from_e2m1(codes) * factor - groups).square()
+    while errors.shape[-1] > 1:  # added in a tree, whose order kernels have, too
+        errors = errors[..., 0::2] + errors[..., 1::2]
+    return rounded, codes, errors[..., 0]
 
 
 _ENCODERS = {"int8": _int8, "fp8": _fp8, "mxfp8": _mxfp8, "nvfp4": _nvfp4}

@@ -5,6 +5,18 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+class Treatment(NamedTuple):
+    """What a recipe does with one operand."""
+
+    format: str
+    subtracts_mean: bool
+    rotates: bool
+
+    def rotation(self, head_dim: int) -> int:
+        """The size of the Hadamard blocks; 1 is none."""
+        return head_dim & -head_dim if self.rotates else 1
+
+
 class Recipe(NamedTuple):
     """One way to quantise attention. Subtracting K's mean over the tokens changes all scores of a
     row by one number, which the softmax does not see. V's mean is added to the output again. A
@@ -15,6 +27,12 @@ class Recipe(NamedTuple):
     subtracts_k_mean: bool  # over the tokens, of each head and dim
     subtracts_v_mean: bool  # over the tokens, of each head and dim
     rotates: bool  # Q and K by blocks of a Hadamard matrix along the head dim
+
+    def treatment(self, operand: str) -> Treatment:
+        """Of "q", "k" or "v"."""
+        if operand == "v":
+            return Treatment(self.pv, self.subtracts_v_mean, False)
+        return Treatment(self.qk, operand == "k" and self.subtracts_k_mean, self.rotates)
 
 
 #                        qk       pv       K mean V mean rotation

@@ -33,7 +33,6 @@ from flash_attn_sm120.quantized.layout import (
     padded,
     v_tokens,
 )
-from flash_attn_sm120.quantized.quantize import rotate
 
 BLOCK_SCORES = 1 << 21  # of a block of query rows, of the heads of a KV head
 # The largest P is 1. e4m3: 256 leaves the maximum, which lies above 128, in range; as in FA3.
@@ -101,7 +100,7 @@ def attend(
 def _left_out(q: Quantized, k: Quantized, queries: Tensor, b: int, h: int) -> Tensor | None:
     if k.mean is None:
         return None
-    return queries @ rotate(k.mean[b, h], k.rotation)
+    return queries @ k.mean[b, h]
 
 
 def _attend_rows(

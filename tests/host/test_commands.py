@@ -70,6 +70,17 @@ def test_explain(capsys):
     assert "page_table has no backward" in capsys.readouterr().err
 
 
+def test_explain_of_a_recipe(capsys):
+    call = ["explain", "--recipe", "nvfp4", "--seqlen", "512", "--head-dim", "64"]
+    assert main([*call, "--arch", "120", "--causal", "--sink"]) == 0
+    said = capsys.readouterr().out
+    assert "forward by quantized_forward" in said and "speed: by the static model" in said
+    assert main([*call, "--arch", "90"]) != 0
+    assert "block-scaled products" in capsys.readouterr().err
+    assert main([*call, "--arch", "120", "--packed"]) != 0
+    assert "does not support" in capsys.readouterr().err
+
+
 def test_explain_says_what_is_wrong_with_a_call(capsys):
     assert main(["explain", "--head-dim", "12"]) == 1
     said = capsys.readouterr()

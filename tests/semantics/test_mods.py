@@ -1,5 +1,7 @@
 """score_mod and mask_mod: right in both directions, refused by name, and compiled once."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -278,6 +280,20 @@ def test_equal_mods_share_a_kernel(monkeypatch):
     first = variant(capturing(torch.rand(2)))
     monkeypatch.setattr(attention, "trace", None)  # another tensor: not even traced
     assert variant(capturing(torch.rand(2))) == first
+
+
+def test_threads_trace_mods_at_the_same_time():
+    def gradient_with(number):
+        q = torch.ones(1, 3, 1, 8, requires_grad=True)
+        out, _ = flash_attn_func(
+            q, q, q, score_mod=lambda score, b, h, q_idx, kv_idx: score * number + kv_idx * number
+        )
+        return torch.autograd.grad(out.sum(), q)[0]
+
+    with ThreadPoolExecutor(8) as pool:
+        gradients = list(pool.map(gradient_with, range(32)))
+    for number, gradient in enumerate(gradients):
+        assert torch.equal(gradient, gradient_with(number))
 
 
 def test_explain_says_what_was_traced():

@@ -7,83 +7,190 @@ import torch
 
 from emulator import emulator, unavailable
 from flash_attn_sm120 import jit
-from flash_attn_sm120.quantized import device_quantize
-from flash_attn_sm120.quantized.quantize import _ENCODERS
+from flash_attn_sm120.quantized import RECIPES, device_quantize, quantize
+from flash_attn_sm120.quantized.quantize import quantize_together
 from helpers.structs import fields_of
 
-pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+emulated = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
+recipes = pytest.mark.parametrize("recipe", RECIPES)
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
-def emulate(x, format, operand, subtracts_mean):
-    narrow, launches = device_quantize.prepare(x, format, operand, subtracts_mean)
-    for launch in launches:
-        code = jit.compile(launch.kernel, launch.kernel, launch.options, 120, 13000, ptx=True)
+def emulate(operands, recipe, arch=120):
+    """Of the quantised Q, K and V that kernels write: nothing else may be touched."""
+    treatments = {name: RECIPES[recipe].treatment(name) for name in operands}
+    wide = {name: x for name, x in operands.items() if treatments[name].format != "16bit"}
+    plan = device_quantize.prepare(wide, RECIPES[recipe])
+    for launch in plan.launches:
+        code = jit.compile(launch.kernel, launch.kernel, launch.options, arch, 13000, ptx=True)
         with ExitStack() as stack:
-            for tensor in launch.tensors:
-                array = tensor.view(INTEGERS[tensor.element_size()]).numpy()
-                stack.enter_context(emulator().allowed(array, writable=tensor is not x))
+            for work in plan.works.values():
+                for name, x in work.tensors().items():
+                    array = x.view(INTEGERS[x.element_size()]).numpy()
+                    stack.enter_context(emulator().allowed(array, writable=name != "x"))
             emulator().run(
                 code.rstrip(b"\0").decode(),
-                bytes(launch.parameters),
+                bytes(plan.parameters),
                 grid=launch.blocks,
                 block=device_quantize.THREADS,
             )
-    return narrow
+    return {name: work.narrow for name, work in plan.works.items()}
 
 
-def check(x, format, operand, subtracts_mean):
-    """Codes and scales have the CPU's bits, given the mean."""
-    narrow = emulate(x, format, operand, subtracts_mean)
-    values = x.float()
-    if subtracts_mean:
-        error = (narrow.mean.double() - x.double().mean(dim=1)).abs()
-        assert (error <= 1e-5 * x.double().abs().mean(dim=1)).all()
-        values = values - narrow.mean[:, None]
-    data, *scales = _ENCODERS[format](values, operand)
-    assert torch.equal(narrow.data.view(torch.uint8), data.view(torch.uint8))
-    for got, wanted in zip((narrow.scale, narrow.head_scale), scales, strict=True):
-        assert (got is None) == (wanted is None)
-        assert got is None or torch.equal(got, wanted)
+def same(x, y):
+    """The same bits, or both are NaN."""
+    assert x.shape == y.shape and x.dtype == y.dtype
+    is_nan = torch.isnan(x.float())
+    equal = x.view(torch.uint8) == y.view(torch.uint8)
+    per_number = equal.unflatten(-1, (-1, x.element_size())).all(dim=-1)
+    return bool(torch.where(is_nan, torch.isnan(y.float()), per_number).all())
 
 
-def make(seqlen, dim, dtype=torch.bfloat16):
-    torch.manual_seed(seqlen)
-    x = torch.randn(2, seqlen, 2, dim)
-    x[:, :40, 1] = 0
-    return x.to(dtype)
+def check(operands, recipe, arch=120):
+    """Every field has the CPU's bits."""
+    got = emulate(operands, recipe, arch)
+    wanted = quantize_together(operands, recipe)
+    for name, x in got.items():
+        for field, tensor in x._asdict().items():
+            expected = getattr(wanted[name], field)
+            is_tensor = isinstance(tensor, torch.Tensor)
+            assert same(tensor, expected) if is_tensor else tensor == expected, f"{name}.{field}"
+
+
+def make(seqlen_q=70, seqlen_k=75, heads_q=2, heads_kv=1, dim=64, dim_v=48, dtype=torch.bfloat16):
+    torch.manual_seed(seqlen_k + dim)
+    q = torch.randn(1, seqlen_q, heads_q, dim)
+    k = torch.randn(1, seqlen_k, heads_kv, dim) + 2
+    v = torch.randn(1, seqlen_k, heads_kv, dim_v) * torch.linspace(0.01, 3, dim_v)
+    k[:, :20, 0, :32], q[:, 3:4] = 0, 0
+    return {"q": q.to(dtype), "k": k.to(dtype), "v": v.to(dtype)}
 
 
 CASES = {
-    "int8 q": (make(75, 64), "int8", "q", False),
-    "int8 k": (make(300, 48), "int8", "k", True),
-    "int8 k fp16": (make(65, 128, torch.float16), "int8", "k", True),
-    "fp8 v": (make(77, 96), "fp8", "v", False),
-    "fp8 k": (make(33, 256), "fp8", "k", True),
-    "zeros": (torch.zeros(1, 5, 1, 16, dtype=torch.bfloat16), "fp8", "v", False),
+    "edges": {"seqlen_q": 64, "seqlen_k": 64, "dim": 128, "dim_v": 128},
+    "chunks": {"seqlen_q": 1, "seqlen_k": 300, "dim": 32, "dim_v": 16},
+    "odd": {"seqlen_q": 33, "seqlen_k": 97, "dim": 96, "dim_v": 80, "heads_kv": 2},
+    "wide": {"seqlen_q": 5, "seqlen_k": 66, "dim": 256, "dim_v": 256, "dtype": torch.float16},
 }
 
 
+@emulated
+@recipes
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_bits_are_those_of_the_cpu(case):
-    check(*case)
+@pytest.mark.quick("odd-nvfp4", "odd-int8_fp8")
+def test_bits_are_those_of_the_cpu(recipe, case):
+    check(make(**case), recipe)
 
 
-def test_strides():
-    check(make(70, 64).transpose(1, 2).contiguous().transpose(1, 2), "int8", "k", True)
+@emulated
+@pytest.mark.parametrize("recipe", ["nvfp4", "mxfp8"])
+def test_devices_without_conversions_to_e2m1(recipe):
+    check(make(), recipe, arch=90)
 
 
-def test_nan_and_infinity_reach_what_shares_their_scale():
-    x = make(70, 32)
-    x[0, 3, 0, 1], x[1, 66, 1, 2] = float("nan"), float("inf")
-    k = emulate(x, "int8", "k", False)
-    assert k.scale[0, 0].isnan().tolist() == [True, False]
-    assert k.scale[1, 1].isinf().tolist() == [False, True]
-    v = emulate(x, "fp8", "v", False)
-    assert v.head_scale[0, 0].isnan() and v.data[0, :, 0].float().isnan().all()
-    assert v.data[1, 66, 1, 2].float().isnan() and v.data[0, :, 1].float().isfinite().all()
+@emulated
+@recipes
+@pytest.mark.parametrize("operand", ["q", "k", "v"])
+def test_one_operand_alone(recipe, operand):
+    if RECIPES[recipe].treatment(operand).format != "16bit":
+        check({operand: make(seqlen_q=40, seqlen_k=35)[operand]}, recipe)
+
+
+@emulated
+@pytest.mark.parametrize("recipe", ["nvfp4", "int8_fp8"])
+def test_strides_and_poison_around(recipe):
+    """Heads before tokens, batches far apart, NaN behind the rows and the tokens; and rows that
+    begin at odd addresses, which are copied."""
+
+    def spread(x, behind):
+        batch, seqlen, heads, dim = x.shape
+        memory = x.new_full((batch + 1, heads, seqlen + 3, dim + behind), float("nan"))
+        view = memory.transpose(1, 2)[:batch, :seqlen, :, behind:]
+        return view.copy_(x)
+
+    operands = make(heads_q=2, heads_kv=2)
+    for behind in (8, 3):
+        check({name: spread(x, behind) for name, x in operands.items()}, recipe)
+
+
+@emulated
+@recipes
+def test_nan_and_infinity_reach_what_shares_their_scale(recipe):
+    for where, value in (("q", "nan"), ("k", "inf"), ("v", "-inf"), ("v", "nan")):
+        operands = make(seqlen_q=37, seqlen_k=37, heads_q=2, heads_kv=2, dim=32, dim_v=32)
+        operands[where][0, 3, 1, 5] = float(value)
+        check(operands, recipe)
+
+
+@emulated
+@recipes
+@pytest.mark.parametrize("size", [0, 1e-38, 3e38], ids=["zeros", "tiny", "huge"])
+def test_sizes(recipe, size):
+    operands = make(seqlen_q=20, seqlen_k=20, dim=32, dim_v=32)
+    check({name: (x * size).clamp(-3e38, 3e38) for name, x in operands.items()}, recipe)
+
+
+# ---- launches and bytes --------------------------------------------------------------------------
+
+
+def plan_of(recipe, heads_kv, seqlen=8192):
+    """Of tensors that have no memory."""
+    heads = {"q": 32, "k": heads_kv, "v": heads_kv}
+    wide = {
+        name: torch.empty(1, seqlen, heads[name], 128, dtype=torch.bfloat16, device="meta")
+        for name in heads
+        if RECIPES[recipe].treatment(name).format != "16bit"
+    }
+    return device_quantize.prepare(wide, RECIPES[recipe])
+
+
+# Bytes moved over those of reading Q, K and V once and writing them quantised once.
+TRAFFIC = {  # 32/8 heads, 32/32
+    "int8_fp8": (1.24, 1.48),
+    "fp8": (1.71, 1.71),
+    "mxfp8": (1.24, 1.47),
+    "nvfp4_bf16": (1.83, 1.83),
+    "nvfp4_fp8": (1.80, 1.79),
+    "int8_nvfp4": (1.25, 1.51),
+    "nvfp4": (1.83, 1.84),
+}
+
+
+@recipes
+def test_launches_and_bytes(recipe):
+    for heads_kv, most in zip((8, 32), TRAFFIC[recipe], strict=True):
+        plan = plan_of(recipe, heads_kv)
+        kernels = [launch.kernel for launch in plan.launches]
+        assert kernels == ["quantize_statistics", "quantize_heads", "quantize"]
+        assert most - 0.02 < plan.bytes_moved / plan.bytes_needed <= most
+
+
+def test_int8_of_q_needs_one_launch():
+    plan = device_quantize.prepare({"q": make()["q"]}, RECIPES["int8_fp8"])
+    assert [launch.kernel for launch in plan.launches] == ["quantize"]
+    assert plan.bytes_moved == plan.bytes_needed
+
+
+def test_calls_launch_what_is_planned(monkeypatch):
+    """quantize(), quantize_kv() and quantized_attention() come to device_quantize.quantize, whose
+    launches go to the kernels in order."""
+    launched = []
+    monkeypatch.setattr(device_quantize, "has_kernel", lambda x, format: format != "16bit")
+    monkeypatch.setattr(torch.cuda, "device", lambda index: ExitStack())
+    monkeypatch.setattr(
+        device_quantize,
+        "_loaded",
+        lambda kernel, options, index: lambda *launch: launched.append(kernel),
+    )
+    operands = make()
+    quantize_together(operands, "nvfp4")
+    assert launched == ["quantize_statistics", "quantize_heads", "quantize"]
+    quantize(operands["q"], "int8_fp8", "q")
+    assert launched[3:] == ["quantize"]
 
 
 def test_host_and_device_agree_on_the_parameters():
-    names = fields_of("quantize.cuh", "fa_quantize_params")
-    assert names == [name for name, *_ in device_quantize.Parameters._fields_]
+    for name, struct in (("params", "Parameters"), ("operand", "Operand")):
+        names = fields_of("quantize.cuh", f"fa_quantize_{name}")
+        fields = getattr(device_quantize, struct)._fields_
+        assert names == [field for field, *_ in fields]

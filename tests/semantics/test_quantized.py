@@ -139,9 +139,9 @@ def test_dequantised_values_are_near(recipe, operand):
     x = make(seqlen_q=75, seqlen_k=75, heads_q=2)["qkv".index(operand)]
     narrow = quantize(x, recipe, operand)
     wide = torch.stack([reference.dequantize(narrow, b, slice(0, 2)) for b in range(2)])
-    wide = rotate(wide, narrow.rotation).transpose(1, 2)
     if narrow.mean is not None:
-        wide = wide + narrow.mean[:, None]
+        wide = wide + narrow.mean[:, :, None]
+    wide = rotate(wide, narrow.rotation).transpose(1, 2)
     bound = {"16bit": 0, "int8": 0.012, "fp8": 0.04, "mxfp8": 0.04, "nvfp4": 0.1}
     assert relative(wide, x.float()) <= bound[narrow.format]
 
@@ -200,8 +200,8 @@ def exact(q, k, v, recipe, **options):
         values = torch.stack(
             [reference.dequantize(x, b, slice(0, x.heads)) for b in range(x.batch)]
         )
-        values = rotate(values, x.rotation).transpose(1, 2)
-        wide.append(values if x.mean is None else values + x.mean[:, None])
+        values = values if x.mean is None else values + x.mean[:, :, None]
+        wide.append(rotate(values, x.rotation).transpose(1, 2))
     return attention_reference(*(x.double() for x in wide), **options)
 
 
