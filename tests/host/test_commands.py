@@ -217,6 +217,16 @@ def test_check_says_why_8bit_instructions_cannot_be_probed(monkeypatch, capsys):
     assert "no NVRTC FAILED" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("passed, word", [(True, ""), (False, "FAILED"), (None, "left out")])
+def test_check_runs_recipes_as_children(passed, word, monkeypatch, capsys):
+    record = {"check": "fp8: causal", "passed": passed, "said": "as said"}
+    monkeypatch.setattr(check.report, "run_recipes", lambda limit_s: [record])
+    assert check.check_recipes("cuda") == (passed is not False)
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("fp8: causal ") and line.endswith(f"as said {word}".strip())
+    assert check.check_recipes("cpu") and "left out" in capsys.readouterr().out
+
+
 def test_check_fails_where_gradients_alone_are_wrong(monkeypatch, capsys):
     def with_doubled_gradients(*tensors, **options):
         out, lse = flash_attn_func(*tensors, **options)

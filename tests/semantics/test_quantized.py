@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -255,6 +257,17 @@ def test_the_largest_weight_is_not_cut(recipe):
     _, _, narrow = quantized(*make(), recipe)
     codes = reference.quantize_p(torch.ones(1, 1, 90), narrow)
     assert codes.unique().tolist() == [reference.P_SCALE[recipe]]
+
+
+@recipes
+def test_errors_are_those_of_the_table(recipe):
+    """One number: of the recipe, of the docstring, and of the table that accuracy.py makes."""
+    error = f"{RECIPES[recipe].error:.3f}"
+    assert f'``"{recipe}"``: {error} and' in quantized_attention.__doc__
+    docs = Path(__file__).parents[2] / "docs" / "quantized.md"
+    if docs.is_file():  # in a checkout
+        measured = re.search(rf"^\| `{recipe}` \| (0\.\d{{4}}) ", docs.read_text(), re.M)
+        assert abs(float(measured[1]) - RECIPES[recipe].error) <= 0.0006
 
 
 # ---- what lies beside ----------------------------------------------------------------------------

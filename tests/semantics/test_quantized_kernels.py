@@ -3,13 +3,11 @@ their roundings; and what ptxas makes of them."""
 
 import math
 import re
-from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
 
 from emulator import emulator, unavailable
-from flash_attn_sm120 import jit
 from flash_attn_sm120.quantized import (
     RECIPES,
     device,
@@ -21,6 +19,7 @@ from flash_attn_sm120.quantized import (
 from flash_attn_sm120.quantized.device import why_not
 from helpers import builds, spans
 from helpers.devices import CPU
+from helpers.recipes import attend_there, emulate_device, run
 from helpers.structs import fields_of
 
 pytest.importorskip("cuda.bindings.nvrtc")
@@ -53,23 +52,6 @@ def options_of(
         "learnable_sink": sink,
         "num_splits": 0,
     }
-
-
-def run(launch, *written):
-    """On the emulator: it may touch nothing but the bytes of its tensors."""
-    code = jit.compile(kernel.KERNEL, *launch.variant[:2], 120, 13000, ptx=True)
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-    with ExitStack() as stack:
-        for x in launch.tensors:
-            array = x.view(integers[x.element_size()]).numpy()
-            stack.enter_context(emulator().allowed(array, writable=any(x is y for y in written)))
-        emulator().run(
-            code.rstrip(b"\0").decode(),
-            bytes(launch.parameters),
-            grid=launch.blocks,
-            block=kernel.THREADS,
-            shared=launch.variant.shared_bytes,
-        )
 
 
 def emulate(q, k, v, target=GEFORCE, out_dtype=torch.float32, **options):
@@ -326,52 +308,33 @@ def test_devices_that_cannot_run_a_recipe_are_named():
 @emulated
 def test_calls_of_a_device(monkeypatch):
     """All but the driver: what is allocated, and which calls launch nothing."""
-    launches = []
-
-    def prepare(q, k, v, options, out, lse, target, prepare=kernel.prepare):
-        launches.append(lambda: run(launch, out, lse))
-        launch = prepare(q, k, v, options, out, lse, target)
-        return launch
-
-    monkeypatch.setattr(kernel, "prepare", prepare)
-    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
-    monkeypatch.setattr(device, "_multiprocessors", lambda index: 1)
-    monkeypatch.setattr(device, "target_of", lambda index: GEFORCE)
-    monkeypatch.setattr(device, "_loaded", lambda variant, index: lambda *_: launches[-1]())
-    q, k, v = quantized(*make(), "int8_fp8")
-    options = options_of(q, causal=True)
-    ref, ref_lse = reference.attend(q, k, v, options)
+    launches = emulate_device(monkeypatch, multiprocessors=1)
+    operands, causal = quantized(*make(), "int8_fp8"), {"recipe": "int8_fp8", "causal": True}
+    options = options_of(operands[0], causal=True)
+    ref, ref_lse = reference.attend(*operands, options)
     for returns_lse in (True, False):
-        out, lse = attend_there(q, k, v, options, torch.bfloat16, returns_lse)
-        assert relative(out, ref) <= 2e-3
+        out, lse = attend_there(*operands, **causal, return_lse=returns_lse)
+        assert out.dtype == torch.bfloat16 and relative(out, ref) <= 2e-3
+        assert (lse is not None) == returns_lse
         assert lse is None or relative(lse, ref_lse) <= 1e-5
     assert len(launches) == 2
     monkeypatch.setattr(device, "_multiprocessors", lambda index: 100)
     operands = quantized(*make(seqlen_k=1100), "int8_fp8")
     ref, ref_lse = reference.attend(*operands, options)
     for returns_lse in (True, False):
-        out, lse = attend_there(*operands, options, torch.float32, returns_lse)
+        out, lse = attend_there(*operands, **causal, return_lse=returns_lse, out_dtype=torch.float)
         assert relative(out, ref) <= 2e-3
         assert lse is None or relative(lse, ref_lse) <= 1e-5
     assert len(launches) == 4
-    _, k, v = quantized(*make(seqlen_k=0), "int8_fp8")
-    out, lse = attend_there(q, k, v, options, torch.float32, True)
+    operands = quantized(*make(seqlen_k=0), "int8_fp8")
+    out, lse = attend_there(*operands, **causal, return_lse=True)
     assert (out == 0).all() and (lse == -math.inf).all()
-    options["learnable_sink"] = torch.arange(4.0)
-    assert (
-        attend_there(q, k, v, options, torch.float32, True)[1][0, :, 0] == torch.arange(4)
-    ).all()
-    q, k, v = quantized(*make(seqlen_q=0), "int8_fp8")
-    assert attend_there(q, k, v, options, torch.float32, False)[0].shape == (2, 0, 4, 32)
+    sink = torch.arange(4.0)
+    _, lse = attend_there(*operands, **causal, return_lse=True, learnable_sink=sink)
+    assert torch.equal(lse[0, :, 0], sink)
+    operands = quantized(*make(seqlen_q=0), "int8_fp8")
+    assert attend_there(*operands, **causal)[0].shape == (2, 0, 4, 32)
     assert len(launches) == 4
-
-
-def attend_there(q, k, v, options, dtype, returns_lse):
-    """device.attend with results full of NaN."""
-    out = torch.full((q.batch, q.seqlen, q.heads, v.head_dim), math.nan, dtype=dtype)
-    lse = torch.full((q.batch, q.heads, q.seqlen), math.nan) if returns_lse else None
-    device.attend(q, k, v, options, out, lse)
-    return out, lse
 
 
 @recipes
