@@ -400,7 +400,6 @@ def constants(kernel: Kernel) -> dict[str, int]:
 
 # What the kernel of recipes has without an option.
 OF_RECIPES = {
-    "WARPS": quantized_kernel.WARPS,
     "WARP_M": quantized_kernel.WARP_M,
     "TILE_N": quantized_kernel.TILE_N,
     "SUB_N": quantized_kernel.TILE_N,

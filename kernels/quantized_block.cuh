@@ -6,7 +6,7 @@
 
 #include "layout.cuh"
 
-constexpr int WARPS = 4, THREADS = WARPS * 32;
+constexpr int THREADS = WARPS * 32;
 constexpr int WARP_M = 16, TILE_M = WARPS * WARP_M; /* queries */
 constexpr int TILE_N = 64;                          /* keys; as many share a scale in int8 */
 constexpr int INT8_QUERIES = 32;                    /* that share one */

@@ -1,5 +1,5 @@
 /* Attention forward with Q, K, P and V in 8 and 4 bits: for each recipe of docs/quantized.md one
- * set of constants. A block has 64 queries of one head, 16 of each warp; keys come 64 at a time.
+ * set of constants. A block has queries of one head, 16 of each warp; a tile is 64 keys.
  *
  *   QK_FORMAT, PV_FORMAT    enum quantized_format, of Q and K, of V and P
  *   HEAD_DIM, HEAD_DIM_V    of Q and K, of V and O: multiples of 16 up to 256
@@ -9,6 +9,8 @@
  *   SINK                    1: one more logit of each head, see sink.cuh
  *   MX_E4M3                 1: products of e4m3 by the block-scaled mma of 12.x, with scales of 1
  *   TRANSPOSES_BYTES        1: ldmatrix of 12.x transposes bytes; 0: pairs of bytes
+ *   WARPS                   of a block
+ *   STAGE_TILES             tiles that come at a time
  *   SMEM_BYTES              what the host launches it with
  *   BLOCKS                  of a multiprocessor, for which registers are to be enough */
 #include "params.h"
@@ -19,7 +21,7 @@
 
 /* What a warp's rows of O are brought to in order to be written, in fp32. */
 constexpr int OUT_BYTES = WARP_M * HEAD_DIM_V * 4;
-static_assert(SMEM_BYTES >= STAGES * STAGE_BYTES && SMEM_BYTES >= WARPS * OUT_BYTES,
+static_assert(SMEM_BYTES >= STAGES * STAGE_TILES * TILE_BYTES && SMEM_BYTES >= WARPS * OUT_BYTES,
               "the host computes the same");
 
 /* The factor of a row of Q in its head or block. */
@@ -145,10 +147,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const quantized_block block(params);
     const int end = block.first_tile(block.part + 1);
     const int whole_begin = block.first_whole_tile(), whole_end = block.end_whole_tile();
-    int tile = block.first_tile(block.part);
+    const int begin = block.first_tile(block.part);
+    int tile = begin;
     quantized_ring ring(block, smem, tile);
     if (tile < end)
-        ring.copy(tile);
+        ring.copy_stage(tile, end);
 
     unsigned Q_rmem[D_STEPS][4];
     load_queries(Q_rmem, block);
@@ -175,10 +178,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (tile < end)
         K_scale_source.load(K_scales, block, params.seqlen_k - tile * TILE_N);
     for (; tile < end; tile++) {
-        cp_async_wait<0>();
-        __syncthreads(); /* the tile has come, and the other stage is free */
+        if ((tile - begin) % STAGE_TILES == 0) {
+            cp_async_wait<0>();
+            __syncthreads(); /* the stage has come, and the other one is free */
+            if (STAGE_TILES > 1 && tile + STAGE_TILES < end)
+                ring.copy_stage(tile + STAGE_TILES, end);
+        }
         if (tile + 1 < end) {
-            ring.copy(tile + 1);
+            if (STAGE_TILES == 1)
+                ring.copy_stage(tile + 1, end);
             K_scale_source.load(next_K_scales, block, params.seqlen_k - (tile + 1) * TILE_N);
         }
         value_scales V_scales;

@@ -38,7 +38,9 @@ def attend(
         return
     index = out.device.index or 0
     splits = options["num_splits"]
-    parts = kernel.parts_of(kernel.blocks_of(q), k.seqlen, _multiprocessors(index), splits)
+    parts = kernel.parts_of(
+        kernel.blocks_of(out.shape[:3]), k.seqlen, _multiprocessors(index), splits
+    )
     if parts == 1:
         _launch(q, k, v, options, out, lse, index)
         return
@@ -60,7 +62,7 @@ def _launch(
     with torch.cuda.device(index):
         launch = kernel.prepare(q, k, v, options, out, lse, target_of(index))
         loaded = _loaded(launch.variant, index)
-        loaded((launch.blocks, 1), kernel.THREADS, launch.parameters)
+        loaded((launch.blocks, 1), launch.variant.threads, launch.parameters)
 
 
 @functools.cache
@@ -159,5 +161,4 @@ def _target(name: str, arch: int) -> kernel.Target:
 @functools.cache
 def _loaded(variant: kernel.Variant, index: int) -> LoadedKernel:
     """On the current device, which is ``index``."""
-    name, options, shared_bytes, _ = variant
-    return LoadedKernel(kernel.KERNEL, name, options, shared_bytes)
+    return LoadedKernel(kernel.KERNEL, variant.name, variant.options, variant.shared_bytes)

@@ -89,7 +89,7 @@ def _quantisers(call: Call, recipe: Recipe) -> Quantisers:
 def _plan(call: Call, recipe: Recipe, card: Card, quantisers: Quantisers) -> Plan:
     (batch, seqlen_q, heads, dim_v), dims = call.out_shape, _head_dims(call)
     seqlen_k = sizes_of(call.operands[1])[1]
-    blocks = -(-seqlen_q // kernel.TILE_M) * heads * batch
+    blocks = kernel.blocks_of(call.out_shape[:3])
     if not blocks or not seqlen_k:
         return Plan("forward", reasons={"kernel": "no queries or no keys: nothing is launched"})
     asked = call.options["num_splits"]
@@ -98,7 +98,7 @@ def _plan(call: Call, recipe: Recipe, card: Card, quantisers: Quantisers) -> Pla
     v_dtype = call.operands[2].dtype if recipe.pv == "16bit" else torch.bfloat16
     out_dtype = call.out_dtype if parts == 1 else torch.float32
     variant = kernel.variant_of(recipe.qk, recipe.pv, dims, v_dtype, out_dtype, scores, card.target)
-    attention = Step(kernel.KERNEL, variant.name, variant.options, blocks * parts, kernel.THREADS)
+    attention = Step(kernel.KERNEL, variant.name, variant.options, blocks * parts, variant.threads)
     why = (
         f"so that {blocks} blocks of queries fill {card.sms} SMs"
         if parts > 1
@@ -110,9 +110,9 @@ def _plan(call: Call, recipe: Recipe, card: Card, quantisers: Quantisers) -> Pla
         "forward",
         (*quantisers.steps, attention),
         main_step=len(quantisers.steps),
-        tile_m=kernel.TILE_M,
+        tile_m=kernel.TILE.rows,
         tile_n=kernel.TILE_N,
-        warps=kernel.WARPS,
+        warps=kernel.TILE.warps,
         stages=kernel.STAGES,
         tma=False,
         num_splits=parts,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,9 +15,7 @@ from flash_attn_sm120.quantized.formats import FORMATS
 from flash_attn_sm120.quantized.layout import Quantized
 
 KERNEL = "quantized_forward"
-WARPS, WARP_M = 4, 16  # of a block; queries of each
-THREADS = 32 * WARPS
-TILE_M, TILE_N = WARPS * WARP_M, 64  # queries of a block, keys of a step
+WARP_M, TILE_N = 16, 64  # queries of a warp, keys of a tile
 STAGES = 2  # of K and V
 SHARED_RESERVED = 1024  # bytes of a multiprocessor for each block, as in csrc/device.c
 MOST_PARTS = 16
@@ -47,6 +46,7 @@ class Variant(NamedTuple):
     options: tuple[str, ...]
     shared_bytes: int
     blocks: int  # of a multiprocessor, for which registers are enough
+    threads: int  # of a block
 
 
 class Launch(NamedTuple):
@@ -65,6 +65,21 @@ class Steps(NamedTuple):
     sink: bool = False
 
 
+class Tile(NamedTuple):
+    """What a block has. Results do not depend on it, but for the order of sums."""
+
+    warps: int = 4
+    stage_tiles: int = 1  # of keys, that come at a time
+
+    @property
+    def rows(self) -> int:
+        """Queries of a block."""
+        return self.warps * WARP_M
+
+
+TILE = Tile()
+
+
 class Target(NamedTuple):
     """What of a device decides about variants."""
 
@@ -80,6 +95,7 @@ def prepare(
     out: Tensor,
     lse: Tensor | None,
     target: Target,
+    tile: Tile = TILE,
 ) -> Launch:
     """The launch that computes checked operands, with at least one row of ``out``.
 
@@ -124,14 +140,15 @@ def prepare(
     v_dtype = v.dtype if v.format == "16bit" else torch.bfloat16  # one variant for both
     steps = Steps(options["softcap"] > 0, sink is not None)
     dims = (q.head_dim, v.head_dim)
-    variant = variant_of(q.format, v.format, dims, v_dtype, out.dtype, steps, target)
-    blocks = blocks_of(q) * parts
+    variant = variant_of(q.format, v.format, dims, v_dtype, out.dtype, steps, target, tile)
+    blocks = blocks_of(out.shape[-4:-1], tile) * parts
     return Launch(variant, blocks, parameters, tuple(tensors.values()))
 
 
-def blocks_of(q: Quantized) -> int:
-    """Of queries of one head, each."""
-    return -(-q.seqlen // TILE_M) * q.heads * q.batch
+def blocks_of(queries: Sequence[int], tile: Tile = TILE) -> int:
+    """Of ``(batch, seqlen, heads)``: each has rows of one head."""
+    batch, seqlen, heads = queries
+    return -(-seqlen // tile.rows) * heads * batch
 
 
 def parts_of(blocks: int, seqlen_k: int, multiprocessors: int, asked: int = 0) -> int:
@@ -154,10 +171,11 @@ def variant_of(
     out_dtype: torch.dtype,
     steps: Steps,
     target: Target,
+    tile: Tile = TILE,
 ) -> Variant:
     """The constants that formats, head dims and types ask for."""
-    shared = shared_bytes(qk, pv, *head_dims)
-    blocks = _blocks(qk, pv, head_dims, steps, target)
+    shared = shared_bytes(qk, pv, *head_dims, tile)
+    blocks = max(1, _blocks(qk, pv, head_dims, steps, target) * TILE.warps // tile.warps)
     constants = {
         "QK_FORMAT": FORMATS[qk],
         "PV_FORMAT": FORMATS[pv],
@@ -169,16 +187,18 @@ def variant_of(
         "SINK": int(steps.sink),
         "MX_E4M3": int(target.mx_e4m3 and "fp8" in (qk, pv)),
         "TRANSPOSES_BYTES": int(target.transposes_bytes),
+        "WARPS": tile.warps,
+        "STAGE_TILES": tile.stage_tiles,
         "SMEM_BYTES": shared,
         "BLOCKS": blocks,
     }
     name = "_".join([KERNEL, *map(str, constants.values())])
     options = tuple(f"-D{key}={value}" for key, value in constants.items())
-    return Variant(name, options, shared, blocks)
+    return Variant(name, options, shared, blocks, 32 * tile.warps)
 
 
 def _blocks(qk: str, pv: str, head_dims: tuple[int, int], steps: Steps, target: Target) -> int:
-    """Without spills."""
+    """Of a tile of four warps, without spills."""
     if max(head_dims) > 128 or steps.softcap:
         return 1
     transposes_pairs = pv == "fp8" and not target.transposes_bytes
@@ -186,19 +206,19 @@ def _blocks(qk: str, pv: str, head_dims: tuple[int, int], steps: Steps, target: 
 
 
 def resident_blocks(variant: Variant, shared_of_multiprocessor: int) -> int:
-    """On a multiprocessor. 255 registers of a thread are enough for two blocks."""
+    """On a multiprocessor. 255 registers of a thread are enough for eight warps."""
     by_shared = shared_of_multiprocessor // (variant.shared_bytes + SHARED_RESERVED)
-    return max(1, min(by_shared, max(variant.blocks, 2)))
+    return max(1, min(by_shared, max(variant.blocks, 256 // variant.threads)))
 
 
-def shared_bytes(qk: str, pv: str, head_dim: int, head_dim_v: int) -> int:
+def shared_bytes(qk: str, pv: str, head_dim: int, head_dim_v: int, tile: Tile = TILE) -> int:
     """Two stages of K and V, or the rows of O in fp32 on their way out."""
     k = TILE_N * _padded(head_dim // 2 if qk == "nvfp4" else head_dim, 32)
     if pv == "nvfp4":
         v = _padded(head_dim_v, 64) * TILE_N // 2
     else:
         v = TILE_N * _padded(head_dim_v if pv == "fp8" else 2 * head_dim_v, 32)
-    return max(STAGES * (k + v), TILE_M * head_dim_v * 4)
+    return max(STAGES * tile.stage_tiles * (k + v), tile.rows * head_dim_v * 4)
 
 
 def products_of(qk: str, pv: str, head_dim: int, head_dim_v: int) -> tuple[int, int]:

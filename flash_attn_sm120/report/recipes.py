@@ -59,11 +59,16 @@ def _tensors(case: Case) -> tuple[Tensor, Tensor, Tensor]:
 
 def _beside_cpu(recipe: str, case: Case, place: Place, attend: Attend) -> str:
     _check_device(recipe, place)
-    narrow = [quantize(x, recipe, name) for name, x in zip("qkv", _tensors(case), strict=True)]
+    q, k, v = (quantize(x, recipe, name) for name, x in zip("qkv", _tensors(case), strict=True))
     sink = torch.linspace(-1, 3, HEADS_Q) if "sink" in case.name else None
-    how = {"recipe": recipe, "return_lse": True, "out_dtype": torch.float32, **case.options}
-    expected, logs = quantized_attention(*narrow, learnable_sink=sink, **how)
-    there = [_placed(x, place) for x in narrow]
+    how: dict[str, Any] = {
+        "recipe": recipe,
+        "return_lse": True,
+        "out_dtype": torch.float32,
+        **case.options,
+    }
+    expected, logs = quantized_attention(q, k, v, learnable_sink=sink, **how)
+    there = [_placed(x, place) for x in (q, k, v)]
     out, lse = attend(*there, learnable_sink=None if sink is None else place(sink), **how)
     assert lse is not None and logs is not None
     error, off = _relative(out.cpu(), expected), (lse.cpu() - logs).abs()
@@ -80,7 +85,8 @@ def _beside_fp32(recipe: str, place: Place, attend: Attend) -> str:
     out, _ = attend(*(place(x) for x in (q, k, v)), recipe=recipe)
     visible = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool)
     k, v = (x.repeat_interleave(HEADS_Q // HEADS_KV, dim=2) for x in (k, v))
-    exact = _measure.plain_attention(*(x.float().transpose(1, 2) for x in (q, k, v)), visible)
+    q, k, v = (x.float().transpose(1, 2) for x in (q, k, v))
+    exact = _measure.plain_attention(q, k, v, visible)
     error, allowed = _relative(out.cpu(), exact.transpose(1, 2)), 1.5 * RECIPES[recipe].error
     return "" if error <= allowed else f"relative error {error:.2g}, allowed {allowed:.2g}"
 

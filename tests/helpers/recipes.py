@@ -22,7 +22,7 @@ def run(launch, *written):
             code.rstrip(b"\0").decode(),
             bytes(launch.parameters),
             grid=launch.blocks,
-            block=kernel.THREADS,
+            block=launch.variant.threads,
             shared=launch.variant.shared_bytes,
         )
 

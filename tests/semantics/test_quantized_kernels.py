@@ -54,11 +54,11 @@ def options_of(
     }
 
 
-def emulate(q, k, v, target=GEFORCE, out_dtype=torch.float32, **options):
+def emulate(q, k, v, target=GEFORCE, out_dtype=torch.float32, tile=kernel.TILE, **options):
     """(out, lse) of the kernel."""
     out = torch.full((q.batch, q.seqlen, q.heads, v.head_dim), math.nan, dtype=out_dtype)
     lse = torch.full((q.batch, q.heads, q.seqlen), math.nan)
-    run(kernel.prepare(q, k, v, options_of(q, **options), out, lse, target), out, lse)
+    run(kernel.prepare(q, k, v, options_of(q, **options), out, lse, target, tile), out, lse)
     return out, lse
 
 
@@ -133,7 +133,7 @@ def test_parts_of_the_keys(recipe):
     q, k, v = quantized(*make(seqlen_k=200), recipe)
     options = {"causal": True, "window_size": (120, None), "sink": torch.tensor([-1, 0, 1.5, 40])}
     whole, whole_lse = emulate(q, k, v, **options)
-    for parts in (2, 5):
+    for parts in (2, 5, 16):
         out = torch.full((parts, *whole.shape), math.nan)
         lse = torch.full((parts, *whole_lse.shape), math.nan)
         run(kernel.prepare(q, k, v, options_of(q, **options), out, lse, GEFORCE), out, lse)
@@ -141,6 +141,32 @@ def test_parts_of_the_keys(recipe):
         weight = (lse - merged).exp().transpose(2, 3)[..., None]
         assert relative((weight * out).sum(dim=0), whole) <= 1e-5
         torch.testing.assert_close(merged, whole_lse, rtol=1e-6, atol=1e-5)
+
+
+@emulated
+@pytest.mark.parametrize("recipe", ["fp8", "int8_nvfp4"])
+def test_the_order_of_heads_does_not_matter(recipe):
+    """To the bit."""
+    q, k, v = make(heads_q=6, heads_kv=3)
+    order = torch.tensor([2, 0, 1])
+    of_queries = (2 * order[:, None] + torch.arange(2)).flatten()
+    out, lse = emulate(*quantized(q, k, v, recipe), causal=True)
+    moved = quantized(q[:, :, of_queries], k[:, :, order], v[:, :, order], recipe)
+    moved_out, moved_lse = emulate(*moved, causal=True)
+    assert torch.equal(moved_out, out[:, :, of_queries])
+    assert torch.equal(moved_lse, lse[:, of_queries])
+
+
+@emulated
+@recipes
+def test_tiles_of_rows_and_keys_do_not_matter(recipe):
+    """64 and 128 of each: P has the same codes, and the sums the same order."""
+    operands = quantized(*make(seqlen_q=150, seqlen_k=330), recipe)
+    options = {"causal": True, "window_size": (250, None)}
+    ref, ref_lse = emulate(*operands, **options)
+    for tile in (kernel.Tile(4, 2), kernel.Tile(8, 1), kernel.Tile(8, 2)):
+        out, lse = emulate(*operands, **options, tile=tile)
+        assert relative(out, ref) <= 1e-3 and relative(lse, ref_lse) <= 1e-6
 
 
 def test_few_blocks_share_keys():
