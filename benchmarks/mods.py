@@ -4,7 +4,8 @@
 
 Causal calls, forward and the gradients of a forward that ran before, with a mod that says the same
 as a built-in option (causal with its BlockMask, softcap, a window, ALiBi), or what only a mod says.
-Beside the call without a mod, and compiled flex_attention with the same callables and BlockMask.
+Beside the call without a mod, and compiled flex_attention with the same callables and BlockMask
+(flex.py).
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import flex
 import harness
 import torch
 from harness import OURS, Cell, Contestant, Preset, Problem, WrongResult
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from flash_attn_sm120 import block_mask, flash_attn_func
 
 BLOCK = 128
 PRESETS = (Preset(16, 16, 64), Preset(16, 16, 128))
 SEQLEN = {"cuda": 8192, "cpu": 200}
-NO_MOD, BUILT_IN, FLEX = "no mod", "built in", "flex_attention, compiled"
-NAMES = (OURS, NO_MOD, BUILT_IN, FLEX)
+NO_MOD, BUILT_IN = "no mod", "built in"
+NAMES = (OURS, NO_MOD, BUILT_IN, flex.NAME)
 CAP, WINDOW = 30.0, 1024
 
 
@@ -86,14 +88,10 @@ def ten_operations(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:
 # ---- contestants ---------------------------------------------------------------------------------
 
 
-compiled_flex = torch.compile(flex_attention, dynamic=False)
-
-
 def contestants(
-    problem: Problem, mod: Mod, mask: BlockMask, dout: Tensor, direction: str
+    problem: Problem, mod: Mod, mask: BlockMask, dout: Tensor, direction: str, limit_s: float
 ) -> list[Contestant]:
     inputs = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    heads_first = [x.transpose(1, 2) for x in inputs]
     named = {"score_mod": mod.score, "mask_mod": mod.mask}
     if mod.blocks:
         named = {"block_sparse_tensors": mask}
@@ -103,14 +101,11 @@ def contestants(
     def ours(**options: Any) -> Tensor:
         return flash_attn_func(*inputs, **options)[0]
 
-    def flex() -> Tensor:
-        return compiled_flex(*heads_first, score_mod=mod.score, block_mask=mask).transpose(1, 2)
-
     call_of = functools.partial(harness.call_of, direction=direction, inputs=inputs, dout=dout)
     found = [
         Contestant(OURS, call_of(functools.partial(ours, **named))),
         Contestant(NO_MOD, call_of(functools.partial(ours, causal=True))),
-        Contestant(FLEX, call_of(flex), cannot=(NotImplementedError, RuntimeError)),
+        flex.contestant(inputs, dout, direction, limit_s, mask, mod.score),
     ]
     if mod.built_in:
         found.append(Contestant(BUILT_IN, call_of(functools.partial(ours, **mod.built_in))))
@@ -138,8 +133,8 @@ def measure(
     problem: Problem, mod: Mod, mask: BlockMask, direction: str, args: argparse.Namespace
 ) -> dict[str, dict]:
     dout = torch.randn_like(problem.q)
-    found = contestants(problem, mod, mask, dout, direction)
-    found, left_out = harness.without_peers(found, [FLEX], args)
+    found = contestants(problem, mod, mask, dout, direction, args.peer_limit)
+    found, left_out = harness.without_peers(found, [flex.NAME], args)
     entrants, absent = harness.admit(found, Check(), (dout,))
     timings, without = harness.time_interleaved(entrants, args.device, args.rounds)
     flops = harness.FLOPS[direction] * harness.forward_flops(problem)
@@ -164,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    harness.add_choices(parser, "mods", "flex")
+    flex.add_arguments(parser, "mods")
     harness.add_arguments(parser)
     args = harness.parse(parser)
     records = harness.Records(args.output, "mods", args.device)

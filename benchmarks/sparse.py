@@ -16,19 +16,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import flex
 import harness
 import torch
 from harness import OURS, Cell, Contestant, Preset, Problem, WrongResult
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 
 from flash_attn_sm120 import block_mask, flash_attn_func
 
 BLOCK = 128
 PRESETS = (Preset(16, 16, 64), Preset(16, 16, 128))
 DENSITIES = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0)
-DENSE, FLEX = "ours, dense", "flex_attention, compiled"
-NAMES = (OURS, DENSE, FLEX)
+DENSE = "ours, dense"
+NAMES = (OURS, DENSE, flex.NAME)
 SEQLEN = {
     "cuda": {8192: 8192, 16384: 16384, 32768: 32768},
     "cpu": dict.fromkeys((8192, 16384, 32768), 256),
@@ -129,28 +130,19 @@ def listed(mask: BlockMask) -> float:
 # ---- contestants ---------------------------------------------------------------------------------
 
 
-compiled_flex = torch.compile(flex_attention, dynamic=False)
-
-
 def contestants(
-    problem: Problem, mask: BlockMask, dout: Tensor, direction: str
+    problem: Problem, mask: BlockMask, dout: Tensor, direction: str, limit_s: float
 ) -> list[Contestant]:
     inputs = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
-    heads_first = [x.transpose(1, 2) for x in inputs]
 
     def ours(**options: Any) -> Tensor:
         return flash_attn_func(*inputs, **options)[0]
 
-    def flex() -> Tensor:
-        return compiled_flex(*heads_first, block_mask=mask).transpose(1, 2)
-
     call_of = functools.partial(harness.call_of, direction=direction, inputs=inputs, dout=dout)
-    attends = (functools.partial(ours, block_sparse_tensors=mask), ours, flex)
     return [
-        Contestant(name, call_of(attend), cannot=(NotImplementedError, RuntimeError))
-        if name == FLEX
-        else Contestant(name, call_of(attend))
-        for name, attend in zip(NAMES, attends, strict=True)
+        Contestant(OURS, call_of(functools.partial(ours, block_sparse_tensors=mask))),
+        Contestant(DENSE, call_of(ours)),
+        flex.contestant(inputs, dout, direction, limit_s, mask),
     ]
 
 
@@ -191,8 +183,8 @@ def measure(
 ) -> dict[str, dict]:
     dout = torch.randn_like(problem.q)
     check = functools.partial(Check(problem, case, mask, dout), direction)
-    found = contestants(problem, mask, dout, direction)
-    found, left_out = harness.without_peers(found, [FLEX], args)
+    found = contestants(problem, mask, dout, direction, args.peer_limit)
+    found, left_out = harness.without_peers(found, [flex.NAME], args)
     entrants, absent = harness.admit(found, check, (dout,))
     timings, without = harness.time_interleaved(entrants, args.device, args.rounds)
     flops = harness.FLOPS[direction] * harness.forward_flops(problem)
@@ -211,7 +203,7 @@ def row(cell: dict[str, dict]) -> list[object]:
     first = cell[OURS]
     share = first["density"]
     of_density = f"{ms[OURS] / (share * ms[DENSE]):.2f}" if ms[OURS] and ms[DENSE] else ""
-    of_flex = f"{ms[FLEX] / ms[OURS]:.2f}" if ms[OURS] and ms[FLEX] else ""
+    of_flex = f"{ms[flex.NAME] / ms[OURS]:.2f}" if ms[OURS] and ms[flex.NAME] else ""
     keys = ("direction", "head_dim", "mask", "seqlen")
     return [*(first[key] for key in keys), f"{share:.1%}", *times, of_density, of_flex]
 
@@ -220,7 +212,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    harness.add_choices(parser, "masks", "flex")
+    flex.add_arguments(parser, "masks")
     harness.add_arguments(parser)
     args = harness.parse(parser)
     records = harness.Records(args.output, "sparse", args.device)

@@ -573,6 +573,19 @@ static void set_workspace(const struct fa_plan *plan, float *workspace,
     params->zero_share = CEIL_DIV(params->zero_chunks, MAX(plan->steps[0].blocks, 1));
 }
 
+/* What the gradients of captured tensors are summed up in, where that is in fixed point. */
+static void set_captured_sums(const struct fa_problem *problem, struct fa_captured_params *params)
+{
+    const struct fa_mod *mod = &problem->score_mod;
+    for (int i = 0; i < FA_MAX_CAPTURED; i++) {
+        const struct fa_tensor *sums = i < mod->count ? &mod->captured[i].sums : NULL;
+        const bool is_wanted = sums && sums->object;
+        params->elements[i] = is_wanted ? fa_mod_elements(&mod->captured[i]) : 0;
+        params->sums[i] = is_wanted ? sums->data : NULL;
+    }
+    params->bits = fa_shape_sum_bits(&problem->shape);
+}
+
 /* An accumulator, or several added up, to a gradient of `rows` rows per head in it. */
 static struct fa_postprocess_params postprocess_params(const float *accum, int buffers, int rows,
                                                        float scale,
@@ -602,7 +615,8 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     const int keys = plan->n_blocks * plan->tile_n;
     const float scale = scale_of_dS(shape, plan);
     const float scale_of_P = 1 / (fa_keep_probability(shape) * tensor_repeat(plan));
-    struct fa_backward_params *main = &arguments->main.dense;
+    struct fa_extended_backward_params *extended = &arguments->main.backward;
+    struct fa_backward_params *main = &extended->dense;
     *main = backward_params(problem, gradients, plan);
     set_workspace(plan, workspace, main);
     main->dropout = dropout_of(problem);
@@ -613,15 +627,17 @@ static int make_backward(struct fa_driver *driver, const struct fa_problem *prob
     }
     if (variant->block_sparse) {
         const struct fa_block_lists_read *lists = &problem->query_blocks;
-        arguments->main.lists =
+        extended->lists =
             block_lists_of(lists, lists->block_k / plan->tile_n, lists->block_q / plan->tile_m);
-        arguments->main.order = (struct fa_addition_order){
+        extended->order = (struct fa_addition_order){
             .before = (int *)(workspace + at->added_before),
             .heads = fa_block_lists_are_own(lists) ? shape->heads_q : 1,
             .rows = lists->rows,
         };
     }
-    set_mods(problem, &arguments->main.mods);
+    set_mods(problem, &extended->mods);
+    if (fa_mod_has_gradients(&problem->score_mod))
+        set_captured_sums(problem, &arguments->main);
     arguments->dq = postprocess_params(workspace + at->dq_accum, variant->dq_buffers, queries,
                                        scale, &gradients->dq);
     arguments->dq.batch = shape->batch;
@@ -663,6 +679,7 @@ void *fa_arguments_of(union fa_arguments *arguments, enum fa_job job)
     case FA_JOB_ORDER:
     case FA_JOB_BACKWARD:
     case FA_JOB_CAPTURED:
+    case FA_JOB_CAPTURED_SUMS:
     case FA_JOB_DSINK: break;
     }
     return &arguments->backward.main;

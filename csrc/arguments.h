@@ -16,7 +16,7 @@ struct fa_forward_arguments {
     struct fa_append_params append;
 };
 struct fa_backward_arguments {
-    struct fa_extended_backward_params main; /* of the preprocess and of dsink, too */
+    struct fa_captured_params main; /* kernels take what it begins with, or all of it */
     struct fa_postprocess_params dq, dk, dv;
 };
 union fa_arguments {

@@ -75,6 +75,28 @@ bool fa_mod_has_gradients(const struct fa_mod *mod)
     return false;
 }
 
+int64_t fa_mod_elements(const struct fa_captured_tensor *captured)
+{
+    int64_t elements = 1;
+    for (int i = 0; i < captured->tensor.ndim; i++)
+        elements *= captured->tensor.shape[i];
+    return elements;
+}
+
+int fa_mod_allocate_sums(struct fa_dlpack *dlpack, const struct fa_tensor *like,
+                         const struct fa_mod *mod)
+{
+    for (int i = 0; i < mod->count; i++) {
+        struct fa_captured_tensor *each = &mod->captured[i];
+        /* Zeros in fp32 are those of integers, too. */
+        const int64_t size = 2 * sizeof(fa_int64) / sizeof(float) * fa_mod_elements(each);
+        if (each->gradient.object &&
+            fa_tensor_zeros(dlpack, like, "sums", FA_FLOAT32, 1, &size, &each->sums) < 0)
+            return -1;
+    }
+    return 0;
+}
+
 int fa_mod_check_apart(const struct fa_mod *mod, const char *name, const struct fa_tensor *result,
                        const char *result_name)
 {
@@ -89,11 +111,14 @@ int fa_mod_check_apart(const struct fa_mod *mod, const char *name, const struct 
 
 int fa_mod_recheck(const struct fa_mod *mod, const char *name)
 {
-    for (int i = 0; i < mod->count; i++)
-        if (fa_tensor_recheck(&mod->captured[i].tensor, fa_mod_captured_name(name)) < 0 ||
-            (mod->captured[i].gradient.object &&
-             fa_tensor_recheck(&mod->captured[i].gradient, fa_mod_captured_name(name)) < 0))
+    const char *captured_name = fa_mod_captured_name(name);
+    for (int i = 0; i < mod->count; i++) {
+        const struct fa_captured_tensor *each = &mod->captured[i];
+        if (fa_tensor_recheck(&each->tensor, captured_name) < 0 ||
+            (each->gradient.object && fa_tensor_recheck(&each->gradient, captured_name) < 0) ||
+            (each->sums.object && fa_tensor_recheck(&each->sums, "sums") < 0))
             return -1;
+    }
     return 0;
 }
 
@@ -102,6 +127,7 @@ void fa_mod_release(struct fa_mod *mod)
     for (int i = 0; i < mod->count; i++) {
         fa_tensor_release(&mod->captured[i].tensor);
         fa_tensor_release(&mod->captured[i].gradient);
+        fa_tensor_release(&mod->captured[i].sums);
     }
     free(mod->captured);
     *mod = (struct fa_mod){0};

@@ -7,7 +7,8 @@
 
 struct fa_captured_tensor {
     struct fa_tensor tensor;
-    struct fa_tensor gradient; /* fp32, contiguous, to add to; object NULL: none */
+    struct fa_tensor gradient; /* fp32, contiguous, zeros to add to; object NULL: none */
+    struct fa_tensor sums;     /* see fa_captured_params; object NULL: it needs none */
 };
 
 struct fa_mod {
@@ -32,6 +33,13 @@ int fa_mod_check_apart(const struct fa_mod *mod, const char *name, const struct 
 int fa_mod_recheck(const struct fa_mod *mod, const char *name);
 
 bool fa_mod_has_gradients(const struct fa_mod *mod);
+
+/* The elements of a captured tensor. */
+int64_t fa_mod_elements(const struct fa_captured_tensor *captured);
+
+/* Makes the sums of all gradients, where `like` is. 0, or -1 with the exception set. */
+int fa_mod_allocate_sums(struct fa_dlpack *dlpack, const struct fa_tensor *like,
+                         const struct fa_mod *mod);
 
 void fa_mod_release(struct fa_mod *mod);
 

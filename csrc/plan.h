@@ -84,6 +84,7 @@ enum fa_job {
     FA_JOB_DV,
     FA_JOB_DSINK,
     FA_JOB_CAPTURED,
+    FA_JOB_CAPTURED_SUMS,
 };
 
 /* One launch. */
@@ -116,7 +117,7 @@ struct fa_workspace {
     int64_t size;
 };
 
-#define FA_MAX_STEPS 8
+#define FA_MAX_STEPS 10
 struct fa_plan {
     int step_count;
     int main;               /* the step that multiplies matrices */

@@ -439,9 +439,10 @@ static int64_t take(struct fa_workspace *workspace, int64_t count)
     return start;
 }
 
-/* Tiles of queries and of keys, of all heads. */
+/* Tiles of queries and of keys, of all heads; and of keys whose own queries backward_captured.cu
+ * goes through, of all query heads. */
 struct tiles {
-    int64_t queries, keys;
+    int64_t queries, keys, listing;
 };
 
 static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles,
@@ -466,16 +467,27 @@ static void fit_workspace(const struct fa_plan_input *input, struct tiles tiles,
     workspace->added_before = take(workspace, order_size(input, plan));
 }
 
-/* What score_mod captured: scores once more, by a kernel with one warp for all of an element. */
+/* What score_mod captured: scores once more, by a kernel with one warp for all of an element; twice
+ * where sums are in fixed point, see kernels/fixed_point_sums.cuh. */
 static void add_captured(const struct fa_plan_input *input, struct fa_plan *plan)
 {
-    struct fa_variant variant = fa_plan_variant(input);
-    variant.kernel = FA_KERNEL_BACKWARD_CAPTURED;
-    variant.tile_m = plan->tile_m;
-    variant.paged = 0;
-    fa_plan_add(plan, (struct fa_step){.job = FA_JOB_CAPTURED,
-                                       .variant = variant,
-                                       .threads = FA_CAPTURED_THREADS});
+    struct fa_step step = {
+        .job = FA_JOB_CAPTURED, .variant = fa_plan_variant(input), .threads = FA_CAPTURED_THREADS};
+    step.variant.kernel = FA_KERNEL_BACKWARD_CAPTURED;
+    step.variant.tile_m = plan->tile_m;
+    step.variant.paged = 0;
+    step.variant.deterministic = input->deterministic;
+    step.variant.largest = input->deterministic;
+    fa_plan_add(plan, step);
+    if (!input->deterministic)
+        return;
+    step.variant.largest = 0;
+    fa_plan_add(plan, step);
+    fa_plan_add(plan, (struct fa_step){.job = FA_JOB_CAPTURED_SUMS,
+                                       .variant = {.kernel = FA_KERNEL_BACKWARD_CAPTURED_SUMS,
+                                                   .dtype = input->dtype},
+                                       .blocks = FA_CAPTURED_SUMS_BLOCKS,
+                                       .threads = FA_CAPTURED_SUMS_THREADS});
 }
 
 static void add_steps_after(const struct fa_plan_input *input, struct fa_plan *plan)
@@ -512,8 +524,8 @@ static int64_t query_tiles_of_head(const struct fa_extent *extent, const struct 
 static int blocks_of(const struct fa_plan *plan, const struct fa_step *step, struct tiles tiles)
 {
     switch (step->job) {
-    case FA_JOB_PREPROCESS:
-    case FA_JOB_CAPTURED: return (int)tiles.queries;
+    case FA_JOB_PREPROCESS: return (int)tiles.queries;
+    case FA_JOB_CAPTURED: return (int)(step->variant.block_sparse ? tiles.listing : tiles.queries);
     case FA_JOB_BACKWARD: return (int)tiles.keys * plan->splits;
     case FA_JOB_DQ: return (int)CEIL_DIV(tiles.queries * plan->tile_m / 16, FA_POSTPROCESS_WARPS);
     case FA_JOB_DK:
@@ -538,11 +550,15 @@ int fa_plan_fit_backward(const struct fa_plan_input *input, const struct fa_exte
         plan->n_blocks = plan->list_places;
     const int64_t query_tiles = query_tiles_of_head(extent, plan);
     const int64_t pairs = is_listed ? input->heads_kv : (int64_t)extent->batch * input->heads_kv;
-    const struct tiles tiles = {
+    struct tiles tiles = {
         .queries = fa_saturating_multiply(query_tiles, input->heads_q),
         .keys = fa_saturating_multiply(pairs, plan->n_blocks),
     };
-    if (tiles.queries > INT32_MAX || tiles.keys > INT32_MAX / plan->splits)
+    if (input->block_q && input->captured_gradients)
+        tiles.listing =
+            fa_saturating_multiply((int64_t)extent->batch * input->heads_q, plan->n_blocks);
+    if (tiles.queries > INT32_MAX || tiles.keys > INT32_MAX / plan->splits ||
+        tiles.listing > INT32_MAX)
         return fa_plan_refuse(error, false,
                               "batch * heads * seqlen needs more than 2^31 - 1 thread blocks");
     plan->query_tiles = (int)query_tiles;

@@ -835,6 +835,12 @@ void fa_problem_release(struct fa_problem *problem)
     fa_mod_release(&problem->mask_mod);
 }
 
+/* Whether gradients of what score_mod captures are summed up in fixed point. */
+static bool needs_sums(const struct fa_problem *problem)
+{
+    return problem->options.deterministic && fa_mod_has_gradients(&problem->score_mod);
+}
+
 int fa_problem_check_differentiable(const struct fa_problem *problem)
 {
     if (problem->shape.is_e4m3)
@@ -842,14 +848,10 @@ int fa_problem_check_differentiable(const struct fa_problem *problem)
                         "k and v in float8_e4m3fn have no backward: they are a cache");
     if (problem->options.key_blocks && !problem->options.query_blocks)
         return fa_raise(PyExc_ValueError, "the backward of key_blocks needs query_blocks");
-    if (fa_mod_has_gradients(&problem->score_mod) && problem->options.key_blocks)
+    if (needs_sums(problem) && fa_shape_sum_bits(&problem->shape) < FA_LEAST_SUM_BITS)
         return fa_raise(PyExc_NotImplementedError,
-                        "a gradient of what score_mod captures is not supported with blocks that "
-                        "are listed yet");
-    if (fa_mod_has_gradients(&problem->score_mod) && problem->options.deterministic)
-        return fa_raise(PyExc_NotImplementedError,
-                        "deterministic=True is not supported where a tensor that score_mod "
-                        "captures gets a gradient: its elements are summed up in any order");
+                        "a gradient of alibi_slopes, or of what score_mod captures, is not "
+                        "supported with deterministic=True for 2^43 scores or more");
     if (!problem->page_table.object)
         return 0;
     return fa_raise(PyExc_NotImplementedError, "page_table has no backward: K and V are a cache");
@@ -909,6 +911,8 @@ int fa_gradients_allocate(struct fa_dlpack *dlpack, const struct fa_problem *pro
             return -1;
     if (problem->options.bias_gradient && problem->bias.object &&
         allocate_dbias(dlpack, problem, gradients) < 0)
+        return -1;
+    if (needs_sums(problem) && fa_mod_allocate_sums(dlpack, &problem->q, &problem->score_mod) < 0)
         return -1;
     if (!problem->sink.object)
         return 0;

@@ -2,10 +2,12 @@
 #ifndef FA_SHAPE_H
 #define FA_SHAPE_H
 
+#include <math.h>
 #include <stdbool.h>
 #include <stdint.h>
 
 #include "../kernels/params.h" /* enum fa_dtype */
+#include "arithmetic.h"
 
 #define FA_UNBOUNDED INT32_MAX /* a window side without an end */
 
@@ -55,6 +57,17 @@ static inline int fa_heads_per_kv(const struct fa_shape *shape)
 static inline bool fa_shape_is_empty(const struct fa_shape *shape)
 {
     return shape->batch == 0 || shape->seqlen_q == 0 || (shape->seqlen_k == 0 && !shape->is_varlen);
+}
+
+/* The `bits` of kernels/fixed_point_sums.cuh: a sum to which all scores add as often as they may is
+ * below 2^62. Fewer than FA_LEAST_SUM_BITS would keep less than sums in fp32 do. */
+#define FA_LEAST_SUM_BITS 13
+static inline int fa_shape_sum_bits(const struct fa_shape *shape)
+{
+    const double rows = (double)shape->batch * shape->heads_q * shape->seqlen_q;
+    const double additions = MAX(1, rows * shape->seqlen_k) * FA_MAX_ADDITIONS;
+    const int bits = 62 - (ilogb(additions) + 1);
+    return MIN(bits, 30);
 }
 
 /* Rows of q, out and lse for each head. */

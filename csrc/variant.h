@@ -20,6 +20,7 @@
     X(BACKWARD_POSTPROCESS, "backward_postprocess")                                                \
     X(BACKWARD_SINK, "backward_sink")                                                              \
     X(BACKWARD_CAPTURED, "backward_captured")                                                      \
+    X(BACKWARD_CAPTURED_SUMS, "backward_captured_sums")                                            \
     X(BACKWARD_ORDER, "backward_order")
 
 #define FA_ID(kernel, name) FA_KERNEL_##kernel,
@@ -36,8 +37,8 @@ enum fa_kernel_id { FA_KERNELS(FA_ID) FA_KERNEL_COUNT };
 #define FA_ALL_KERNELS  ((1 << FA_KERNEL_COUNT) - 1)
 /* Not what goes over all rows of out, nor what is of no other use. */
 #define FA_READ_LENGTHS                                                                            \
-    (FA_ALL_KERNELS &                                                                              \
-     ~(FA_ONLY(COMBINE) | FA_ONLY(VARLEN_FILL) | FA_ONLY(KV_APPEND) | FA_ONLY(KV_SCATTER)))
+    (FA_ALL_KERNELS & ~(FA_ONLY(COMBINE) | FA_ONLY(VARLEN_FILL) | FA_ONLY(KV_APPEND) |             \
+                        FA_ONLY(KV_SCATTER) | FA_ONLY(BACKWARD_CAPTURED_SUMS)))
 
 /* How a field stands in a variant's name, behind its code. */
 enum fa_code {
@@ -84,7 +85,9 @@ enum fa_code {
     X(bias_gradient, "BIAS_GRADIENT", FA_BACKWARDS, "_dbias", FA_FLAG)                             \
     X(pack_gqa, "PACK_GQA", FA_FORWARDS, "_pack", FA_FLAG)                                         \
     X(split, "SPLIT", FA_FORWARDS, "_split", FA_FLAG)                                              \
-    X(deterministic, "DETERMINISTIC", FA_BACKWARDS, "_deterministic", FA_FLAG)                     \
+    X(deterministic, "DETERMINISTIC", FA_BACKWARDS | FA_ONLY(BACKWARD_CAPTURED), "_deterministic", \
+      FA_FLAG)                                                                                     \
+    X(largest, "LARGEST", FA_ONLY(BACKWARD_CAPTURED), "_largest", FA_FLAG)                         \
     X(varlen, "VARLEN", FA_READ_LENGTHS, "_varlen", FA_FLAG)                                       \
     X(paged, "PAGED", FA_FORWARDS, "_paged", FA_FLAG)                                              \
     X(block_sparse, "BLOCK_SPARSE", FA_READ_LISTS, "_blocks", FA_FLAG)                             \

@@ -139,13 +139,18 @@ class _Gradients(Function):
 def _refuse_gradients(tensors: tuple[Any, ...]) -> None:
     """Raises NotImplementedError where a gradient is wanted of a call with pages, or of slopes."""
     others = ops.by_name(tensors[4:])
-    slopes, page_table = others.get(ops.SLOPES), others.get("page_table")
+    slopes = others.get(ops.SLOPES)
     if slopes is not None and slopes.requires_grad:
         raise NotImplementedError(
             "alibi_slopes has no gradient in calls with lengths, nor by this operator: detach() "
             "it, or use no_grad()"
         )
-    if page_table is not None and any(x is not None and x.requires_grad for x in tensors[:4]):
+    refuse_pages(others.get("page_table"), *tensors[:4])
+
+
+def refuse_pages(page_table: Any, *inputs: Any) -> None:
+    """Raises NotImplementedError where one of the inputs of a call with pages wants a gradient."""
+    if page_table is not None and any(x is not None and x.requires_grad for x in inputs):
         raise NotImplementedError(
             "flash_attn_varlen_func has no gradient with page_table, as K and V are a cache: use "
             "no_grad()"

@@ -31,6 +31,18 @@ class Blocks(NamedTuple):
     of_queries: BlockLists | None  # those that see each block of keys
     mask_mod: Callable[..., Any] | None  # of partial blocks; None: all of them is seen
 
+    @property
+    def description(self) -> str:
+        """What is known without a look at the lists."""
+        lists = self.of_keys
+        kinds = "partial blocks" if lists.full_counts is None else "partial and full blocks"
+        asked = ", of which mask_mod is asked in partial ones" if self.mask_mod else ""
+        batch, heads, rows, most = lists.indices.shape
+        return (
+            f"{kinds} of {lists.block_q} queries and {lists.block_k} keys{asked}: lists of at most "
+            f"{most} for each of {rows} rows, {heads} heads and {batch} sequences"
+        )
+
     def options(self, seqlen_k: int, wants_gradients: bool) -> dict[str, BlockLists]:
         """Those of _C: lists of queries, which the backward needs, are made if there are none."""
         options = {"key_blocks": self.of_keys}

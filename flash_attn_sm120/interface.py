@@ -89,7 +89,9 @@ def flash_attn_func(
             forbids it.
         deterministic: the backward is bitwise reproducible too, as the forward always is;
             ``torch.use_deterministic_algorithms(True)`` asks for the same. On an H200 that takes 3
-            to 30% of its speed, most with few heads and short sequences.
+            to 30% of its speed, most with few heads and short sequences. Gradients of what a
+            score_mod captures then take 16 bytes of memory for each element, and their kernel
+            twice the time.
         return_lse: also return the log-sum-exp of the scores, through which gradients flow, too.
         dropout_p: the probability, in [0, 1), rounded to a multiple of 2^-16, with which a weight
             of the softmax counts nothing; the others then count ``1 / (1 - dropout_p)`` times as
@@ -103,7 +105,7 @@ def flash_attn_func(
             et al. 2021, https://arxiv.org/abs/2108.12409) as FlashAttention-2 defines it, ``-slope
             * abs(i + seqlen_k - seqlen_q - j)`` added to the score of query ``i`` and key ``j``
             after ``softcap``. Of negative slopes CUDA computes most rows twice. Slopes that
-            require a gradient get one, but not with lengths, pages or dropout.
+            require a gradient get one, but not with lengths, pages or an ``attn_bias``.
         attn_bias: ``(batch or 1, heads_q or 1, seqlen_q or 1, seqlen_k)`` float32, or in the dtype
             of ``q``: added to the scores after ``softmax_scale``, ``softcap`` and
             ``alibi_slopes``, before the mask. It is read in place, with any strides, 0 included,
@@ -538,10 +540,11 @@ def _attend(
             call = q, k, v, learnable_sink, lengths, options, return_lse, out, lse
             return _attend_with_mods(None, None, None, function, *call)
         by_operator = False
-    learns_slopes = is_grad_enabled() and ops.learns_slopes(lengths)
-    if learns_slopes and not ops.has_lengths(lengths):  # a score_mod that captures them has it
-        call = q, k, v, learnable_sink, lengths, options, return_lse, out, lse
-        return _attend_with_mods(None, None, None, function, *call)
+    if is_grad_enabled() and ops.learns_slopes(lengths):
+        given = {name: x for name, x in lengths.items() if x is not None}
+        if not ops.has_lengths(given):  # a score_mod that captures slopes has their gradient
+            call = q, k, v, learnable_sink, given, options, return_lse, out, lse
+            return _attend_with_mods(None, None, None, function, *call)
     if not by_operator and _is_any_autocast_enabled():
         q, k, v = autograd.autocast(q, k, v, lengths.get("page_table"))
         if "attn_bias" in lengths:

@@ -138,9 +138,10 @@ def backward(
     """``(dq, dk, dv, dsink)`` by the operator, and dbias; dsink has no elements without a sink."""
     if "key_blocks" in options and not bias_gradient:
         from flash_attn_sm120.mods import operators
+        from flash_attn_sm120.mods.call import Call
 
-        call: Any = dout, dlse, q, k, v, learnable_sink, out, lse, by_name(lengths), options
-        return tuple(operators.backward({}, *call)[0])
+        call = Call(q, k, v, learnable_sink, by_name(lengths), {**options})
+        return tuple(operators.backward({}, call, dout, dlse, out, lse)[0])
     op = VARLEN_BACKWARD if len(lengths) >= len(LENGTHS) else BACKWARD
     if bias_gradient:
         op = BIAS_BACKWARD

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 import torch
 
-from flash_attn_sm120 import _C
+from flash_attn_sm120 import _C, block_mask
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,6 +59,14 @@ class CallOptions(VarlenOptions, total=False):
     seqused_k: Tensor | None
     page_table: Tensor | None
     bias_gradient: bool  # of the backward alone
+
+
+class ExplainOptions(CallOptions, total=False):
+    """Those, and what Python makes some of them of."""
+
+    aux_tensors: list[Tensor] | None
+    block_sparse_tensors: Any
+    block_sparse_tensors_bwd: Any
 
 
 class Kernel(NamedTuple):
@@ -144,7 +152,13 @@ class Plan:
 
 
 def explain(
-    q: Tensor, k: Tensor, v: Tensor, *, arch: int | None = None, **options: Unpack[CallOptions]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    arch: int | None = None,
+    costs: bool = False,
+    **options: Unpack[ExplainOptions],
 ) -> Plan:
     """The plan of ``flash_attn_func(q, k, v, **options)``, with the reason for every choice; with
     lengths among the options, that of ``flash_attn_varlen_func(q, k, v, **options)``.
@@ -156,11 +170,13 @@ def explain(
         q, k, v: as in :func:`flash_attn_func`.
         arch: plan for this compute capability (120, 90, ...) instead of the device of ``q``, which
             needs no GPU.
+        costs: also say in the reasons what mods and lists of blocks cost: registers of the main
+            kernel with and without them, and instructions per score. That compiles: seconds.
         options: ``softmax_scale``, ``causal``, ``window_size``, ``learnable_sink``,
             ``alibi_slopes``, ``attn_bias``, ``k_descale``, ``v_descale``, ``q_descale``,
             ``softcap``, ``dropout_p``, ``dropout_seed``, ``num_splits``, ``pack_gqa``,
-            ``deterministic``, ``score_mod``, ``mask_mod``, ``aux_tensors``, as in
-            :func:`flash_attn_func`;
+            ``deterministic``, ``score_mod``, ``mask_mod``, ``aux_tensors``,
+            ``block_sparse_tensors``, ``block_sparse_tensors_bwd``, as in :func:`flash_attn_func`;
             ``cu_seqlens_q``, ``cu_seqlens_k``, ``max_seqlen_q``, ``max_seqlen_k``,
             ``seqused_q``, ``seqused_k``, ``page_table``, as in
             :func:`flash_attn_varlen_func`: their contents are not read.
@@ -168,20 +184,24 @@ def explain(
     Raises:
         The exceptions of :func:`flash_attn_func`.
     """
-    translated, reasons = _translated(options, gradient=False)
-    plan = _plan("forward", _C.explain(q, k, v, arch=arch, **translated))
-    plan.reasons.update(reasons)
-    return plan
+    return _explained("forward", q, k, v, arch, costs, options)
 
 
 def explain_backward(
-    q: Tensor, k: Tensor, v: Tensor, *, arch: int | None = None, **options: Unpack[CallOptions]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    arch: int | None = None,
+    costs: bool = False,
+    **options: Unpack[ExplainOptions],
 ) -> Plan:
     """The plan of the backward of ``flash_attn_func(q, k, v, **options)``, of a dense gradient.
 
     Args:
-        q, k, v, arch, options: as in :func:`explain`; ``num_splits`` and ``pack_gqa`` concern the
-            forward alone. ``bias_gradient``: whether the gradient of ``attn_bias`` is wanted, too.
+        q, k, v, arch, costs, options: as in :func:`explain`; ``num_splits`` and ``pack_gqa``
+            concern the forward alone. ``bias_gradient``: whether the gradient of ``attn_bias`` is
+            wanted, too.
 
     Raises:
         The exceptions of :func:`flash_attn_func`.
@@ -189,19 +209,47 @@ def explain_backward(
     by_switch = torch.are_deterministic_algorithms_enabled() and not options.get("deterministic")
     if by_switch:
         options["deterministic"] = True
-    translated, reasons = _translated(options, gradient=True)
-    plan = _plan("backward", _C.explain_backward(q, k, v, arch=arch, **translated))
-    plan.reasons.update(reasons)
+    plan = _explained("backward", q, k, v, arch, costs, options)
     if by_switch and plan.steps:
         plan.reasons["deterministic"] += ", as torch.use_deterministic_algorithms(True) asks"
     return plan
 
 
-def _translated(options: Any, gradient: bool) -> tuple[dict[str, Any], dict[str, str]]:
-    """The options with mods as _C takes them, and what these were traced to."""
+def _explained(
+    direction: str, q: Tensor, k: Tensor, v: Tensor, arch: int | None, costs: bool, options: Any
+) -> Plan:
+    explain = _C.explain if direction == "forward" else _C.explain_backward
+    translated, traced = _translated(q, k, options, direction == "backward")
+    plan = _plan(direction, explain(q, k, v, arch=arch, **translated))
+    plan.reasons.update(traced)
+    if costs:
+        if not plan.steps:
+            raise ValueError("costs=True is for kernels: pass arch=120, or tensors of a GPU")
+        from flash_attn_sm120.mods.costs import costs_of
+
+        others = {name: x for name, x in translated.items() if name not in _COSTLY}
+        without = _plan(direction, explain(q, k, v, arch=arch, **others))
+        major, minor = torch.cuda.get_device_capability(q.device) if arch is None else (0, arch)
+        plan.reasons["costs"] = costs_of(plan, without, translated, 10 * major + minor)
+    return plan
+
+
+_COSTLY = ("score_mod", "mask_mod", "key_blocks", "query_blocks")
+
+
+def _translated(
+    q: Tensor, k: Tensor, options: Any, gradient: bool
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The options with mods and lists as _C takes them, and what these were traced to."""
     options, reasons = dict(options), {}
     mods = {name: options.pop(name, None) for name in ("score_mod", "mask_mod")}
     aux_tensors = options.pop("aux_tensors", None)
+    tensors, backward = (options.pop(f"block_sparse_tensors{x}", None) for x in ("", "_bwd"))
+    if tensors is not None:
+        blocks = block_mask.read(tensors, backward, q.shape[1], k.shape[1])
+        options |= blocks.options(k.shape[1], gradient)
+        mods["mask_mod"] = mods["mask_mod"] or blocks.mask_mod
+        reasons["block_sparse_tensors"] = blocks.description
     for name, mod in mods.items():
         if mod is not None:
             from flash_attn_sm120.mods.attention import explain_mod

@@ -121,11 +121,13 @@ enum { FA_APPEND_THREADS = 128 };
 FA_CONSTEXPR int fa_p_shift(int dtype) { return dtype == FA_BFLOAT16 ? 14 : 0; }
 
 enum {
-    FA_PREPROCESS_THREADS = 256, /* of a block of kernels/backward_preprocess.cu */
-    FA_SINK_THREADS = 256,       /* of kernels/backward_sink.cu */
-    FA_ORDER_THREADS = 1024,     /* of kernels/backward_order.cu */
-    FA_CAPTURED_THREADS = 128,   /* of kernels/backward_captured.cu */
-    FA_POSTPROCESS_WARPS = 4,    /* of kernels/backward_postprocess.cu */
+    FA_PREPROCESS_THREADS = 256,    /* of a block of kernels/backward_preprocess.cu */
+    FA_SINK_THREADS = 256,          /* of kernels/backward_sink.cu */
+    FA_ORDER_THREADS = 1024,        /* of kernels/backward_order.cu */
+    FA_CAPTURED_THREADS = 128,      /* of kernels/backward_captured.cu */
+    FA_CAPTURED_SUMS_THREADS = 256, /* of kernels/backward_captured_sums.cu, */
+    FA_CAPTURED_SUMS_BLOCKS = 512,  /* of which there are so many */
+    FA_POSTPROCESS_WARPS = 4,       /* of kernels/backward_postprocess.cu */
 };
 
 /* Where the parts of shared memory of kernels/backward.cu start, and how large all of it is. */

@@ -49,31 +49,6 @@ __device__ __forceinline__ auto captured(const fa_captured &tensor, index_t... i
     return as_number(*(static_cast<const T *>(tensor.data) + captured_offset(tensor, 0, index...)));
 }
 
-/* Adds to an element of the contiguous gradient of a tensor: a lane alone, or all of a warp. */
-template <class... index_t>
-__device__ __forceinline__ void add_to_captured(float *gradient, const fa_captured &tensor, float x,
-                                                index_t... index)
-{
-    fa_captured contiguous = tensor;
-    fa_int64 step = 1;
-#pragma unroll
-    for (int i = int(sizeof...(index)) - 1; i >= 0; i--) {
-        contiguous.stride[i] = step;
-        step *= tensor.size[i];
-    }
-    atomicAdd(gradient + captured_offset(contiguous, 0, index...), x);
-}
-template <class... index_t>
-__device__ __forceinline__ void add_sum_to_captured(float *gradient, const fa_captured &tensor,
-                                                    float x, index_t... index)
-{
-#pragma unroll
-    for (int distance = 16; distance > 0; distance /= 2)
-        x += __shfl_xor_sync(0xffffffff, x, distance);
-    if (threadIdx.x % 32 == 0)
-        add_to_captured(gradient, tensor, x, index...);
-}
-
 /* ---- torch's arithmetic ---------------------------------------------------------------------- */
 
 /* Integers wrap around. */

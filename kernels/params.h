@@ -126,8 +126,8 @@ struct fa_captured {
 /* Behind the parameters of kernels whose variant has a mod. */
 struct fa_mods {
     struct fa_captured score[FA_MAX_CAPTURED], mask[FA_MAX_CAPTURED];
-    float *gradients[FA_MAX_CAPTURED]; /* of those of score_mod, contiguous; of
-                                        * backward_captured.cu alone */
+    float *gradients[FA_MAX_CAPTURED]; /* of those of score_mod, contiguous, zero before; NULL: not
+                                        * wanted. Of backward_captured.cu alone */
 };
 
 /* What K or V of a sequence and KV head are multiplied by, read only where KV_E4M3; and Q. */
@@ -351,6 +351,19 @@ struct fa_extended_backward_params {
     struct fa_block_lists lists;
     struct fa_mods mods;
     struct fa_addition_order order; /* read only where BLOCK_SPARSE and DETERMINISTIC */
+};
+
+/* What one score adds to gradients of captured tensors: so often at most. */
+enum { FA_MAX_ADDITIONS = 64 };
+
+/* The single argument of kernels/backward_captured.cu and backward_captured_sums.cu. */
+struct fa_captured_params {
+    struct fa_extended_backward_params backward;
+    /* Where DETERMINISTIC: */
+    fa_int64 elements[FA_MAX_CAPTURED]; /* of each gradient; 0: not wanted */
+    fa_int64 *sums[FA_MAX_CAPTURED];    /* [elements, 2], see kernels/fixed_point_sums.cuh; zero
+                                         * before */
+    int bits;                           /* of what is added to them */
 };
 
 /* The single argument of kernels/backward_postprocess.cu. */

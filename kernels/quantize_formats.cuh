@@ -105,7 +105,7 @@ __device__ __forceinline__ float to_nvfp4(coded_vector<FORMAT_NVFP4> &coded,
 template <int FORMAT>
 __device__ __forceinline__ coded_vector<FORMAT> encode(float (&x)[VECTOR], float scale)
 {
-    coded_vector<FORMAT> coded;
+    coded_vector<FORMAT> coded = {};
     if constexpr (FORMAT == FORMAT_MXFP8) {
         float largest = largest_of(x);
         largest = max_or_nan(largest, __shfl_xor_sync(0xffffffff, largest, 1));
@@ -119,10 +119,16 @@ __device__ __forceinline__ coded_vector<FORMAT> encode(float (&x)[VECTOR], float
         to_int8(coded.words, x);
     else if constexpr (FORMAT == FORMAT_NVFP4) {
         const float largest = largest_of(x);
-        coded_vector<FORMAT> by_four;
-        const float error = to_nvfp4(coded, x, largest / 6);
-        if (to_nvfp4(by_four, x, largest / 4) < error)
-            coded = by_four;
+        float least_error = 0;
+#pragma unroll 1
+        for (int code = 6; code >= 4; code -= 2) { /* that the largest becomes */
+            coded_vector<FORMAT> other;
+            const float error = to_nvfp4(other, x, largest / static_cast<float>(code));
+            if (code == 6 || error < least_error) {
+                coded = other;
+                least_error = error;
+            }
+        }
     } else
         to_e4m3(coded.words, x);
     return coded;

@@ -11,24 +11,24 @@ struct raw_vector {
 
 /* Zeros where there is none. */
 __device__ __forceinline__ raw_vector load_vector(const fa_quantize_operand &x,
-                                                  const head_part &part, int token, int dim,
+                                                  const block_work &work, int token, int dim,
                                                   bool exists)
 {
     raw_vector raw = {};
     if (exists) {
-        const element *first = static_cast<const element *>(x.x) + part.batch * x.stride.batch +
-                               part.head * x.stride.head + token * x.stride.seqlen + dim;
+        const element *first = static_cast<const element *>(x.x) + work.batch * x.stride.batch +
+                               work.head * x.stride.head + token * x.stride.seqlen + dim;
         raw.half[0] = reinterpret_cast<const uint4 *>(first)[0];
         raw.half[1] = reinterpret_cast<const uint4 *>(first)[1];
     }
     return raw;
 }
 
-constexpr float root_of(int power_of_two)
+constexpr float reciprocal_root_of(int power_of_two)
 {
     return power_of_two == 1   ? 1.0f
-           : power_of_two == 2 ? 1.41421356237309505f
-                               : 2.0f * root_of(power_of_two / 4);
+           : power_of_two == 2 ? 0.707106781186547524f
+                               : 0.5f * reciprocal_root_of(power_of_two / 4);
 }
 
 /* By a Hadamard matrix, rounded as rotate() of quantize.py does it. All lanes of the warp come
@@ -54,7 +54,7 @@ template <int SIZE> __device__ __forceinline__ void rotate(float (&x)[VECTOR])
             }
 #pragma unroll
         for (int i = 0; i < VECTOR; i++)
-            x[i] /= root_of(SIZE);
+            x[i] = __fmul_rn(x[i], reciprocal_root_of(SIZE)); /* not fused with what follows */
     }
 }
 

@@ -20,13 +20,18 @@ __device__ __forceinline__ float score_mod_slope(float, float, const score_coord
     return 1.0f;
 }
 
-/* Adds to the gradients of captured tensors what a gradient of the result makes of them; or to
- * `sums`, of elements that all scores of a head have in common, which the second function adds. */
+/* Calls gradients.add() with what a gradient of the result makes of those of captured tensors; or
+ * adds to `sums`, of elements that all scores of a head have in common, which the second function
+ * takes to gradients.add_sum(). */
+template <class gradients_t>
 __device__ __forceinline__ void add_score_mod_gradients(float, float, float, const score_coords &,
-                                                        const fa_mods &, float *)
+                                                        const fa_captured *, const gradients_t &,
+                                                        float *)
 {
 }
-__device__ __forceinline__ void add_score_mod_sums(const score_coords &, const fa_mods &, float *)
+template <class gradients_t>
+__device__ __forceinline__ void add_score_mod_sums(const score_coords &, const gradients_t &,
+                                                   float *)
 {
 }
 

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.autograd import Function
 from torch.compiler import is_dynamo_compiling
 
 from flash_attn_sm120 import _C, autograd, ops
 from flash_attn_sm120.following import is_followed
 from flash_attn_sm120.mods import headers, operators, reference
+from flash_attn_sm120.mods.call import Call
 from flash_attn_sm120.mods.capture import captured_by
 from flash_attn_sm120.mods.trace import trace
 from flash_attn_sm120.mods.translate import check_captured, mask_text, score_text
@@ -48,8 +48,13 @@ def attend(
     tensors = {name: x for name, x in tensors.items() if x is not None}
     for name, hint in _NOT_BESIDE.items():
         if name in tensors:
-            has_mod = score_mod or mask_mod or "key_blocks" not in options
-            beside = "a mod" if has_mod else "block_sparse_tensors"
+            beside = (
+                "a mod"
+                if score_mod or mask_mod
+                else "alibi_slopes that require a gradient"
+                if ops.learns_slopes(tensors)
+                else "block_sparse_tensors"
+            )
             raise NotImplementedError(f"{function} with {name} and {beside} is not supported{hint}")
     given = (q, k, v, learnable_sink, *tensors.values())
     ops.check_tensors("a mod is given", q, k, v, learnable_sink, **tensors)
@@ -67,36 +72,37 @@ def attend(
     if torch.is_grad_enabled() and ops.learns_slopes(tensors):
         called["score_mod"] = _with_learned_alibi(called.get("score_mod"), q, k, tensors)
         tensors = {name: x for name, x in tensors.items() if name != ops.SLOPES}
+    call = Call(q, k, v, learnable_sink, tensors, options)
     if followed:
         attend_followed = operators.attend
         if is_dynamo_compiling():
             from flash_attn_sm120.mods.dynamo import attend as attend_followed
-        results = attend_followed(called, q, k, v, learnable_sink, tensors, options)
+        results = attend_followed(called, call)
         return results[0], results[1] if return_lse else None
     is_cpu = q.__dlpack_device__()[0] == 1
     found = {name: captured_by(mod, aux_tensors) for name, mod in called.items()}
-    captured = [x for _, xs in found.values() for x in xs]
-    wants_gradient = torch.is_grad_enabled() and any(
-        x is not None and x.requires_grad for x in (*given, *captured)
-    )
-    if wants_gradient and (out is not None or lse is not None):
-        raise RuntimeError(
-            f"{function}(..., out=, lse=) does not support automatic differentiation: use no_grad()"
-        )
     translated: dict[str, Any] = {
         name: translate(name, mod, *found[name]) for name, mod in called.items()
     }
     for name, (_, read, _) in translated.items():
         operators.check_devices(name, read, q)
+    captured = [x for _, read, _ in translated.values() for x in read]
+    wants_gradient = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (*given, *captured)
+    )
+    if wants_gradient:
+        autograd.refuse_pages(tensors.get("page_table"), *given, *captured)
+    if wants_gradient and (out is not None or lse is not None):
+        raise RuntimeError(
+            f"{function}(..., out=, lse=) does not support automatic differentiation: use no_grad()"
+        )
     if is_cpu:
-        _check(q, k, v, learnable_sink, tensors, options)
+        _check(call)
         graphs = {name: trace(name, mod) for name, mod in called.items()}
-        computed = reference.attend(q, k, v, learnable_sink, graphs, tensors, options)
-        return _into(computed, return_lse, out, lse)
+        return _into(reference.attend(graphs, call), return_lse, out, lse)
     if wants_gradient:
         joint = {name: translate(name, mod, *found[name], True) for name, mod in called.items()}
-        both = translated, joint, called
-        return _record(q, k, v, learnable_sink, tensors, options, both, return_lse)
+        return _record(called, translated, joint, call, return_lse)
     results = _C.forward(
         q, k, v, learnable_sink=learnable_sink, return_lse=return_lse, out=out, lse=lse,
         **tensors, **options, **translated,
@@ -153,10 +159,10 @@ def _with_learned_alibi(score_mod: Mod | None, q: Any, k: Any, tensors: dict[str
     return with_alibi
 
 
-def _check(q: Any, k: Any, v: Any, sink: Any, tensors: Any, options: Any) -> None:
+def _check(call: Call) -> None:
     """What C checks of a call without mods, of no data: by the operators' rules for shapes."""
-    lengths = {n: x for n, x in tensors.items() if n not in (ops.SEED,)}
-    ops._check(q, k, v, sink, lengths)
+    lengths = {name: x for name, x in call.tensors.items() if name != ops.SEED}
+    ops._check(*call[:4], lengths)
 
 
 def _into(results: Any, return_lse: bool, out: Any, lse: Any) -> tuple[Any, Any]:
@@ -209,73 +215,57 @@ def explain_mod(name: str, mod: Mod, aux_tensors: Any, gradient: bool) -> tuple[
     text = headers.text(translated[0])
     statements = [line.strip() for line in text.split("\n}\n")[0].splitlines()[2:]]
     count = len(translated[1])
-    return translated, f"traced, with {count} captured tensors: {' '.join(statements)}"
+    captured = f"{count} captured tensor{'s' * (count != 1)}"
+    return translated, f"traced, with {captured}: {' '.join(statements)}"
 
 
 # ---- gradients -----------------------------------------------------------------------------------
 
 
 def _record(
-    q: Any, k: Any, v: Any, sink: Any, tensors: Any, options: Any, both: Any, return_lse: bool
-) -> tuple[Any, Any]:  # fmt: skip
-    captured = both[1]["score_mod"][1] if "score_mod" in both[1] else ()
-    record: Any = _Attention.apply
-    results = record(tensors, options, both, return_lse, q, k, v, sink, *captured)
+    called: dict[str, Mod],
+    translated: dict[str, Any],
+    joint: dict[str, Translated],
+    call: Call,
+    return_lse: bool,
+) -> tuple[Any, Any]:
+    """A call that autograd is to record; ``joint``: with the derivatives."""
+    captured = joint["score_mod"][1] if "score_mod" in joint else ()
+    tensors, options = call[4:]
+
+    def forward(q: Any, k: Any, v: Any, sink: Any, *_: Any) -> Any:
+        return _C.forward(
+            q, k, v, learnable_sink=sink, return_lse=True, **tensors, **options, **translated
+        )
+
+    def backward(dout: Any, dlse: Any, out: Any, lse: Any, saved: Any, wanted: Any) -> Any:
+        q, k, v, sink, *_ = saved
+        given = Call(q, k, v, sink, tensors, options), dout, dlse, out, lse
+        # A gradient that is to be differentiated again comes from the operator, which refuses.
+        if torch.is_grad_enabled() or is_followed(q, k, v, sink, dout, dlse):
+            return operators.backward(called, *given, captured, wanted[4:])
+        return run_backward(joint, *given, wanted[4:])
+
+    results = operators.record(forward, backward, return_lse, *call[:4], *captured)
     return results if return_lse else (results, None)
 
 
-class _Attention(Function):
-    """As autograd.py's, with mods: what score_mod captured gets gradients, too."""
-
-    @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx, tensors, options, both, return_lse, q, k, v, sink, *captured
-    ) -> Any:
-        out, lse = _C.forward(
-            q, k, v, learnable_sink=sink, return_lse=True, **tensors, **options, **both[0]
-        )
-        ctx.save_for_backward(q, k, v, sink, out, lse, *captured)
-        ctx.set_materialize_grads(False)
-        ctx.call = tensors, options, both[1], both[2]
-        return (out, lse) if return_lse else out
-
-    @staticmethod
-    def backward(ctx, dout: Any, dlse: Any = None) -> tuple[Any, ...]:  # type: ignore[no-untyped-def]
-        q, k, v, sink, out, lse, *_ = ctx.saved_tensors
-        tensors, options, joint, called = ctx.call
-        wants = ctx.needs_input_grad[4:]
-        dout = torch.zeros_like(out) if dout is None else dout
-        given = dout, dlse, q, k, v, sink, out, lse
-        # A gradient that is to be differentiated again comes from the operator, which refuses.
-        if torch.is_grad_enabled() or is_followed(q, k, v, sink, dout, dlse):
-            captured = joint["score_mod"][1] if "score_mod" in joint else ()
-            gradients, of_captured = operators.backward(
-                called, *given, tensors, options, captured, wants[4:]
-            )
-        else:
-            if torch.are_deterministic_algorithms_enabled():
-                options = {**options, "deterministic": True}
-            gradients, of_captured = run_backward(*given, {**tensors, **options}, joint, wants[4:])
-        dq, dk, dv, dsink = gradients
-        dsink = None if sink is None else dsink.to(sink.dtype)
-        given = (dq, dk, dv, dsink, *of_captured)
-        return (
-            None,
-            None,
-            None,
-            None,
-            *(g if w else None for g, w in zip(given, wants, strict=True)),
-        )
-
-
 def run_backward(
-    dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, out: Any, lse: Any,
-    options: dict[str, Any], joint: dict[str, Translated], wanted: Sequence[bool],
-) -> tuple[Any, list[Any]]:  # fmt: skip
+    joint: dict[str, Translated],
+    call: Call,
+    dout: Any,
+    dlse: Any,
+    out: Any,
+    lse: Any,
+    wanted: Sequence[bool],
+) -> tuple[Any, list[Any]]:
     """``((dq, dk, dv, dsink), gradients of what score_mod captured)``, straight from C."""
     mods: dict[str, Any] = dict(joint)
     captured: tuple[Any, ...] = ()
     sums: tuple[Any, ...] = ()
+    q, k, v, sink, tensors, options = call
+    if torch.are_deterministic_algorithms_enabled():
+        options = {**options, "deterministic": True}
     if any(wanted):
         number, captured, _ = joint["score_mod"]
         sums = tuple(
@@ -283,7 +273,9 @@ def run_backward(
             for x, w in zip(captured, wanted, strict=True)
         )
         mods["score_mod"] = number, captured, sums
-    gradients = _C.backward(dout, q, k, v, out, lse, dlse, learnable_sink=sink, **options, **mods)
+    gradients = _C.backward(
+        dout, q, k, v, out, lse, dlse, learnable_sink=sink, **tensors, **options, **mods
+    )
     of_captured = [
         None if s is None else s.to(x.dtype) for x, s in zip(captured, sums, strict=True)
     ]

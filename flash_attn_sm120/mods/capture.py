@@ -6,6 +6,7 @@ made anew in every step, over other document ids, is traced once.
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable
 from typing import Any
@@ -85,3 +86,14 @@ def captured_by(mod: Callable[..., Any], aux: Any) -> tuple[Key | None, list[tor
     except (_Opaque, ValueError, TypeError):  # a cell may be empty
         return None, walk.tensors
     return key, walk.tensors
+
+
+def refuse_dtensors(*tensors: Any) -> None:
+    """Raises NotImplementedError where one is a DTensor: in each shard, heads and sequences count
+    from 0, and mods and lists would take them for the first ones of the call."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is not None and any(isinstance(x, module.DTensor) for x in tensors):
+        raise NotImplementedError(
+            "mods and block_sparse_tensors take no DTensor, in whose shards heads and sequences "
+            "count from 0: call them with to_local() of each"
+        )

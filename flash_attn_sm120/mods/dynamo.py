@@ -17,6 +17,7 @@ from torch import fx
 
 from flash_attn_sm120 import ops
 from flash_attn_sm120.mods import operators
+from flash_attn_sm120.mods.call import Call
 from flash_attn_sm120.mods.trace import COORDS
 
 try:  # torch wants no subclasses of it elsewhere, and has no other way for callables
@@ -50,16 +51,9 @@ def _end(q: Any, k: Any, v: Any, sink: Any, *others: Any, **options: Any) -> Any
 ops.LIBRARY.impl(_END, _end, "CompositeImplicitAutograd")
 
 
-def attend(
-    mods: dict[str, Callable[..., Any]],
-    q: Any,
-    k: Any,
-    v: Any,
-    sink: Any,
-    tensors: dict[str, Any],
-    options: dict[str, Any],
-) -> Any:
+def attend(mods: dict[str, Callable[..., Any]], call: Call) -> Any:
     """``(out, lse)``, in code that Dynamo traces."""
+    q, k, v, sink, tensors, options = call
     (key_blocks, query_blocks), sizes, options = operators.without_blocks(options)
     schema = ops.to_schema(**options)
     lengths = operators.lengths_in_order(tensors)

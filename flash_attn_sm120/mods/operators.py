@@ -7,7 +7,6 @@ captures, and the tensors of the lists. The backward has the gradients of what a
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +17,8 @@ from torch.autograd import Function
 
 from flash_attn_sm120 import _C, autograd, block_mask, ops
 from flash_attn_sm120.imports import when_imported
+from flash_attn_sm120.mods.call import Call
+from flash_attn_sm120.mods.capture import refuse_dtensors
 
 # ---- schemas -------------------------------------------------------------------------------------
 
@@ -42,35 +43,23 @@ FORWARD = getattr(torch.ops, ops.NAMESPACE).mods_forward.default
 BACKWARD = getattr(torch.ops, ops.NAMESPACE).mods_backward.default
 
 
-def attend(
-    mods: dict[str, Callable[..., Any]],
-    q: Any,
-    k: Any,
-    v: Any,
-    sink: Any,
-    tensors: dict[str, Any],
-    options: dict[str, Any],
-) -> tuple[Any, Any]:
+def attend(mods: dict[str, Callable[..., Any]], call: Call) -> tuple[Any, Any]:
     """``(out, lse)`` by the operator, which torch follows."""
-    lists, options = _arguments(mods, q, options)
+    refuse_dtensors(*call[:4], *call.tensors.values())
+    lists, options = _arguments(mods, call)
     results: tuple[Any, Any] = FORWARD(
-        *(q, k, v, sink), *lists, *lengths_in_order(tensors), **options
+        *call[:4], *lists, *lengths_in_order(call.tensors), **options
     )
     return results
 
 
 def backward(
     mods: dict[str, Callable[..., Any]],
+    call: Call,
     dout: Any,
     dlse: Any,
-    q: Any,
-    k: Any,
-    v: Any,
-    sink: Any,
     out: Any,
     lse: Any,
-    tensors: dict[str, Any],
-    options: dict[str, Any],
     captured: Any = (),
     wanted: Any = (),
 ) -> tuple[Any, list[Any]]:
@@ -81,10 +70,10 @@ def backward(
             "gradients of mods and of block_sparse_tensors take no is_grads_batched=True: use "
             "torch.func.vmap, or a call for each"
         )
-    lists, options = _arguments(mods, q, options)
+    lists, options = _arguments(mods, call)
     wanted_ids = [id(x) for x, w in zip(captured, wanted, strict=True) if w]
     *gradients, found = BACKWARD(
-        *(dout, dlse, q, k, v, sink, out, lse, *lists, *lengths_in_order(tensors)),
+        *(dout, dlse, *call[:4], out, lse, *lists, *lengths_in_order(call.tensors)),
         wanted=[id(x) in wanted_ids for x in lists[0]],
         **options,
     )
@@ -94,24 +83,17 @@ def backward(
     ]
 
 
-def _arguments(
-    mods: dict[str, Callable[..., Any]], q: Any, options: dict[str, Any]
-) -> tuple[list[Any], dict[str, Any]]:
+def _arguments(mods: dict[str, Callable[..., Any]], call: Call) -> tuple[list[Any], dict[str, Any]]:
     """The operators' four lists of tensors, and their options."""
-    tensor = sys.modules.get("torch.distributed.tensor")
-    if tensor is not None and isinstance(q, tensor.DTensor):
-        raise NotImplementedError(
-            "mods and block_sparse_tensors take no DTensor yet: call them with to_local() of each"
-        )
     programs = {}
     if mods:
         from flash_attn_sm120.mods.program import program_of
 
         programs = {name: program_of(name, mod) for name, mod in mods.items()}
-    if isinstance(q, torch.Tensor):
+    if isinstance(call.q, torch.Tensor):
         for name, (_, captured) in programs.items():
-            check_devices(name, captured, q)
-    blocks, sizes, options = without_blocks(options)
+            check_devices(name, captured, call.q)
+    blocks, sizes, options = without_blocks(call.options)
     lists = [programs[name][1] if name in programs else [] for name in ("score_mod", "mask_mod")]
     texts = {name: text for name, (text, _) in programs.items()}
     return [*lists, *blocks], {**texts, "block_sizes": sizes, **ops.to_schema(**options)}
@@ -167,7 +149,7 @@ def _forward(
     if mods and q.__dlpack_device__()[0] == 1:  # the CPU
         from flash_attn_sm120.mods import reference
 
-        return reference.attend(q, k, v, sink, _graphs(mods), tensors, options)
+        return reference.attend(_graphs(mods), Call(q, k, v, sink, tensors, options))
     return _C.forward(
         q, k, v, learnable_sink=sink, return_lse=True, **tensors, **options, **_translated(mods)
     )  # fmt: skip
@@ -182,18 +164,16 @@ def _backward(
     mods = _by_mod(score_mod, learned, mask_mod, mask_captured)
     tensors = by_name(lengths)
     options = with_blocks(ops.from_schema(**schema), key_blocks, query_blocks, block_sizes)
+    call = Call(q, k, v, sink, tensors, options)
     if mods and q.__dlpack_device__()[0] == 1:  # the CPU
-        gradients = _by_autograd(dout, dlse, q, k, v, sink, learned, mods, tensors, options)
+        gradients = _by_autograd(mods, call, dout, dlse, learned)
     else:
         from flash_attn_sm120.mods.attention import run_backward
 
         if key_blocks and not query_blocks:
             options["query_blocks"] = block_mask.transposed(options["key_blocks"], k.shape[1])
-        if torch.are_deterministic_algorithms_enabled():
-            options["deterministic"] = True
-        options.update(tensors)
         translated = _translated(mods, gradient=True)
-        gradients = run_backward(dout, dlse, q, k, v, sink, out, lse, options, translated, wanted)
+        gradients = run_backward(translated, call, dout, dlse, out, lse, wanted)
     (dq, dk, dv, dsink), of_captured = gradients
     return (
         *(dq, dk, dv, ops._no_sink(q) if dsink is None else dsink),
@@ -201,20 +181,16 @@ def _backward(
     )
 
 
-def _by_autograd(
-    dout: Any, dlse: Any, q: Any, k: Any, v: Any, sink: Any, learned: Any, mods: Any,
-    tensors: Any, options: Any,
-) -> Any:  # fmt: skip
+def _by_autograd(mods: Any, call: Call, dout: Any, dlse: Any, learned: Any) -> Any:
     """As :func:`attention.run_backward` returns them, on the CPU."""
     from flash_attn_sm120.mods import reference
-    from flash_attn_sm120.mods.program import aside
+    from flash_attn_sm120.mods.trace import aside
 
     graphs = _graphs(mods)
 
     def gradients() -> Any:
-        leaves = [None if x is None else x.detach().requires_grad_() for x in (q, k, v, sink)]
-        attend: Any = reference.attend
-        out, lse = attend(*leaves, graphs, tensors, options)
+        leaves = [None if x is None else x.detach().requires_grad_() for x in call[:4]]
+        out, lse = reference.attend(graphs, Call._make((*leaves, *call[4:])))
         given = [x for x in (*leaves, *learned) if x is not None and x.requires_grad]
         results, slopes = (out,) if dlse is None else (out, lse), (dout, dlse)
         found = torch.autograd.grad(
@@ -305,48 +281,60 @@ def _nested(tensors: Any, start: int, counts: tuple[int, ...]) -> list[Any]:
 
 
 class _Attention(Function):
-    """As autograd.py's, around the operator."""
+    """As autograd.py's, for calls with mods or lists: around the operator, or what takes half the
+    time. Of ``tensors`` the first are q, k, v, sink, then those that a score_mod captures.
+
+    ``backward(dout, dlse, out, lse, tensors, wanted)`` returns the gradients of these, of captured
+    ones as a list.
+    """
 
     @staticmethod
-    def forward(ctx, below: Any, counts: Any, options: Any, *tensors: Any) -> Any:  # type: ignore[no-untyped-def]
-        out, lse = below(*_nested(tensors, _GIVEN, counts))
+    def forward(ctx, forward: Any, backward: Any, return_lse: bool, *tensors: Any) -> Any:  # type: ignore[no-untyped-def]
+        out, lse = forward(*tensors)
         ctx.save_for_backward(out, lse, *tensors)
         ctx.set_materialize_grads(False)
-        ctx.call = counts, options
-        return out, lse
+        ctx.gradients = backward
+        return (out, lse) if return_lse else out
 
     @staticmethod
-    def backward(ctx, dout: Any, dlse: Any) -> Any:  # type: ignore[no-untyped-def]
+    def backward(ctx, dout: Any, dlse: Any = None) -> Any:  # type: ignore[no-untyped-def]
         out, lse, *tensors = ctx.saved_tensors
-        counts, options = ctx.call
-        wants = ctx.needs_input_grad[3:]
-        learned = slice(_GIVEN, _GIVEN + counts[0])
-        nested = _nested(tensors, _GIVEN, counts)
-        *gradients, of_captured = BACKWARD(
-            torch.zeros_like(out) if dout is None else dout,
-            *(dlse, *nested[:_GIVEN], out, lse, *nested[_GIVEN:]),
-            wanted=list(wants[learned]),
-            **options,
-        )
+        wanted = ctx.needs_input_grad[3:]
+        dout = torch.zeros_like(out) if dout is None else dout
+        (dq, dk, dv, dsink), of_captured = ctx.gradients(dout, dlse, out, lse, tensors, wanted)
         sink = tensors[3]
-        gradients[3] = None if sink is None else gradients[3].to(sink.dtype)
-        given = (*gradients, *of_captured)
+        dsink = None if sink is None else dsink.to(sink.dtype)
+        given = (dq, dk, dv, dsink, *of_captured)
         others = [None] * (len(tensors) - len(given))
-        wanted = [g if w else None for g, w in zip(given, wants, strict=False)]
-        return None, None, None, *wanted, *others
+        of_tensors = [g if w else None for g, w in zip(given, wanted, strict=False)]
+        return None, None, None, *of_tensors, *others
 
     jvp = autograd._Attention.jvp
 
 
-def _record_forward(keyset: Any, *tensors: Any, **options: Any) -> Any:
-    def below(*tensors: Any) -> Any:
-        return autograd._redispatch(FORWARD, keyset, *tensors, **options)
+# Function's own apply() asks first, in Python, for what the dispatcher has answered.
+record: Any = super(Function, _Attention).apply
 
+
+def _record_forward(keyset: Any, *tensors: Any, **options: Any) -> Any:
     flat, counts = _flat(tensors, _GIVEN)
+    learned = slice(_GIVEN, _GIVEN + counts[0])
+
+    def forward(*flat: Any) -> Any:
+        return autograd._redispatch(FORWARD, keyset, *_nested(flat, _GIVEN, counts), **options)
+
+    def backward(dout: Any, dlse: Any, out: Any, lse: Any, flat: Any, wanted: Any) -> Any:
+        nested = _nested(flat, _GIVEN, counts)
+        given = dout, dlse, *nested[:_GIVEN], out, lse, *nested[_GIVEN:]
+        *gradients, of_captured = BACKWARD(*given, wanted=list(wanted[learned]), **options)
+        return gradients, of_captured
+
     if torch.is_grad_enabled():
-        autograd._refuse_gradients((*tensors[:_GIVEN], *tensors[_GIVEN + len(_LISTS) :]))
+        lengths = tensors[_GIVEN + len(_LISTS) :]
+        autograd._refuse_gradients((*tensors[:_GIVEN], *lengths))
+        autograd.refuse_pages(by_name(lengths).get("page_table"), *flat)
     with autograd._one_level():
-        return _record(below, counts, options, *flat)
+        return record(forward, backward, True, *flat)
 
 
 def _record_backward(keyset: Any, *tensors: Any, **options: Any) -> Any:
@@ -363,8 +351,6 @@ def _record_backward(keyset: Any, *tensors: Any, **options: Any) -> Any:
     return *results[:4], list(results[4:])  # dq, dk, dv, dsink
 
 
-# Function's own apply() asks first, in Python, for what the dispatcher has answered.
-_record: Any = super(Function, _Attention).apply
 ops.LIBRARY.impl(FORWARD, _record_forward, "Autograd", with_keyset=True)
 ops.LIBRARY.impl(BACKWARD, _record_backward, "Autograd", with_keyset=True)
 

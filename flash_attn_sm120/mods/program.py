@@ -12,7 +12,6 @@ from __future__ import annotations
 import ast
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import Any
 
@@ -20,17 +19,10 @@ import torch
 from torch import fx
 
 from flash_attn_sm120.mods.attention import MOST_TRACES, Translated, is_translated, translate
-from flash_attn_sm120.mods.trace import COORDS, Trace, trace
+from flash_attn_sm120.mods.trace import COORDS, Trace, aside, trace
 from flash_attn_sm120.mods.translate import SUPPORTED, check_captured, mask_text, score_text
 
 _PLACES = ("device", "layout", "pin_memory", "memory_format")  # of one number: no matter
-
-
-def aside(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The result of a function in a thread, where torch has no mode, no transform and no keys that
-    the operators above have excluded."""
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function, *arguments).result()
 
 
 def program_of(name: str, mod: Callable[..., Any]) -> tuple[str, list[torch.Tensor]]:
@@ -127,7 +119,7 @@ def graph_of(name: str, text: str, captured: Sequence[torch.Tensor]) -> Trace:
         if len(_graphs) >= MOST_TRACES:
             _graphs.clear()
         given = [x.detach() for x in captured]  # objects of this call alone
-        traced = aside(trace, name, mod_of(name, text, given))
+        traced = trace(name, mod_of(name, text, given))
         _graphs[key] = traced.graph, traced.inputs
     graph, inputs = _graphs[key]
     return Trace(graph, list(captured), inputs)

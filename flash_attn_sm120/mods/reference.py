@@ -15,6 +15,7 @@ from torch import fx
 
 from flash_attn_sm120 import dropout
 from flash_attn_sm120.block_mask import pairs_of
+from flash_attn_sm120.mods.call import Call
 from flash_attn_sm120.mods.trace import Trace
 from flash_attn_sm120.mods.translate import SAME_VALUE
 
@@ -29,16 +30,9 @@ class _Sequence(NamedTuple):
     place: tuple[Any, ...]  # of its rows in out
 
 
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    sink: torch.Tensor | None,
-    mods: dict[str, Trace],
-    tensors: dict[str, Any],
-    options: dict[str, Any],
-) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(mods: dict[str, Trace], call: Call) -> tuple[torch.Tensor, torch.Tensor]:
     """``(out, lse)`` of a checked call."""
+    q, k, v, sink, tensors, options = call
     is_packed = tensors.get("cu_seqlens_q") is not None
     out = q.new_zeros((*q.shape[:-1], v.shape[-1]))
     heads_first = (q.shape[-2], q.shape[0]) if is_packed else (q.shape[0], q.shape[-2], q.shape[1])
@@ -152,7 +146,10 @@ def _run(node: fx.Node, args: Any, kwargs: Any) -> Any:
         return tensor, indices
     sizes = tensor.shape
     inside = [(x.long() + n * (x < 0)).clamp(0, n - 1) for x, n in zip(indices, sizes, strict=True)]
-    return tensor[tuple(inside)]
+    if not tensor.requires_grad:
+        return tensor[tuple(inside)]
+    # Torch adds up the gradient one by one, where in fp32 threads do so in any order.
+    return tensor.double()[tuple(inside)].to(tensor.dtype)
 
 
 def in_window(distance: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:

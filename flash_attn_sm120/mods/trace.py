@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -14,6 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from flash_attn_sm120.mods.capture import refuse_dtensors
+
+T = TypeVar("T")
 COORDS = ("b", "h", "q_idx", "kv_idx")
 _SIZES = ("size", "stride", "numel", "nelement", "__len__")
 _SHAPE = torch.Tensor.shape
@@ -54,6 +58,7 @@ class _Captures(TorchFunctionMode):
         for known, stand_in in zip(self.captured, self.stand_ins, strict=True):
             if known is x:
                 return stand_in
+        refuse_dtensors(x)
         with self._fake:
             stand_in = torch.empty(self._shape_of(x), dtype=x.dtype)
         self.captured.append(x)
@@ -123,6 +128,21 @@ def trace(name: str, mod: Callable[..., Any], *, gradient: bool = False) -> Trac
         ValueError: what it returns is not one number.
         RuntimeError: torch cannot trace it, for reasons of the callable.
     """
+    return aside(_trace_alone, name, mod, gradient)
+
+
+def aside(function: Callable[..., T], *arguments: Any) -> T:
+    """The result of a function in a thread of its own.
+
+    There torch has no mode, no transform, no hooks for what it saves, and no keys that operators
+    have excluded. And no backward of another call comes in between, as one may where autograd's
+    own thread waits for gradients.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def _trace_alone(name: str, mod: Callable[..., Any], gradient: bool) -> Trace:
     with _tracing:
         try:
             return _trace(name, mod, gradient, fixes_sizes=False)
@@ -162,18 +182,12 @@ def _trace(name: str, mod: Callable[..., Any], gradient: bool, fixes_sizes: bool
             result, wanted, arguments[-1].to(result.dtype), allow_unused=True
         )
 
-    with fake, _without_hooks():
+    with fake:
         dout = [torch.empty((), dtype=torch.float32)] if gradient else []
         graph = make_fx(body, tracing_mode="real")(*inputs, *captures.stand_ins, *dout).graph
     _functionalize(graph)
     graph.eliminate_dead_code()
     return Trace(graph, captured, len(inputs))
-
-
-def _without_hooks() -> Any:
-    """The hooks of a checkpoint see what a call saves, and not what is saved to trace a mod, which
-    is done once for many calls. Torch calls the hooks that were set last."""
-    return torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
 
 
 def _functionalize(graph: fx.Graph) -> None:

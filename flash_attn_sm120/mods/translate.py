@@ -36,7 +36,7 @@ MEMORY_TYPES = {
     torch.uint8: "unsigned char",
 }
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-MAX_CAPTURED, MAX_DIMS = 8, 4
+MAX_CAPTURED, MAX_DIMS, MAX_ADDITIONS = 8, 4, 64
 
 
 class Number(NamedTuple):
@@ -165,6 +165,8 @@ _SPECIAL = _words(
     "masked_fill index_put _index_put_impl_ select_backward"
 )
 SUPPORTED = tuple(sorted({*_TEXTS, *SAME_VALUE, *_SPECIAL}))
+# Exponents that take no powf; 1 is that of the derivative of a square.
+_POWERS = {1: "{0}", 2: "times({0}, {0})", 3: "times({0}, times({0}, {0}))"}
 
 
 class Body:
@@ -285,8 +287,8 @@ class Body:
             self._refuse(f"{name} of integers", None)
         elif name in ("floor", "ceil", "trunc", "round") and not dtype.is_floating_point:
             return self._let(self._cast(args[0], dtype), dtype)
-        if name == "pow" and args[1] in (2, 3):
-            text = "times({0}, {0})" if args[1] == 2 else "times({0}, times({0}, {0}))"
+        if name == "pow" and args[1] in _POWERS:
+            text = _POWERS[args[1]]
         if name == "mul" and dtype.is_floating_point:
             for x, factor in (args, args[::-1]):
                 if isinstance(x, Number) and _is_factor(factor) and x.dtype in _FLOATS:
@@ -486,18 +488,20 @@ def score_text(trace: Trace, joint: Trace | None) -> str:
         slope = Body("score_mod", joint, "1.0f")
         lines = [*slope.lines, f"return {_text_of(slope.result[0])};"]
         additions, sums = _additions(joint)
-    place = "const score_coords &at, const fa_mods &mods, float *sums"
+    gradients = "const gradients_t &gradients, float *sums"
     return "\n".join(
         (
             text,
             _function("float", "score_mod_slope", f"{_SCORE}, {_PLACE}", [_SCALED, *lines]),
+            "template <class gradients_t>",
             _function(
                 "void",
                 "add_score_mod_gradients",
-                f"float dout, {_SCORE}, {place}",
+                f"float dout, {_SCORE}, {_PLACE}, {gradients}",
                 [_SCALED, *additions],
             ),
-            _function("void", "add_score_mod_sums", place, sums),
+            "template <class gradients_t>",
+            _function("void", "add_score_mod_sums", f"const score_coords &at, {gradients}", sums),
             f"enum : bool {{ SCORE_MOD_READS_KEY = {_literal(_reads_key(trace), torch.bool)} }};\n",
         )
     )
@@ -521,15 +525,19 @@ def _additions(joint: Trace) -> tuple[list[str], list[str]]:
     learned = [i for i, x in enumerate(joint.captured) if x.requires_grad]
     for index, result in zip(learned, body.result[1:], strict=True):
         for indices, value in _flat(result):
-            arguments = ", ".join((f"mods.gradients[{index}], mods.score[{index}], {{}}", *indices))
+            where = "".join(f", {x}" for x in indices)
             is_of_head = all(x in ("at.head", "at.batch") or x.isdigit() for x in indices)
             if is_of_head and len(of_head) < MAX_CAPTURED:
                 lines.append(f"sums[{len(of_head)}] += {value};")
-                of_head.append(f"add_sum_to_captured({arguments.format(f'sums[{len(of_head)}]')});")
+                of_head.append(f"gradients.add_sum({index}, sums[{len(of_head)}]{where});")
             else:
-                lines.append(f"add_to_captured({arguments.format(value)});")
-    prefix = "const fa_captured *mod = mods.score;"
-    return [prefix, *body.lines, *lines], of_head
+                lines.append(f"gradients.add({index}, {value}{where});")
+    if len(lines) > MAX_ADDITIONS:
+        raise NotImplementedError(
+            f"score_mod reads tensors that require a gradient {len(lines)} times, at most "
+            f"{MAX_ADDITIONS} are supported"
+        )
+    return [*body.lines, *lines], of_head
 
 
 def _flat(result: Any, before: tuple[str, ...] = ()) -> list[tuple[tuple[str, ...], str]]:

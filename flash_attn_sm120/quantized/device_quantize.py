@@ -1,9 +1,6 @@
-"""Quantisers on CUDA devices: Q, K and V together, in three launches at most.
+"""Quantisers on CUDA devices: Q, K and V together, by kernels/quantize.cu.
 
-1. kernels/quantize_statistics.cu: sums and extrema of chunks of tokens, for means and scales of
-   heads
-2. kernels/quantize_heads.cu: these means and scales
-3. kernels/quantize.cu: the codes, and the scales of blocks and groups
+One launch, and one that sets its counters to zero, where there are means or scales of heads.
 """
 
 from __future__ import annotations
@@ -22,18 +19,24 @@ from flash_attn_sm120.quantized.layout import INT8_ROWS, Quantized, empty
 from flash_attn_sm120.quantized.mean import THREADS, chunk_of
 from flash_attn_sm120.quantized.recipes import Recipe
 
-ROWS = 64  # tokens of a block of quantize.cu, where those of int8 do not share a scale
+KERNEL = "quantize"
+ROWS = 64  # tokens of a block that quantises, where those of int8 do not share a scale
+# Of a multiprocessor. Statistics are so far ahead of the codes; and what is read again counts as
+# read once where less than this, half of what GB10 has of L2, lies between.
+AHEAD_BYTES, CACHE_BYTES = 1 << 16, 1 << 18
 _HEAD_LARGEST = {"fp8": E4M3_MAX, "nvfp4": E4M3_MAX * E2M1_MAX}  # what the largest becomes
+_RESULTS = ("data", "scale", "head_scale", "mean")
 
 
 class Operand(ctypes.Structure):
     """``fa_quantize_operand`` of kernels/quantize.cuh."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("x", "statistics", "data", "scale")),
+        *((name, ctypes.c_void_p) for name in ("x", "statistics", "done", "data", "scale")),
         *((name, ctypes.c_void_p) for name in ("head_scale", "mean")),
         ("stride", Strides),
         *((name, ctypes.c_int) for name in ("batch", "seqlen", "heads", "chunk", "chunks", "rows")),
+        *((name, ctypes.c_int) for name in ("parts", "lag")),
         ("head_largest", ctypes.c_float),
     ]
 
@@ -41,7 +44,7 @@ class Operand(ctypes.Structure):
 class Parameters(ctypes.Structure):
     """``fa_quantize_params`` of kernels/quantize.cuh."""
 
-    _fields_ = [(name, Operand) for name in ("q", "k", "v")]
+    _fields_ = [*((name, Operand) for name in ("q", "k", "v")), ("started", ctypes.c_void_p)]
 
 
 class Work(NamedTuple):
@@ -51,32 +54,34 @@ class Work(NamedTuple):
     narrow: Quantized
     statistics: Tensor | None  # (batch, heads, chunks, 3, head_dim) float32
     rows: int
-
-    @property
-    def chunks(self) -> int:
-        """Of a head: blocks of quantize_statistics.cu."""
-        return 0 if self.statistics is None else self.statistics.shape[2]
-
-    @property
-    def blocks(self) -> int:
-        """Of a head: blocks of quantize.cu."""
-        return -(-self.narrow.seqlen // self.rows)
+    lag: int  # heads
 
     @property
     def heads(self) -> int:
         """Of all sequences."""
         return self.narrow.batch * self.narrow.heads
 
+    @property
+    def chunks(self) -> int:
+        """Of a head."""
+        return 0 if self.statistics is None else self.statistics.shape[2]
+
+    @property
+    def parts(self) -> int:
+        """Of a head: blocks that quantise it."""
+        return -(-self.narrow.seqlen // self.rows)
+
     def tensors(self) -> dict[str, Tensor]:
         """What pointers of the parameters point to."""
-        of_result = {name: getattr(self.narrow, name) for name in _RESULTS}
-        named = {"x": self.x, "statistics": self.statistics, **of_result}
+        results = {name: getattr(self.narrow, name) for name in _RESULTS}
+        named = {"x": self.x, "statistics": self.statistics, **results}
         return {name: x for name, x in named.items() if x is not None}
 
-    def parameters(self) -> Operand:
-        """For all launches."""
+    def parameters(self, done: Tensor | None) -> Operand:
+        """With counters of the heads, where there are statistics."""
         return Operand(
             **{name: x.data_ptr() for name, x in self.tensors().items()},
+            done=0 if done is None else done.data_ptr(),
             stride=Strides(*self.x.stride()[:3]),
             batch=self.narrow.batch,
             seqlen=self.narrow.seqlen,
@@ -84,49 +89,54 @@ class Work(NamedTuple):
             chunk=chunk_of(self.narrow.seqlen),
             chunks=self.chunks,
             rows=self.rows,
+            parts=self.parts,
+            lag=self.lag,
             head_largest=_HEAD_LARGEST.get(self.narrow.format, 1),
         )
-
-    def bytes_moved(self) -> tuple[int, int, int]:
-        """By each launch: what its blocks read, as often as they do, and write."""
-        of_head = _bytes(self.narrow.mean) + _bytes(self.narrow.head_scale)
-        codes = _bytes(self.x) + _bytes(self.narrow.data) + _bytes(self.narrow.scale)
-        codes += self.blocks * of_head
-        if self.statistics is None:
-            return 0, 0, codes
-        of_chunks = _bytes(self.statistics)
-        return _bytes(self.x) + of_chunks, of_chunks + of_head, codes
 
     def bytes_needed(self) -> int:
         """Of reading ``x`` once, and of writing the results."""
         return _bytes(self.x) + sum(_bytes(getattr(self.narrow, name)) for name in _RESULTS)
 
-
-_RESULTS = ("data", "scale", "head_scale", "mean")
-
-
-class Launch(NamedTuple):
-    """One launch."""
-
-    kernel: str
-    options: tuple[str, ...]
-    blocks: int
-    bytes_moved: int
+    def bytes_moved(self, cache_bytes: int) -> int:
+        """What all blocks read and write: ``x`` twice where there are statistics, unless more than
+        ``cache_bytes`` lie between."""
+        if self.statistics is None:
+            return self.bytes_needed()
+        codes = _bytes(self.narrow.data) + _bytes(self.narrow.scale)
+        # Between: heads that are added up, heads that are quantised, and their codes.
+        between = ((2 * self.lag + 1) * _bytes(self.x) + self.lag * codes) // self.heads
+        reads = 1 if between <= cache_bytes else 2
+        of_heads = _bytes(self.narrow.mean) + _bytes(self.narrow.head_scale)
+        return (
+            reads * _bytes(self.x)
+            + 2 * _bytes(self.statistics)
+            + (1 + self.parts) * of_heads
+            + codes
+        )
 
 
 class Plan(NamedTuple):
-    """The launches, in order, that quantise operands of one device and dtype."""
+    """The launch that quantises operands of one device and dtype."""
 
     works: dict[str, Work]
-    launches: tuple[Launch, ...]
+    options: tuple[str, ...]
+    blocks: int
     parameters: Parameters
+    counters: Tensor | None  # int32 zeros, which the launch counts up
+    multiprocessors: int
 
     @property
-    def bytes_moved(self) -> int:
-        """By all blocks of all launches."""
-        return sum(launch.bytes_moved for launch in self.launches)
+    def launches(self) -> int:
+        """That of the zeros included."""
+        return 1 if self.counters is None else 2
 
-    @property
+    def bytes_moved(self, cache_bytes: int | None = None) -> int:
+        """By all blocks; by default with the L2 that a device of so many multiprocessors has."""
+        if cache_bytes is None:
+            cache_bytes = self.multiprocessors * CACHE_BYTES
+        return sum(work.bytes_moved(cache_bytes) for work in self.works.values())
+
     def bytes_needed(self) -> int:
         """Of reading each operand once, and of writing the results."""
         return sum(work.bytes_needed() for work in self.works.values())
@@ -136,7 +146,7 @@ def has_kernel(x: Tensor, format: str) -> bool:
     """Whether kernels quantise ``x``."""
     if x.device.type != "cuda" or format == "16bit" or not x.numel():
         return False
-    return _arch(x.device.index or 0) >= E4M3_ARCH
+    return _has_e4m3(x.device.index or 0)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -147,59 +157,64 @@ def quantize(operands: dict[str, Tensor], recipe: Recipe) -> dict[str, Quantized
         alike.setdefault((x.device, x.dtype), {})[name] = x
     narrow: dict[str, Quantized] = {}
     for (device, _), some in alike.items():
-        plan = prepare(some, recipe)
         index = device.index or 0
+        plan = prepare(some, recipe, _multiprocessors(index))
         with torch.cuda.device(index):
-            for launch in plan.launches:
-                loaded = _loaded(launch.kernel, launch.options, index)
-                loaded((launch.blocks, 1), THREADS, plan.parameters)
+            _loaded(plan.options, index)((plan.blocks, 1), THREADS, plan.parameters)
         narrow |= {name: work.narrow for name, work in plan.works.items()}
     return narrow
 
 
-def prepare(operands: dict[str, Tensor], recipe: Recipe) -> Plan:
+def prepare(operands: dict[str, Tensor], recipe: Recipe, multiprocessors: int) -> Plan:
     """What quantises operands of one device and dtype, none of them empty."""
-    works = {name: _work(x, name, recipe) for name, x in operands.items()}
-    dims = {work.narrow.operand == "v": work.narrow.head_dim for work in works.values()}
-    rotation = max(work.narrow.rotation for work in works.values())
-    of_heads = {
-        "DTYPE": DTYPES[next(iter(operands.values())).dtype],
-        "HEAD_DIM": dims.get(False, dims.get(True)),
-        "HEAD_DIM_V": dims.get(True, dims.get(False)),
-        "ROTATION": rotation,
+    ahead = multiprocessors * AHEAD_BYTES
+    works = {name: _work(x, name, recipe, ahead) for name, x in operands.items()}
+    parameters, counters = Parameters(), None
+    summed = {name: work.heads for name, work in works.items() if work.chunks}
+    if summed:
+        size, device = 1 + sum(summed.values()), next(iter(operands.values())).device
+        counters = torch.zeros(size, dtype=torch.int32, device=device)
+        parameters.started = counters.data_ptr()
+    begin = 1
+    for name, work in works.items():
+        heads = summed.get(name, 0)
+        done = None if counters is None else counters[begin : begin + heads]
+        setattr(parameters, name, work.parameters(done if heads else None))
+        begin += heads
+    blocks = sum(work.heads * (work.chunks + work.parts) for work in works.values())
+    return Plan(works, _options(works), blocks, parameters, counters, multiprocessors)
+
+
+def _options(works: dict[str, Work]) -> tuple[str, ...]:
+    """The constants of the kernel. Where Q and K, or V, are not there, their head dim is that of
+    the others."""
+    narrow = {name: work.narrow for name, work in works.items()}
+    of_qk = narrow.get("q") or narrow.get("k") or narrow["v"]
+    of_v = narrow.get("v") or of_qk
+    constants = {
+        "DTYPE": DTYPES[of_qk.dtype],
+        "HEAD_DIM": of_qk.head_dim,
+        "HEAD_DIM_V": of_v.head_dim,
+        "ROTATION": of_qk.rotation,
+        **{
+            f"{name.upper()}_FORMAT": FORMATS[narrow[name].format if name in narrow else "16bit"]
+            for name in ("q", "k", "v")
+        },
     }
-    formats = {name: works[name].narrow.format if name in works else "16bit" for name in "qkv"}
-    of_codes = of_heads | {f"{name.upper()}_FORMAT": FORMATS[x] for name, x in formats.items()}
-    summed = [work for work in works.values() if work.statistics is not None]
-    blocks = (
-        sum(work.heads * work.chunks for work in summed),
-        sum(work.heads for work in summed),
-        sum(work.heads * work.blocks for work in works.values()),
-    )
-    moved = map(sum, zip(*(work.bytes_moved() for work in works.values()), strict=True))
-    kernels = (
-        ("quantize_statistics", of_heads),
-        ("quantize_heads", of_heads),
-        ("quantize", of_codes),
-    )
-    launches = (
-        Launch(kernel, tuple(f"-D{key}={value}" for key, value in constants.items()), *counts)
-        for (kernel, constants), *counts in zip(kernels, blocks, moved, strict=True)
-    )
-    parameters = Parameters(**{name: work.parameters() for name, work in works.items()})
-    return Plan(works, tuple(launch for launch in launches if launch.blocks), parameters)
+    return tuple(f"-D{key}={value}" for key, value in constants.items())
 
 
-def _work(x: Tensor, operand: str, recipe: Recipe) -> Work:
+def _work(x: Tensor, operand: str, recipe: Recipe, ahead_bytes: int) -> Work:
     treatment = recipe.treatment(operand)
     batch, seqlen, heads, head_dim = x.shape
     narrow = empty(x, operand, treatment)
-    statistics = None
-    if treatment.subtracts_mean or narrow.head_scale is not None:
-        shape = (batch, heads, -(-seqlen // chunk_of(seqlen)), 3, head_dim)
-        statistics = torch.empty(shape, dtype=torch.float32, device=x.device)
     rows = INT8_ROWS[operand] if treatment.format == "int8" else ROWS
-    return Work(_readable(x), narrow, statistics, rows)
+    if not treatment.subtracts_mean and narrow.head_scale is None:
+        return Work(_readable(x), narrow, None, rows, 0)
+    shape = (batch, heads, -(-seqlen // chunk_of(seqlen)), 3, head_dim)
+    statistics = torch.empty(shape, dtype=torch.float32, device=x.device)
+    lag = ahead_bytes // (seqlen * head_dim * x.element_size())
+    return Work(_readable(x), narrow, statistics, rows, min(max(lag, 1), batch * heads))
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -215,12 +230,16 @@ def _bytes(x: Tensor | None) -> int:
 
 
 @functools.cache
-def _arch(index: int) -> int:
-    arch: int = _C.devices()[1][index]["arch"]
-    return arch
+def _has_e4m3(index: int) -> bool:
+    return _C.devices()[1][index]["arch"] >= E4M3_ARCH
 
 
 @functools.cache
-def _loaded(kernel: str, options: tuple[str, ...], index: int) -> LoadedKernel:
+def _multiprocessors(index: int) -> int:
+    return _C.devices()[1][index]["sms"]
+
+
+@functools.cache
+def _loaded(options: tuple[str, ...], index: int) -> LoadedKernel:
     """On the current device, which is ``index``."""
-    return LoadedKernel(kernel, "_".join([kernel, *(x.split("=")[1] for x in options)]), options)
+    return LoadedKernel(KERNEL, "_".join([KERNEL, *(x.split("=")[1] for x in options)]), options)

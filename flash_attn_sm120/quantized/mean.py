@@ -1,5 +1,5 @@
 """The mean of K and V over their tokens: sums in fp32, added in the order of the kernels
-(``kernels/quantize_statistics.cu``), so that it has the same bits on every device."""
+(``kernels/quantize_statistics.cuh``), so that it has the same bits on every device."""
 
 from __future__ import annotations
 

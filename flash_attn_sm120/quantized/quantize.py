@@ -78,7 +78,7 @@ def quantize_kv(k: Tensor, v: Tensor, recipe: str = "int8_fp8") -> tuple[Quantiz
 
 
 def quantize_together(operands: dict[str, Tensor], recipe: str) -> dict[str, Quantized]:
-    """Those of Q, K and V that are given. On a CUDA device three launches quantise them all."""
+    """Those of Q, K and V that are given: on a CUDA device, in one launch of the kernel."""
     chosen = recipe_of(recipe)
     for name, x in operands.items():
         if name not in ("q", "k", "v"):
@@ -126,7 +126,7 @@ def rotate(x: Tensor, size: int) -> Tensor:
         first, second = pairs[..., :step], pairs[..., step:]
         blocks = torch.cat([first + second, first - second], dim=-1).reshape(blocks.shape)
         step *= 2
-    return blocks.flatten(-2) / math.sqrt(size)
+    return blocks.flatten(-2) * (1 / math.sqrt(size))
 
 
 # ---- formats -------------------------------------------------------------------------------------

@@ -6,12 +6,13 @@ emulator/__main__.py.
 
 import os
 import zlib
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from emulator import EmulatedTensor, library, unavailable
+from emulator import EmulatedTensor, emulator, library, unavailable
 
 os.environ["FA_SM120_TILES"] = ""  # not what was tuned on the developer's machine
 if not os.environ.get("FA_SM120_DRIVER") and not torch.cuda.is_available() and not unavailable():
@@ -95,9 +96,27 @@ def writable(tensor):
     return tensor
 
 
+def reordered(device, seed):
+    """Another order of blocks, warps and copies, where that can be had."""
+    if device.tensor_class is not EmulatedTensor:
+        return nullcontext()
+    return emulator().settings(seed=seed, late_copies=seed % 2 == 1)
+
+
 def params_of(*devices):
     """The parameters of a fixture of devices; conftest.py leaves out those that are missing."""
     return [pytest.param(device, id=device.name) for device in devices]
+
+
+def each_on(devices, cases, emulated):
+    """Parameters (device, case) of a test, `cases` by their ids. The emulator, for which kernels take
+    long to compile, has those alone whose ids `emulated` holds."""
+    return [
+        pytest.param(device, case, id=f"{device.name}-{name}")
+        for device in devices
+        for name, case in cases.items()
+        if device is not EMULATOR or name in emulated
+    ]
 
 
 def why_left_out(item):

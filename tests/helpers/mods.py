@@ -1,8 +1,13 @@
-"""Mods that people write, and dense scores in torch as their oracle."""
+"""Mods that people write."""
 
 import math
 
 import torch
+
+from flash_attn_sm120 import _C
+from flash_attn_sm120.mods import attention
+from flash_attn_sm120.mods.call import Call
+from flash_attn_sm120.mods.capture import captured_by
 
 SEQLEN = 150  # that tables have room for
 
@@ -82,47 +87,17 @@ def mask_mods(x):
     }
 
 
-def oracle(
-    q,
-    k,
-    v,
-    *,
-    score_mod=None,
-    mask_mod=None,
-    window=None,
-    softmax_scale=None,
-    softcap=None,
-    sink=None,
-    listed=None,
-    dropout=1,
-):
-    """(out, lse) of dense scores; mods get whole grids of indices, not one element at a time.
-
-    `listed`: the pairs in listed blocks; `dropout`: what weights are multiplied by.
-    """
-    q, k, v = (x.transpose(1, 2).float() for x in (q, k, v))
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    scale = 1 / math.sqrt(q.shape[-1]) if softmax_scale is None else softmax_scale
-    s = scale * q @ k.transpose(-1, -2)
-    if softcap:
-        s = softcap * torch.tanh(s / softcap)
-    grids = torch.meshgrid(*(torch.arange(n) for n in s.shape), indexing="ij")
-    b, h, i, j = grids
-    if score_mod:
-        s = score_mod(s, b, h, i, j)
-    seen = torch.ones(s.shape, dtype=torch.bool)
-    if window:
-        diagonal = i + k.shape[2] - q.shape[2]
-        seen = (j >= diagonal - window[0]) & (j <= diagonal + window[1])
-    if mask_mod:
-        seen = seen & mask_mod(b, h, i, j)
-    if listed is not None:
-        seen = seen & listed
-    s = s.masked_fill(~seen, -math.inf)
-    if sink is not None:
-        s = torch.cat([s, sink[:, None, None].expand(*s.shape[:3], 1)], -1)
-    is_empty = (s == -math.inf).all(-1)
-    s = s.masked_fill(is_empty[..., None], 0)
-    p = torch.softmax(s, -1).masked_fill(is_empty[..., None], 0)
-    lse = torch.logsumexp(s, -1).masked_fill(is_empty, -math.inf)
-    return ((dropout * p[..., : k.shape[2]]) @ v).transpose(1, 2), lse
+def gradients(q, k, v, dout, mod, wanted=(), **options):
+    """dq, dk, dv, and those of what a score_mod captures that are wanted; by _C, on any device but
+    the CPU."""
+    found = {name: captured_by(f, None) for name, f in mod.items()}
+    forward = {name: attention.translate(name, f, *found[name]) for name, f in mod.items()}
+    joint = {name: attention.translate(name, f, *found[name], True) for name, f in mod.items()}
+    out, lse = _C.forward(q, k, v, return_lse=True, **forward, **options)
+    captured = joint["score_mod"][1] if "score_mod" in joint else ()
+    wants = [any(x is w for w in wanted) for x in captured]
+    others = {name: x for name, x in options.items() if name != "learnable_sink"}
+    call = Call(q, k, v, options.get("learnable_sink"), {}, others)
+    dqkv, of_captured = attention.run_backward(joint, call, dout, None, out, lse, wants)
+    by_id = {id(x): g for x, g in zip(captured, of_captured, strict=True)}
+    return [*dqkv[:3], *(by_id[id(x)] for x in wanted)]

@@ -21,13 +21,16 @@ def attention_reference(
     softcap=0.0,
     learnable_sink=None,
     dropout=None,
+    score_mod=None,
     alibi_slopes=None,
     attn_bias=None,
+    mask_mod=None,
     upcast=True,
 ):
     """(out, lse) of q (B, Sq, Hq, D), k (B, Sk, Hkv, D), v (B, Sk, Hkv, Dv), as they are defined.
 
-    `dropout`: what weights are multiplied by before they weigh v, (B, Hq, Sq, Sk).
+    `dropout`: what weights are multiplied by before they weigh v, (B, Hq, Sq, Sk). Mods get whole
+    grids of indices, not one element at a time.
 
     With `upcast` everything is computed one precision up: in fp32 for fp16 and bf16, in fp64 for
     fp32. Without it, everything is computed (and rounded at every step) in the type of the inputs:
@@ -58,6 +61,9 @@ def attention_reference(
         scores = q[:, :, rows] @ k.transpose(-1, -2)
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
+        indices = grids(batch, heads_q, rows, seqlen_k) if score_mod or mask_mod else ()
+        if score_mod:
+            scores = score_mod(scores, *indices)
         if alibi_slopes is not None:
             bias = alibi_bias(alibi_slopes, rows + (seqlen_k - seqlen_q), seqlen_k)
             scores = (scores - bias).to(dtype)
@@ -65,6 +71,8 @@ def attention_reference(
             bias = attn_bias.expand(batch, heads_q, seqlen_q, seqlen_k)[:, :, rows]
             scores = scores + bias.to(dtype)
         scores = scores.masked_fill(~visible, -math.inf)
+        if mask_mod:
+            scores = scores.masked_fill(~mask_mod(*indices), -math.inf)
         scores = torch.cat(
             [scores, sink.view(1, -1, 1, 1).expand(batch, -1, rows.numel(), 1)], dim=-1
         )
@@ -168,6 +176,12 @@ def visible_keys(diagonal, seqlen_k, left, right):
     if right is not None:
         visible &= distance <= right
     return visible
+
+
+def grids(batch, heads, rows, seqlen_k):
+    """What mods call b, h, q_idx and kv_idx, [batch, heads, rows, keys] each."""
+    b, h, keys = (torch.arange(n, device=rows.device) for n in (batch, heads, seqlen_k))
+    return torch.meshgrid(b, h, rows, keys, indexing="ij")
 
 
 def alibi_bias(slopes, diagonal, seqlen_k):

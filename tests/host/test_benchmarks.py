@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import backward  # noqa: E402
 import balance  # noqa: E402
 import decode  # noqa: E402
 import dropout  # noqa: E402
+import flex  # noqa: E402
 import forward  # noqa: E402
 import grid  # noqa: E402
 import harness  # noqa: E402
@@ -467,11 +469,12 @@ def test_a_dry_run_of_pages(monkeypatch, capsys):
     assert "absent in 3 cells: contiguous" not in said and "absent in 3 cells: seqused" not in said
 
 
-def test_a_dry_run_of_sparse(monkeypatch, capsys):
-    def absent(*_, **__):
-        raise RuntimeError("it takes long to compile")
+def no_compiler(*_):
+    raise RuntimeError("it takes long to compile")
 
-    monkeypatch.setattr(sparse, "compiled_flex", absent)
+
+def test_a_dry_run_of_sparse(monkeypatch, capsys):
+    monkeypatch.setattr(flex, "compiled", no_compiler)
     monkeypatch.setattr(sparse, "PRESETS", (harness.Preset(2, 2, 16),))
     monkeypatch.setattr(sparse, "DENSITIES", (0.5, 1.0))
     monkeypatch.setattr(sparse, "SEQLEN", {"cpu": dict.fromkeys(sparse.SEQLEN["cuda"], 150)})
@@ -694,16 +697,55 @@ def test_readme_says_what_each_script_is_for():
 
 
 def test_a_dry_run_of_mods(monkeypatch, capsys):
-    def absent(*_, **__):
-        raise RuntimeError("it takes long to compile")
-
-    monkeypatch.setattr(mods, "compiled_flex", absent)
+    monkeypatch.setattr(flex, "compiled", no_compiler)
     monkeypatch.setattr(mods, "PRESETS", (harness.Preset(2, 2, 16),))
     monkeypatch.setattr(mods, "SEQLEN", {"cpu": 130})
     run(monkeypatch, mods)
     said = capsys.readouterr().out
     assert len(re.findall(r"^\| (?:for|back)ward +\| 16 ", said, re.M)) == 16
     assert "wrong" not in said
+
+
+@pytest.mark.parametrize("module", [mods, sparse])
+def test_a_peer_that_compiles_for_too_long_is_absent(monkeypatch, capsys, module):
+    """And the run goes on, in time."""
+
+    def compiled(*_):
+        try:
+            threading.Event().wait()
+        except Exception as error:  # as a compiler does
+            raise AssertionError from error
+
+    monkeypatch.setattr(flex, "compiled", compiled)
+    monkeypatch.setattr(module, "PRESETS", (harness.Preset(2, 2, 16),))
+    seqlen = dict.fromkeys(sparse.SEQLEN["cuda"], 130) if module is sparse else 130
+    monkeypatch.setattr(module, "SEQLEN", {"cpu": seqlen})
+    run(monkeypatch, module, "--only", "softcap|prefix", "--peer-limit", "0.01")
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^\| (?:for|back)ward +\| 16 ", said, re.M)) == 2
+    assert f"absent in 2 cells: {flex.NAME}: compiling took longer than 0.01 s" in said
+
+
+def test_flex_attention_is_compiled_for_each_mod():
+    """Of one function torch keeps eight versions."""
+    mods = [lambda s, b, h, i, j, n=n: s + n for n in range(2)]
+    first = flex.compiled(mods[0], None)
+    assert flex.compiled(mods[0], None) is first
+    assert flex.compiled(mods[1], None) is not first
+
+
+def test_cells_of_neighbourhoods(monkeypatch):
+    """An image as NATTEN has it, and a video of 32k tokens: what a token of the middle sees."""
+    monkeypatch.setitem(sparse.SEQLEN, "cpu", sparse.SEQLEN["cuda"])
+    found = {case.name: case for case in sparse.cases("cpu")}
+    for name, tokens, seen in (
+        ("image, 128 x 128, 13 x 13", 128**2, 13**2),
+        ("video, 32 x 32 x 32, 9 x 9 x 9", 32**3, 9**3),
+    ):
+        case = found[name]
+        keys = torch.arange(case.seqlen)
+        middle = torch.tensor(tokens // 2 + (64 if "image" in name else 16 * 33))
+        assert case.seqlen == tokens and case.mask_mod(0, 0, middle, keys).sum() == seen
 
 
 @pytest.mark.parametrize(
@@ -719,7 +761,7 @@ def test_a_run_of_some_cells_without_the_peer(monkeypatch, capsys, module, only,
         raise AssertionError("it was left out")
 
     if module is not dropout:  # whose check takes its peer, too
-        monkeypatch.setattr(module, "compiled_flex", broken)
+        monkeypatch.setattr(flex, "compiled", broken)
     monkeypatch.setattr(module, "PRESETS", (harness.Preset(2, 2, 16),))
     seqlen = dict.fromkeys(sparse.SEQLEN["cuda"], 130) if module is sparse else 130
     monkeypatch.setattr(module, "SEQLEN", {"cpu": seqlen})

@@ -165,8 +165,8 @@ def test_wheel_ships_cubins_where_asked(checkout, tmp_path, monkeypatch):
     kernels = common_kernels.common_kernels(120)
     # packed sequences, caches, mods, recipes and measurements are not among the common calls
     others = {"varlen_fill", "kv_append", "kv_scatter", "backward_captured", "backward_order"}
-    others |= {"mma_peak", "probe_8bit", "quantized_forward", "quantize"}
-    others |= {"quantize_statistics", "quantize_heads"}
+    others |= {"backward_captured_sums"}
+    others |= {"mma_peak", "mod_cost", "probe_8bit", "quantized_forward", "quantize"}
     assert {kernel.kernel for kernel in kernels} | others == {
         x.stem for x in (ROOT / "kernels").glob("*.cu")
     }

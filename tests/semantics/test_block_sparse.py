@@ -9,10 +9,12 @@ from torch.nn.attention import flex_attention as flex
 
 import emulator
 from flash_attn_sm120 import _C, block_mask, explain, explain_backward, flash_attn_func
-from helpers.block_lists import check, lists_of, options_of, random_map, seen_by
+from helpers.block_lists import as_bias, check, lists_of, options_of, random_map, seen_by
 from helpers.checks import assert_all_equal, dout_for
 from helpers.children import run_python
-from helpers.devices import CPU, CUDA, EMULATOR, params_of
+from helpers.devices import CPU, CUDA, EMULATOR, params_of, reordered
+from helpers.mods import gradients
+from helpers.reference import attention_reference
 from helpers.tiles import tile_row, use_tiles
 
 on_each_device = pytest.mark.parametrize("device", params_of(CPU, EMULATOR, CUDA))
@@ -432,6 +434,60 @@ def test_gradients_of_a_block_mask_with_its_callable(device, name):
     assert_close(device, *gradients)
 
 
+LEARNED = {
+    # queries and keys, block, heads of q and of k, heads of the lists, head dims, other options
+    "gqa": ((200, 333), (128, 128), (4, 2), 4, (64, 64), {}),
+    "shared": ((333, 200), (64, 64), (4, 2), 1, (128, 72), {"deterministic": True}),
+    "large": ((300, 520), (256, 256), (2, 2), 2, (64, 128), {"window": (300, 40)}),
+    "wide": ((150, 260), (64, 64), (2, 2), 1, (256, 256), {}),
+}
+
+
+@pytest.mark.quick("*-shared")
+@pytest.mark.parametrize("case", LEARNED.values(), ids=LEARNED)
+@on_each_device
+def test_gradients_of_what_a_score_mod_captures(device, case):
+    """A table by distance and head, and by the key alone; a mask_mod hides pairs of partial blocks."""
+    seqlens, block, heads, list_heads, head_dims, options = case
+    q, k, v = inputs(device, seqlens, heads, head_dims, batch=2)
+    rows, columns = (-(-n // b) for n, b in zip(seqlens, block, strict=True))
+    maps = random_map(2, list_heads, rows, columns)
+    partial, full = (seen_by(x, x, block, *seqlens) for x in maps)
+    drawn = torch.randn(heads[0], sum(seqlens)), torch.randn(seqlens[1])
+
+    def mods_of(by_distance, by_key):
+        return {
+            "score_mod": lambda s, b, h, i, j: s + by_distance[h, j - i + seqlens[0]] * by_key[j],
+            "mask_mod": lambda b, h, i, j: (i - j) % 3 != 0,
+        }
+
+    learned = [device.place(x).requires_grad_() for x in drawn]
+    cpu_learned = [x.clone().requires_grad_() for x in drawn]
+    leaves = [plain(x).requires_grad_() for x in (q, k, v)]
+    dout = dout_for(device, q, v)
+    mods, cpu_mods = mods_of(*learned), mods_of(*cpu_learned)
+    grid = torch.meshgrid(*map(torch.arange, seqlens), indexing="ij")
+    seen = full | partial & cpu_mods["mask_mod"](0, 0, *grid)
+    del cpu_mods["mask_mod"]
+    window = options.get("window")
+    meant = {"attn_bias": as_bias(seen), "window_size": window or (None, None)}
+    out, _ = attention_reference(*leaves, **cpu_mods, **meant)
+    expected = torch.autograd.grad(out, [*leaves, *cpu_learned], plain(dout).float())
+    called = {"window_size": window} if window else options
+    tensors = lists_of(device, *maps, block)
+    if device is CPU:
+        out, _ = flash_attn_func(*leaves, block_sparse_tensors=tensors, **mods, **called)
+        actual = torch.autograd.grad(out, [*leaves, *learned], dout)
+    else:
+        called = {**called, **options_of(device, tensors, q, k)}
+        actual = gradients(q, k, v, dout, mods, learned, **called)
+        if options.get("deterministic"):
+            with reordered(device, 1):
+                assert_all_equal(gradients(q, k, v, dout, mods, learned, **called), actual)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert_near(got, wanted, 1e-4 if device is CPU else 0.03)
+
+
 @on_each_device
 def test_a_callable_is_not_asked_in_full_blocks(device):
     q, k, v = inputs(device, (200, 200))
@@ -444,8 +500,12 @@ def test_a_callable_is_not_asked_in_full_blocks(device):
     assert_close(device, got[:1], expected[:1])
 
 
+def plain(x):
+    return x.detach().cpu().as_subclass(torch.Tensor)
+
+
 def assert_near(got, expected, tolerance):
-    got, expected = (x.cpu().as_subclass(torch.Tensor).float() for x in (got, expected))
+    got, expected = (plain(x).float() for x in (got, expected))
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
 
 

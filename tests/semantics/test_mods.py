@@ -1,25 +1,34 @@
 """score_mod and mask_mod: right in both directions, refused by name, and compiled once."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
-from flash_attn_sm120 import _C, explain, flash_attn_func, flash_attn_varlen_func
-from flash_attn_sm120.mods import attention
+from flash_attn_sm120 import explain, flash_attn_func, flash_attn_varlen_func
+from flash_attn_sm120.block_mask import create_block_mask
+from flash_attn_sm120.mods import attention, costs
+from flash_attn_sm120.mods.call import Call
 from flash_attn_sm120.mods.capture import captured_by
-from helpers.devices import CPU, CUDA, EMULATOR, params_of
+from flash_attn_sm120.mods.translate import MAX_ADDITIONS
+from helpers.checks import assert_all_equal
+from helpers.devices import CPU, CUDA, EMULATOR, each_on, params_of, reordered
 from helpers.dropout import factors
-from helpers.mods import mask_mods, oracle, score_mods, tensors_of
+from helpers.mods import gradients, mask_mods, score_mods, tensors_of
+from helpers.reference import attention_reference
 
-EVERY_MOD = [("score_mod", name) for name in score_mods({**tensors_of(CPU)})]
-EVERY_MOD += [("mask_mod", name) for name in mask_mods(tensors_of(CPU))]
-EMULATED = {"alibi", "t5", "gelu", "cap", "grows", "rises", "late_low", "late_high"}
-EMULATED |= {"document", "natten", "nothing"}
+EVERY_MOD = {f"score_mod-{name}": ("score_mod", name) for name in score_mods(tensors_of(CPU))}
+EVERY_MOD |= {f"mask_mod-{name}": ("mask_mod", name) for name in mask_mods(tensors_of(CPU))}
 DEVICES = (CPU, EMULATOR, CUDA)
 
 on_each_device = pytest.mark.parametrize("device", params_of(*DEVICES))
-every_mod = pytest.mark.parametrize("mod", EVERY_MOD, ids="-".join)
+
+
+def every_mod(emulated):
+    names = [name for name in EVERY_MOD if name.split("-")[1] in emulated.split()]
+    return pytest.mark.parametrize("device, mod", each_on(DEVICES, EVERY_MOD, names))
 
 
 def qkv(device, batch=2, seqlen_q=150, seqlen_k=150, heads=4, heads_kv=2, dims=(64, 64)):
@@ -58,40 +67,24 @@ def assert_near(actual, expected, name, tolerance=None):
 
 
 def meant_by(q, k, options):
-    """What the options of a call are to the oracle."""
-    named = {"window": options.get("window_size"), "softcap": options.get("softcap")}
+    """What the options of a call are to the reference."""
+    named = {n: x for n, x in options.items() if n in ("window_size", "softcap")}
     if options.get("learnable_sink") is not None:
-        named["sink"] = plain(options["learnable_sink"])
+        named["learnable_sink"] = plain(options["learnable_sink"])
     if "dropout_p" in options:
         seed, (batch, queries, heads, _) = options["dropout_seed"], q.shape
         numbers = (plain(seed), options["dropout_p"], range(batch), heads, queries, k.shape[1])
-        named["dropout"] = factors(*numbers).float()
+        named["dropout"] = factors(*numbers)
     return named
 
 
 def check(device, q, k, v, mod, cpu_mod, **options):
     named = meant_by(q, k, options)
     out, lse = flash_attn_func(q, k, v, return_lse=True, **mod, **options)
-    expected = oracle(*(plain(x) for x in (q, k, v)), **named, **cpu_mod)
+    expected = attention_reference(*(plain(x) for x in (q, k, v)), **named, **cpu_mod)
     assert_near(out, expected[0], "out", None if device is CPU else 2**-6)
     assert_near(lse, expected[1], "lse", 1e-4)
     return out
-
-
-def gradients(q, k, v, dout, mod, wanted=(), **options):
-    """By _C, on any device but the CPU."""
-    found = {name: captured_by(f, None) for name, f in mod.items()}
-    forward = {name: attention.translate(name, f, *found[name]) for name, f in mod.items()}
-    joint = {name: attention.translate(name, f, *found[name], True) for name, f in mod.items()}
-    out, lse = _C.forward(q, k, v, return_lse=True, **forward, **options)
-    captured = joint["score_mod"][1] if "score_mod" in joint else ()
-    wants = [any(x is w for w in wanted) for x in captured]
-    others = {name: x for name, x in options.items() if name != "learnable_sink"}
-    dqkv, of_captured = attention.run_backward(
-        dout, None, q, k, v, options.get("learnable_sink"), out, lse, others, joint, wants
-    )
-    by_id = {id(x): g for x, g in zip(captured, of_captured, strict=True)}
-    return [*dqkv[:3], *(by_id[id(x)] for x in wanted)]
 
 
 def check_gradients(device, q, k, v, mod, cpu_mod, wanted=(), cpu_wanted=(), **options):
@@ -99,53 +92,200 @@ def check_gradients(device, q, k, v, mod, cpu_mod, wanted=(), cpu_wanted=(), **o
     dout = torch.randn(*q.shape[:3], v.shape[3]).to(q.dtype)
     named = meant_by(q, k, options)
     expected = torch.autograd.grad(
-        oracle(*leaves, **named, **cpu_mod)[0], [*leaves, *cpu_wanted], dout.float()
+        attention_reference(*leaves, **named, **cpu_mod)[0], [*leaves, *cpu_wanted], dout.float()
     )
     if device is CPU:
         inputs = [x.requires_grad_() for x in (q, k, v)]
         out, _ = flash_attn_func(*inputs, **mod, **options)
         actual = torch.autograd.grad(out, [*inputs, *wanted], dout)
     else:
-        actual = gradients(q, k, v, device.place(dout), mod, wanted, **options)
+        dout = device.place(dout)
+        actual = gradients(q, k, v, dout, mod, wanted, **options)
     for i, (x, y) in enumerate(zip(actual, expected, strict=True)):
         # What is captured gets sums over all scores of a head: these cancel, their roundings do not.
         rounding = 0.03 if i < 3 else 0.1
         assert_near(x / y.abs().max(), y / y.abs().max(), i, 1e-4 if device is CPU else rounding)
+    return dout, actual
 
 
 # ---- the mods ------------------------------------------------------------------------------------
 
 
 @pytest.mark.quick("cpu-*", "emulator-mask_mod-document")
-@every_mod
-@on_each_device
+@every_mod("alibi t5 gelu cap grows rises late_low late_high document natten nothing")
 def test_forward(device, mod):
-    if device is EMULATOR and mod[1] not in EMULATED:
-        return
     check(device, *qkv(device), *both(*mod, device))
 
 
-@every_mod
-@on_each_device
+@every_mod("gelu document alibi minimum")
 def test_backward(device, mod):
-    if device is EMULATOR and mod[1] not in ("gelu", "document", "alibi", "minimum"):
-        return
     check_gradients(device, *qkv(device), *both(*mod, device))
 
 
+# score_mod -> what it captures.
 LEARNED = {"relative": "table", "alibi": "slopes", "temperature": "temperature", "bias": "bias"}
 
 
-@pytest.mark.parametrize("name", LEARNED)
+def every_learning(emulated):
+    cases = {name: (name, tensor) for name, tensor in LEARNED.items()}
+    return pytest.mark.parametrize("device, case", each_on(DEVICES, cases, emulated.split()))
+
+
+@every_learning("relative alibi temperature")
+def test_gradients_of_captured_tensors(device, case):
+    name, tensor = case
+    tensors = tensors_of(device)
+    cpu = {n: plain(x) for n, x in tensors.items()}
+    learned = [x[tensor].requires_grad_() for x in (tensors, cpu)]
+    mods = (made("score_mod", name, x) for x in (tensors, cpu))
+    check_gradients(device, *qkv(device), *mods, learned[:1], learned[1:])
+
+
+# In fixed point: what is learned, the head dims, and one option more.
+IN_FIXED_POINT = {
+    "gqa": ("relative", (64, 64), {}),
+    "window": ("bias", (128, 72), {"window_size": (40, 3)}),
+    "softcap": ("alibi", (64, 64), {"softcap": 1.5}),
+    "wide": ("temperature", (192, 128), {}),
+    "dropout": ("relative", (64, 64), {"dropout_p": 0.3}),
+}
+
+
+@pytest.mark.quick("cpu-gqa", "emulator-gqa")
+@pytest.mark.parametrize("case", IN_FIXED_POINT)
 @on_each_device
-def test_gradients_of_captured_tensors(device, name):
-    if device is EMULATOR and name == "bias":
-        return
+def test_deterministic_gradients_of_captured_tensors(device, case):
+    """Right, and the same bits in any order of blocks and warps."""
+    name, dims, options = IN_FIXED_POINT[case]
+    if "dropout_p" in options:
+        options = with_dropout(device)
     tensors = tensors_of(device)
     cpu = {n: plain(x) for n, x in tensors.items()}
     learned = [x[LEARNED[name]].requires_grad_() for x in (tensors, cpu)]
-    mods = (made("score_mod", name, x) for x in (tensors, cpu))
-    check_gradients(device, *qkv(device), *mods, learned[:1], learned[1:])
+    mod, cpu_mod = (made("score_mod", name, x) for x in (tensors, cpu))
+    inputs = qkv(device, 2, 90, 110, dims=dims)
+    options = {**options, "deterministic": True}
+    dout, first = check_gradients(
+        device, *inputs, mod, cpu_mod, learned[:1], learned[1:], **options
+    )
+    if device is CPU:
+        return
+    for seed in range(1, 10 if device is CUDA else 3):
+        with reordered(device, seed):
+            assert_all_equal(gradients(*inputs, dout, mod, learned[:1], **options), first)
+    options["deterministic"] = False
+    default = gradients(*inputs, dout, mod, learned[:1], **options)[3]
+    assert_near(first[3] / default.abs().max(), default / default.abs().max(), name, 1e-5)
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("device", params_of(EMULATOR, CUDA))
+def test_packed_gradients_of_captured_tensors(device, deterministic):
+    ends = [0, 37, 38, 118]
+    q, k, v = (x[0] for x in qkv(device, 1, 118, 118, 2, 1))
+    dout = torch.randn(q.shape).to(q.dtype)
+    table = torch.randn(2, 160)
+    learned = [table.clone().requires_grad_(), device.place(table).requires_grad_()]
+
+    def mod_of(table):
+        return {"score_mod": lambda s, b, h, i, j: s + table[h, i - j + 80]}
+
+    expected = 0
+    for rows in map(slice, ends, ends[1:]):
+        sequence = (plain(x)[None, rows] for x in (q, k, v))
+        out, _ = attention_reference(*sequence, **mod_of(learned[0]))
+        expected += torch.autograd.grad(out[0], learned[0], dout[rows].float())[0]
+    cu_seqlens = device.place(torch.tensor(ends, dtype=torch.int32))
+    options = {name: cu_seqlens for name in ("cu_seqlens_q", "cu_seqlens_k")}
+    given = q, k, v, device.place(dout), mod_of(learned[1]), learned[1:]
+    (actual,) = gradients(*given, deterministic=deterministic, **options)[3:]
+    assert_near(actual / expected.abs().max(), expected / expected.abs().max(), "table", 0.03)
+
+
+@pytest.mark.parametrize("device", params_of(EMULATOR, CUDA))
+def test_deterministic_gradients_of_any_size(device):
+    """Elements whose gradients differ by more than a fixed-point number holds keep all their bits;
+    what is not finite stays so."""
+    q, k, v = qkv(device, 1, 70, 70)
+    factors = 2.0 ** torch.linspace(-110, 110, 70).round()
+    table = device.place(torch.zeros(4, 70)).requires_grad_()
+    factors = device.place(factors)
+    mod = {"score_mod": lambda s, b, h, i, j: s + table[h, j] * factors[j]}
+    dout = device.place(torch.randn(q.shape).to(q.dtype))
+    in_order, default = (
+        plain(gradients(q, k, v, dout, mod, [table], deterministic=x)[3]).cpu()
+        for x in (True, False)
+    )
+    # Of all that the sum of a key has: 70 numbers, which may cancel.
+    largest = plain(factors).cpu() * (default / plain(factors).cpu()).abs().max()
+    assert ((in_order - default).abs() <= 1e-6 * largest).all()
+    assert in_order.count_nonzero() == default.count_nonzero()
+    dout[:, 3] = torch.inf
+    (got,) = gradients(q, k, v, dout, mod, [table], deterministic=True)[3:]
+    assert plain(got).isnan().any()
+
+
+@pytest.mark.parametrize("device", params_of(EMULATOR, CUDA))
+def test_deterministic_gradients_of_too_many_scores(device):
+    """2^43 of them could overflow a sum; tensors without so many elements."""
+    slopes = device.place(torch.ones(1)).requires_grad_()
+
+    def score_mod(s, b, h, i, j):
+        return s * slopes[h]
+
+    joint = attention.translate("score_mod", score_mod, *captured_by(score_mod, None), True)
+    q, k, v = (
+        x.expand(-1, 2**22, -1, -1).as_subclass(device.tensor_class)
+        for x in qkv(device, 1, 1, 1, 1, 1)
+    )
+    call = Call(q, k, v, None, {}, {"deterministic": True})
+    with pytest.raises(NotImplementedError, match=r"2\^43 scores"):
+        attention.run_backward({"score_mod": joint}, call, q, None, q, q, [True])
+
+
+@on_each_device
+def test_the_gradient_of_one_of_two_captured_tensors(device):
+    """The other one requires a gradient, too, but none is asked for."""
+    tensors = tensors_of(device)
+    slopes, table = (tensors[name].requires_grad_() for name in ("slopes", "table"))
+    q, k, v = qkv(device, 1, 40, 40)
+    dout = device.place(torch.randn(q.shape).to(q.dtype))
+    mod = {"score_mod": lambda s, b, h, i, j: s * slopes[h] + table[h, i - j + 70]}
+    for options in ({}, {"deterministic": True}):
+        if device is CPU:
+            both, one = (
+                torch.autograd.grad(flash_attn_func(q, k, v, **mod, **options)[0], x, dout)
+                for x in ([slopes, table], [slopes])
+            )
+        else:
+            both, one = (
+                gradients(q, k, v, dout, mod, x, **options)[3:] for x in ([slopes, table], [slopes])
+            )
+        assert_near(one[0], both[0], "slopes")
+
+
+@on_each_device
+def test_what_captures_a_tensor_in_an_object(device):
+    """Only its trace tells that something requires a gradient."""
+    tables = {"slopes": device.place(torch.rand(4)).requires_grad_()}
+    out, _ = flash_attn_func(
+        *qkv(device, 1, 20, 20), score_mod=lambda s, b, h, i, j: s * tables["slopes"][h]
+    )
+    assert out.requires_grad
+
+
+def test_what_a_score_may_add():
+    """In fixed point a sum has room for so many additions of each score."""
+    params = (Path(__file__).parents[2] / "kernels/params.h").read_text()
+    assert f"FA_MAX_ADDITIONS = {MAX_ADDITIONS} " in params
+    table = torch.zeros(MAX_ADDITIONS + 1, requires_grad=True)
+
+    def reading(count):
+        return lambda s, b, h, i, j: s + sum(table[i + n] for n in range(count))
+
+    attention.translate("score_mod", reading(MAX_ADDITIONS), None, [table], True)
+    with pytest.raises(NotImplementedError, match="65 times, at most 64"):
+        attention.translate("score_mod", reading(MAX_ADDITIONS + 1), None, [table], True)
 
 
 # ---- beside other options ------------------------------------------------------------------------
@@ -180,15 +320,18 @@ def with_dropout(device, options=()):
     return {**dict(options), "dropout_p": 0.3, "dropout_seed": device.place(torch.tensor(SEED))}
 
 
+CASES = {
+    f"{name}-{dims}": (*beside, dims)
+    for name, beside in BESIDE_DROPOUT.items()
+    for dims in ((64, 64), (128, 72))
+}
+
+
 @pytest.mark.quick("cpu-*")
-@pytest.mark.parametrize("dims", [(64, 64), (128, 72)], ids=str)
-@pytest.mark.parametrize("case", BESIDE_DROPOUT)
-@on_each_device
-def test_with_dropout(device, case, dims):
+@pytest.mark.parametrize("device, case", each_on(DEVICES, CASES, [*CASES][::4] + [*CASES][3::4]))
+def test_with_dropout(device, case):
     """Weights that the derivative of a score makes negative are dropped as others are."""
-    if device is EMULATOR and dims[0] != (64, 128)[list(BESIDE_DROPOUT).index(case) % 2]:
-        return
-    mod, options = BESIDE_DROPOUT[case]
+    mod, options, dims = case
     options = with_dropout(device, options)
     if "learnable_sink" in options:
         options["learnable_sink"] = device.place(torch.tensor(options["learnable_sink"]))
@@ -197,14 +340,12 @@ def test_with_dropout(device, case, dims):
     check_gradients(device, *inputs, *both(*mod, device), **options)
 
 
-@pytest.mark.parametrize("name", LEARNED)
-@on_each_device
-def test_gradients_of_captured_tensors_with_dropout(device, name):
-    if device is EMULATOR and name != "alibi":
-        return
+@every_learning("alibi")
+def test_gradients_of_captured_tensors_with_dropout(device, case):
+    name, tensor = case
     tensors = tensors_of(device)
     cpu = {n: plain(x) for n, x in tensors.items()}
-    learned = [x[LEARNED[name]].requires_grad_() for x in (tensors, cpu)]
+    learned = [x[tensor].requires_grad_() for x in (tensors, cpu)]
     mods = (made("score_mod", name, x) for x in (tensors, cpu))
     inputs = qkv(device, 1, 90, 90)
     check_gradients(device, *inputs, *mods, learned[:1], learned[1:], **with_dropout(device))
@@ -239,8 +380,8 @@ def test_packed_sequences_have_indices_of_their_own(device, dropout_p):
         rows = slice(first, first + length)
         named = dict(cpu_mods)
         if dropout:
-            named["dropout"] = factors(SEED, dropout_p, [number], heads, length, length).float()
-        expected = oracle(*(plain(x)[None, rows] for x in (q, k, v)), **named)
+            named["dropout"] = factors(SEED, dropout_p, [number], heads, length, length)
+        expected = attention_reference(*(plain(x)[None, rows] for x in (q, k, v)), **named)
         assert_near(out[rows], expected[0][0], length, 1e-4 if device is CPU else 2**-6)
         assert_near(lse[:, rows], expected[1][0], length)
         first += length
@@ -282,16 +423,17 @@ def test_equal_mods_share_a_kernel(monkeypatch):
     assert variant(capturing(torch.rand(2))) == first
 
 
-def test_threads_trace_mods_at_the_same_time():
+@pytest.mark.parametrize("device", params_of(CPU, CUDA))
+def test_threads_trace_mods_at_the_same_time(device):
     def gradient_with(number):
-        q = torch.ones(1, 3, 1, 8, requires_grad=True)
+        q = device.place(torch.ones(1, 3, 1, 16, dtype=torch.bfloat16)).requires_grad_()
         out, _ = flash_attn_func(
             q, q, q, score_mod=lambda score, b, h, q_idx, kv_idx: score * number + kv_idx * number
         )
         return torch.autograd.grad(out.sum(), q)[0]
 
     with ThreadPoolExecutor(8) as pool:
-        gradients = list(pool.map(gradient_with, range(32)))
+        gradients = list(pool.map(gradient_with, range(8)))
     for number, gradient in enumerate(gradients):
         assert torch.equal(gradient, gradient_with(number))
 
@@ -300,6 +442,40 @@ def test_explain_says_what_was_traced():
     q = torch.empty(1, 256, 2, 64, dtype=torch.bfloat16)
     plan = explain(q, q, q, arch=120, mask_mod=lambda b, h, i, j: i >= j)
     assert "at.query >= at.key" in plan.reasons["mask_mod"]
+
+
+def test_explain_says_what_mods_and_lists_cost():
+    if EMULATOR.missing:
+        pytest.skip(EMULATOR.missing)
+    q = torch.empty(1, 256, 2, 64, dtype=torch.bfloat16)
+    blocks = create_block_mask(lambda b, h, i, j: i >= j, None, None, 256, 256, 128, "cpu")
+    call = {"score_mod": lambda s, b, h, i, j: s * 2.0, "block_sparse_tensors": blocks}
+    reasons = explain(q, q, q, arch=120, costs=True, **call).reasons
+    assert "at.query >= at.key" in reasons["mask_mod"]
+    assert "partial and full blocks of 128 queries and 128" in reasons["block_sparse_tensors"]
+    cost = (
+        r"(\d+) registers per thread, 0 bytes spilled; without mods and lists (\d+) and 0; "
+        r"score_mod \d PTX instructions per score; mask_mod \d PTX instructions per score"
+    )
+    found = re.fullmatch(cost, reasons["costs"])
+    assert found and all(64 < int(x) < 255 for x in found.groups()), reasons["costs"]
+    assert "costs" not in explain(q, q, q, arch=120, **call).reasons
+    with pytest.raises(ValueError, match="costs=True is for kernels"):
+        explain(*qkv(CPU), costs=True, **call | {"block_sparse_tensors": None})
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_more_operations_are_more_instructions(backward):
+    if EMULATOR.missing:
+        pytest.skip(EMULATOR.missing)
+
+    def count(mod):
+        number, *_ = attention.translate("score_mod", mod, None, [], backward)
+        return costs.instructions("score_mod", number, backward)
+
+    mods = score_mods(tensors_of(CPU))
+    counts = [count(mod) for mod in (lambda s, *_: s, mods["squared"], mods["gelu"])]
+    assert counts == sorted(counts) and counts[0] <= 1 < counts[1] < 30 < counts[2], counts
 
 
 # ---- bad input -----------------------------------------------------------------------------------

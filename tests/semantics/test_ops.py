@@ -884,7 +884,11 @@ def refused(words, *arguments, **options):
 for placement in (Shard(1), Shard(3)):
     refused("redistribute() q to Shard(2) (heads), Shard(0)", *shards(placement, Replicate())[:3])
 mqa = [distribute_tensor(x[:, :, :1].detach(), mesh, [Replicate()]) for x in (k, v)]
-refused("take no DTensor yet", a, b, c, score_mod=lambda s, *_: s * 2)
+of_heads = distribute_tensor(torch.rand(4), mesh, [Replicate()])
+for called in ((a, b, c), (q, b, c), (q.detach(), k.detach(), v.detach())):
+    refused("take no DTensor", *called, score_mod=lambda s, b, h, i, j: s + of_heads[h])
+refused("take no DTensor", a, b, c, mask_mod=lambda b, h, i, j: i >= j)
+refused("take no DTensor", a, b, c, alibi_slopes=of_heads.detach().requires_grad_())
 refused("part query heads from their 1 KV heads", a, *mqa)
 dist.destroy_process_group()
 if child:

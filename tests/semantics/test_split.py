@@ -2,16 +2,16 @@
 
 import itertools
 import math
-from contextlib import nullcontext
 
 import pytest
 import torch
 
-from emulator import EmulatedTensor, emulator
+from emulator import EmulatedTensor
 from flash_attn_sm120 import explain, flash_attn_func
 from helpers import cases
 from helpers.cases import WIDE_MASKS
 from helpers.checks import assert_all_equal, attend, check_forward
+from helpers.devices import reordered
 from helpers.shapes import shapes
 from helpers.tiles import tile_row, use_tiles
 
@@ -29,13 +29,6 @@ def tile_of(q, k, v, **options):
     """(tile_m, tile_n) of a call; any, on the CPU."""
     plan = explain(q, k, v, **options)
     return plan.tile_m or 64, plan.tile_n or 64
-
-
-def reordered(device, seed):
-    """Another order of blocks, warps and copies, where that can be had."""
-    if device.tensor_class is not EmulatedTensor:
-        return nullcontext()
-    return emulator().settings(seed=seed, late_copies=seed % 2 == 1)
 
 
 # ---- right ---------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def test_the_oracle_knows_them(given, full, causal):
 @pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
 def test_both_directions(device, make_qkv, given, full, causal, is_causal):
     if not device.takes(CONVENTIONS.index((given, full, causal)) + is_causal):
-        return
+        pytest.skip("the other size of tiles has this case")
     q, k, v = make_qkv(1, 40, 33, 2, 1, 64, dtype=device.dtypes[0])
     meant = causal if is_causal else full
     if abs(given[0] or 0) < 2**40:
