@@ -47,7 +47,7 @@ def explain_quantized(
     card = device.card_of_arch(arch) if arch else device.card_of(call.device.index or 0)
     if reason := device.why_not(recipe, card.arch):
         raise RuntimeError(reason)
-    quantisers = _quantisers(call, recipe_of(recipe))
+    quantisers = _quantisers(call, recipe_of(recipe), card.sms)
     plan = _plan(call, recipe_of(recipe), card, quantisers)
     if card.model:
         plan.reasons["speed"] = _speed(call, recipe, card, plan, quantisers)
@@ -62,18 +62,18 @@ class Quantisers(NamedTuple):
 
     names: str  # of the operands
     steps: tuple[Step, ...]
+    launches: int  # with that of zeros, which torch launches
     bytes_moved: int
-    bytes_needed: int  # where what one launch has read is in the L2 for the next
 
     @property
     def why(self) -> str:
         """For the plan's reasons."""
         if not self.names:
             return "nothing: q, k and v are quantised already"
-        return f"{self.names}: {len(self.steps)} launches, {self.bytes_moved / 1e6:.3g} MB"
+        return f"{self.names}: {self.launches} launches, {self.bytes_moved / 1e6:.3g} MB"
 
 
-def _quantisers(call: Call, recipe: Recipe) -> Quantisers:
+def _quantisers(call: Call, recipe: Recipe, multiprocessors: int) -> Quantisers:
     shapes = {
         name: torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
         for name, x in zip("qkv", call.operands, strict=True)
@@ -81,9 +81,10 @@ def _quantisers(call: Call, recipe: Recipe) -> Quantisers:
     }
     if not shapes:
         return Quantisers("", (), 0, 0)
-    plan = device_quantize.prepare(shapes, recipe)
-    steps = [Step(x.kernel, x.kernel, x.options, x.blocks, THREADS) for x in plan.launches]
-    return Quantisers(", ".join(shapes), tuple(steps), plan.bytes_moved, plan.bytes_needed)
+    plan = device_quantize.prepare(shapes, recipe, multiprocessors)
+    name = device_quantize.KERNEL
+    step = Step(name, name, plan.options, plan.blocks, THREADS)
+    return Quantisers(", ".join(shapes), (step,), plan.launches, plan.bytes_moved())
 
 
 def _plan(call: Call, recipe: Recipe, card: Card, quantisers: Quantisers) -> Plan:
@@ -141,9 +142,7 @@ def _speed(call: Call, recipe: str, card: Card, plan: Plan, quantisers: Quantise
     bf16 = _bf16_plan(call, card)
     ours = speed.seconds(recipe, _grid_of(call, plan), plan, card.model)
     plain = speed.seconds(speed.PLAIN, _grid_of(call, bf16), bf16, card.model)
-    fits = 2 * quantisers.bytes_needed < card.model.l2_mb << 20
-    moved = quantisers.bytes_needed if fits else quantisers.bytes_moved
-    before = speed.quantising_seconds(len(quantisers.steps), moved, card.model)
+    before = speed.quantising_seconds(quantisers.launches, quantisers.bytes_moved, card.model)
     said = f"by the static model, not measured: {ours * 1e6:.1f} us"
     if quantisers.names:
         said += f", quantising {quantisers.names} {before * 1e6:.1f} us more"
