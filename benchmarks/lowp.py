@@ -8,7 +8,7 @@ was quantised before. What a device has no kernel for is absent, and the reason 
 the e4m3 mma is emulated: what is right there is right, but its speed says nothing about 12.x.
 
 Before anything is timed every result is compared with attention in fp32 of the same bf16 inputs:
-by the relative L2 error that docs/quantized.md gives for N(0, 1) inputs, with half as much again.
+by the relative L2 error that its recipe has with N(0, 1) inputs, with half as much again.
 """
 
 from __future__ import annotations
@@ -33,17 +33,10 @@ EIGHT_BITS, NARROW = "e4m3 q, k, v", ", quantised before"
 NAMES = (OURS, EIGHT_BITS, *itertools.chain(*((name, name + NARROW) for name in RECIPES)))
 CHECKED_ROWS = 64
 
-# Relative L2 against fp64 by docs/quantized.md, N(0, 1), full and causal, the larger of both; of
-# e4m3 as it is, that of "fp8", whose scales of heads N(0, 1) hardly needs.
-ERRORS = {OURS: 0.003, EIGHT_BITS: 0.055} | {
-    "int8_fp8": 0.040,
-    "fp8": 0.055,
-    "mxfp8": 0.055,
-    "nvfp4_bf16": 0.128,
-    "nvfp4_fp8": 0.134,
-    "int8_nvfp4": 0.130,
-    "nvfp4": 0.182,
-}
+# Relative L2 against fp64 of N(0, 1); of e4m3 as it is, that of "fp8", whose scales of heads such
+# numbers hardly need.
+ERRORS = {OURS: 0.003, EIGHT_BITS: RECIPES["fp8"].error}
+ERRORS |= {name: recipe.error for name, recipe in RECIPES.items()}
 
 
 def cells(

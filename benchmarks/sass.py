@@ -21,6 +21,10 @@ group of warps a path belongs to. Of each group, the path with the fewest instru
 tensor instruction counts: the one of unmasked iterations. What one thread does for all, asking the
 TMA for the next tile, counts in both.
 
+The kernel of recipes has one tile loop, too, whose tiles with a mask and without share their
+products. Of it the shortest way counts that copies and multiplies all of a tile: it goes around
+masks, around what is done where a row max rises, and around values that are not finite.
+
 The unit of the forward is one tile of keys of one warp, that of the backward one tile of queries of
 two warps, one of each group, which share a sub-partition. Cycles are those of the SM sub-partition
 of these warps, all warps (or pairs) of a sub-partition needing the same. The bound is the slowest
@@ -45,6 +49,7 @@ from pathlib import Path
 
 from flash_attn_sm120 import jit
 from flash_attn_sm120.plan import Kernel, Plan
+from flash_attn_sm120.quantized import kernel as quantized_kernel
 
 # ----------------------------------------------------------------------------------------- rates
 
@@ -66,6 +71,7 @@ RATES = (
     # [derived]; of GB10 nothing is published, here and below as PRO [assumed]
     (r"QMMA\.SF\.16832.*|QMMA\.16832\.F16.*", "tensor", 16),
     (r"QMMA\.16832\.F32.*", "tensor", (32, 16, 16)),
+    (r"IMMA\.16832\.S8\.S8.*", "tensor", 16),  # 838 TOPS on an RTX 5090: 2048 [derived]
     (r"OMMA.*16864.*", "tensor", 16),  # 16384 FLOP, 4096 everywhere; 4095 measured [published]
     # Shared memory, and the L1 beside it, move 128 B / clock / SM (Chips and Cheese on GB202
     # [published]; for ldmatrix and cp.async [assumed]): 512 B take 4, 4 sub-partitions take turns.
@@ -348,13 +354,63 @@ def find_pair_loop(code: list[Instruction]) -> Runs:
     return [run for group in groups.values() for run in min(group, key=effort)]
 
 
+def find_shortest_way(code: list[Instruction]) -> Runs:
+    """The main loop of the kernel of recipes.
+
+    Raises:
+        ValueError: no loop waits for tiles and multiplies them, or no way through it does all.
+    """
+    loop = min(find_tile_loops(code)[0], key=lambda loop: len(loop.body))
+    body, head = set(loop.body), loop.body[0]
+    after, _ = neighbours(code)
+    onward = [[j for j in following if j in body and j != head] for following in after]
+    work = {i for i in body if code[i].is_tensor or code[i].opcode.startswith(("LDGSTS", "LDSM"))}
+    order = sorted(work, key=lambda i: -len(work & reached(i, onward)))
+    way = [head]
+    for stop in (*order, max(i for i in body if code[i].target == head)):
+        way += shortest(way[-1], stop, onward)
+    return [(code[i], 1) for i in way]
+
+
+def shortest(start: int, stop: int, edges: list[list[int]]) -> list[int]:
+    """The shortest way from `start`, which it leaves out, to `stop`."""
+    came_from, last = {start: start}, [start]
+    while last and stop not in came_from:
+        reached_now = {j: i for i in last for j in edges[i] if j not in came_from}
+        came_from |= reached_now
+        last = list(reached_now)
+    if stop not in came_from:
+        raise ValueError(f"no way leads from instruction {start} to {stop}")
+    way = []
+    while stop != start:
+        way.append(stop)
+        stop = came_from[stop]
+    return way[::-1]
+
+
 # ---------------------------------------------------------------------------------------- figures
 
 
 def constants(kernel: Kernel) -> dict[str, int]:
     """The compile-time constants of a kernel: TILE_N and so on."""
     pairs = (option.removeprefix("-D").split("=") for option in kernel.options)
-    return {name: int(value) for name, value in pairs}
+    fixed = OF_RECIPES if kernel.kernel == quantized_kernel.KERNEL else {}
+    return fixed | {name: int(value) for name, value in pairs}
+
+
+# What the kernel of recipes has without an option.
+OF_RECIPES = {
+    "WARP_M": quantized_kernel.WARP_M,
+    "TILE_N": quantized_kernel.TILE_N,
+    "SUB_N": quantized_kernel.TILE_N,
+}
+
+
+def recipe_products(c: dict[str, int]) -> int:
+    """How many instructions of any format a tile takes of a warp."""
+    names = {number: name for name, number in quantized_kernel.FORMATS.items()}
+    formats, dims = (names[c["QK_FORMAT"]], names[c["PV_FORMAT"]]), (c["HEAD_DIM"], c["HEAD_DIM_V"])
+    return sum(quantized_kernel.products_of(*formats, *dims))
 
 
 def forward_products(c: dict[str, int]) -> int:
@@ -435,7 +491,12 @@ def analyse(plan: Plan, arch: str) -> Figures:
     kernel = plan.main
     build = jit.build(*kernel, arch)
     code, c = parse(disassemble(build.cubin)), constants(kernel)
-    loop = find_pair_loop(code) if is_backward else find_main_loop(code, c["TILE_N"] // c["SUB_N"])
+    if is_backward:
+        loop, products = find_pair_loop(code), backward_products(c)
+    elif kernel.kernel == quantized_kernel.KERNEL:
+        loop, products = find_shortest_way(code), recipe_products(c)
+    else:
+        loop, products = find_main_loop(code, c["TILE_N"] // c["SUB_N"]), forward_products(c)
     instructions: Counter[str] = Counter()
     for instruction, runs in loop:
         instructions[instruction.opcode] += runs
@@ -446,7 +507,7 @@ def analyse(plan: Plan, arch: str) -> Figures:
         arch=arch,
         warps=2 if is_backward else 1,
         instructions=dict(instructions.most_common()),
-        products=backward_products(c) if is_backward else forward_products(c),
+        products=products,
         registers=build.registers,
         spill_bytes=build.spill_bytes,
         smem_bytes=plan.smem_bytes + build.shared_bytes,

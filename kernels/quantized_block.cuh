@@ -6,7 +6,7 @@
 
 #include "layout.cuh"
 
-constexpr int WARPS = 4, THREADS = WARPS * 32;
+constexpr int THREADS = WARPS * 32;
 constexpr int WARP_M = 16, TILE_M = WARPS * WARP_M; /* queries */
 constexpr int TILE_N = 64;                          /* keys; as many share a scale in int8 */
 constexpr int INT8_QUERIES = 32;                    /* that share one */
@@ -19,6 +19,7 @@ struct fa_quantized_params {
     const float *q_head_scale, *k_head_scale, *v_head_scale;
     const float *k_mean; /* [batch, heads_kv, head_dim], rotated as K is; NULL: not needed */
     const float *v_mean; /* [batch, heads_kv, head_dim_v] */
+    const void *sink;    /* [heads_q], natural log; read where SINK */
     void *out;           /* [parts, batch, seqlen_q, heads_q, head_dim_v] */
     float *lse;          /* [parts, batch, heads_q, seqlen_q]; NULL: not wanted */
     /* In bytes. Of V in e2m1 `seqlen` is from dim to dim. */
@@ -26,6 +27,7 @@ struct fa_quantized_params {
     int batch, heads_q, heads_kv, seqlen_q, seqlen_k;
     int parts;                     /* blocks that share the keys of the same queries */
     int window_left, window_right; /* keys that a query sees before and after its diagonal */
+    int sink_dtype;                /* enum fa_dtype */
     float softmax_scale, softcap;
 };
 

@@ -1,14 +1,18 @@
 /* Attention forward with Q, K, P and V in 8 and 4 bits: for each recipe of docs/quantized.md one
- * set of constants. A block has 64 queries of one head, 16 of each warp; keys come 64 at a time.
+ * set of constants. A block has queries of one head, 16 of each warp; a tile is 64 keys.
  *
  *   QK_FORMAT, PV_FORMAT    enum quantized_format, of Q and K, of V and P
  *   HEAD_DIM, HEAD_DIM_V    of Q and K, of V and O: multiples of 16 up to 256
  *   DTYPE                   enum fa_dtype: of V in 16 bits
  *   OUT_DTYPE               of out
  *   SOFTCAP                 1: scores are capped by a tanh
+ *   SINK                    1: one more logit of each head, see sink.cuh
  *   MX_E4M3                 1: products of e4m3 by the block-scaled mma of 12.x, with scales of 1
  *   TRANSPOSES_BYTES        1: ldmatrix of 12.x transposes bytes; 0: pairs of bytes
- *   SMEM_BYTES              what the host launches it with */
+ *   WARPS                   of a block
+ *   STAGE_TILES             tiles that come at a time
+ *   SMEM_BYTES              what the host launches it with
+ *   BLOCKS                  of a multiprocessor, for which registers are to be enough */
 #include "params.h"
 
 #include "ptx.cuh"
@@ -17,14 +21,8 @@
 
 /* What a warp's rows of O are brought to in order to be written, in fp32. */
 constexpr int OUT_BYTES = WARP_M * HEAD_DIM_V * 4;
-static_assert(SMEM_BYTES >= STAGES * STAGE_BYTES && SMEM_BYTES >= WARPS * OUT_BYTES,
+static_assert(SMEM_BYTES >= STAGES * STAGE_TILES * TILE_BYTES && SMEM_BYTES >= WARPS * OUT_BYTES,
               "the host computes the same");
-
-/* Of a multiprocessor, where registers are enough for three. */
-constexpr bool IS_CROWDED = HEAD_DIM > 128 || HEAD_DIM_V > 128 || SOFTCAP;
-constexpr bool IS_CLOSE =
-    (IS_V_E4M3 && !TRANSPOSES_BYTES) || (IS_V_NVFP4 && QK_FORMAT == FORMAT_INT8);
-constexpr int BLOCKS = IS_CROWDED ? 1 : IS_CLOSE ? 2 : 3;
 
 /* The factor of a row of Q in its head or block. */
 __device__ __forceinline__ float query_factor(const quantized_block &block)
@@ -52,16 +50,39 @@ __device__ __forceinline__ void clear(softmax_rows &rows, float (&O_rmem)[O_FRAG
     }
 }
 
-__device__ __forceinline__ void store_lse(const softmax_rows &rows, const float (&l)[2],
-                                          const float (&left_out)[2], const quantized_block &block)
+/* What goes out with the rows g and g + 8. */
+struct row_ends {
+    float l[2];     /* of all lanes, times 2^P_SHIFT: what O is divided by */
+    float share[2]; /* of the keys in all weights, where SINK */
+    float lse[2];   /* natural logarithm */
+};
+
+/* `left_out`: of the scores, what K's mean would add; 0 where SOFTCAP. The sink is one of the first
+ * part's weights. */
+__device__ __forceinline__ void end_rows(row_ends &ends, const softmax_rows &rows,
+                                         const float (&left_out)[2], const quantized_block &block)
+{
+    const fa_quantized_params &params = block.params;
+    const float sink =
+        SINK && block.part == 0 ? load_sink(params.sink, params.sink_dtype, block.head) : -INF;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float l = ends.l[half] = quad_sum(rows.l[half]), m = rows.m[half] - P_SHIFT;
+        if (SINK) {
+            const float rescale = add_sink(l, m, sink - left_out[half]);
+            ends.share[half] = ends.l[half] * rescale / l;
+        }
+        ends.lse[half] = l == 0.0f ? sink : (m + log2_approx(l)) * LN2 + left_out[half];
+    }
+}
+
+__device__ __forceinline__ void store_lse(const row_ends &ends, const quantized_block &block)
 {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         const int row = block.lane_row() + 8 * half;
-        const float lse =
-            (rows.m[half] - P_SHIFT + log2_approx(l[half])) * LN2 + (SOFTCAP ? 0 : left_out[half]);
         if (quad_lane() == 0 && row < block.params.seqlen_q)
-            block.params.lse[block.lse_row(row)] = l[half] == 0.0f ? -INF : lse;
+            block.params.lse[block.lse_row(row)] = ends.lse[half];
     }
 }
 
@@ -73,15 +94,17 @@ __device__ __forceinline__ int out_offset(int row, int dim)
 
 /* O^T / l, times the factor of V and plus its mean, to this warp's part of shared memory as O, and
  * from there to `out`. */
-__device__ __forceinline__ void store_out(float (&O_rmem)[O_FRAGS][2][4], const float (&l)[2],
+__device__ __forceinline__ void store_out(float (&O_rmem)[O_FRAGS][2][4], const row_ends &ends,
                                           const quantized_block &block, unsigned smem)
 {
     const fa_quantized_params &params = block.params;
     const float factor = factor_of(params.v_head_scale, block.key_head()) / P_REST;
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        float sums[2];
-        of_columns(sums, l[half]);
+        float sums[2], shares[2];
+        of_columns(sums, ends.l[half]);
+        if (SINK)
+            of_columns(shares, ends.share[half]);
 #pragma unroll
         for (int n = 0; n < O_FRAGS; n++)
 #pragma unroll
@@ -90,6 +113,8 @@ __device__ __forceinline__ void store_out(float (&O_rmem)[O_FRAGS][2][4], const 
                 float x = O_rmem[n][half][r] / sums[r % 2] * factor;
                 if (params.v_mean)
                     x += ld_global(params.v_mean + block.key_head() * HEAD_DIM_V + dim);
+                if (SINK)
+                    x *= shares[r % 2];
                 st_shared(smem + out_offset(row, dim),
                           __float_as_uint(sums[r % 2] == 0.0f ? 0.0f : x));
             }
@@ -122,10 +147,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const quantized_block block(params);
     const int end = block.first_tile(block.part + 1);
     const int whole_begin = block.first_whole_tile(), whole_end = block.end_whole_tile();
-    int tile = block.first_tile(block.part);
+    const int begin = block.first_tile(block.part);
+    int tile = begin;
     quantized_ring ring(block, smem, tile);
     if (tile < end)
-        ring.copy(tile);
+        ring.copy_stage(tile, end);
 
     unsigned Q_rmem[D_STEPS][4];
     load_queries(Q_rmem, block);
@@ -137,7 +163,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     const score_factor factor = {scale * cap * of_query *
                                      factor_of(params.k_head_scale, block.key_head()),
                                  params.softcap * LOG2_E};
-    float O_rmem[O_FRAGS][2][4], shift[2];
+    float O_rmem[O_FRAGS][2][4], shift[2] = {0.0f, 0.0f};
     softmax_rows rows;
     clear(rows, O_rmem);
     if (SOFTCAP)
@@ -152,10 +178,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     if (tile < end)
         K_scale_source.load(K_scales, block, params.seqlen_k - tile * TILE_N);
     for (; tile < end; tile++) {
-        cp_async_wait<0>();
-        __syncthreads(); /* the tile has come, and the other stage is free */
+        if ((tile - begin) % STAGE_TILES == 0) {
+            cp_async_wait<0>();
+            __syncthreads(); /* the stage has come, and the other one is free */
+            if (STAGE_TILES > 1 && tile + STAGE_TILES < end)
+                ring.copy_stage(tile + STAGE_TILES, end);
+        }
         if (tile + 1 < end) {
-            ring.copy(tile + 1);
+            if (STAGE_TILES == 1)
+                ring.copy_stage(tile + 1, end);
             K_scale_source.load(next_K_scales, block, params.seqlen_k - (tile + 1) * TILE_N);
         }
         value_scales V_scales;
@@ -180,14 +211,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         K_scales = next_K_scales;
     }
 
-    const float l[2] = {quad_sum(rows.l[0]), quad_sum(rows.l[1])};
-    if (params.lse) {
-        if (!SOFTCAP)
-            left_out(shift, Q_rmem, block);
-        shift[0] *= of_query * scale;
-        shift[1] *= of_query * scale;
-        store_lse(rows, l, shift, block);
-    }
+    if (!SOFTCAP && (SINK || params.lse))
+        left_out(shift, Q_rmem, block);
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+        shift[half] = SOFTCAP ? 0.0f : shift[half] * of_query * scale;
+    row_ends ends;
+    end_rows(ends, rows, shift, block);
+    if (params.lse)
+        store_lse(ends, block);
     __syncthreads(); /* no warp reads the ring any more */
-    store_out(O_rmem, l, block, ring.smem + read_thread_index() / 32 * OUT_BYTES);
+    store_out(O_rmem, ends, block, ring.smem + read_thread_index() / 32 * OUT_BYTES);
 }

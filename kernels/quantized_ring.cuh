@@ -1,12 +1,13 @@
-/* Quantised attention: tiles of K and V in a ring of two stages, brought by cp.async. What lies
- * behind the last key, and what pads a row, becomes zeros: no memory is read there. */
+/* Quantised attention: tiles of K and V in a ring of two stages of STAGE_TILES each, brought by
+ * cp.async. What lies behind the last key, and what pads a row, becomes zeros: no memory is read
+ * there. */
 #ifndef FA_QUANTIZED_RING_CUH
 #define FA_QUANTIZED_RING_CUH
 
 #include "quantized_values.cuh"
 
 constexpr int STAGES = 2;
-constexpr int STAGE_BYTES = K_layout::BYTES + V_layout::BYTES;
+constexpr int TILE_BYTES = K_layout::BYTES + V_layout::BYTES;
 
 using K_place = copy_place<K_layout, THREADS>;
 using V_place = copy_place<V_layout, THREADS>;
@@ -61,14 +62,24 @@ struct quantized_ring {
     }
     __device__ __forceinline__ unsigned K_tile(int tile) const
     {
-        return smem + static_cast<unsigned>(tile) % STAGES * STAGE_BYTES;
+        return smem + static_cast<unsigned>(tile) % (STAGES * STAGE_TILES) * TILE_BYTES;
     }
     __device__ __forceinline__ unsigned V_tile(int tile) const
     {
         return K_tile(tile) + K_layout::BYTES;
     }
 
-    /* Starts the copies of this thread's share of the next tile, which is this one. */
+    /* Starts the copies of this thread's share of a stage, whose first tile is this one. */
+    __device__ __forceinline__ void copy_stage(int tile, int end)
+    {
+#pragma unroll
+        for (int i = 0; i < STAGE_TILES; i++)
+            if (i == 0 || tile + i < end)
+                copy(tile + i);
+        cp_async_commit();
+    }
+
+    /* Of the next tile, which is this one. */
     __device__ __forceinline__ void copy(int tile)
     {
         const fa_quantized_params &params = block.params;
@@ -82,7 +93,6 @@ struct quantized_ring {
                 return (HEAD_DIM_V % 64 == 0 || V.row + r < HEAD_DIM_V) && 2 * byte < keys;
             return r < keys - V.row;
         });
-        cp_async_commit();
         K_gmem += TILE_N * params.k_stride.seqlen;
         V_gmem += V_step();
     }

@@ -28,4 +28,17 @@ __device__ __forceinline__ float lse_log2(float m, float l)
     return m == INF ? INF : m + log2_approx(l);
 }
 
+/* l += the sink's p. A sink far above m would be out of range: m rises to it, and O, computed with
+ * the m before, has to be multiplied by the factor that is returned. A row without keys stays
+ * without a sum. A sink of -inf changes nothing, to the bit: no branch asks whether there is one,
+ * because the compiler would then write all that follows twice. */
+__device__ __forceinline__ float add_sink(float &l, float &m, float sink)
+{
+    const float raised = fmaxf(m, sink * LOG2_E);
+    const float rescale = exp2_approx(m - raised);
+    l = l == 0.0f ? 0.0f : l * rescale + exp2_approx(sink * LOG2_E - raised);
+    m = raised;
+    return rescale;
+}
+
 #endif

@@ -12,7 +12,13 @@ from typing import Any
 
 import torch
 
-from flash_attn_sm120 import _measure, flash_attn_func, flash_attn_varlen_func, probe_8bit
+from flash_attn_sm120 import (
+    _measure,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    probe_8bit,
+    report,
+)
 from flash_attn_sm120.commands import info, inputs
 
 HEAD_DIMS = (64, 96, 128, 256)
@@ -21,7 +27,9 @@ LENGTHS = [1, 127, 0, 200, 64]  # of the packed sequences
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    pass
+    parser.add_argument(
+        "--without-recipes", action="store_true", help="leave out quantised attention"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -34,6 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
         passed = pool.map(lambda check: check(), _checks(device, dtypes))
         failures = sum(not each for each in passed)
     failures += not check_8bit(device)
+    failures += not (arguments.without_recipes or check_recipes(device))
     print(f"\n{failures} failed" if failures else "\nall passed")
     return 1 if failures else 0
 
@@ -120,6 +129,18 @@ def check_8bit(device: str) -> bool:
     for name, wrong in found:
         print(f"{name:44} {wrong:9} {0:9} {'FAILED' if wrong else ''}")
     return not any(wrong for _, wrong in found)
+
+
+def check_recipes(device: str) -> bool:
+    """Whether quantised attention does, each recipe in a child process within a time limit."""
+    if device != "cuda":
+        print("recipes of quantised attention: left out, the CPU is what they are compared with")
+        return True
+    found = report.run_recipes(report.LIMITS_S["recipes"])
+    for record in found:
+        word = {True: "", False: "FAILED", None: "left out"}[record["passed"]]
+        print(f"{record['check']:44} {record['said']} {word}".rstrip())
+    return all(record["passed"] is not False for record in found)
 
 
 def _with_gradients(

@@ -18,6 +18,7 @@ import torch
 from flash_attn_sm120 import cards
 from flash_attn_sm120.commands.info import dotted
 from flash_attn_sm120.plan import Plan, explain, explain_backward
+from flash_attn_sm120.quantized import RECIPES, explain_quantized
 
 PLANNED_SMS = {120: 170, 121: 48}  # csrc/device.c, without a card
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -48,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--packed", action="store_true", help="sequences of any lengths, one after the other"
     )
     parser.add_argument("--page-size", type=int, help="K and V in pages of so many keys")
+    parser.add_argument("--recipe", choices=RECIPES, help="by quantized_attention, in 8 or 4 bits")
     parser.add_argument("--backward", action="store_true", help="the gradients, not the forward")
     parser.add_argument("--deterministic", action="store_true", help="of the gradients")
     parser.add_argument(
@@ -84,7 +86,11 @@ def run(arguments: argparse.Namespace) -> int:
         lengths["page_table"] = make((a.batch, pages), dtype=torch.int32)
         lengths["seqused_k"] = make(a.batch, dtype=torch.int32)
     of_direction = explain_backward if a.backward else explain
+    if a.recipe:
+        of_direction = functools.partial(explain_quantized, recipe=a.recipe)
     try:
+        if a.recipe and a.backward:
+            raise NotImplementedError(f"recipe {a.recipe!r} has no backward")
         plan = of_direction(
             *map(make, shapes.values()),
             arch=arch,

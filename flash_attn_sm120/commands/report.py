@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from flash_attn_sm120 import report
+from flash_attn_sm120.quantized import RECIPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("flash_attn_sm120_report"),
         help="the files, without .md and .json (default: %(default)s)",
     )
-    parser.add_argument("--part", choices=report.LIMITS_S, help=argparse.SUPPRESS)
+    parser.add_argument("--part", choices=[*report.LIMITS_S, *RECIPES], help=argparse.SUPPRESS)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -6,8 +6,17 @@ layout of quantised tensors.
 """
 
 from flash_attn_sm120.quantized.attention import quantized_attention
+from flash_attn_sm120.quantized.explain import explain_quantized
 from flash_attn_sm120.quantized.layout import Quantized
 from flash_attn_sm120.quantized.quantize import quantize, quantize_kv
 from flash_attn_sm120.quantized.recipes import RECIPES, Recipe
 
-__all__ = ["RECIPES", "Quantized", "Recipe", "quantize", "quantize_kv", "quantized_attention"]
+__all__ = [
+    "RECIPES",
+    "Quantized",
+    "Recipe",
+    "explain_quantized",
+    "quantize",
+    "quantize_kv",
+    "quantized_attention",
+]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flash_attn_sm120.autograd import written_in_place
+from flash_attn_sm120.interface import flash_attn_func, flash_attn_varlen_func
 from flash_attn_sm120.plan import Window
 from flash_attn_sm120.quantized import device, reference
 from flash_attn_sm120.quantized.layout import (
@@ -31,10 +35,17 @@ def quantized_attention(
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: Window = (None, None),
+    learnable_sink: Tensor | None = None,
     softcap: float = 0.0,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
     return_lse: bool = False,
     *,
     out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    **unsupported: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`flash_attn_func` in 8- and 4-bit numbers, forward only.
 
@@ -74,9 +85,17 @@ def quantized_attention(
         v: ``(batch, seqlen_k, heads_kv, head_dim_v)``, or quantised. Head dims are multiples of 16
             up to 256, of Q and K in mxfp8 multiples of 32, and need not be equal.
         recipe: a name in ``RECIPES``.
-        softmax_scale, causal, window_size, softcap: as in :func:`flash_attn_func`.
+        softmax_scale, causal, window_size, learnable_sink, softcap, num_splits, deterministic: as
+            in :func:`flash_attn_func`. A sink is not rounded, nor is P rounded in another way
+            where there is one. Results of different numbers of splits have the same codes of P.
+        pack_gqa: query heads have blocks of their own: True is refused.
         return_lse: whether to return the lse: that of the quantised Q and K.
-        out_dtype: bfloat16, float16 or float32; default that of ``q`` before it was quantised.
+        out_dtype: bfloat16, float16 or float32; default that of ``out``, or of ``q`` before it was
+            quantised.
+        out, lse: where results are written, contiguous; ``lse`` is returned then, too.
+        unsupported: other parameters of :func:`flash_attn_func` and
+            :func:`flash_attn_varlen_func`: NotImplementedError by name, unless they ask for
+            nothing.
 
     Returns:
         ``(out, lse)``: ``(batch, seqlen_q, heads_q, head_dim_v)``; ``(batch, heads_q, seqlen_q)``
@@ -86,18 +105,18 @@ def quantized_attention(
         TypeError: not a tensor or :class:`Quantized`, or a dtype other than the above.
         ValueError: an unknown recipe; shapes, head dims, devices; scales of another shape, or not
             positive and finite.
-        NotImplementedError: a gradient is wanted.
+        NotImplementedError: a gradient is wanted; packed sequences, pages, ``pack_gqa`` and
+            whatever else there is no kernel for.
         RuntimeError: a device that cannot run the recipe; NVRTC or the driver fail.
     """
-    chosen = recipe_of(recipe)
-    given = {"q": q, "k": k, "v": v}
-    for name, x in given.items():
-        _check_operand(name, x, chosen)
-    out_dtype = out_dtype or q.dtype
-    if out_dtype not in _OUT_TYPES:
-        raise TypeError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
-    _check_together(q, k, v)
-    place = _data(q).device
+    call = checked_call(
+        q, k, v, recipe,
+        softmax_scale=softmax_scale, causal=causal, window_size=window_size,
+        learnable_sink=learnable_sink, softcap=softcap, num_splits=num_splits, pack_gqa=pack_gqa,
+        deterministic=deterministic, return_lse=return_lse, out_dtype=out_dtype, out=out, lse=lse,
+        **unsupported,
+    )  # fmt: skip
+    place = call.device
     if place.type == "cuda":
         device.check(recipe, place.index or 0)
     elif place.type != "cpu":
@@ -105,28 +124,102 @@ def quantized_attention(
             f"quantized_attention has no kernels for {place.type} devices: it takes CUDA and CPU "
             "tensors"
         )
-    options = _options(q, softmax_scale, causal, window_size, softcap)
+    given = {"q": q, "k": k, "v": v}
     wide = {name: x for name, x in given.items() if isinstance(x, Tensor)}
     narrow = {name: x for name, x in given.items() if isinstance(x, Quantized)}
     narrow |= quantize_together(wide, recipe)
     narrow_q, narrow_k, narrow_v = (narrow[name] for name in ("q", "k", "v"))
-    if narrow_q.rotation != narrow_k.rotation:
-        raise ValueError(
-            f"q and k must be rotated alike, got blocks of {narrow_q.rotation} and "
-            f"{narrow_k.rotation}"
-        )
-    if place.type == "cuda":
-        return device.attend(narrow_q, narrow_k, narrow_v, options, out_dtype, return_lse)
+    check_rotations(narrow_q, narrow_k)
+    result = (
+        out if out is not None else torch.empty(call.out_shape, dtype=call.out_dtype, device=place)
+    )
+    logs = lse
+    if logs is None and return_lse:
+        logs = torch.empty(call.lse_shape, dtype=torch.float32, device=place)
     with torch.no_grad():
-        out, lse = reference.attend(narrow_q, narrow_k, narrow_v, options)
-    return out.to(out_dtype), lse if return_lse else None
+        attend = device.attend if place.type == "cuda" else reference.attend_into
+        attend(narrow_q, narrow_k, narrow_v, call.options, result, logs)
+    if out is not None or lse is not None:
+        written_in_place(out, lse)
+    return result, logs
+
+
+class Call(NamedTuple):
+    """A call that has been checked."""
+
+    operands: tuple[Operand, Operand, Operand]
+    options: dict[str, Any]  # softmax_scale is a number
+    out_dtype: torch.dtype
+    out_shape: tuple[int, int, int, int]
+    lse_shape: tuple[int, int, int]
+    returns_lse: bool
+
+    @property
+    def device(self) -> torch.device:
+        """Of the operands."""
+        return _data(self.operands[0]).device
+
+
+def checked_call(
+    q: Operand,
+    k: Operand,
+    v: Operand,
+    recipe: str,
+    *,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: Window = (None, None),
+    learnable_sink: Tensor | None = None,
+    softcap: float = 0.0,
+    num_splits: int = 0,
+    pack_gqa: bool | None = None,
+    deterministic: bool = False,
+    return_lse: bool = False,
+    out_dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
+    lse: Tensor | None = None,
+    **unsupported: Any,
+) -> Call:
+    """What :func:`quantized_attention` would compute, whatever the device.
+
+    Raises:
+        The exceptions of :func:`quantized_attention` but RuntimeError.
+    """
+    chosen = recipe_of(recipe)
+    _reject(pack_gqa, unsupported)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_operand(name, x, chosen)
+    _check_together(q, k, v)
+    if isinstance(q, Quantized) and isinstance(k, Quantized):
+        check_rotations(q, k)
+    batch, seqlen, heads, head_dim = sizes_of(q)
+    out_shape, lse_shape = (batch, seqlen, heads, sizes_of(v)[3]), (batch, heads, seqlen)
+    out_dtype = out_dtype or (q.dtype if out is None else out.dtype)
+    if out_dtype not in _OUT_TYPES:
+        raise TypeError(f"out_dtype must be bfloat16, float16 or float32, got {out_dtype}")
+    inputs = [_data(x) for x in (q, k, v)]
+    _check_result("out", out, out_shape, out_dtype, inputs)
+    _check_result("lse", lse, lse_shape, torch.float32, inputs)
+    _check_sink(learnable_sink, heads, inputs[0].device)
+    options = {
+        "softmax_scale": 1 / math.sqrt(head_dim) if softmax_scale is None else softmax_scale,
+        "causal": causal,
+        "window_size": (None, None) if window_size is None else window_size,
+        "softcap": softcap,
+        "learnable_sink": learnable_sink,
+        "num_splits": num_splits,
+    }
+    _check_options(options)
+    returns_lse = return_lse or lse is not None
+    return Call((q, k, v), options, out_dtype, out_shape, lse_shape, returns_lse)
 
 
 def _data(x: Operand) -> Tensor:
     return x.data if isinstance(x, Quantized) else x
 
 
-def _sizes(x: Operand) -> tuple[int, int, int, int]:
+def sizes_of(x: Operand) -> tuple[int, int, int, int]:
+    """(batch, seqlen, heads, head_dim)."""
     if isinstance(x, Quantized):
         return x.batch, x.seqlen, x.heads, x.head_dim
     batch, seqlen, heads, head_dim = x.shape
@@ -143,9 +236,9 @@ def _check_operand(name: str, x: Any, recipe: Recipe) -> None:
 
 
 def _check_together(q: Operand, k: Operand, v: Operand) -> None:
-    batch, _, heads_q, head_dim = _sizes(q)
-    batch_k, seqlen_k, heads_kv, head_dim_k = _sizes(k)
-    batch_v, seqlen_v, heads_v, _ = _sizes(v)
+    batch, _, heads_q, head_dim = sizes_of(q)
+    batch_k, seqlen_k, heads_kv, head_dim_k = sizes_of(k)
+    batch_v, seqlen_v, heads_v, _ = sizes_of(v)
     if not batch == batch_k == batch_v:
         raise ValueError(f"batch sizes differ: q {batch}, k {batch_k}, v {batch_v}")
     if (seqlen_k, heads_kv) != (seqlen_v, heads_v):
@@ -164,22 +257,91 @@ def _check_together(q: Operand, k: Operand, v: Operand) -> None:
         raise TypeError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
 
 
-def _options(
-    q: Operand, softmax_scale: Any, causal: Any, window_size: Any, softcap: Any
-) -> dict[str, Any]:
-    if softmax_scale is None:
-        softmax_scale = 1 / math.sqrt(_sizes(q)[3])
-    if not math.isfinite(softmax_scale):
-        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+def check_rotations(q: Quantized, k: Quantized) -> None:
+    """Of Q and K that are to be multiplied."""
+    if q.rotation != k.rotation:
+        raise ValueError(
+            f"q and k must be rotated alike, got blocks of {q.rotation} and {k.rotation}"
+        )
+
+
+def _check_result(
+    name: str,
+    x: Any,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    inputs: list[Tensor],
+) -> None:
+    """A tensor that is written in place."""
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.dtype != dtype:
+        raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
+    if x.shape != shape:
+        raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
+    if x.device != inputs[0].device:
+        raise ValueError(f"{name} must be on {inputs[0].device}, got {x.device}")
+    if not x.is_contiguous() or x.data_ptr() % 16:
+        raise ValueError(f"{name} must be contiguous and begin at a multiple of 16 bytes")
+    storage = x.untyped_storage().data_ptr()
+    if storage and any(storage == y.untyped_storage().data_ptr() for y in inputs):
+        raise ValueError(f"{name} must not share memory with q, k or v")
+    if torch.is_grad_enabled() and x.requires_grad:
+        raise NotImplementedError(f"{name} requires a gradient: quantised attention has none")
+
+
+def _check_sink(sink: Any, heads: int, place: torch.device) -> None:
+    if sink is None:
+        return
+    if not isinstance(sink, Tensor):
+        raise TypeError(f"learnable_sink must be a tensor, got {type(sink).__name__}")
+    if sink.dtype not in _OUT_TYPES:
+        raise TypeError(f"learnable_sink must be float32, float16 or bfloat16, got {sink.dtype}")
+    if sink.shape != (heads,):
+        raise ValueError(f"learnable_sink must be ({heads},), got {tuple(sink.shape)}")
+    if sink.device != place:
+        raise ValueError(f"learnable_sink must be on {place}, got {sink.device}")
+    if torch.is_grad_enabled() and sink.requires_grad:
+        raise NotImplementedError(
+            "learnable_sink requires a gradient: quantised attention is forward only"
+        )
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    scale, softcap, window = (options[x] for x in ("softmax_scale", "softcap", "window_size"))
+    if not math.isfinite(scale):
+        raise ValueError(f"softmax_scale must be finite, got {scale}")
     if not (math.isfinite(softcap) and softcap >= 0):
         raise ValueError(f"softcap must be finite and not negative, got {softcap}")
-    if window_size is None:
-        window_size = None, None
-    if len(window_size) != 2 or not all(x is None or isinstance(x, int) for x in window_size):
-        raise ValueError(f"window_size must be (left, right), got {window_size!r}")
-    return {
-        "softmax_scale": softmax_scale,
-        "causal": causal,
-        "window_size": window_size,
-        "softcap": softcap,
-    }
+    if len(window) != 2 or not all(x is None or isinstance(x, int) for x in window):
+        raise ValueError(f"window_size must be (left, right), got {window!r}")
+    splits = options["num_splits"]
+    if not isinstance(splits, int) or splits < 0:
+        raise ValueError(f"num_splits must be a number from 0 on, got {splits!r}")
+
+
+def _reject(pack_gqa: bool | None, unsupported: dict[str, Any]) -> None:
+    """What other functions take and this one has no kernel for."""
+    known = _parameters_of_others()
+    for name in unsupported:
+        if name not in known:
+            raise TypeError(f"quantized_attention() got an unexpected keyword argument {name!r}")
+    asked = ["pack_gqa"] if pack_gqa else []
+    asked += [name for name, value in unsupported.items() if _asks(value, known[name])]
+    if asked:
+        raise NotImplementedError(f"quantized_attention does not support {', '.join(asked)}")
+
+
+def _asks(value: Any, default: Any) -> bool:
+    is_scalar = isinstance(value, (bool, int, float))
+    return value is not default and not (is_scalar and value == default)
+
+
+@functools.cache
+def _parameters_of_others() -> dict[str, Any]:
+    """Names and defaults."""
+    functions = flash_attn_func, flash_attn_varlen_func
+    parameters = [x for f in functions for x in inspect.signature(f).parameters.values()]
+    return {x.name: x.default for x in parameters if x.kind != x.VAR_KEYWORD}

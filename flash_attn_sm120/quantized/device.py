@@ -2,60 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flash_attn_sm120 import _C
 from flash_attn_sm120.loaded_kernel import LoadedKernel
-from flash_attn_sm120.quantized import kernel
+from flash_attn_sm120.quantized import kernel, reference
 from flash_attn_sm120.quantized.formats import E4M3_ARCH
 from flash_attn_sm120.quantized.layout import Quantized
 from flash_attn_sm120.quantized.recipes import RECIPES
+from flash_attn_sm120.static_model import GB10, GEFORCE, Device
+from flash_attn_sm120.static_model import PRO as PRO_6000
 from flash_attn_sm120.tuned_tiles import KINDS, PRO
 
 BLOCK_SCALES_MAJOR = 12  # of those with block-scaled products
 
 
-def attend(
-    q: Quantized,
-    k: Quantized,
-    v: Quantized,
-    options: dict[str, Any],
-    out_dtype: torch.dtype,
-    return_lse: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """``(out, lse)`` of checked operands on a CUDA device that :func:`check` has let pass."""
-    place = q.data.device
-    index = place.index or 0
-    shape = (q.batch, q.seqlen, q.heads, v.head_dim)
-    lse_shape = (q.batch, q.heads, q.seqlen)
-    out, lse = torch.empty(shape, dtype=out_dtype, device=place), None
-    if return_lse:
-        lse = torch.full(lse_shape, -math.inf, dtype=torch.float32, device=place)
-    if not out.numel():
-        return out, lse
-    if not k.seqlen:
-        return out.zero_(), lse
-    _compute(q, k, v, options, out, lse, index)
-    return out, lse
-
-
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _compute(
+def attend(
     q: Quantized,
     k: Quantized,
     v: Quantized,
     options: dict[str, Any],
     out: Tensor,
     lse: Tensor | None,
-    index: int,
 ) -> None:
-    """A graph of torch.compile ends here."""
-    parts = kernel.parts_of(kernel.blocks_of(q), k.seqlen, _multiprocessors(index))
+    """Fills ``out`` and ``lse`` of checked operands on a CUDA device that :func:`check` has let
+    pass. A graph of torch.compile ends here."""
+    if not out.numel() or not k.seqlen:
+        reference.fill_without_keys(out, lse, options["learnable_sink"])
+        return
+    index = out.device.index or 0
+    splits = options["num_splits"]
+    parts = kernel.parts_of(
+        kernel.blocks_of(out.shape[:3]), k.seqlen, _multiprocessors(index), splits
+    )
     if parts == 1:
         _launch(q, k, v, options, out, lse, index)
         return
@@ -77,7 +62,7 @@ def _launch(
     with torch.cuda.device(index):
         launch = kernel.prepare(q, k, v, options, out, lse, target_of(index))
         loaded = _loaded(launch.variant, index)
-        loaded((launch.blocks, 1), kernel.THREADS, launch.parameters)
+        loaded((launch.blocks, 1), launch.variant.threads, launch.parameters)
 
 
 @functools.cache
@@ -123,18 +108,57 @@ def _needs_block_scales(recipe: str) -> bool:
     return bool({"mxfp8", "nvfp4"} & {chosen.qk, chosen.pv})
 
 
+class Card(NamedTuple):
+    """What of a device decides about plans."""
+
+    arch: int
+    sms: int
+    smem_per_sm: int
+    target: kernel.Target
+    model: Device | None  # what its speed is predicted for; None outside 12.x
+
+
+_SMEM_PER_SM = {8: 100 << 10, 9: 228 << 10, 10: 228 << 10, 12: 100 << 10}
+_SMS = {89: 128, 90: 132, 100: 148}  # as csrc/device.c has them
+
+
+def card_of_arch(arch: int) -> Card:
+    """Of the card that stands for a compute capability."""
+    smem = _SMEM_PER_SM.get(arch // 10, 0)
+    if arch // 10 != BLOCK_SCALES_MAJOR:
+        return Card(arch, _SMS.get(arch, 128), smem, _target("", arch), None)
+    model = GEFORCE if arch == GEFORCE.rows else GB10
+    return Card(arch, model.sms, smem, _target("" if model is GEFORCE else "GB10", arch), model)
+
+
+@functools.cache
+def card_of(index: int) -> Card:
+    """Of a device."""
+    device = _C.devices()[1][index]
+    arch, target = device["arch"], target_of(index)
+    model = None
+    if arch // 10 == BLOCK_SCALES_MAJOR:
+        like = GEFORCE if target.mx_e4m3 else GB10 if device["sms"] <= GB10.sms else PRO_6000
+        model = dataclasses.replace(like, sms=device["sms"])
+    return Card(arch, device["sms"], device["smem_per_sm"], target, model)
+
+
 @functools.cache
 def target_of(index: int) -> kernel.Target:
-    """What of a device decides about variants. 12.x cards of unknown names count as GeForce-like,
-    as in the forward."""
+    """What of a device decides about variants."""
     device = _C.devices()[1][index]
-    if device["arch"] // 10 != BLOCK_SCALES_MAJOR:
+    return _target(device["name"], device["arch"])
+
+
+def _target(name: str, arch: int) -> kernel.Target:
+    """12.x cards of unknown names count as GeForce-like, as in the forward."""
+    if arch // 10 != BLOCK_SCALES_MAJOR:
         return kernel.Target(transposes_bytes=False, mx_e4m3=False)
-    is_pro = KINDS[_C.card_kind(device["name"], device["arch"])] == PRO
+    is_pro = KINDS[_C.card_kind(name, arch)] == PRO
     return kernel.Target(transposes_bytes=True, mx_e4m3=not is_pro)
 
 
 @functools.cache
 def _loaded(variant: kernel.Variant, index: int) -> LoadedKernel:
     """On the current device, which is ``index``."""
-    return LoadedKernel(kernel.KERNEL, *variant)
+    return LoadedKernel(kernel.KERNEL, variant.name, variant.options, variant.shared_bytes)

@@ -39,6 +39,28 @@ BLOCK_SCORES = 1 << 21  # of a block of query rows, of the heads of a KV head
 P_SCALE = {"16bit": 1.0, "fp8": 256.0, "nvfp4": E4M3_MAX * E2M1_MAX}
 
 
+def attend_into(
+    q: Quantized,
+    k: Quantized,
+    v: Quantized,
+    options: dict[str, Any],
+    out: Tensor,
+    lse: Tensor | None,
+) -> None:
+    """:func:`attend` with results that are there."""
+    result, logs = attend(q, k, v, options)
+    out.copy_(result)
+    if lse is not None:
+        lse.copy_(logs)
+
+
+def fill_without_keys(out: Tensor, lse: Tensor | None, sink: Tensor | None) -> None:
+    """What a call without any key returns."""
+    out.zero_()
+    if lse is not None:
+        lse.copy_(torch.full_like(lse, -math.inf) if sink is None else sink[:, None])
+
+
 def attend(
     q: Quantized, k: Quantized, v: Quantized, options: dict[str, Any],
     block_scores: int = BLOCK_SCORES,
@@ -46,7 +68,9 @@ def attend(
     """``(out, lse)`` in fp32 of checked operands."""
     out = q.data.new_zeros((q.batch, q.seqlen, q.heads, v.head_dim), dtype=torch.float32)
     lse = q.data.new_full((q.batch, q.heads, q.seqlen), -math.inf, dtype=torch.float32)
+    sink = options["learnable_sink"]
     if not out.numel() or not k.seqlen:
+        fill_without_keys(out, lse, sink)
         return out, lse
     group = q.heads // k.heads
     rows = max(1, block_scores // (group * k.seqlen))
@@ -63,10 +87,12 @@ def attend(
                 weighted, logs = _attend_rows(
                     queries[:, part], keys, values, part, q.seqlen, v, shifts, options
                 )
+                is_empty = logs == -math.inf
                 if v.mean is not None:
-                    seen = (logs > -math.inf)[..., None]
-                    weighted = torch.where(seen, weighted + v.mean[b, h], weighted)
-                out[b, part, heads] = weighted.transpose(0, 1)
+                    weighted = weighted + v.mean[b, h]
+                if sink is not None:
+                    weighted, logs = _with_sink(weighted, logs, sink[heads, None].float())
+                out[b, part, heads] = weighted.masked_fill(is_empty[..., None], 0).transpose(0, 1)
                 lse[b, heads, part] = logs
     return out, lse
 
@@ -99,7 +125,13 @@ def _attend_rows(
     lse = (m + torch.log2(total)) * math.log(2)
     if left_out is not None and not softcap:
         lse = lse + left_out[..., None] * scale
-    return weighted.masked_fill(is_empty, 0), lse.masked_fill(is_empty, -math.inf)[..., 0]
+    return weighted, lse.masked_fill(is_empty, -math.inf)[..., 0]
+
+
+def _with_sink(weighted: Tensor, lse: Tensor, sink: Tensor) -> tuple[Tensor, Tensor]:
+    """The sink takes its share of the weights; P keeps its codes, in units of the largest score."""
+    share = 1 / (1 + torch.exp(sink - lse))
+    return weighted * share[..., None], torch.logaddexp(lse, sink)
 
 
 def _product(p: Tensor, v: Tensor, seen: Tensor) -> Tensor:

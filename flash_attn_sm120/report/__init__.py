@@ -7,35 +7,42 @@ record a line. Nothing in the report names a person, a machine or a folder.
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from flash_attn_sm120 import __version__, files, tuned_tiles
+from flash_attn_sm120.quantized import RECIPES
 
 Record = dict[str, Any]
-LIMITS_S = {"check": 150, "correctness": 150, "speed": 240}  # less than ten minutes in all
+# Less than ten minutes in all. Each recipe has a child of its own, all at the same time.
+LIMITS_S = {"check": 150, "correctness": 150, "recipes": 55, "speed": 240}
+CORRECTNESS = ("check", "correctness", "recipes")
 WIN = 1.05  # times as fast as the fastest other; a tie within its inverse
 
 
 def records_of(part: str) -> Iterable[Record]:
     """What a part finds, in the process that runs it alone."""
-    from flash_attn_sm120.report import correctness, speed
+    from flash_attn_sm120.report import correctness, recipes, speed
 
     if part == "speed":
         return speed.run()
+    if part in RECIPES:
+        return recipes.run(part, lambda x: x.cuda())
     return correctness.run(lambda x: x.cuda())
 
 
 def command_of(part: str) -> list[str]:
     if part == "check":
-        return [sys.executable, "-m", "flash_attn_sm120", "check"]
+        return [sys.executable, "-m", "flash_attn_sm120", "check", "--without-recipes"]
     return [sys.executable, "-m", "flash_attn_sm120", "report", "--part", part]
 
 
@@ -58,6 +65,18 @@ def run_part(part: str, command: list[str], limit_s: float) -> tuple[list[Record
             "" if "all passed" in lines else ended or "failed"
         )
     return [record for line in lines if (record := _read(line))], ended
+
+
+def run_recipes(limit_s: float) -> list[Record]:
+    """The records of all recipes; how one ended is a record, too, if not well."""
+    with ThreadPoolExecutor(len(RECIPES)) as pool:
+        found = pool.map(lambda name: run_part(name, command_of(name), limit_s), RECIPES)
+        records = []
+        for name, (own, ended) in zip(RECIPES, found, strict=True):
+            records += own
+            if ended:
+                records.append({"check": name, "passed": False, "said": ended})
+    return records
 
 
 def _read(line: str) -> Record | None:
@@ -84,7 +103,10 @@ def make() -> Record:
     }
     for part, limit_s in LIMITS_S.items():
         print(f"{part}: up to {limit_s} s", file=sys.stderr)
-        records, ended = run_part(part, command_of(part), limit_s)
+        if part == "recipes":
+            records, ended = run_recipes(limit_s), ""
+        else:
+            records, ended = run_part(part, command_of(part), limit_s)
         for record in records:
             for field in ("said", "absent"):
                 if record.get(field):
@@ -95,7 +117,7 @@ def make() -> Record:
 
 def passed(report: Record) -> bool:
     """Whether nothing is wrong, and every part of correctness came to its end."""
-    parts = [report["parts"][part] for part in ("check", "correctness")]
+    parts = [report["parts"][part] for part in CORRECTNESS]
     records = [record for part in parts for record in part["records"]]
     return not any(p["ended"] for p in parts) and all(r["passed"] is not False for r in records)
 
@@ -114,10 +136,10 @@ def _lines(report: Record) -> Iterator[str]:
         if "card" in record:
             yield from _card_lines(record)
     yield f"\n## Correctness: {'right' if passed(report) else 'WRONG OR UNFINISHED'}\n"
-    for part in ("check", "correctness"):
+    for part in CORRECTNESS:
         yield f"{part}: {parts[part]['ended'] or 'came to its end'}"
     yield "\n| check | result |\n|---|---|"
-    for record in parts["correctness"]["records"] + parts["check"]["records"]:
+    for record in itertools.chain(*(parts[part]["records"] for part in CORRECTNESS)):
         word = {True: "right", False: "WRONG", None: "left out"}[record["passed"]]
         yield f"| {record['check']} | {word}{': ' * bool(record['said'])}{record['said']} |"
     yield f"\n## Speed\n\n{parts['speed']['ended'] or 'came to its end'}\n"

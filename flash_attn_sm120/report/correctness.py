@@ -59,16 +59,16 @@ def cases() -> Iterator[Case]:
 def run(place: Place, every: Iterator[Case] | None = None) -> Iterator[dict[str, Any]]:
     """A record for each check: its name, whether it passed, and what it found."""
     for case in every or cases():
-        yield _guarded(case.name, partial(_check, case, place))
+        yield guarded(case.name, partial(_check, case, place))
     small = Case("", 1, 256, 256, (8, 2), (64, 64), {"causal": True})
-    yield _guarded("pack_gqa changes no bit", lambda: _same_bits(small, place))
-    yield _guarded("cp.async and the TMA agree", lambda: _feeds(small, place))
-    yield _guarded(f"packed sequences of {LENGTHS}", lambda: _packed(place))
-    yield _guarded(f"pages of {PAGE_SIZE}, permuted", lambda: _pages(place))
+    yield guarded("pack_gqa changes no bit", lambda: _same_bits(small, place))
+    yield guarded("cp.async and the TMA agree", lambda: _feeds(small, place))
+    yield guarded(f"packed sequences of {LENGTHS}", lambda: _packed(place))
+    yield guarded(f"pages of {PAGE_SIZE}, permuted", lambda: _pages(place))
 
 
-def _guarded(name: str, check: Callable[[], str]) -> dict[str, Any]:
-    """`check` returns what is wrong, "" if nothing is."""
+def guarded(name: str, check: Callable[[], str]) -> dict[str, Any]:
+    """A record of ``check``, which returns what is wrong, "" if nothing is."""
     try:
         wrong = check()
     except NotImplementedError as error:

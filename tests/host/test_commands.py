@@ -70,6 +70,17 @@ def test_explain(capsys):
     assert "page_table has no backward" in capsys.readouterr().err
 
 
+def test_explain_of_a_recipe(capsys):
+    call = ["explain", "--recipe", "nvfp4", "--seqlen", "512", "--head-dim", "64"]
+    assert main([*call, "--arch", "120", "--causal", "--sink"]) == 0
+    said = capsys.readouterr().out
+    assert "forward by quantized_forward" in said and "speed: by the static model" in said
+    assert main([*call, "--arch", "90"]) != 0
+    assert "block-scaled products" in capsys.readouterr().err
+    assert main([*call, "--arch", "120", "--packed"]) != 0
+    assert "does not support" in capsys.readouterr().err
+
+
 def test_explain_says_what_is_wrong_with_a_call(capsys):
     assert main(["explain", "--head-dim", "12"]) == 1
     said = capsys.readouterr()
@@ -204,6 +215,16 @@ def test_check_says_why_8bit_instructions_cannot_be_probed(monkeypatch, capsys):
     monkeypatch.setattr(check.probe_8bit, "run", run)
     assert not check.check_8bit("cuda")
     assert "no NVRTC FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("passed, word", [(True, ""), (False, "FAILED"), (None, "left out")])
+def test_check_runs_recipes_as_children(passed, word, monkeypatch, capsys):
+    record = {"check": "fp8: causal", "passed": passed, "said": "as said"}
+    monkeypatch.setattr(check.report, "run_recipes", lambda limit_s: [record])
+    assert check.check_recipes("cuda") == (passed is not False)
+    line = capsys.readouterr().out.strip()
+    assert line.startswith("fp8: causal ") and line.endswith(f"as said {word}".strip())
+    assert check.check_recipes("cpu") and "left out" in capsys.readouterr().out
 
 
 def test_check_fails_where_gradients_alone_are_wrong(monkeypatch, capsys):

@@ -8,12 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from flash_attn_sm120 import cards, report
+from flash_attn_sm120 import cards, quantized, report
 from flash_attn_sm120.__main__ import main
 from flash_attn_sm120._measure import Timed
-from flash_attn_sm120.report import correctness, speed
+from flash_attn_sm120.report import correctness, recipes, speed
 from helpers.children import run_python
 from helpers.devices import CPU, EMULATOR, params_of
+from helpers.recipes import attend_there, emulate_device
 
 
 @pytest.mark.parametrize("device", params_of(CPU, EMULATOR))
@@ -52,9 +53,7 @@ def test_a_check_that_raises_is_a_row_and_the_others_run(monkeypatch):
 
     monkeypatch.setattr(correctness, "flash_attn_func", raises)
     case = correctness.Case("a call", 1, 40, 40, (2, 1), (64, 64))
-    found = [
-        correctness._guarded("", lambda: correctness._check(case, lambda x: x)) for _ in "1234"
-    ]
+    found = [correctness.guarded("", lambda: correctness._check(case, lambda x: x)) for _ in "1234"]
     assert [record["passed"] for record in found] == [False, None, None, False]
     assert [record["said"] for record in found] == [
         "ValueError()",
@@ -62,6 +61,40 @@ def test_a_check_that_raises_is_a_row_and_the_others_run(monkeypatch):
         "not supported: no",
         "x",
     ]
+
+
+@pytest.mark.parametrize("recipe", quantized.RECIPES)
+def test_recipes_are_right(recipe, monkeypatch):
+    """The checks of a card, whose kernels run on the emulator."""
+    if EMULATOR.missing:
+        pytest.skip(EMULATOR.missing)
+    emulate_device(monkeypatch)
+    found = list(recipes.run(recipe, lambda x: x, attend_there))
+    assert len(found) == len(recipes.CASES) + 1
+    assert [record for record in found if not record["passed"]] == []
+
+
+def test_a_wrong_recipe_is_found(monkeypatch):
+    def wrong(*operands, **options):
+        out, lse = quantized.quantized_attention(*operands, **options)
+        return out * 1.5, lse
+
+    found = list(recipes.run("fp8", lambda x: x, wrong))
+    assert [record["passed"] for record in found] == [False] * (len(recipes.CASES) + 1)
+    assert all("relative error" in record["said"] for record in found)
+
+
+def test_a_recipe_that_does_not_end_is_a_row_and_the_others_stand(monkeypatch):
+    good = 'print(\'{"check": "a", "passed": true, "said": ""}\', flush=True)'
+    commands = dict.fromkeys(quantized.RECIPES, child(good))
+    commands["nvfp4"] = child(f"import time; {good}; time.sleep(60)")
+    monkeypatch.setattr(report, "command_of", commands.get)
+    found = report.run_recipes(5)
+    assert [r["check"] for r in found if not r["passed"]] == ["nvfp4"]
+    assert len(found) == len(quantized.RECIPES) + 1
+    assert "did not end within 5 s" in found[-1]["said"]
+    text = report.markdown(made(recipes={"ended": "", "records": found}))
+    assert "| nvfp4 | WRONG: did not end" in text and "WRONG OR UNFINISHED" in text
 
 
 def child(code):

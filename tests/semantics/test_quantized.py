@@ -2,6 +2,8 @@
 
 import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -181,6 +183,7 @@ MASKS = {
     "left": {"window_size": (10, None), "causal": True},
     "scale": {"softmax_scale": 0.3},
     "softcap": {"softcap": 2.0},
+    "sink": {"causal": True, "learnable_sink": torch.tensor([-1.0, 0.0, 2.0, 30.0])},
 }
 SHAPES = {
     "odd": {"seqlen_q": 37, "seqlen_k": 101},
@@ -210,6 +213,8 @@ def exact(q, k, v, recipe, **options):
 def test_masks_and_shapes(recipe, shape, mask):
     """Against attention of the rounded numbers: what remains is the rounding of P."""
     q, k, v = make(**shape)
+    if "learnable_sink" in mask:
+        mask = mask | {"learnable_sink": mask["learnable_sink"][: q.shape[2]]}
     out, lse = quantized_attention(
         q, k, v, recipe, return_lse=True, out_dtype=torch.float32, **mask
     )
@@ -240,6 +245,7 @@ def test_quantised_operands_give_the_same_bits(recipe):
 def test_blocks_do_not_matter(recipe):
     operands = quantized(*make(seqlen_q=130), recipe)
     options = {"softmax_scale": 0.125, "causal": True, "window_size": (60, None), "softcap": 0.0}
+    options["learnable_sink"] = None
     whole, whole_lse = reference.attend(*operands, options)
     blocks, blocks_lse = reference.attend(*operands, options, block_scores=2 * 90 * 7)
     assert relative(blocks, whole) <= 1e-3
@@ -251,6 +257,17 @@ def test_the_largest_weight_is_not_cut(recipe):
     _, _, narrow = quantized(*make(), recipe)
     codes = reference.quantize_p(torch.ones(1, 1, 90), narrow)
     assert codes.unique().tolist() == [reference.P_SCALE[recipe]]
+
+
+@recipes
+def test_errors_are_those_of_the_table(recipe):
+    """One number: of the recipe, of the docstring, and of the table that accuracy.py makes."""
+    error = f"{RECIPES[recipe].error:.3f}"
+    assert f'``"{recipe}"``: {error} and' in quantized_attention.__doc__
+    docs = Path(__file__).parents[2] / "docs" / "quantized.md"
+    if docs.is_file():  # in a checkout
+        measured = re.search(rf"^\| `{recipe}` \| (0\.\d{{4}}) ", docs.read_text(), re.M)
+        assert abs(float(measured[1]) - RECIPES[recipe].error) <= 0.0006
 
 
 # ---- what lies beside ----------------------------------------------------------------------------
@@ -359,11 +376,54 @@ def test_gradients_are_refused_unless_off():
         assert not quantized_attention(q, k, v)[0].requires_grad
 
 
+def test_results_go_where_they_are_wanted():
+    q, k, v = make()
+    expected, logs = quantized_attention(q, k, v, causal=True, return_lse=True)
+    out, lse = torch.full_like(expected, math.nan), torch.full_like(logs, math.nan)
+    version = out._version
+    given = quantized_attention(q, k, v, causal=True, out=out, lse=lse)
+    assert given[0] is out and given[1] is lse and out._version > version
+    assert torch.equal(out, expected) and torch.equal(lse, logs)
+    wide = torch.empty(out.shape)  # its dtype counts
+    assert quantized_attention(q, k, v, causal=True, out=wide)[0].to(out.dtype).equal(expected)
+
+
+def test_what_flash_attn_func_takes_and_there_is_no_kernel_for_is_named():
+    given = make()
+    nothing = {"dropout_p": 0.0, "page_table": None, "pack_gqa": False, "deterministic": True}
+    assert quantized_attention(*given, num_splits=3, **nothing)[0].isfinite().all()
+    lengths = torch.tensor([0, 70], dtype=torch.int32)
+    for asked in (
+        {"pack_gqa": True},
+        {"dropout_p": 0.5},
+        {"cu_seqlens_q": lengths},
+        {"page_table": lengths},
+        {"mask_mod": max},
+    ):
+        with pytest.raises(NotImplementedError, match=f"does not support {next(iter(asked))}"):
+            quantized_attention(*given, **asked)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'casual'"):
+        quantized_attention(*given, casual=True)
+
+
 BAD_OPTIONS = {
     "scale": ({"softmax_scale": math.nan}, ValueError, "softmax_scale"),
     "softcap": ({"softcap": -1.0}, ValueError, "softcap"),
     "window": ({"window_size": (1.5, None)}, ValueError, "window_size"),
+    "splits": ({"num_splits": -1}, ValueError, "num_splits"),
     "out": ({"out_dtype": torch.int8}, TypeError, "out_dtype"),
+    "out shape": ({"out": torch.empty(2, 70, 4, 16)}, ValueError, r"out must be \(2, 70, 4, 32\)"),
+    "out strides": ({"out": torch.empty(2, 4, 70, 32).mT.mT.transpose(1, 2)}, ValueError, "contig"),
+    "out dtypes": ({"out": torch.empty(0), "out_dtype": torch.half}, TypeError, "out must be"),
+    "out int": ({"out": torch.empty(2, 70, 4, 32, dtype=torch.int8)}, TypeError, "out_dtype"),
+    "lse": ({"lse": torch.empty(2, 4, 70).half()}, TypeError, "lse must be torch.float32"),
+    "sink": ({"learnable_sink": torch.zeros(3)}, ValueError, r"learnable_sink must be \(4,\)"),
+    "sink dtype": ({"learnable_sink": torch.zeros(4).int()}, TypeError, "learnable_sink"),
+    "sink gradient": (
+        {"learnable_sink": torch.zeros(4, requires_grad=True)},
+        NotImplementedError,
+        "forward only",
+    ),
 }
 
 

@@ -3,13 +3,11 @@ their roundings; and what ptxas makes of them."""
 
 import math
 import re
-from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
 
 from emulator import emulator, unavailable
-from flash_attn_sm120 import jit
 from flash_attn_sm120.quantized import (
     RECIPES,
     device,
@@ -21,6 +19,7 @@ from flash_attn_sm120.quantized import (
 from flash_attn_sm120.quantized.device import why_not
 from helpers import builds, spans
 from helpers.devices import CPU
+from helpers.recipes import attend_there, emulate_device, run
 from helpers.structs import fields_of
 
 pytest.importorskip("cuda.bindings.nvrtc")
@@ -42,37 +41,24 @@ def quantized(q, k, v, recipe):
     return [quantize(x, recipe, name) for x, name in ((q, "q"), (k, "k"), (v, "v"))]
 
 
-def options_of(q, softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0):
+def options_of(
+    q, softmax_scale=None, causal=False, window_size=(None, None), softcap=0.0, sink=None
+):
     return {
         "softmax_scale": softmax_scale or 1 / math.sqrt(q.head_dim),
         "causal": causal,
         "window_size": window_size,
         "softcap": softcap,
+        "learnable_sink": sink,
+        "num_splits": 0,
     }
 
 
-def run(launch, *written):
-    """On the emulator: it may touch nothing but the bytes of its tensors."""
-    code = jit.compile(kernel.KERNEL, *launch.variant[:2], 120, 13000, ptx=True)
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
-    with ExitStack() as stack:
-        for x in launch.tensors:
-            array = x.view(integers[x.element_size()]).numpy()
-            stack.enter_context(emulator().allowed(array, writable=any(x is y for y in written)))
-        emulator().run(
-            code.rstrip(b"\0").decode(),
-            bytes(launch.parameters),
-            grid=launch.blocks,
-            block=kernel.THREADS,
-            shared=launch.variant.shared_bytes,
-        )
-
-
-def emulate(q, k, v, target=GEFORCE, out_dtype=torch.float32, **options):
+def emulate(q, k, v, target=GEFORCE, out_dtype=torch.float32, tile=kernel.TILE, **options):
     """(out, lse) of the kernel."""
     out = torch.full((q.batch, q.seqlen, q.heads, v.head_dim), math.nan, dtype=out_dtype)
     lse = torch.full((q.batch, q.heads, q.seqlen), math.nan)
-    run(kernel.prepare(q, k, v, options_of(q, **options), out, lse, target), out, lse)
+    run(kernel.prepare(q, k, v, options_of(q, **options), out, lse, target, tile), out, lse)
     return out, lse
 
 
@@ -85,9 +71,9 @@ def check(q, k, v, **options):
     out_dtype = out_dtype or torch.float32
     ref, ref_lse = reference.attend(q, k, v, options_of(q, **options))
     out, lse = emulate(q, k, v, target, out_dtype, **options)
-    empty = ref_lse == -math.inf
-    assert torch.equal(lse == -math.inf, empty)
-    assert (out.transpose(1, 2)[empty] == 0).all()
+    assert torch.equal(lse == -math.inf, ref_lse == -math.inf)
+    empty = (ref == 0).all(dim=3)
+    assert (out[empty] == 0).all()
     assert relative(out, ref) <= 2e-3
     torch.testing.assert_close(lse, ref_lse, rtol=1e-6, atol=1e-5)
 
@@ -98,6 +84,10 @@ CALLS = {
     "short": ({"seqlen_q": 129, "seqlen_k": 33, "heads_kv": 1}, {"causal": True}),
     "scale": ({"seqlen_q": 16, "seqlen_k": 65}, {"softmax_scale": -0.3, "out_dtype": torch.half}),
     "softcap": ({"seqlen_q": 64, "seqlen_k": 193}, {"softcap": 2.0, "window_size": (70, None)}),
+    "sink": (
+        {"seqlen_q": 80, "seqlen_k": 70},  # ten rows see no key
+        {"causal": True, "sink": torch.tensor([-math.inf, 0.5, 4.0, 200.0])},
+    ),
 }
 
 
@@ -141,9 +131,9 @@ def test_sharp_softmaxes(recipe):
 def test_parts_of_the_keys(recipe):
     """Put together they are the whole, a part without keys included."""
     q, k, v = quantized(*make(seqlen_k=200), recipe)
-    options = {"causal": True, "window_size": (120, None)}
+    options = {"causal": True, "window_size": (120, None), "sink": torch.tensor([-1, 0, 1.5, 40])}
     whole, whole_lse = emulate(q, k, v, **options)
-    for parts in (2, 5):
+    for parts in (2, 5, 16):
         out = torch.full((parts, *whole.shape), math.nan)
         lse = torch.full((parts, *whole_lse.shape), math.nan)
         run(kernel.prepare(q, k, v, options_of(q, **options), out, lse, GEFORCE), out, lse)
@@ -153,12 +143,41 @@ def test_parts_of_the_keys(recipe):
         torch.testing.assert_close(merged, whole_lse, rtol=1e-6, atol=1e-5)
 
 
+@emulated
+@pytest.mark.parametrize("recipe", ["fp8", "int8_nvfp4"])
+def test_the_order_of_heads_does_not_matter(recipe):
+    """To the bit."""
+    q, k, v = make(heads_q=6, heads_kv=3)
+    order = torch.tensor([2, 0, 1])
+    of_queries = (2 * order[:, None] + torch.arange(2)).flatten()
+    out, lse = emulate(*quantized(q, k, v, recipe), causal=True)
+    moved = quantized(q[:, :, of_queries], k[:, :, order], v[:, :, order], recipe)
+    moved_out, moved_lse = emulate(*moved, causal=True)
+    assert torch.equal(moved_out, out[:, :, of_queries])
+    assert torch.equal(moved_lse, lse[:, of_queries])
+
+
+@emulated
+@recipes
+def test_tiles_of_rows_and_keys_do_not_matter(recipe):
+    """64 and 128 of each: P has the same codes, and the sums the same order."""
+    operands = quantized(*make(seqlen_q=150, seqlen_k=330), recipe)
+    options = {"causal": True, "window_size": (250, None)}
+    ref, ref_lse = emulate(*operands, **options)
+    for tile in (kernel.Tile(4, 2), kernel.Tile(8, 1), kernel.Tile(8, 2)):
+        out, lse = emulate(*operands, **options, tile=tile)
+        assert relative(out, ref) <= 1e-3 and relative(lse, ref_lse) <= 1e-6
+
+
 def test_few_blocks_share_keys():
     assert kernel.parts_of(blocks=1, seqlen_k=1 << 20, multiprocessors=170) == 16
     assert kernel.parts_of(blocks=100, seqlen_k=1 << 20, multiprocessors=170) == 3
     assert kernel.parts_of(blocks=171, seqlen_k=1 << 20, multiprocessors=170) == 1
-    assert kernel.parts_of(blocks=8, seqlen_k=1000, multiprocessors=170) == 3
+    assert kernel.parts_of(blocks=8, seqlen_k=1500, multiprocessors=170) == 6
+    assert kernel.parts_of(blocks=8, seqlen_k=512, multiprocessors=170) == 1
     assert kernel.parts_of(blocks=8, seqlen_k=64, multiprocessors=170) == 1
+    assert kernel.parts_of(blocks=1, seqlen_k=1 << 20, multiprocessors=170, asked=1) == 1
+    assert kernel.parts_of(blocks=500, seqlen_k=130, multiprocessors=170, asked=16) == 3
 
 
 @emulated
@@ -315,40 +334,32 @@ def test_devices_that_cannot_run_a_recipe_are_named():
 @emulated
 def test_calls_of_a_device(monkeypatch):
     """All but the driver: what is allocated, and which calls launch nothing."""
-    launches = []
-
-    def prepare(q, k, v, options, out, lse, target, prepare=kernel.prepare):
-        launches.append(lambda: run(launch, out, lse))
-        launch = prepare(q, k, v, options, out, lse, target)
-        return launch
-
-    monkeypatch.setattr(kernel, "prepare", prepare)
-    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
-    monkeypatch.setattr(device, "_multiprocessors", lambda index: 1)
-    monkeypatch.setattr(device, "target_of", lambda index: GEFORCE)
-    monkeypatch.setattr(device, "_loaded", lambda variant, index: lambda *_: launches[-1]())
-    q, k, v = quantized(*make(), "int8_fp8")
-    options = options_of(q, causal=True)
-    ref, ref_lse = reference.attend(q, k, v, options)
+    launches = emulate_device(monkeypatch, multiprocessors=1)
+    operands, causal = quantized(*make(), "int8_fp8"), {"recipe": "int8_fp8", "causal": True}
+    options = options_of(operands[0], causal=True)
+    ref, ref_lse = reference.attend(*operands, options)
     for returns_lse in (True, False):
-        out, lse = device.attend(q, k, v, options, torch.bfloat16, returns_lse)
+        out, lse = attend_there(*operands, **causal, return_lse=returns_lse)
         assert out.dtype == torch.bfloat16 and relative(out, ref) <= 2e-3
         assert (lse is not None) == returns_lse
         assert lse is None or relative(lse, ref_lse) <= 1e-5
     assert len(launches) == 2
     monkeypatch.setattr(device, "_multiprocessors", lambda index: 100)
-    operands = quantized(*make(seqlen_k=600), "int8_fp8")
+    operands = quantized(*make(seqlen_k=1100), "int8_fp8")
     ref, ref_lse = reference.attend(*operands, options)
     for returns_lse in (True, False):
-        out, lse = device.attend(*operands, options, torch.float32, returns_lse)
+        out, lse = attend_there(*operands, **causal, return_lse=returns_lse, out_dtype=torch.float)
         assert relative(out, ref) <= 2e-3
         assert lse is None or relative(lse, ref_lse) <= 1e-5
     assert len(launches) == 4
-    _, k, v = quantized(*make(seqlen_k=0), "int8_fp8")
-    out, lse = device.attend(q, k, v, options, torch.float32, True)
+    operands = quantized(*make(seqlen_k=0), "int8_fp8")
+    out, lse = attend_there(*operands, **causal, return_lse=True)
     assert (out == 0).all() and (lse == -math.inf).all()
-    q, k, v = quantized(*make(seqlen_q=0), "int8_fp8")
-    assert device.attend(q, k, v, options, torch.float32, False)[0].shape == (2, 0, 4, 32)
+    sink = torch.arange(4.0)
+    _, lse = attend_there(*operands, **causal, return_lse=True, learnable_sink=sink)
+    assert torch.equal(lse[0, :, 0], sink)
+    operands = quantized(*make(seqlen_q=0), "int8_fp8")
+    assert attend_there(*operands, **causal)[0].shape == (2, 0, 4, 32)
     assert len(launches) == 4
 
 
@@ -368,9 +379,10 @@ def test_on_a_gpu(recipe, cuda):
         for x in here
     ]
     how = {"recipe": recipe, "return_lse": True, "out_dtype": torch.float32}
-    for options in ({}, {"causal": True}, {"softcap": 5.0, "window_size": (70, 3)}):
-        out, lse = quantized_attention(*there, **how, **options)
-        ref, ref_lse = quantized_attention(*here, **how, **options)
+    sink = torch.tensor([-1.0, 0.0, 2.0, 30.0])
+    for options in ({"num_splits": 3}, {"causal": True}, {"softcap": 5.0, "window_size": (70, 3)}):
+        out, lse = quantized_attention(*there, **how, **options, learnable_sink=sink.cuda())
+        ref, ref_lse = quantized_attention(*here, **how, **options, learnable_sink=sink)
         assert relative(out.cpu(), ref) <= 2e-3
         torch.testing.assert_close(lse.cpu(), ref_lse, rtol=1e-5, atol=1e-5)
 
@@ -381,7 +393,8 @@ def test_no_spills(recipe):
     chosen = RECIPES[recipe]
     for dim, target, softcap in ((64, GEFORCE, False), (128, PRO, False), (128, GEFORCE, True)):
         dtype = torch.bfloat16
-        variant = kernel.variant_of(chosen.qk, chosen.pv, (dim, dim), dtype, dtype, softcap, target)
+        steps = kernel.Steps(softcap, sink=softcap)
+        variant = kernel.variant_of(chosen.qk, chosen.pv, (dim, dim), dtype, dtype, steps, target)
         build = builds.build(kernel.KERNEL, *variant[:2], "sm_120f")
         assert build.spill_bytes == 0, variant.name
         assert variant.shared_bytes <= 48 << 10

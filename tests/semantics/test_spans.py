@@ -14,15 +14,6 @@ from helpers.devices import CPU, CUDA, params_of, writable
 
 E4M3 = torch.float8_e4m3fn
 KEYS = 200_000
-ERRORS = {  # relative L2 against fp64, N(0, 1), as in docs/quantized.md
-    "int8_fp8": 0.040,
-    "fp8": 0.055,
-    "mxfp8": 0.055,
-    "nvfp4_bf16": 0.128,
-    "nvfp4_fp8": 0.134,
-    "int8_nvfp4": 0.130,
-    "nvfp4": 0.182,
-}
 AXES = {"batch": 0, "sequence": 1, "heads": 2}
 
 
@@ -158,4 +149,4 @@ def test_many_keys_by_recipe(recipe):
     q, k, v = many_keys(CPU)
     out, _ = quantized_attention(q, k, v, recipe, causal=True)
     errors = errors_of_rows(out, exact(q, k, v))
-    assert errors.median() < 1.5 * ERRORS[recipe] and errors.max() < 0.6
+    assert errors.median() < 1.5 * RECIPES[recipe].error and errors.max() < 0.6
