@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,6 @@ T = TypeVar("T")
 COORDS = ("b", "h", "q_idx", "kv_idx")
 _SIZES = ("size", "stride", "numel", "nelement", "__len__")
 _SHAPE = torch.Tensor.shape
-
-_tracing = threading.Lock()  # torch's tracer replaces functions of modules, for all threads
 
 
 class _ReadsSizes(Exception):
@@ -128,26 +127,41 @@ def trace(name: str, mod: Callable[..., Any], *, gradient: bool = False) -> Trac
         ValueError: what it returns is not one number.
         RuntimeError: torch cannot trace it, for reasons of the callable.
     """
-    return aside(_trace_alone, name, mod, gradient)
+    return aside(_trace_with_sizes, name, mod, gradient)
 
 
 def aside(function: Callable[..., T], *arguments: Any) -> T:
-    """The result of a function in a thread of its own.
+    """The result of a function in the thread that traces, which is one for all.
 
     There torch has no mode, no transform, no hooks for what it saves, and no keys that operators
-    have excluded. And no backward of another call comes in between, as one may where autograd's
-    own thread waits for gradients.
+    have excluded; no backward of another call comes in between, as one may where autograd's own
+    thread waits; and torch's tracer, which replaces functions for all threads, runs once at a time.
+    The thread stays: torch 2.11 may crash where the first one with a fake mode has ended.
     """
-    with ThreadPoolExecutor(1) as pool:
-        return pool.submit(function, *arguments).result()
+    if hasattr(_of_thread, "traces"):
+        return function(*arguments)
+    return _tracer.submit(function, *arguments).result()
 
 
-def _trace_alone(name: str, mod: Callable[..., Any], gradient: bool) -> Trace:
-    with _tracing:
-        try:
-            return _trace(name, mod, gradient, fixes_sizes=False)
-        except _ReadsSizes:
-            return _trace(name, mod, gradient, fixes_sizes=True)
+_of_thread = threading.local()
+_tracer: ThreadPoolExecutor
+
+
+def _start() -> None:
+    global _tracer
+    _tracer = ThreadPoolExecutor(1, initializer=lambda: setattr(_of_thread, "traces", True))
+
+
+_start()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start)  # which has no threads of its parent
+
+
+def _trace_with_sizes(name: str, mod: Callable[..., Any], gradient: bool) -> Trace:
+    try:
+        return _trace(name, mod, gradient, fixes_sizes=False)
+    except _ReadsSizes:
+        return _trace(name, mod, gradient, fixes_sizes=True)
 
 
 def _trace(name: str, mod: Callable[..., Any], gradient: bool, fixes_sizes: bool) -> Trace:

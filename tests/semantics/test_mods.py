@@ -14,6 +14,7 @@ from flash_attn_sm120.mods.call import Call
 from flash_attn_sm120.mods.capture import captured_by
 from flash_attn_sm120.mods.translate import MAX_ADDITIONS
 from helpers.checks import assert_all_equal
+from helpers.children import run_python
 from helpers.devices import CPU, CUDA, EMULATOR, each_on, params_of, reordered
 from helpers.dropout import factors
 from helpers.mods import gradients, mask_mods, score_mods, tensors_of
@@ -437,6 +438,31 @@ def test_threads_trace_mods_at_the_same_time(device):
         gradients = list(pool.map(gradient_with, range(8)))
     for number, gradient in enumerate(gradients):
         assert torch.equal(gradient, gradient_with(number))
+
+
+def test_threads_that_end_and_a_forked_child_trace_mods(tmp_path):
+    code = """
+import os, signal, threading
+import torch
+from flash_attn_sm120 import flash_attn_func
+
+def attend(factor):
+    q = torch.ones(1, 3, 1, 8, requires_grad=True)
+    return flash_attn_func(q, q, q, score_mod=lambda score, *at: score * factor)[0].sum()
+
+for factor in (2, 3, 4):
+    thread = threading.Thread(target=lambda: attend(factor).backward())
+    thread.start()
+    thread.join()
+child = os.fork()
+if child == 0:
+    signal.alarm(60)
+    attend(5)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    done = run_python(code, tmp_path, OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
 
 
 def test_explain_says_what_was_traced():
