@@ -3,7 +3,8 @@
     FA_SM120_LIMITS=120 python benchmarks/mods.py --output mods.jsonl
 
 Causal calls, forward and the gradients of a forward that ran before, with a mod that says the same
-as a built-in option (causal with its BlockMask, softcap, a window, ALiBi), or what only a mod says.
+as a built-in option (causal with its BlockMask, softcap, a window, ALiBi), or what only a mod says:
+twenty that people write.
 Beside the call without a mod, and compiled flex_attention with the same callables and BlockMask
 (flex.py).
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,40 +46,75 @@ class Mod:
     blocks: bool = False
 
 
+def mods(device: str, heads: int, seqlen: int) -> list[Mod]:
+    return [*score_mods(device, heads, seqlen), *mask_mods(device, seqlen)]
+
+
+def score_mods(device: str, heads: int, seqlen: int) -> list[Mod]:
+    """All of them causal."""
+    slopes = (2.0 ** -torch.linspace(1, 8, heads)).to(device)
+    table, of_keys = torch.randn(heads, 64, device=device), torch.randn(seqlen, device=device)
+    like_causal = {"causal": True}
+    cap, alibi = {**like_causal, "softcap": CAP}, {**like_causal, "alibi_slopes": slopes}
+    return [
+        Mod("softcap", lambda s, b, h, q, k: CAP * torch.tanh(s / CAP), built_in=cap),
+        Mod("ALiBi", lambda s, b, h, q, k: s + slopes[h] * (k - q), built_in=alibi),
+        Mod("relative table", lambda s, b, h, q, k: s + table[h, torch.clamp(q - k, 0, 63)]),
+        Mod("T5 buckets", lambda s, b, h, q, k: s + table[h, bucket(q - k)]),
+        Mod("Kerple", lambda s, b, h, q, k: s - slopes[h] * torch.log1p(0.5 * (q - k).abs())),
+        Mod("bias of keys", lambda s, b, h, q, k: s + of_keys[k]),
+        Mod("temperature of heads", lambda s, b, h, q, k: s * slopes[h]),
+        Mod("ten operations", ten_operations),
+    ]
+
+
+def mask_mods(device: str, seqlen: int) -> list[Mod]:
+    at = torch.arange(seqlen, device=device)
+    document = (at // (seqlen // 16 + 1)).int()
+    image = torch.where(at % 1024 < 256, at // 1024, -1 - at).int()  # tokens of text differ
+    keep = at % 7 != 3
+    side = 1 << (seqlen.bit_length() // 2)
+
+    def window(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return (q >= k) & (q - k <= WINDOW)
+
+    def near(b: Any, h: Any, q: Any, k: Any) -> Any:
+        return ((q // side - k // side).abs() <= 6) & ((q % side - k % side).abs() <= 6)
+
+    in_blocks = {
+        "window": window,
+        "documents": lambda b, h, q, k: (document[q] == document[k]) & (q >= k),
+        "prefix": lambda b, h, q, k: (k < WINDOW) | (q >= k),
+        "chunks": lambda b, h, q, k: (q // WINDOW == k // WINDOW) & (q >= k),
+        "window and first tokens": lambda b, h, q, k: window(b, h, q, k) | ((k < 4) & (q >= k)),
+        "window and global tokens": lambda b, h, q, k: (
+            ((q - k).abs() <= WINDOW) | (k < 64) | (q < 64)
+        ),
+        "images in text": lambda b, h, q, k: (image[q] == image[k]) | (q >= k),
+        "neighbourhood": near,
+    }
+    built_in = {"window": {"window_size": (WINDOW, 0)}}
+    return [
+        Mod("causal, BlockMask", mask=causal, built_in={"causal": True}, blocks=True),
+        Mod("causal, no blocks", mask=causal, built_in={"causal": True}),
+        Mod("padding, no blocks", mask=lambda b, h, q, k: keep[k]),
+        Mod("dilated, no blocks", mask=lambda b, h, q, k: ((q - k) % 3 == 0) & (q >= k)),
+        *(
+            Mod(f"{name}, BlockMask", mask=mask, built_in=built_in.get(name, {}), blocks=True)
+            for name, mask in in_blocks.items()
+        ),
+    ]
+
+
 def causal(b: Any, h: Any, q: Any, k: Any) -> Any:
     return q >= k
 
 
-def window(b: Any, h: Any, q: Any, k: Any) -> Any:
-    return (q >= k) & (q - k <= WINDOW)
-
-
-def mods(device: str, heads: int, seqlen: int) -> list[Mod]:
-    slopes = (2.0 ** -torch.linspace(1, 8, heads)).to(device)
-    table = torch.randn(heads, 64, device=device)
-    document = (torch.arange(seqlen, device=device) // (seqlen // 16 + 1)).int()
-    return [
-        Mod("causal, BlockMask", mask=causal, built_in={"causal": True}, blocks=True),
-        Mod("causal, no blocks", mask=causal, built_in={"causal": True}),
-        Mod("window, BlockMask", mask=window, built_in={"window_size": (WINDOW, 0)}, blocks=True),
-        Mod(
-            "softcap",
-            lambda s, b, h, q, k: CAP * torch.tanh(s / CAP),
-            built_in={"causal": True, "softcap": CAP},
-        ),
-        Mod(
-            "ALiBi",
-            lambda s, b, h, q, k: s + slopes[h] * (k - q),
-            built_in={"causal": True, "alibi_slopes": slopes},
-        ),
-        Mod("relative table", lambda s, b, h, q, k: s + table[h, torch.clamp(q - k, 0, 63)]),
-        Mod("ten operations", ten_operations),
-        Mod(
-            "documents, BlockMask",
-            mask=lambda b, h, q, k: (document[q] == document[k]) & (q >= k),
-            blocks=True,
-        ),
-    ]
+def bucket(distance: Any) -> Any:
+    """T5's: 8 distances alone, then logarithmic to 15."""
+    distance = torch.clamp(distance, min=0)
+    far = 8 + (torch.log(distance.float() / 8 + 1e-6) / math.log(16) * 8).to(torch.int32)
+    return torch.where(distance < 8, distance, torch.clamp(far, 0, 15))
 
 
 def ten_operations(s: Any, b: Any, h: Any, q: Any, k: Any) -> Any:

@@ -1,5 +1,6 @@
 /* The options of a call, a row each: from this table come argument parsing, the methods' signatures
- * and what the readers check. A new option is a row here, and its use where it belongs. */
+ * and what the readers check. A new option is a row here, its use where it belongs, and a feature
+ * in tests/helpers/features.py, which is tested beside every other. */
 #ifndef FA_OPTIONS_H
 #define FA_OPTIONS_H
 

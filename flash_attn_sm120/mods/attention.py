@@ -46,15 +46,17 @@ def attend(
     """``(out, lse)`` of a call of ``function`` with one of the mods, or both."""
     mods = {"score_mod": score_mod, "mask_mod": mask_mod}
     tensors = {name: x for name, x in tensors.items() if x is not None}
+    beside = (
+        "a mod"
+        if score_mod or mask_mod
+        else "alibi_slopes that require a gradient"
+        if ops.learns_slopes(tensors)
+        else "block_sparse_tensors"
+    )
+    if getattr(k, "dtype", None) is torch.float8_e4m3fn:
+        raise NotImplementedError(f"{function} with {beside} takes no k and v in float8_e4m3fn yet")
     for name, hint in _NOT_BESIDE.items():
         if name in tensors:
-            beside = (
-                "a mod"
-                if score_mod or mask_mod
-                else "alibi_slopes that require a gradient"
-                if ops.learns_slopes(tensors)
-                else "block_sparse_tensors"
-            )
             raise NotImplementedError(f"{function} with {name} and {beside} is not supported{hint}")
     given = (q, k, v, learnable_sink, *tensors.values())
     ops.check_tensors("a mod is given", q, k, v, learnable_sink, **tensors)

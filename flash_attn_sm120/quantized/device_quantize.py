@@ -21,8 +21,8 @@ from flash_attn_sm120.quantized.recipes import Recipe
 
 KERNEL = "quantize"
 ROWS = 64  # tokens of a block that quantises, where those of int8 do not share a scale
-# Of a multiprocessor. Statistics are so far ahead of the codes; and what is read again counts as
-# read once where less than this, half of what GB10 has of L2, lies between.
+# For each multiprocessor. Statistics are so far ahead of the codes; and what is read again counts
+# as read once where no more lies between than this, half of the L2 of 12.x or less.
 AHEAD_BYTES, CACHE_BYTES = 1 << 16, 1 << 18
 _HEAD_LARGEST = {"fp8": E4M3_MAX, "nvfp4": E4M3_MAX * E2M1_MAX}  # what the largest becomes
 _RESULTS = ("data", "scale", "head_scale", "mean")
@@ -99,8 +99,8 @@ class Work(NamedTuple):
         return _bytes(self.x) + sum(_bytes(getattr(self.narrow, name)) for name in _RESULTS)
 
     def bytes_moved(self, cache_bytes: int) -> int:
-        """What all blocks read and write: ``x`` twice where there are statistics, unless more than
-        ``cache_bytes`` lie between."""
+        """What all blocks read and write: ``x`` twice where there are statistics and more than
+        ``cache_bytes`` lie between both readings."""
         if self.statistics is None:
             return self.bytes_needed()
         codes = _bytes(self.narrow.data) + _bytes(self.narrow.scale)

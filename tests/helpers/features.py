@@ -40,15 +40,19 @@ def feature(*options, says=""):
     return register
 
 
+# What a parameter is called by the function that has caches.
+OF_CACHES = {"seqused_k": "cache_seqlens", "return_lse": "return_softmax_lse"}
+
+
 def takes(function, name):
-    """Whether a function has the parameter."""
-    names = {"seqused_k": "cache_seqlens", "return_lse": "return_softmax_lse"}
-    if function is flash_attn_with_kvcache:
-        name = names.get(name, name)
-    is_shape = not FEATURES[name].options if name in FEATURES else False
-    # `k` is the tensor of two functions, and the rows that the third appends.
-    is_own = function is flash_attn_with_kvcache or name != "k"
-    return is_shape or (is_own and name in inspect.signature(function).parameters)
+    """Whether a function has the parameter of a feature. What has no options is a shape."""
+    if not FEATURES[name].options:
+        return True
+    is_cache = function is flash_attn_with_kvcache
+    if name == "k" and not is_cache:  # there it is the keys, not rows that are appended to them
+        return False
+    parameter = OF_CACHES.get(name, name) if is_cache else name
+    return parameter in inspect.signature(function).parameters
 
 
 # ---- shapes and types ----------------------------------------------------------------------------

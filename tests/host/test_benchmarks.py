@@ -702,7 +702,7 @@ def test_a_dry_run_of_mods(monkeypatch, capsys):
     monkeypatch.setattr(mods, "SEQLEN", {"cpu": 130})
     run(monkeypatch, mods)
     said = capsys.readouterr().out
-    assert len(re.findall(r"^\| (?:for|back)ward +\| 16 ", said, re.M)) == 16
+    assert len(re.findall(r"^\| (?:for|back)ward +\| 16 ", said, re.M)) == 2 * 20
     assert "wrong" not in said
 
 
@@ -720,7 +720,7 @@ def test_a_peer_that_compiles_for_too_long_is_absent(monkeypatch, capsys, module
     monkeypatch.setattr(module, "PRESETS", (harness.Preset(2, 2, 16),))
     seqlen = dict.fromkeys(sparse.SEQLEN["cuda"], 130) if module is sparse else 130
     monkeypatch.setattr(module, "SEQLEN", {"cpu": seqlen})
-    run(monkeypatch, module, "--only", "softcap|prefix", "--peer-limit", "0.01")
+    run(monkeypatch, module, "--only", "softcap|prefix of", "--peer-limit", "0.01")
     said = capsys.readouterr().out
     assert len(re.findall(r"^\| (?:for|back)ward +\| 16 ", said, re.M)) == 2
     assert f"absent in 2 cells: {flex.NAME}: compiling took longer than 0.01 s" in said

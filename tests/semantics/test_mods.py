@@ -527,6 +527,21 @@ def test_a_tensor_of_another_device():
         flash_attn_func(q, k, v, score_mod=lambda s, b, h, i, j: s + meta[h])
 
 
+@pytest.mark.parametrize(
+    "name, option",
+    [
+        ("a mod", {"score_mod": lambda s, *_: s}),
+        ("a mod", {"mask_mod": lambda b, h, i, j: i >= j}),
+        ("alibi_slopes that require a gradient", {"alibi_slopes": torch.ones(4).requires_grad_()}),
+    ],
+)
+def test_keys_in_8_bits_are_refused_by_name(name, option):
+    q, k, v = qkv(CPU, 1, 20, 20)
+    k, v = (x.to(torch.float8_e4m3fn) for x in (k, v))
+    with pytest.raises(NotImplementedError, match=f"{name} takes no k and v in float8_e4m3fn"):
+        flash_attn_func(q, k, v, **option)
+
+
 @pytest.mark.parametrize("name", ["score_mod_bwd", "aux_scalars"])
 def test_what_is_refused_by_name(name):
     q, k, v = qkv(CPU, 1, 20, 20)

@@ -9,6 +9,8 @@ from emulator import emulator, unavailable
 from flash_attn_sm120 import jit
 from flash_attn_sm120.quantized import RECIPES, device_quantize, quantize, quantize_kv
 from flash_attn_sm120.quantized.quantize import quantize_together
+from helpers import spans
+from helpers.devices import CPU
 from helpers.structs import fields_of
 
 emulated = pytest.mark.skipif(bool(unavailable()), reason=unavailable())
@@ -120,6 +122,14 @@ def test_strides_and_poison_around(recipe):
     operands = make(heads_q=2, heads_kv=2)
     for behind in (8, 3):
         check({name: spread(x, behind) for name, x in operands.items()}, recipe)
+
+
+@emulated
+@pytest.mark.parametrize("recipe", ["nvfp4", "int8_fp8"])
+def test_tokens_beyond_32_bit_offsets(recipe):
+    near = make(seqlen_q=40, seqlen_k=40)
+    far = spans.apart(CPU, list(near.values()), 1)
+    check(dict(zip(near, far, strict=True)), recipe)
 
 
 @emulated
