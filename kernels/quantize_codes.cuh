@@ -8,7 +8,7 @@
 #include "quantize_scale.cuh"
 #include "quantize_vector.cuh"
 
-__shared__ float means[THREADS];
+__shared__ __align__(16) float means[THREADS];
 
 __device__ __forceinline__ void store(void *to, const unsigned (&words)[4])
 {
@@ -32,13 +32,14 @@ __device__ __forceinline__ void store(const fa_quantize_operand &x, fa_int64 row
                 coded.scale;
 }
 
-/* Along the dims. */
+/* Along the dims: loaded before the mean is there, which is not waited for with empty hands. */
 template <class kind> struct rows {
     enum : int { PER_THREAD = (TOKENS * kind::VECTORS + THREADS - 1) / THREADS };
 
     const fa_quantize_operand &x;
     const block_work &work;
     raw_vector raw[PER_THREAD];
+    float values[PER_THREAD][VECTOR];
 
     __device__ __forceinline__ int row_of(int i) const
     {
@@ -62,33 +63,38 @@ template <class kind> struct rows {
             raw[i] = load_vector(x, work, token_of(i), dim_of(i), exists(i));
     }
 
-    __device__ __forceinline__ void values(float (&y)[VECTOR], int i) const
+    __device__ __forceinline__ void subtract_means()
     {
-        widen<kind>(y, raw[i]);
-        for (int j = 0; j < VECTOR; j++)
-            y[j] -= means[dim_of(i) + j];
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; i++) {
+            widen<kind>(values[i], raw[i]);
+            const float4 *mean = reinterpret_cast<const float4 *>(means + dim_of(i));
+#pragma unroll
+            for (int j = 0; j < VECTOR / 4; j++) {
+                const float4 four = mean[j];
+                values[i][4 * j] -= four.x;
+                values[i][4 * j + 1] -= four.y;
+                values[i][4 * j + 2] -= four.z;
+                values[i][4 * j + 3] -= four.w;
+            }
+        }
     }
 
     __device__ __forceinline__ float block_scale() const
     {
         float largest = 0;
 #pragma unroll
-        for (int i = 0; i < PER_THREAD; i++) {
-            float y[VECTOR];
-            values(y, i);
+        for (int i = 0; i < PER_THREAD; i++)
             if (exists(i))
-                largest = max_or_nan(largest, largest_of(y));
-        }
+                largest = max_or_nan(largest, largest_of(values[i]));
         return scale_of(block_max(largest), 127);
     }
 
-    __device__ __forceinline__ void write(float scale) const
+    __device__ __forceinline__ void write(float scale)
     {
 #pragma unroll
         for (int i = 0; i < PER_THREAD; i++) {
-            float y[VECTOR];
-            values(y, i);
-            const coded_vector<kind::FORMAT> coded = encode<kind::FORMAT>(y, scale);
+            const auto coded = encode<kind::FORMAT>(values[i], scale);
             const fa_int64 token = static_cast<fa_int64>(work.batch) * x.seqlen + token_of(i);
             if (exists(i))
                 store(x, token * x.heads + work.head, kind::DIM, dim_of(i), coded);
@@ -142,8 +148,9 @@ __device__ __forceinline__ void quantize_columns(const fa_quantize_operand &x,
 template <class kind>
 __device__ __forceinline__ void quantize_rows(const fa_quantize_operand &x, const block_work &work)
 {
-    const rows<kind> own(x, work);
+    rows<kind> own(x, work);
     float scale = read_head<kind>(x, work);
+    own.subtract_means();
     if (kind::FORMAT == FORMAT_INT8) {
         scale = own.block_scale();
         if (!threadIdx.x)

@@ -66,6 +66,21 @@ __device__ __forceinline__ unsigned to_e8m0(float x)
     return x == x ? min(code, 254) : 255;
 }
 
+/* Codes are products with the reciprocal of their scale, as a division takes many times as long.
+ * That of a tiny scale is finite, as both are lifted by a power of two before. */
+struct scale_divisor {
+    float lift, reciprocal;
+
+    __device__ __forceinline__ scale_divisor(float scale)
+        : lift(scale < 0x1p-64f ? 0x1p64f : 1.0f), reciprocal(1.0f / (scale * lift))
+    {
+    }
+    __device__ __forceinline__ float divide(float x) const
+    {
+        return __fmul_rn(__fmul_rn(x, lift), reciprocal);
+    }
+};
+
 __device__ __forceinline__ float largest_of(const float (&x)[VECTOR])
 {
     float largest = 0;
@@ -82,10 +97,11 @@ __device__ __forceinline__ float to_nvfp4(coded_vector<FORMAT_NVFP4> &coded,
 {
     coded.scale = pack_e4m3({scale, 0, 0, 0}) & 0xff;
     const float factor = from_e4m3(coded.scale);
+    const float to_codes = factor == 0 ? 0 : 1.0f / factor;
     float y[VECTOR];
 #pragma unroll
     for (int i = 0; i < VECTOR; i++)
-        y[i] = factor == 0 ? 0 : x[i] / factor;
+        y[i] = __fmul_rn(x[i], to_codes);
     to_e2m1(coded.words, y);
 #pragma unroll
     for (int i = 0; i < VECTOR; i++) {
@@ -112,9 +128,10 @@ __device__ __forceinline__ coded_vector<FORMAT> encode(float (&x)[VECTOR], float
         coded.scale = to_e8m0(largest / 448);
         scale = from_e8m0(coded.scale);
     }
+    const scale_divisor divisor(scale);
 #pragma unroll
     for (int i = 0; i < VECTOR; i++)
-        x[i] /= scale;
+        x[i] = divisor.divide(x[i]);
     if constexpr (FORMAT == FORMAT_INT8)
         to_int8(coded.words, x);
     else if constexpr (FORMAT == FORMAT_NVFP4) {

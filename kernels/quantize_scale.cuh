@@ -37,6 +37,7 @@ __device__ __forceinline__ void finish_head(const fa_quantize_operand &x, const 
     if (dim < kind::DIM) {
         const float *chunk = x.statistics + work.first_dim(kind::DIM) * x.chunks * 3 + dim;
         float sum = 0, least = chunk[kind::DIM], largest = chunk[2 * kind::DIM], mean = 0;
+#pragma unroll 8 /* whose loads wait together */
         for (int i = 0; i < x.chunks; i++, chunk += 3 * kind::DIM) {
             sum += chunk[0];
             least = min_or_nan(least, chunk[kind::DIM]);

@@ -42,7 +42,8 @@ __device__ __forceinline__ void combine(float *out, const float (&x)[VECTOR], F 
 template <class kind>
 __device__ __forceinline__ void add_up_chunk(const fa_quantize_operand &x, const block_work &work)
 {
-    constexpr int ROWS = THREADS / kind::VECTORS; /* tokens that the block reads at a time */
+    constexpr int ROWS = THREADS / kind::VECTORS;       /* tokens that the block reads at a time */
+    constexpr int AT_ONCE = kind::HADAMARD > 1 ? 2 : 4; /* as registers allow */
     const int row = threadIdx.x / kind::VECTORS;
     const int dim = threadIdx.x % kind::VECTORS * VECTOR;
     const int begin = work.index * x.chunk, end = min(begin + x.chunk, x.seqlen);
@@ -53,7 +54,7 @@ __device__ __forceinline__ void add_up_chunk(const fa_quantize_operand &x, const
         least[i] = infinity;
         largest[i] = -infinity;
     }
-#pragma unroll 2
+#pragma unroll AT_ONCE
     for (int first = begin; first < end; first += ROWS) {
         const int token = first + row;
         const bool exists = row < ROWS && token < end;

@@ -144,19 +144,20 @@ def _int8(x: Tensor, operand: str) -> _Encoded:
     largest = torch.nn.functional.pad(x.abs().amax(dim=3).transpose(1, 2), (0, missing))
     scale = _positive(groups_of(largest, rows).amax(dim=3) / INT8_MAX)  # (batch, heads, blocks)
     of_row = scale.repeat_interleave(rows, dim=2)[..., :seqlen].transpose(1, 2)[..., None]
-    codes = (x / of_row).round().clamp(-INT8_MAX, INT8_MAX)
+    codes = _divided(x, of_row).round().clamp(-INT8_MAX, INT8_MAX)
     return codes.nan_to_num(0).to(torch.int8), scale, None
 
 
 def _fp8(x: Tensor, operand: str) -> _Encoded:
     head_scale = _head_scale(x, heads=2, largest=E4M3_MAX)
-    return to_e4m3(x / head_scale[:, None, :, None]), None, head_scale
+    return to_e4m3(_divided(x, head_scale[:, None, :, None])), None, head_scale
 
 
 def _mxfp8(x: Tensor, operand: str) -> _Encoded:
     groups = groups_of(x, MX_GROUP)
     scale = to_e8m0(groups.abs().amax(dim=-1) / E4M3_MAX)  # rounded up: nothing saturates
-    return to_e4m3(groups / from_e8m0(scale)[..., None]).flatten(-2), scale, None
+    codes = to_e4m3(_divided(groups, from_e8m0(scale)[..., None]))
+    return codes.flatten(-2), scale, None
 
 
 def _nvfp4(x: Tensor, operand: str) -> _Encoded:
@@ -166,7 +167,7 @@ def _nvfp4(x: Tensor, operand: str) -> _Encoded:
     head_scale = _head_scale(x, heads, E4M3_MAX * E2M1_MAX)
     shape = (-1, 1, *head_scale.shape[1:]) if heads == 2 else head_scale.shape
     unit = head_scale.reshape(*shape, *(1,) * (4 - len(shape)))
-    groups = groups_of(x / unit, NV_GROUP)
+    groups = groups_of(_divided(x, unit), NV_GROUP)
     largest = groups.abs().amax(dim=-1)
     by_six = _group_codes(groups, largest / E2M1_MAX)
     by_four = _group_codes(groups, largest / 4)
@@ -180,7 +181,7 @@ def _group_codes(groups: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]
     """Rounded scales, codes, and the sum of the squares of the errors."""
     rounded = to_e4m3(scale)
     factor = rounded.float()[..., None]
-    codes = to_e2m1((groups / factor).masked_fill(factor == 0, 0))
+    codes = to_e2m1(groups * (1 / factor).masked_fill(factor == 0, 0))
     errors = (from_e2m1(codes) * factor - groups).square()
     while errors.shape[-1] > 1:  # added in a tree, whose order kernels have, too
         errors = errors[..., 0::2] + errors[..., 1::2]
@@ -196,6 +197,12 @@ def _head_scale(x: Tensor, heads: int, largest: float) -> Tensor:
     if not x.numel():
         return x.new_ones((x.shape[0], x.shape[heads]))
     return _positive(x.abs().amax(dim=dims) / largest)
+
+
+def _divided(x: Tensor, scale: Tensor) -> Tensor:
+    """By products, as in kernels; where a scale is tiny, after both are lifted by 2^64."""
+    lift = torch.where(scale < 2.0**-64, 2.0**64, 1.0)
+    return x * lift * (1 / (scale * lift))
 
 
 def _positive(scale: Tensor) -> Tensor:
