@@ -339,7 +339,8 @@ def step_row(kind: str, chip: str, plan: Plan, figures: Figures) -> list[object]
     loads = sum(n for opcode, n in figures.instructions.items() if opcode.startswith("LDSM"))
     moves = sum(n for opcode, n in figures.instructions.items() if opcode.startswith("SHFL"))
     issued = figures.issued - counts["nop"]
-    per_step = (issued, cycles["tensor"], cycles["mufu"], cycles["shared"], loads, moves)
+    slowest = max(issued, *(n for pipe, n in cycles.items() if pipe != "issue"))
+    per_step = (issued, cycles["tensor"], cycles["mufu"], cycles["shared"], loads, moves, slowest)
     resources = (figures.registers, figures.spill_bytes)
     return [kind, chip, *(f"{n / steps:g}" for n in per_step), *resources, figures.variant]
 
@@ -361,11 +362,11 @@ def report_low(json: Path | None) -> None:
         for (kind, name, chip), (cell, plan, _) in planned.items()
         if cell.seqlen == LONG
     }
-    head = ("operands", "card", "issued", "tensor", "MUFU", "shared", "LDSM", "SHFL", "registers")
+    head = ("operands", "card", "issued", "tensor", "MUFU", "shared", "LDSM", "SHFL", "slowest")
     print("\nPer 16 x 64 step of a warp, in long calls. Issued: all instructions but NOPs, without")
-    print("the block behind a vote; pipes in cycles; LDSM and SHFL: instructions. Bound: how much")
-    print("faster than bf16 the slowest pipe would be, if all pipes worked beside each other.\n")
-    print(harness.markdown((*head, "spilled B", "kernel"), rows.values()))
+    print("the block behind a vote; pipes in cycles; LDSM and SHFL: instructions. Slowest: what a")
+    print("step takes at least, if pipes and issue slots worked beside each other all the time.\n")
+    print(harness.markdown((*head, "registers", "spilled B", "kernel"), rows.values()))
     narrow = [kind for kind in KINDS if kind != PLAIN]
     head = ("call", *(f"{kind}, {chip}" for kind in narrow for chip in CLASSES))
     print("\nPredicted speed over bf16, without quantisation:\n")

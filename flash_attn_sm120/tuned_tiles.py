@@ -6,13 +6,15 @@ The file is ``$FA_SM120_TILES`` (empty: none), else ``tune/tiles.json`` in the c
         {"row": {"arch": 120, "head_dim": 128, ...}, "above": {"rows_per_sm": 64, ...}, ...}]}]}
 
 ``row`` has the fields of csrc/tiles.h by name. It serves the calls up to its bounds that are
-``above`` others: what was measured, and no more. ``backward_rows`` are those of the backward. A
+``above`` others: what was measured, and no more. ``backward_rows`` are those of the backward,
+``recipe_rows`` those of quantised attention (``recipe_tiles.py``). A
 file that cannot be used never fails an import: one RuntimeWarning says what is wrong with it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +23,7 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from flash_attn_sm120 import _C, cache, files
+from flash_attn_sm120 import _C, cache, files, recipe_tiles
 
 GEFORCE, PRO = "GeForce-like", "PRO-like"
 KINDS = ("", GEFORCE, PRO)  # enum fa_card_kind of csrc/device.h: classes of 12.x cards
@@ -66,7 +68,15 @@ BACKWARD = Direction(
     ("head_dim", "mask_right", "keys_per_sm"),
     _C.use_backward_tiles,
 )
-DIRECTIONS = (FORWARD, BACKWARD)
+RECIPE = Direction(
+    "recipe_rows",
+    recipe_tiles.Key._fields,
+    recipe_tiles.Tile._fields,
+    recipe_tiles.BOUNDS,
+    (*_DIMS, "mask_right", "rows_per_sm"),
+    recipe_tiles.use,
+)
+DIRECTIONS = (FORWARD, BACKWARD, RECIPE)
 
 _in_use: dict[Direction, list[tuple[int, ...]]] = {direction: [] for direction in DIRECTIONS}
 
@@ -126,9 +136,10 @@ def in_use() -> bool:
 
 @contextlib.contextmanager
 def using(rows: Iterable[tuple[int, ...]]) -> Iterator[None]:
-    """Other rows in place of the table's for a while, of the forward; none of the backward."""
-    _C.use_tiles(list(rows))
-    _C.use_backward_tiles(())
+    """Other rows in place of the table's for a while, of the forward; none of the others."""
+    FORWARD.use(list(rows))
+    BACKWARD.use(())
+    RECIPE.use(())
     try:
         yield
     finally:
@@ -155,7 +166,7 @@ def read(file: Path) -> list[Table]:
             raise ValueError(f"a table has a list of rows, got {table!r:.40}")
         if not isinstance(table.get("arch"), int):
             raise ValueError(f"a table says for which arch it is, got {table.get('arch')!r:.40}")
-        for entry in (*table["rows"], *table.get(BACKWARD.rows, ())):
+        for entry in itertools.chain(*(table.get(own.rows, ()) for own in DIRECTIONS)):
             parts = [entry.get("row"), entry.get("above")] if isinstance(entry, dict) else [None]
             for part in parts:
                 if not isinstance(part, dict):

@@ -177,6 +177,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     key_scales K_scales, next_K_scales;
     if (tile < end)
         K_scale_source.load(K_scales, block, params.seqlen_k - tile * TILE_N);
+    /* Computed once: the compiler would do it again for each tile. */
+    const unsigned K_lane = not_before(ring.smem + K_lane_offset());
+    const unsigned V_lane = not_before(ring.smem + V_lane_offset() + K_layout::BYTES);
     for (; tile < end; tile++) {
         if ((tile - begin) % STAGE_TILES == 0) {
             cp_async_wait<0>();
@@ -201,12 +204,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
         if (is_whole || block.warp_sees(tile)) {
             float S_rmem[S_FRAGS][4];
             weights P;
-            scores(S_rmem, Q_rmem, ring.K_tile(tile) + K_lane_offset(), Q_scales, K_scales);
+            scores(S_rmem, Q_rmem, K_lane + ring.slot(tile), Q_scales, K_scales);
             if (is_whole)
                 weigh<false>(P, S_rmem, O_rmem, rows, factor, K_scales, block, tile * TILE_N);
             else
                 weigh<true>(P, S_rmem, O_rmem, rows, factor, K_scales, block, tile * TILE_N);
-            add_values(O_rmem, P, ring.V_tile(tile) + V_lane_offset(), V_scales);
+            add_values(O_rmem, P, V_lane + ring.slot(tile), V_scales);
         }
         K_scales = next_K_scales;
     }

@@ -34,18 +34,27 @@ __device__ __forceinline__ void copy_rows(unsigned smem, const char *gmem, fa_in
     });
 }
 
+/* Has the compiler compute a place once, which it would do again for each tile. */
+template <class place> __device__ __forceinline__ void keep(place &x)
+{
+    x.row = not_before(x.row);
+    x.col = not_before(x.col);
+}
+
 struct quantized_ring {
     const quantized_block &block;
     const char *K_gmem, *V_gmem; /* this thread's first chunks of the tile that is copied next */
     unsigned smem;
+    K_place K; /* this thread's share */
+    V_place V;
 
     __device__ __forceinline__ quantized_ring(const quantized_block &block, const void *begin,
                                               int tile)
-        : block(block), smem(smem_address(begin))
+        : block(block), smem(not_before(smem_address(begin)))
     {
         const fa_quantized_params &params = block.params;
-        const K_place K;
-        const V_place V;
+        keep(K);
+        keep(V);
         const fa_int64 key = static_cast<fa_int64>(tile) * TILE_N;
         K_gmem = static_cast<const char *>(params.k) + block.batch * params.k_stride.batch +
                  block.head_kv * params.k_stride.head + (key + K.row) * params.k_stride.seqlen +
@@ -60,10 +69,12 @@ struct quantized_ring {
     {
         return IS_V_NVFP4 ? V_BYTES : TILE_N * block.params.v_stride.seqlen;
     }
-    __device__ __forceinline__ unsigned K_tile(int tile) const
+    /* Where a tile lies, from `smem` on: K, then V. */
+    __device__ __forceinline__ unsigned slot(int tile) const
     {
-        return smem + static_cast<unsigned>(tile) % (STAGES * STAGE_TILES) * TILE_BYTES;
+        return static_cast<unsigned>(tile) % (STAGES * STAGE_TILES) * TILE_BYTES;
     }
+    __device__ __forceinline__ unsigned K_tile(int tile) const { return smem + slot(tile); }
     __device__ __forceinline__ unsigned V_tile(int tile) const
     {
         return K_tile(tile) + K_layout::BYTES;
@@ -84,8 +95,6 @@ struct quantized_ring {
     {
         const fa_quantized_params &params = block.params;
         const int keys = params.seqlen_k - tile * TILE_N;
-        const K_place K;
-        const V_place V;
         copy_rows<QK_BYTES>(K_tile(tile), K_gmem, params.k_stride.seqlen, K,
                             [&](int r, int) { return r < keys - K.row; });
         copy_rows<V_BYTES>(V_tile(tile), V_gmem, params.v_stride.seqlen, V, [&](int r, int byte) {

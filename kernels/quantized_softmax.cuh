@@ -82,6 +82,12 @@ __device__ __forceinline__ void cap_and_mask(float (&S_rmem)[S_FRAGS][4], const 
         }
 }
 
+/* (sum - offset) * factor. */
+__device__ __forceinline__ float without_offset(float sum, float factor, float offset)
+{
+    return offset == 0.0f ? sum * factor : fmaf(sum, factor, -offset * factor);
+}
+
 /* m follows the scores of a tile: `largest` of a lane's, in halves of the tile. */
 __device__ __forceinline__ void follow_row_max(float (&O_rmem)[O_FRAGS][2][4], softmax_rows &rows,
                                                const float (&largest)[2][2], float factor,
@@ -90,7 +96,7 @@ __device__ __forceinline__ void follow_row_max(float (&O_rmem)[O_FRAGS][2][4], s
     float row_max[2];
 #pragma unroll
     for (int half = 0; half < 2; half++)
-        row_max[half] = fmaf(fmaxf(largest[half][0], largest[half][1]), factor, -offset * factor);
+        row_max[half] = without_offset(fmaxf(largest[half][0], largest[half][1]), factor, offset);
     if (__any_sync(0xffffffff, row_max[0] > rows.m[0] || row_max[1] > rows.m[1]))
         rescale(O_rmem, rows, row_max);
 }
@@ -102,7 +108,8 @@ __device__ __forceinline__ void exponentials(weights &P, float (&S_rmem)[S_FRAGS
 {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const float addend = fmaf(-offset, factor, P_SHIFT - rows.m[half]);
+        const float shift = P_SHIFT - rows.m[half];
+        const float addend = offset == 0.0f ? shift : fmaf(-offset, factor, shift);
 #pragma unroll
         for (int j = 0; j < S_FRAGS; j++)
 #pragma unroll

@@ -58,17 +58,15 @@ struct value_scale_source {
     {
         if (!IS_V_NVFP4)
             return;
-        const bool is_aligned = pairs % 2 == 0;
-#pragma unroll
-        for (int i = 0; i < ceil_div(O_FRAGS, 2); i++) {
-            const unsigned short *from = row + 32 * i * static_cast<fa_int64>(pairs);
-            unsigned x = 0;
-            if (HEAD_DIM_V % 32 == 0 || first_dim + 32 * i < HEAD_DIM_V)
-                x = is_aligned    ? *reinterpret_cast<const unsigned *>(from)
-                    : tokens > 32 ? from[0] | from[1] << 16
-                                  : from[0];
-            scales.words[i] = x;
-        }
+        /* Words are aligned in all rows, or in some: one branch for all. */
+        if (pairs % 2 == 0)
+            load_words(scales, [](const unsigned short *from) {
+                return *reinterpret_cast<const unsigned *>(from);
+            });
+        else
+            load_words(scales, [&](const unsigned short *from) {
+                return tokens > 32 ? from[0] | static_cast<unsigned>(from[1]) << 16 : from[0];
+            });
         row += 2;
         if (tokens >= TILE_N)
             return;
@@ -79,6 +77,16 @@ struct value_scale_source {
 #pragma unroll
         for (int i = 0; i < ceil_div(O_FRAGS, 2); i++)
             scales.words[i] &= known;
+    }
+
+    template <class F>
+    __device__ __forceinline__ void load_words(value_scales &scales, F load) const
+    {
+#pragma unroll
+        for (int i = 0; i < ceil_div(O_FRAGS, 2); i++) {
+            const bool exists = HEAD_DIM_V % 32 == 0 || first_dim + 32 * i < HEAD_DIM_V;
+            scales.words[i] = exists ? load(row + 32 * i * static_cast<fa_int64>(pairs)) : 0;
+        }
     }
 };
 

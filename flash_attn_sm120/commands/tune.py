@@ -9,6 +9,8 @@ import argparse
 from pathlib import Path
 
 from flash_attn_sm120 import cache, common_kernels
+from flash_attn_sm120.quantized import RECIPES
+from flash_attn_sm120.quantized.device import why_not
 from flash_attn_sm120.tune import table, trial, tune
 from flash_attn_sm120.tune.candidates import (
     BACKWARD_CHOICES,
@@ -18,9 +20,9 @@ from flash_attn_sm120.tune.candidates import (
 )
 from flash_attn_sm120.tune.grid import cells
 from flash_attn_sm120.tune.machine import Machine
-from flash_attn_sm120.tuned_tiles import BACKWARD, FORWARD
+from flash_attn_sm120.tuned_tiles import BACKWARD, FORWARD, RECIPE
 
-DIRECTIONS = {"forward": FORWARD, "backward": BACKWARD}
+DIRECTIONS = {"forward": FORWARD, "backward": BACKWARD, "recipes": RECIPE}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--direction",
         choices=DIRECTIONS,
-        help="tune the tiles of the forward or of the backward alone; default: both",
+        help="tune the tiles of the forward, of the backward, or of quantised attention alone, of "
+        "all recipes that the GPU runs; default: forward and backward",
     )
     parser.add_argument("--quick", action="store_true", help="try fewer tiles")
     parser.add_argument(
@@ -64,9 +67,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.quick:
         choices = (QUICK_CHOICES, QUICK_BACKWARD_CHOICES)
     where = arguments.output.absolute() if arguments.output else cache.directory() / "tune"
-    directions = [arguments.direction] if arguments.direction else DIRECTIONS
+    directions = [arguments.direction] if arguments.direction else ["forward", "backward"]
+    machine = Machine()
     wanted = cells(
         arguments.head_dims or common_kernels.COMMON_HEAD_DIMS,
         [DIRECTIONS[name] for name in directions],
+        [name for name in RECIPES if not why_not(name, machine.arch)],
     )
-    return tune(Machine(), wanted, choices[0], where, trial.in_child, choices[1])
+    return tune(machine, wanted, choices[0], where, trial.in_child, choices[1])

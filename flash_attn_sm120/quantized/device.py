@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn_sm120 import _C
+from flash_attn_sm120 import _C, recipe_tiles
 from flash_attn_sm120.loaded_kernel import LoadedKernel
 from flash_attn_sm120.quantized import kernel, reference
-from flash_attn_sm120.quantized.formats import E4M3_ARCH
+from flash_attn_sm120.quantized.formats import E4M3_ARCH, FORMATS
 from flash_attn_sm120.quantized.layout import Quantized
 from flash_attn_sm120.quantized.recipes import RECIPES
 from flash_attn_sm120.static_model import GB10, GEFORCE, Device
 from flash_attn_sm120.static_model import PRO as PRO_6000
 from flash_attn_sm120.tuned_tiles import KINDS, PRO
 
+TUNED = "first row of tune that serves the call"
 BLOCK_SCALES_MAJOR = 12  # of those with block-scaled products
 
 
@@ -38,15 +39,16 @@ def attend(
         return
     index = out.device.index or 0
     splits = options["num_splits"]
-    parts = kernel.parts_of(
-        kernel.blocks_of(out.shape[:3]), k.seqlen, _multiprocessors(index), splits
-    )
+    card = card_of(index)
+    dims, rows = (q.head_dim, v.head_dim), q.batch * q.heads * q.seqlen
+    tile = tile_of(card, (q.format, v.format), dims, rows, options["causal"])[0]
+    parts = kernel.parts_of(kernel.blocks_of(out.shape[:3], tile), k.seqlen, card.sms, splits)
     if parts == 1:
-        _launch(q, k, v, options, out, lse, index)
+        _launch(q, k, v, options, out, lse, tile)
         return
     of_parts = out.new_empty((parts, *out.shape), dtype=torch.float32)
     lse_of_parts = out.new_empty((parts, q.batch, q.heads, q.seqlen), dtype=torch.float32)
-    _launch(q, k, v, options, of_parts, lse_of_parts, index)
+    _launch(q, k, v, options, of_parts, lse_of_parts, tile)
     _C.combine(of_parts, lse_of_parts.transpose(2, 3), out, lse, None, None)
 
 
@@ -57,17 +59,29 @@ def _launch(
     options: dict[str, Any],
     out: Tensor,
     lse: Tensor | None,
-    index: int,
+    tile: kernel.Tile,
 ) -> None:
+    index = out.device.index or 0
     with torch.cuda.device(index):
-        launch = kernel.prepare(q, k, v, options, out, lse, target_of(index))
+        launch = kernel.prepare(q, k, v, options, out, lse, card_of(index).target, tile)
         loaded = _loaded(launch.variant, index)
         loaded((launch.blocks, 1), launch.variant.threads, launch.parameters)
 
 
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return _C.devices()[1][index]["sms"]
+def tile_of(
+    card: Card, formats: tuple[str, str], head_dims: tuple[int, int], rows: int, causal: bool
+) -> tuple[kernel.Tile, str]:
+    """The tile of a call with so many query rows of all heads, and why."""
+    qk, pv = (FORMATS[name] for name in formats)
+    rows_per_sm = rows / card.sms
+    call = recipe_tiles.Key(card.arch, qk, pv, *head_dims, rows_per_sm, int(bool(causal)))
+    tuned = recipe_tiles.find(call)
+    tile = kernel.TILE if tuned is None else kernel.Tile(*tuned)
+    if kernel.shared_bytes(*formats, *head_dims, tile) > card.smem_per_sm - kernel.SHARED_RESERVED:
+        return kernel.TILE, "that of all calls: the row of tune has more than the shared memory"
+    if tuned is None:
+        return kernel.TILE, "that of all calls: no row of tune serves the call"
+    return tile, TUNED
 
 
 def check(recipe: str, index: int) -> None:
@@ -135,19 +149,12 @@ def card_of_arch(arch: int) -> Card:
 def card_of(index: int) -> Card:
     """Of a device."""
     device = _C.devices()[1][index]
-    arch, target = device["arch"], target_of(index)
+    arch, target = device["arch"], _target(device["name"], device["arch"])
     model = None
     if arch // 10 == BLOCK_SCALES_MAJOR:
         like = GEFORCE if target.mx_e4m3 else GB10 if device["sms"] <= GB10.sms else PRO_6000
         model = dataclasses.replace(like, sms=device["sms"])
     return Card(arch, device["sms"], device["smem_per_sm"], target, model)
-
-
-@functools.cache
-def target_of(index: int) -> kernel.Target:
-    """What of a device decides about variants."""
-    device = _C.devices()[1][index]
-    return _target(device["name"], device["arch"])
 
 
 def _target(name: str, arch: int) -> kernel.Target:

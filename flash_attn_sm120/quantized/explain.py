@@ -90,7 +90,10 @@ def _quantisers(call: Call, recipe: Recipe, multiprocessors: int) -> Quantisers:
 def _plan(call: Call, recipe: Recipe, card: Card, quantisers: Quantisers) -> Plan:
     (batch, seqlen_q, heads, dim_v), dims = call.out_shape, _head_dims(call)
     seqlen_k = sizes_of(call.operands[1])[1]
-    blocks = kernel.blocks_of(call.out_shape[:3])
+    tile, why_tile = device.tile_of(
+        card, (recipe.qk, recipe.pv), dims, batch * heads * seqlen_q, call.options["causal"]
+    )
+    blocks = kernel.blocks_of(call.out_shape[:3], tile)
     if not blocks or not seqlen_k:
         return Plan("forward", reasons={"kernel": "no queries or no keys: nothing is launched"})
     asked = call.options["num_splits"]
@@ -98,7 +101,9 @@ def _plan(call: Call, recipe: Recipe, card: Card, quantisers: Quantisers) -> Pla
     scores = kernel.Steps(call.options["softcap"] > 0, call.options["learnable_sink"] is not None)
     v_dtype = call.operands[2].dtype if recipe.pv == "16bit" else torch.bfloat16
     out_dtype = call.out_dtype if parts == 1 else torch.float32
-    variant = kernel.variant_of(recipe.qk, recipe.pv, dims, v_dtype, out_dtype, scores, card.target)
+    variant = kernel.variant_of(
+        recipe.qk, recipe.pv, dims, v_dtype, out_dtype, scores, card.target, tile
+    )
     attention = Step(kernel.KERNEL, variant.name, variant.options, blocks * parts, variant.threads)
     why = (
         f"so that {blocks} blocks of queries fill {card.sms} SMs"
@@ -111,9 +116,9 @@ def _plan(call: Call, recipe: Recipe, card: Card, quantisers: Quantisers) -> Pla
         "forward",
         (*quantisers.steps, attention),
         main_step=len(quantisers.steps),
-        tile_m=kernel.TILE.rows,
-        tile_n=kernel.TILE_N,
-        warps=kernel.TILE.warps,
+        tile_m=tile.rows,
+        tile_n=kernel.TILE_N * tile.stage_tiles,
+        warps=tile.warps,
         stages=kernel.STAGES,
         tma=False,
         num_splits=parts,
@@ -121,7 +126,7 @@ def _plan(call: Call, recipe: Recipe, card: Card, quantisers: Quantisers) -> Pla
         smem_bytes=variant.shared_bytes,
         blocks_per_sm=kernel.resident_blocks(variant, card.smem_per_sm),
         workspace_bytes=rows * parts * 4 * (dim_v + 1) if parts > 1 else 0,
-        reasons={"quantise": quantisers.why, "num_splits": split},
+        reasons={"tile": why_tile, "quantise": quantisers.why, "num_splits": split},
     )
 
 

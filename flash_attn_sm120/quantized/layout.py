@@ -137,8 +137,13 @@ def check_input(name: str, x: Any) -> None:
         )
 
 
+def step_of_head_dims(format: str) -> int:
+    """Of which they are multiples."""
+    return MX_GROUP if format == "mxfp8" else NV_GROUP
+
+
 def check_head_dim(name: str, format: str, head_dim: int) -> None:
-    step = MX_GROUP if format == "mxfp8" else NV_GROUP
+    step = step_of_head_dims(format)
     if head_dim % step or not step <= head_dim <= 256:
         raise ValueError(
             f"head dims of {name} in {format} are multiples of {step} from {step} to 256, "

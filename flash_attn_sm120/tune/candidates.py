@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 from flash_attn_sm120 import _C, tuned_tiles
 from flash_attn_sm120.interface import flash_attn_varlen_func
 from flash_attn_sm120.plan import Plan, explain, explain_backward
+from flash_attn_sm120.quantized import explain_quantized, kernel, quantized_attention
+from flash_attn_sm120.quantized.device import TUNED
 from flash_attn_sm120.tune.grid import BUCKETS, Cell
-from flash_attn_sm120.tuned_tiles import ANY, BACKWARD, FORWARD, Direction, Row
+from flash_attn_sm120.tuned_tiles import ANY, BACKWARD, FORWARD, RECIPE, Direction, Row
 
 Choices = dict[str, tuple[int, ...]]
 
@@ -39,6 +41,9 @@ BACKWARD_CHOICES: Choices = {
 }
 QUICK_BACKWARD_CHOICES: Choices = {**BACKWARD_CHOICES, "warps": (4, 8), "warp_n": (16, 32)}
 
+# Of the kernel of recipes.
+RECIPE_CHOICES: Choices = {"warps": (4, 8), "stage_tiles": (1, 2)}
+
 # How K and V come to shared memory, by the names that csrc/tiles.c has for it.
 CP_ASYNC = {"kernel": 0, "producer": 0}
 FEEDS = {
@@ -54,6 +59,10 @@ def candidate_rows(cell: Cell, fallback: Row, arch: int, choices: Choices) -> It
     if cell.direction == BACKWARD:
         for tile in backward_tiles(cell.head_dim, cell.head_dim_v, choices):
             yield fallback | cell.key(arch) | tile
+        return
+    if cell.direction == RECIPE:
+        for values in itertools.product(*RECIPE_CHOICES.values()):
+            yield cell.key(arch) | dict(zip(RECIPE_CHOICES, values, strict=True))
         return
     for values in itertools.product(*choices.values()):
         row = fallback | cell.key(arch) | CP_ASYNC | dict(zip(choices, values, strict=True))
@@ -106,7 +115,8 @@ def _is_promising_backward(tile: Row, head_dim: int) -> bool:
 def describe_tile(row: Row) -> dict[str, Any]:
     """What a row says of the tile, in words."""
     if "kernel" not in row:
-        return {name: row[name] for name in BACKWARD.tile}
+        own = RECIPE if "stage_tiles" in row else BACKWARD
+        return {name: row[name] for name in own.tile}
     feeds = [name for name, feed in FEEDS.items() if feed.items() <= row.items()]
     return {**{name: row[name] for name in CHOICES}, "feed": feeds[0]}
 
@@ -120,15 +130,26 @@ class Call(NamedTuple):
     causal: bool
     lengths: dict[str, Any]  # of packed sequences; empty where q, k and v have a batch
     saved: tuple[Any, ...] = ()  # dout, out and lse, of the backward; empty: of the forward
+    recipe: str = ""  # of q, k and v that are quantised
+
+    @property
+    def shape(self) -> list[int]:
+        """Of q."""
+        return list(self.q.data.shape if self.recipe else self.q.shape)
 
     @property
     def direction(self) -> Direction:
+        if self.recipe:
+            return RECIPE
         return BACKWARD if self.saved else FORWARD
 
     def plan(self, rows: Sequence[tuple[int, ...]]) -> Plan:
         """How the call is carried out where ``rows`` come before csrc/tiles.c."""
         self.direction.use(rows)
         options: Any = {**self.lengths, "causal": self.causal}
+        if self.recipe:
+            options["num_splits"] = 1
+            return explain_quantized(self.q, self.k, self.v, self.recipe, **options)
         if self.saved:
             return explain_backward(self.q, self.k, self.v, **options)
         return explain(self.q, self.k, self.v, **options, num_splits=1)
@@ -139,7 +160,7 @@ class Call(NamedTuple):
             plan = self.plan([row])
         except ValueError:  # a tile that no kernel has
             return None
-        return plan if plan.reasons["tile"].startswith("first row of use_") else None
+        return plan if plan.reasons["tile"].startswith(("first row of use_", TUNED)) else None
 
     def run(self, *, return_lse: bool = False) -> tuple[Any, ...]:
         """(out, lse), lse None unless it is asked for; of the backward (dq, dk, dv)."""
@@ -148,6 +169,8 @@ class Call(NamedTuple):
             dout, out, lse = self.saved
             return _C.backward(dout, self.q, self.k, self.v, out, lse, None, **options)[:3]
         options |= {"num_splits": 1, "return_lse": return_lse}
+        if self.recipe:
+            return quantized_attention(self.q, self.k, self.v, self.recipe, **options)
         return flash_attn_varlen_func(self.q, self.k, self.v, **options)
 
     def with_gradients(self, dout: Any) -> Call:
@@ -175,6 +198,9 @@ class Candidate(NamedTuple):
         """What csrc/tiles.c has for the first call: the first row that alone would serve it."""
         plans = tuple(call.plan(()) for call in calls)
         direction = calls[0].direction
+        if direction == RECIPE:
+            tile = kernel.TILE
+            return cls({"warps": tile.warps, "stage_tiles": tile.stage_tiles}, (), calls, plans)
         table = _C.backward_tiles() if direction == BACKWARD else _C.tiles()
         own = next(row for row in table if calls[0].plan_with(row))
         return cls(dict(zip(direction.fields, own, strict=False)), (), calls, plans)

@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from flash_attn_sm120.plan import Plan
+from flash_attn_sm120.quantized import quantize, quantize_kv
 from flash_attn_sm120.tune.candidates import FEEDS, Call, Candidate, Choices, candidate_rows
 from flash_attn_sm120.tune.grid import Cell
 from flash_attn_sm120.tune.machine import Machine
-from flash_attn_sm120.tuned_tiles import BACKWARD, Row
+from flash_attn_sm120.tuned_tiles import BACKWARD, FORWARD, Row
 
 MIN_GAIN = 1.02  # fallback's time over candidate's, geometric mean over the calls of a cell
 MIN_GAIN_OF_A_CALL = 0.99
@@ -60,7 +61,7 @@ class Contest:
         self.machine, self.cell, self.choices = machine, cell, choices
         self.begin: Callable[[str], None] = lambda name: None  # told before a candidate's first run
         self.calls = tuple(self._call(seqlen) for seqlen in cell.bucket.seqlens)
-        if cell.bucket.longest:
+        if cell.bucket.longest and not cell.recipe:
             self.calls += (self._packed_call(),)
         self.fallback = Candidate.fallback(self.calls)
         rows = candidate_rows(cell, self.fallback.row, machine.arch, choices)
@@ -81,7 +82,7 @@ class Contest:
             "winner": winner.row if winner else None,
             "above": self.cell.above(),
             "gain": round(score.gain, 4) if score else 1.0,
-            "calls": [list(call.q.shape) for call in self.calls],
+            "calls": [call.shape for call in self.calls],
             "results": [
                 {"row": c.row, **s._asdict(), "gain": s.gain, "verdict": s.verdict}
                 for c, s in results
@@ -168,7 +169,7 @@ class Contest:
     def compete(self, progress: Callable[[str], None]) -> list[tuple[Candidate, Score]]:
         """The candidates that came to the last round, the best one first."""
         finalists = self._eliminate(self.candidates, ELIMINATION, progress)
-        if not self.is_backward:
+        if self.cell.direction == FORWARD:
             finalists += self._fed_by_the_tma(finalists, progress)
             finalists = self._eliminate(finalists, ELIMINATION_OF_FEEDS, progress)
         progress(f"measuring {len(finalists)} tiles")
@@ -221,6 +222,10 @@ class Contest:
     def _of_shape(self, shape: tuple[int, ...], lengths: dict[str, Any]) -> Call:
         cell, tensor = self.cell, self.machine.tensor
         q, k, v = (tensor(*shape, dim) for dim in (cell.head_dim, cell.head_dim, cell.head_dim_v))
+        if cell.recipe:
+            k, v = quantize_kv(k, v, cell.recipe)
+            q = quantize(q, cell.recipe, "q")
+            return Call(q, k, v, cell.causal, lengths, recipe=cell.recipe)
         call = Call(q, k, v, cell.causal, lengths)
         return call.with_gradients(tensor(*shape, cell.head_dim_v)) if self.is_backward else call
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from flash_attn_sm120.tuned_tiles import ANY, BACKWARD, FORWARD, Direction, Row
+from flash_attn_sm120.quantized import RECIPES
+from flash_attn_sm120.quantized.formats import FORMATS
+from flash_attn_sm120.quantized.layout import step_of_head_dims
+from flash_attn_sm120.tuned_tiles import ANY, BACKWARD, FORWARD, RECIPE, Direction, Row
 
 
 class Bucket(NamedTuple):
@@ -55,6 +58,7 @@ class Cell(NamedTuple):
     causal: bool
     bucket: Bucket
     direction: Direction = FORWARD
+    recipe: str = ""  # of quantised attention
 
     def __str__(self) -> str:
         dims = f"{self.head_dim}" + f",{self.head_dim_v}" * (self.head_dim != self.head_dim_v)
@@ -62,7 +66,7 @@ class Cell(NamedTuple):
         mask = "causal" if self.causal else "full"
         if self.direction == BACKWARD:
             return f"backward head_dim {dims} {mask} keys/SM {rows}"
-        return f"head_dim {dims} {mask} rows/SM {rows}"
+        return f"{self.recipe} head_dim {dims} {mask} rows/SM {rows}".lstrip()
 
     def key(self, arch: int) -> Row:
         """The fields of a row that say which calls it serves; ANY is no bound."""
@@ -75,6 +79,9 @@ class Cell(NamedTuple):
             "mask_right": int(self.causal),
             "mask_left": 0,
         }
+        if self.recipe:
+            own = RECIPES[self.recipe]
+            bounds |= {"qk_format": FORMATS[own.qk], "pv_format": FORMATS[own.pv]}
         return {field: bounds.get(field, ANY) for field in self.direction.key}
 
     def above(self) -> Row:
@@ -90,12 +97,17 @@ class Cell(NamedTuple):
 
 
 def cells(
-    head_dims: Iterable[tuple[int, int]], directions: Iterable[Direction] = (FORWARD,)
+    head_dims: Iterable[tuple[int, int]],
+    directions: Iterable[Direction] = (FORWARD,),
+    recipes: Sequence[str] = (),
 ) -> list[Cell]:
-    """Rows of the backward serve calls by the larger head dim: those of equal ones are measured."""
+    """Rows of the backward serve calls by the larger head dim: those of equal ones are measured;
+    and of recipes, each of which has cells of its own."""
     every = itertools.product(directions, head_dims, (False, True), BUCKETS)
     return [
-        Cell(dims[0], dims[1], causal, bucket, direction)
+        Cell(dims[0], dims[1], causal, bucket, direction, recipe)
         for direction, dims, causal, bucket in every
         if direction == FORWARD or dims[0] == dims[1]
+        for recipe in (recipes if direction == RECIPE else ("",))
+        if not recipe or dims[0] % step_of_head_dims(RECIPES[recipe].qk) == 0
     ]

@@ -13,7 +13,7 @@ from flash_attn_sm120 import files
 from flash_attn_sm120.tune.contest import Contest
 from flash_attn_sm120.tune.grid import Cell
 from flash_attn_sm120.tune.machine import Machine
-from flash_attn_sm120.tuned_tiles import BACKWARD, DIRECTIONS, FORWARD, Table
+from flash_attn_sm120.tuned_tiles import DIRECTIONS, Table
 
 
 class Journal:
@@ -46,7 +46,7 @@ class Journal:
         """Whether all candidates of a cell have been tried, against the same fallback."""
         for record in self.cells:
             if record["cell"] == str(contest.cell) and record["fallback"] == contest.fallback.row:
-                shapes = [list(call.q.shape) for call in contest.calls]
+                shapes = [call.shape for call in contest.calls]
                 rows = (candidate.row for candidate in contest.candidates)
                 return record["calls"] == shapes and all(row in record["tried"] for row in rows)
         return False
@@ -68,8 +68,8 @@ class Journal:
         for cell in self.cells:
             if cell["winner"]:
                 row = {"row": cell["winner"], "above": cell["above"], "gain": cell["gain"]}
-                is_backward = cell["cell"].startswith("backward")
-                rows[(BACKWARD if is_backward else FORWARD).rows].append(row)
+                own = next(x for x in DIRECTIONS if set(x.fields) == set(cell["winner"]))
+                rows[own.rows].append(row)
         kind = self.machine.kind()._asdict()
         return {**self.identity, **kind, "cells": len(self.cells), **rows}
 

@@ -31,15 +31,15 @@ def emulate_device(monkeypatch, multiprocessors=170):
     """From now on device.attend computes CPU tensors as an RTX 5090 would; a list of launches."""
     launches = []
 
-    def prepare(q, k, v, options, out, lse, target, prepare=kernel.prepare):
-        launch = prepare(q, k, v, options, out, lse, target)
+    def prepare(q, k, v, options, out, lse, target, tile, prepare=kernel.prepare):
+        launch = prepare(q, k, v, options, out, lse, target, tile)
         launches.append(lambda: run(launch, out, lse))
         return launch
 
     monkeypatch.setattr(kernel, "prepare", prepare)
     monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
-    monkeypatch.setattr(device, "_multiprocessors", lambda index: multiprocessors)
-    monkeypatch.setattr(device, "target_of", lambda index: device.card_of_arch(120).target)
+    card = device.card_of_arch(120)._replace(sms=multiprocessors)
+    monkeypatch.setattr(device, "card_of", lambda index: card)
     monkeypatch.setattr(device, "_loaded", lambda variant, index: lambda *_: launches[-1]())
     return launches
 

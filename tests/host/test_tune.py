@@ -1,6 +1,7 @@
 """The tuner and its table. Times are made up; plans, kernels and outputs are real."""
 
 import errno
+import functools
 import itertools
 import json
 import os
@@ -17,10 +18,12 @@ from flash_attn_sm120 import (
     explain,
     explain_backward,
     jit,
+    recipe_tiles,
     tuned_tiles,
 )
 from flash_attn_sm120.__main__ import main
 from flash_attn_sm120.commands import tune as command
+from flash_attn_sm120.quantized import RECIPES, explain_quantized
 from flash_attn_sm120.tune import candidates, contest, grid, journal, trial, tune
 from flash_attn_sm120.tune import table as tune_table
 from flash_attn_sm120.tune.machine import Machine
@@ -271,6 +274,50 @@ def test_the_best_tile_of_the_backward_wins_and_is_used(fake, tmp_path, capsys):
     again = fake({"s1": 1.5})
     run(again, tmp_path, backward_cells())
     assert not again.cells, "a second run measures nothing"
+
+
+def test_the_best_tile_of_a_recipe_wins_and_is_used(fake, tmp_path, monkeypatch, capsys):
+    """By formats, mask and rows; a tile that does not fit the head dims is none."""
+
+    def plan(recipe, seqlen, dim=64, **options):
+        return explain_quantized(*shape(dim, seqlen), recipe, arch=120, **options)
+
+    monkeypatch.setattr(
+        candidates, "explain_quantized", functools.partial(explain_quantized, arch=120)
+    )
+    machine = fake({"_8_1_": 1.2, "_4_2_": 1.1})
+    monkeypatch.setattr(machine, "tensor", lambda *dims: torch.randn(dims).bfloat16())
+    bucket = grid.Bucket(0, 64, (40,))
+    cells = [grid.Cell(dim, dim, True, bucket, tuned_tiles.RECIPE, "int8_fp8") for dim in (64, 256)]
+    assert run(machine, tmp_path, cells) == 0
+    tried = {record["cell"]: record["tried"] for record in records(tmp_path)}
+    assert [len(rows) for rows in tried.values()] == [3, 0]  # at 256 one tile alone fits
+    (table,) = tuned_tiles.read(tmp_path / "tiles.json")
+    assert [entry["row"]["warps"] for entry in table["recipe_rows"]] == [8]
+    small = plan("int8_fp8", 170 * 64, causal=True)
+    assert (small.warps, small.tile_m) == (8, 128) and "tune" in small.reasons["tile"]
+    assert plan("int8_fp8", 170 * 64 + 1, causal=True).warps == 4
+    assert plan("int8_fp8", 100).warps == 4 and plan("fp8", 100, causal=True).warps == 4
+    assert "1 of 2 cells" in capsys.readouterr().out
+    assert main(["tune", "--show"]) == 0
+    assert "qk_format, pv_format" in capsys.readouterr().out
+    assert run(machine, tmp_path, cells) == 0 and len(records(tmp_path)) == 2
+
+
+def test_cells_of_recipes():
+    wanted = grid.cells([(64, 64), (80, 80), (192, 128)], [tuned_tiles.RECIPE], RECIPES)
+    assert {cell.recipe for cell in wanted} == set(RECIPES)
+    assert {cell.head_dim for cell in wanted} == {64, 80}
+    assert not any(cell.head_dim == 80 for cell in wanted if cell.recipe == "mxfp8")
+    assert str(wanted[0]).startswith("int8_fp8 head_dim 64 full")
+
+
+def test_rows_of_recipes_are_checked():
+    row = (120, 1, 2, 64, 64, 64, 1, 8, 1)
+    with pytest.raises(ValueError, match="has 9 fields"):
+        recipe_tiles.use([row[:-1]])
+    with pytest.raises(ValueError, match="no tile of"):
+        recipe_tiles.use([(*row[:-1], 3)])
 
 
 def test_both_directions_stand_in_one_table(fake, tmp_path):

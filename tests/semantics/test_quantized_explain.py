@@ -1,6 +1,7 @@
 """explain_quantized: the launches are those of a call, and it says where bf16 is faster."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,3 +85,23 @@ def test_options_are_those_of_the_call():
     for function in (quantized_attention, explain_quantized):
         with pytest.raises(ValueError, match="softcap"):
             function(*given, softcap=-1.0)
+
+
+@pytest.mark.parametrize(
+    "name, arch, sms, rows",
+    [
+        ("NVIDIA GeForce RTX 5070 Ti", 120, 70, 120),
+        ("NVIDIA RTX PRO 6000 Blackwell", 120, 188, 121),
+        ("NVIDIA GB10", 121, 48, 121),
+        ("NVIDIA H100 80GB HBM3", 90, 132, None),
+    ],
+)
+def test_a_device_is_what_its_name_says(name, arch, sms, rows, monkeypatch):
+    facts = {"name": name, "arch": arch, "sms": sms, "smem_per_sm": 100 << 10}
+    driver = SimpleNamespace(devices=lambda: (13000, [facts]), card_kind=device._C.card_kind)
+    monkeypatch.setattr(device, "_C", driver)
+    card = device.card_of.__wrapped__(0)
+    assert (card.arch, card.sms, card.smem_per_sm) == (arch, sms, 100 << 10)
+    assert card.target.mx_e4m3 == (rows == 120) and card.target.transposes_bytes == (arch >= 120)
+    assert (card.model and card.model.rows) == rows
+    assert not card.model or card.model.sms == sms

@@ -344,7 +344,7 @@ def test_calls_of_a_device(monkeypatch):
         assert (lse is not None) == returns_lse
         assert lse is None or relative(lse, ref_lse) <= 1e-5
     assert len(launches) == 2
-    monkeypatch.setattr(device, "_multiprocessors", lambda index: 100)
+    monkeypatch.setattr(device, "card_of", lambda index: device.card_of_arch(120)._replace(sms=100))
     operands = quantized(*make(seqlen_k=1100), "int8_fp8")
     ref, ref_lse = reference.attend(*operands, options)
     for returns_lse in (True, False):
