@@ -36,7 +36,7 @@ class Blocks(NamedTuple):
         """What is known without a look at the lists."""
         lists = self.of_keys
         kinds = "partial blocks" if lists.full_counts is None else "partial and full blocks"
-        asked = ", of which mask_mod is asked in partial ones" if self.mask_mod else ""
+        asked = "" if self.mask_mod is None else ", of which mask_mod is asked in partial ones"
         batch, heads, rows, most = lists.indices.shape
         return (
             f"{kinds} of {lists.block_q} queries and {lists.block_k} keys{asked}: lists of at most "

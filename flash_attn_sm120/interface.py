@@ -173,7 +173,8 @@ def flash_attn_func(
         blocks = block_mask.read(
             block_sparse_tensors, block_sparse_tensors_bwd, q.shape[1], k.shape[1]
         )
-        mask_mod = mask_mod or blocks.mask_mod
+        if mask_mod is None:
+            mask_mod = blocks.mask_mod
     if (
         qv is not None
         or gather_kv_indices is not None

@@ -248,7 +248,8 @@ def _translated(
     if tensors is not None:
         blocks = block_mask.read(tensors, backward, q.shape[1], k.shape[1])
         options |= blocks.options(k.shape[1], gradient)
-        mods["mask_mod"] = mods["mask_mod"] or blocks.mask_mod
+        if mods["mask_mod"] is None:
+            mods["mask_mod"] = blocks.mask_mod
         reasons["block_sparse_tensors"] = blocks.description
     for name, mod in mods.items():
         if mod is not None:

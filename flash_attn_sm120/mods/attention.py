@@ -44,11 +44,12 @@ def attend(
     lse: Any,
 ) -> tuple[Any, Any]:
     """``(out, lse)`` of a call of ``function`` with one of the mods, or both."""
-    mods = {"score_mod": score_mod, "mask_mod": mask_mod}
+    given_mods = {"score_mod": score_mod, "mask_mod": mask_mod}
+    mods = {name: mod for name, mod in given_mods.items() if mod is not None}
     tensors = {name: x for name, x in tensors.items() if x is not None}
     beside = (
         "a mod"
-        if score_mod or mask_mod
+        if mods
         else "alibi_slopes that require a gradient"
         if ops.learns_slopes(tensors)
         else "block_sparse_tensors"
@@ -67,10 +68,7 @@ def attend(
             "modes, subclasses)"
         )
     q, k, v = autograd.autocast(q, k, v, tensors.get("page_table"))
-    called = {}
-    for name, mod in mods.items():
-        if mod is not None:  # before torch 2.13 Dynamo asks no function for its truth value
-            called[name] = _with_aux(name, mod, aux_tensors)
+    called = {name: _with_aux(name, mod, aux_tensors) for name, mod in mods.items()}
     if torch.is_grad_enabled() and ops.learns_slopes(tensors):
         called["score_mod"] = _with_learned_alibi(called.get("score_mod"), q, k, tensors)
         tensors = {name: x for name, x in tensors.items() if name != ops.SLOPES}

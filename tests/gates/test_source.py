@@ -1,5 +1,6 @@
 """The house rules, as far as a program can check them: style, types, and where things may stand."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -105,6 +106,28 @@ def test_stubs_are_exact():
         if p.kind.name != "POSITIONAL_ONLY"
     ]
     assert {p.name for p in options} == set(CallOptions.__annotations__)
+
+
+MODS = {"score_mod", "mask_mod", "mod"}
+
+
+def asked_for_truth(tree):
+    """The names and attributes of which a program asks whether they are true."""
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.If, ast.IfExp, ast.While)):
+            yield node.test
+        elif isinstance(node, ast.BoolOp):
+            yield from node.values
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            yield node.operand
+
+
+def test_mods_are_compared_with_none():
+    """Before torch 2.13 Dynamo follows no truth value of a function."""
+    for path in ROOT.glob("flash_attn_sm120/**/*.py"):
+        for node in asked_for_truth(ast.parse(path.read_text())):
+            name = getattr(node, "id", getattr(node, "attr", ""))
+            assert name not in MODS, f"{path}:{node.lineno}"
 
 
 def test_functions_pass_every_option_on():
