@@ -13,8 +13,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch._functorch import autograd_function as functorch
-from torch.autograd import Function, profiler
+from torch.autograd import profiler
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.autograd.function import _SingleLevelFunction
 
 from flash_attn_sm120 import ops
 from flash_attn_sm120.following import is_followed
@@ -50,7 +51,7 @@ def written_in_place(*tensors: Any) -> None:
 # ---- the formula ---------------------------------------------------------------------------------
 
 
-class _Attention(Function):
+class _Attention(_SingleLevelFunction):
     """Keeps q, k, v, out, lse (sink, lengths, seed, bias), and recomputes all else."""
 
     @staticmethod
@@ -114,7 +115,7 @@ class _Attention(Function):
         )
 
 
-class _Gradients(Function):
+class _Gradients(_SingleLevelFunction):
     """A function of its own, to say that it has no derivative instead of passing for a constant."""
 
     @staticmethod
@@ -157,9 +158,9 @@ def refuse_pages(page_table: Any, *inputs: Any) -> None:
         )
 
 
-# torch.autograd.Function's own apply() asks first, in Python, for what is_followed() has answered.
-_record: Any = super(Function, _Attention).apply
-_record_gradients: Any = super(Function, _Gradients).apply
+# torch.autograd.Function's own apply() asks first for what is_followed() has answered.
+_record: Any = _Attention.apply  # type: ignore[attr-defined]
+_record_gradients: Any = _Gradients.apply  # type: ignore[attr-defined]
 
 
 # ---- the operators' derivatives ------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import Function
+from torch.autograd.function import _SingleLevelFunction
 
 from flash_attn_sm120 import _C, autograd, block_mask, ops
 from flash_attn_sm120.imports import when_imported
@@ -280,7 +280,7 @@ def _nested(tensors: Any, start: int, counts: tuple[int, ...]) -> list[Any]:
     return [*nested, *tensors[start:]]
 
 
-class _Attention(Function):
+class _Attention(_SingleLevelFunction):
     """As autograd.py's, for calls with mods or lists: around the operator, or what takes half the
     time. Of ``tensors`` the first are q, k, v, sink, then those that a score_mod captures.
 
@@ -312,8 +312,8 @@ class _Attention(Function):
     jvp = autograd._Attention.jvp
 
 
-# Function's own apply() asks first, in Python, for what the dispatcher has answered.
-record: Any = super(Function, _Attention).apply
+# torch.autograd.Function's own apply() asks first for what the dispatcher has answered.
+record: Any = _Attention.apply  # type: ignore[attr-defined]
 
 
 def _record_forward(keyset: Any, *tensors: Any, **options: Any) -> Any:
