@@ -32,7 +32,7 @@ from flash_attn_sm120.masks import as_bias, in_rows
 
 NAME = "SM120"  # in torch.nn.attention.list_flash_attention_impls()
 
-_OLDEST_TRIED, _NEWEST_TRIED = (2, 11), (2, 13)
+_OLDEST_TRIED, _NEWEST_TRIED = (2, 11), (2, 14)
 
 # One override on top of another must be asked for, in versions that do not take it for granted.
 _OVERRIDING = {
@@ -181,7 +181,7 @@ def _warn_of_untried_version() -> None:
     version = tuple(int(x) for x in torch.__version__.split(".")[:2])
     if not _OLDEST_TRIED <= version <= _NEWEST_TRIED:
         warnings.warn(
-            f"flash_attn_sm120.sdpa has been tried with PyTorch 2.11 to 2.13, not with "
+            f"flash_attn_sm120.sdpa has been tried with PyTorch 2.11 to 2.14, not with "
             f"{torch.__version__}",
             RuntimeWarning,
             stacklevel=5,  # the caller of activate()
