@@ -47,7 +47,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from flash_attn_sm120 import jit
+from flash_attn_sm120 import jit, recipe_tiles
 from flash_attn_sm120.plan import Kernel, Plan
 from flash_attn_sm120.quantized import kernel as quantized_kernel
 
@@ -400,7 +400,7 @@ def constants(kernel: Kernel) -> dict[str, int]:
 
 # What the kernel of recipes has without an option.
 OF_RECIPES = {
-    "WARP_M": quantized_kernel.WARP_M,
+    "WARP_M": recipe_tiles.WARP_M,
     "TILE_N": quantized_kernel.TILE_N,
     "SUB_N": quantized_kernel.TILE_N,
 }

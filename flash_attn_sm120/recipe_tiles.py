@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 ANY = -1  # a bound that is none
+WARP_M = 16  # queries of a warp
 
 
 class Key(NamedTuple):
@@ -25,10 +26,15 @@ class Key(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """What they get: see ``quantized.kernel.Tile``."""
+    """What a block has. Results do not depend on it, but for the order of sums."""
 
-    warps: int
-    stage_tiles: int
+    warps: int = 4
+    stage_tiles: int = 1  # of keys, that come at a time
+
+    @property
+    def rows(self) -> int:
+        """Queries of a block."""
+        return self.warps * WARP_M
 
 
 BOUNDS = ("head_dim", "head_dim_v", "rows_per_sm")

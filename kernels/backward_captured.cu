@@ -98,7 +98,7 @@ struct captured_gradients {
 
 /* ---- the kernel ------------------------------------------------------------------------------ */
 
-/* Whose scores a block has, with the number of its own tile: of queries, or of keys. */
+/* The (batch, head) pair of a block, and its tile: of queries, or of keys where BLOCK_SPARSE. */
 __device__ __forceinline__ query_tile_place place_of_block(const fa_backward_params &params)
 {
     if (!BLOCK_SPARSE)

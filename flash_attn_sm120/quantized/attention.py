@@ -16,6 +16,7 @@ from flash_attn_sm120.plan import Window
 from flash_attn_sm120.quantized import device, reference
 from flash_attn_sm120.quantized.layout import (
     Quantized,
+    check_field,
     check_head_dim,
     check_input,
     check_quantized,
@@ -134,13 +135,12 @@ def quantized_attention(
         out if out is not None else torch.empty(call.out_shape, dtype=call.out_dtype, device=place)
     )
     logs = lse
-    if logs is None and return_lse:
+    if logs is None and call.returns_lse:
         logs = torch.empty(call.lse_shape, dtype=torch.float32, device=place)
     with torch.no_grad():
         attend = device.attend if place.type == "cuda" else reference.attend_into
         attend(narrow_q, narrow_k, narrow_v, call.options, result, logs)
-    if out is not None or lse is not None:
-        written_in_place(out, lse)
+    written_in_place(out, lse)
     return result, logs
 
 
@@ -275,14 +275,7 @@ def _check_result(
     """A tensor that is written in place."""
     if x is None:
         return
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.dtype != dtype:
-        raise TypeError(f"{name} must be {dtype}, got {x.dtype}")
-    if x.shape != shape:
-        raise ValueError(f"{name} must be {shape}, got {tuple(x.shape)}")
-    if x.device != inputs[0].device:
-        raise ValueError(f"{name} must be on {inputs[0].device}, got {x.device}")
+    check_field(name, x, (shape, dtype), inputs[0].device)
     if not x.is_contiguous() or x.data_ptr() % 16:
         raise ValueError(f"{name} must be contiguous and begin at a multiple of 16 bytes")
     storage = x.untyped_storage().data_ptr()
@@ -299,10 +292,7 @@ def _check_sink(sink: Any, heads: int, place: torch.device) -> None:
         raise TypeError(f"learnable_sink must be a tensor, got {type(sink).__name__}")
     if sink.dtype not in _OUT_TYPES:
         raise TypeError(f"learnable_sink must be float32, float16 or bfloat16, got {sink.dtype}")
-    if sink.shape != (heads,):
-        raise ValueError(f"learnable_sink must be ({heads},), got {tuple(sink.shape)}")
-    if sink.device != place:
-        raise ValueError(f"learnable_sink must be on {place}, got {sink.device}")
+    check_field("learnable_sink", sink, ((heads,), sink.dtype), place)
     if torch.is_grad_enabled() and sink.requires_grad:
         raise NotImplementedError(
             "learnable_sink requires a gradient: quantised attention is forward only"

@@ -59,7 +59,7 @@ def _launch(
     options: dict[str, Any],
     out: Tensor,
     lse: Tensor | None,
-    tile: kernel.Tile,
+    tile: recipe_tiles.Tile,
 ) -> None:
     index = out.device.index or 0
     with torch.cuda.device(index):
@@ -70,13 +70,13 @@ def _launch(
 
 def tile_of(
     card: Card, formats: tuple[str, str], head_dims: tuple[int, int], rows: int, causal: bool
-) -> tuple[kernel.Tile, str]:
+) -> tuple[recipe_tiles.Tile, str]:
     """The tile of a call with so many query rows of all heads, and why."""
     qk, pv = (FORMATS[name] for name in formats)
     rows_per_sm = rows / card.sms
     call = recipe_tiles.Key(card.arch, qk, pv, *head_dims, rows_per_sm, int(bool(causal)))
     tuned = recipe_tiles.find(call)
-    tile = kernel.TILE if tuned is None else kernel.Tile(*tuned)
+    tile = tuned or kernel.TILE
     if kernel.shared_bytes(*formats, *head_dims, tile) > card.smem_per_sm - kernel.SHARED_RESERVED:
         return kernel.TILE, "that of all calls: the row of tune has more than the shared memory"
     if tuned is None:

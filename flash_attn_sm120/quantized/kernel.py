@@ -13,9 +13,11 @@ from torch import Tensor
 from flash_attn_sm120.loaded_kernel import DTYPES, Strides
 from flash_attn_sm120.quantized.formats import FORMATS
 from flash_attn_sm120.quantized.layout import Quantized
+from flash_attn_sm120.recipe_tiles import Tile
 
 KERNEL = "quantized_forward"
-WARP_M, TILE_N = 16, 64  # queries of a warp, keys of a tile
+TILE = Tile()  # where tune has no row
+TILE_N = 64  # keys of a tile
 STAGES = 2  # of K and V
 SHARED_RESERVED = 1024  # bytes of a multiprocessor for each block, as in csrc/device.c
 MOST_PARTS = 16
@@ -63,21 +65,6 @@ class Steps(NamedTuple):
 
     softcap: bool = False
     sink: bool = False
-
-
-class Tile(NamedTuple):
-    """What a block has. Results do not depend on it, but for the order of sums."""
-
-    warps: int = 4
-    stage_tiles: int = 1  # of keys, that come at a time
-
-    @property
-    def rows(self) -> int:
-        """Queries of a block."""
-        return self.warps * WARP_M
-
-
-TILE = Tile()
 
 
 class Target(NamedTuple):

@@ -171,18 +171,19 @@ def check_quantized(name: str, x: Quantized, operand: str, format: str) -> None:
         )
     layout = layout_of(x)
     for field in ("data", "scale", "head_scale"):
-        _check_field(f"{name}.{field}", getattr(x, field), layout.get(field), x.data.device)
+        check_field(f"{name}.{field}", getattr(x, field), layout.get(field), x.data.device)
     if x.mean is not None:
         if operand == "q":
             raise ValueError(f"{name}.mean must be None: Q has no mean")
         shape = (x.batch, x.heads, x.head_dim)
-        _check_field(f"{name}.mean", x.mean, (shape, torch.float32), x.data.device)
+        check_field(f"{name}.mean", x.mean, (shape, torch.float32), x.data.device)
     _check_values(name, x)
 
 
-def _check_field(
+def check_field(
     name: str, x: Any, wanted: tuple[tuple[int, ...], torch.dtype] | None, device: torch.device
 ) -> None:
+    """Refuses another shape, dtype or device; ``wanted`` None: there must be no tensor."""
     if wanted is None:
         if x is not None:
             raise ValueError(f"{name} must be None in this format")

@@ -23,7 +23,7 @@ from flash_attn_sm120 import __version__, files, tuned_tiles
 from flash_attn_sm120.quantized import RECIPES
 
 Record = dict[str, Any]
-# Less than ten minutes in all. Each recipe has a child of its own, all at the same time.
+# Less than ten minutes in all. Recipes run in a child process each, side by side.
 LIMITS_S = {"check": 150, "correctness": 150, "recipes": 55, "speed": 240}
 CORRECTNESS = ("check", "correctness", "recipes")
 WIN = 1.05  # times as fast as the fastest other; a tie within its inverse

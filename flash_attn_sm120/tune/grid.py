@@ -101,8 +101,8 @@ def cells(
     directions: Iterable[Direction] = (FORWARD,),
     recipes: Sequence[str] = (),
 ) -> list[Cell]:
-    """Rows of the backward serve calls by the larger head dim: those of equal ones are measured;
-    and of recipes, each of which has cells of its own."""
+    """Rows of the backward serve calls by the larger head dim: equal ones are measured, as those
+    of recipes are, recipe by recipe."""
     every = itertools.product(directions, head_dims, (False, True), BUCKETS)
     return [
         Cell(dims[0], dims[1], causal, bucket, direction, recipe)
