@@ -32,7 +32,7 @@ __device__ __forceinline__ void store(const fa_quantize_operand &x, fa_int64 row
                 coded.scale;
 }
 
-/* Along the dims: loaded before the mean is there, which is not waited for with empty hands. */
+/* Along the dims. Loads begin before the wait for the mean, which hides their latency. */
 template <class kind> struct rows {
     enum : int { PER_THREAD = (TOKENS * kind::VECTORS + THREADS - 1) / THREADS };
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flash_attn_sm120 import _C
 from flash_attn_sm120.loaded_kernel import DTYPES, LoadedKernel, Strides
+from flash_attn_sm120.quantized.device import card_of
 from flash_attn_sm120.quantized.formats import E2M1_MAX, E4M3_ARCH, E4M3_MAX, FORMATS
 from flash_attn_sm120.quantized.layout import INT8_ROWS, Quantized, empty
 from flash_attn_sm120.quantized.mean import THREADS, chunk_of
@@ -146,7 +146,7 @@ def has_kernel(x: Tensor, format: str) -> bool:
     """Whether kernels quantise ``x``."""
     if x.device.type != "cuda" or format == "16bit" or not x.numel():
         return False
-    return _has_e4m3(x.device.index or 0)
+    return card_of(x.device.index or 0).arch >= E4M3_ARCH
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -158,7 +158,7 @@ def quantize(operands: dict[str, Tensor], recipe: Recipe) -> dict[str, Quantized
     narrow: dict[str, Quantized] = {}
     for (device, _), some in alike.items():
         index = device.index or 0
-        plan = prepare(some, recipe, _multiprocessors(index))
+        plan = prepare(some, recipe, card_of(index).sms)
         with torch.cuda.device(index):
             _loaded(plan.options, index)((plan.blocks, 1), THREADS, plan.parameters)
         narrow |= {name: work.narrow for name, work in plan.works.items()}
@@ -227,16 +227,6 @@ def _readable(x: Tensor) -> Tensor:
 def _bytes(x: Tensor | None) -> int:
     """Of its elements."""
     return 0 if x is None else x.numel() * x.element_size()
-
-
-@functools.cache
-def _has_e4m3(index: int) -> bool:
-    return _C.devices()[1][index]["arch"] >= E4M3_ARCH
-
-
-@functools.cache
-def _multiprocessors(index: int) -> int:
-    return _C.devices()[1][index]["sms"]
 
 
 @functools.cache

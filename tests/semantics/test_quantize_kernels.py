@@ -8,6 +8,7 @@ import torch
 from emulator import emulator, unavailable
 from flash_attn_sm120 import jit
 from flash_attn_sm120.quantized import RECIPES, device_quantize, quantize, quantize_kv
+from flash_attn_sm120.quantized.device import card_of_arch
 from flash_attn_sm120.quantized.quantize import quantize_together
 from helpers import spans
 from helpers.devices import CPU
@@ -234,7 +235,7 @@ def test_int8_of_q_has_no_statistics():
 def test_calls_launch_one_kernel(monkeypatch):
     launched = []
     monkeypatch.setattr(device_quantize, "has_kernel", lambda x, format: format != "16bit")
-    monkeypatch.setattr(device_quantize, "_multiprocessors", lambda index: 170)
+    monkeypatch.setattr(device_quantize, "card_of", lambda index: card_of_arch(120))
     monkeypatch.setattr(device_quantize, "_loaded", lambda *_: lambda *x: launched.append(x[0][0]))
     monkeypatch.setattr(torch.cuda, "device", lambda index: ExitStack())
     operands = make()
