@@ -87,22 +87,6 @@ static void shrink_ring(const struct fa_plan_input *input, struct fa_tile *tile)
         tile->producer = FA_PRODUCER_THREAD;
 }
 
-/* Random numbers take registers, of which a ninth warp would leave 168 to each; and 32 keys share
- * them. Where warps have 32 rows, or fewer keys at a time, the tile is that of windows at head_dim
- * 128, whose shared memory is enough for less. */
-static void make_room(struct fa_tile *tile)
-{
-    if (tile->producer == FA_PRODUCER_WARP && tile->warps == 8)
-        tile->producer = FA_PRODUCER_THREAD;
-    if (tile->warp_m == 16 && tile->sub_n >= 32)
-        return;
-    tile->tile_n = 64;
-    tile->sub_n = 32;
-    tile->warps = 8;
-    tile->warp_m = 16;
-    tile->stages = 3;
-}
-
 /* What takes registers where the TMA feeds warps of 32 rows, which at these head dims have none
  * left; on 12.x, where nothing may spill up to head_dim 128, also where other warps of 32 rows have
  * none, or a ninth warp leaves none. */
@@ -182,6 +166,28 @@ static void prefer_tma(const struct fa_plan_input *input, const struct fa_device
         *tile = by_tma;
 }
 
+/* Random numbers, mods and lists take registers, of which a ninth warp would leave 168 to each.
+ * Tiles of 64 rows have some left. A bias, or random numbers beside another of these, leave none to
+ * warps of 32 rows. Returns whether the tile is of another row. */
+static bool make_room(const struct fa_plan_input *input, const struct fa_device *device,
+                      struct fa_tile *tile, const char **why_not_tma)
+{
+    enum { SMALL_ROWS = 64 };
+    const bool is_listed_or_modified = input->block_q || input->score_mod || input->mask_mod;
+    if (tile->producer == FA_PRODUCER_WARP && tile->warps == 8)
+        tile->producer = FA_PRODUCER_THREAD;
+    struct fa_tile roomy;
+    if (tile->warps * tile->warp_m <= SMALL_ROWS ||
+        !first_that_serves(FA_ROOMY_TILES, FA_ROOMY_TILE_COUNT, input, device, &roomy, why_not_tma))
+        return false;
+    *tile = roomy;
+    if (tile->warp_m == 32 && (input->bias || (input->dropout && is_listed_or_modified))) {
+        tile->warps *= 2;
+        tile->warp_m = 16;
+    }
+    return true;
+}
+
 /* The query rows that pass through the multiprocessor that computes the most, if each computes one
  * block at a time. */
 static int64_t rows_of_waves(const struct fa_plan_input *input, const struct fa_device *device,
@@ -238,11 +244,11 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     if (!is_own && !is_of_e4m3 &&
         !first_that_serves(FA_TILES, FA_TILE_COUNT, input, device, tile, &why_not_tma))
         return false;
+    const bool is_roomy = !is_own && (input->dropout || lacks_registers(input, device, tile)) &&
+                          make_room(input, device, tile, &why_not_tma);
     const bool is_asked = tile->kernel == FA_KERNEL_FORWARD_TMA;
     if (!is_own && input->paged)
         prefer_tma(input, device, tile, &why_not_tma);
-    if (!is_own && (input->dropout || lacks_registers(input, device, tile)))
-        make_room(tile);
     const bool is_halved = !is_own && !is_of_e4m3 && fill_waves(input, device, tile);
     if (input->varlen && !is_own)
         shrink_ring(input, tile);
@@ -266,7 +272,8 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
         fa_plan_because(plan, "not forward_tma", why_not_tma);
     fa_plan_because(
         plan, "tile",
-        is_own ? "first row of use_tiles() that serves the call and fits the shared memory"
+        is_own     ? "first row of use_tiles() that serves the call and fits the shared memory"
+        : is_roomy ? "a row of csrc/tiles.c that leaves registers to dropout, mods and lists"
         : is_halved
             ? "half the rows of the first row of csrc/tiles.c: its last wave would be nearly empty"
             : "first row of csrc/tiles.c that serves the call and fits the shared memory");

@@ -166,6 +166,14 @@ const struct fa_tile_row FA_PAGED_TILES[] = {
 
 const size_t FA_PAGED_TILE_COUNT = sizeof FA_PAGED_TILES / sizeof *FA_PAGED_TILES;
 
+/* Measured on an H100 at three balances, see S16 in benchmarks/NOTES.md. */
+const struct fa_tile_row FA_ROOMY_TILES[] = {
+    LARGE(64, 64, ANY, ANY, 64, 32, 4, 32, 3, TMA_THREAD),
+    LARGE(128, 128, ANY, ANY, 64, 64, 8, 16, 3, TMA_BARRIER),
+};
+
+const size_t FA_ROOMY_TILE_COUNT = sizeof FA_ROOMY_TILES / sizeof *FA_ROOMY_TILES;
+
 /* Half the rows of the tile of FA_TILES, for calls that would leave the last wave of its blocks
  * nearly empty. */
 const struct fa_tile_row FA_WAVE_TILES[] = {

@@ -71,6 +71,10 @@ extern const size_t FA_Q_E4M3_TILE_COUNT;
 extern const struct fa_tile_row FA_PAGED_TILES[];
 extern const size_t FA_PAGED_TILE_COUNT;
 
+/* Where a row of FA_TILES leaves no registers for dropout, a bias, mods or listed blocks. */
+extern const struct fa_tile_row FA_ROOMY_TILES[];
+extern const size_t FA_ROOMY_TILE_COUNT;
+
 /* Where a row of FA_TILES has more rows than the grid has use for, see fill_waves(). */
 extern const struct fa_tile_row FA_WAVE_TILES[];
 extern const size_t FA_WAVE_TILE_COUNT;

@@ -119,13 +119,13 @@ __device__ __forceinline__ void attend(const fa_forward_params &params, tile_rin
      * online softmax, all iterations masked; it looks for inf and NaN in V, and stores the flagged
      * rows. So what happens to a row, and each bit of its result, depends on no other row.
      *
-     * With a mask the exact pass is a separate copy of the code, and the fast one carries none of
-     * its instructions. On 8.x two copies would spill: there both passes are the same code, and the
-     * first looks for inf and NaN, too. */
+     * With a mask or lists the exact pass is a separate copy of the code, and the fast one carries
+     * none of its instructions. On 8.x two copies would spill: there both passes are the same code,
+     * and with a mask the first looks for inf and NaN, too. */
     if (SPLIT) /* combine.cu: it waits for the end of this kernel, but not for a launch */
         let_next_kernel_start();
     constexpr bool MASKED = MASK_RIGHT || MASK_LEFT || MASK_MOD;
-    constexpr bool SEPARATE_PASSES = MASKED && __CUDA_ARCH__ >= 900;
+    constexpr bool SEPARATE_PASSES = (MASKED || BLOCK_SPARSE) && __CUDA_ARCH__ >= 900;
     unsigned flagged = 0; /* the bits of a warp_row_set */
 #pragma unroll(SEPARATE_PASSES ? 2 : 1)
     for (bool is_exact = false;; is_exact = true) {

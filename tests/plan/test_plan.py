@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from flash_attn_sm120 import _C, explain, flash_attn_func
+from flash_attn_sm120 import _C, block_mask, explain, flash_attn_func
 from helpers.children import run_python
 from helpers.shapes import EVERY_HEAD_DIM, SM120_SMEM, shapes
 
@@ -169,6 +169,28 @@ def test_rows_of_12_x_are_for_nothing_else(head_dim, rows_per_sm):
     others = head_dim > 128 or rows_per_sm == 50 or (head_dim, rows_per_sm) == (64, 300)
     assert same() == others
     assert same(causal=True) == (others or (head_dim, rows_per_sm) == (96, 200))
+
+
+@pytest.mark.parametrize("arch", [120, 121, 90])
+@pytest.mark.parametrize("head_dim, roomy", [(64, "64x32_w4x32_s3_p1"), (128, "64x64_w8x16_s3_p0")])
+def test_tiles_that_leave_registers(arch, head_dim, roomy):
+    """Large grids with dropout take them everywhere, with mods and lists on 12.x; small grids do not."""
+    blocks = torch.empty(1, 1, 300).int(), torch.empty(1, 1, 300, 300).int()
+    features = {
+        "dropout": {"dropout_p": 0.1},
+        "mask_mod": {"mask_mod": lambda b, h, q, k: q >= k},
+        "lists": {"key_blocks": block_mask.BlockLists(128, 128, *blocks, *blocks)},
+    }
+    q = torch.empty(1, 300 * 128, 2, head_dim, dtype=torch.bfloat16)
+    for name, options in features.items():
+        plan = explain(q, q, q, arch=arch, **options)
+        is_roomy = roomy in plan.variant
+        assert is_roomy == (name == "dropout" or arch != 90), (name, plan.variant)
+        assert ("leaves registers" in plan.reasons["tile"]) == is_roomy
+    small = explain(q[:, :300], q, q, arch=arch, dropout_p=0.1)
+    assert small.tile_m == 64 and "leaves registers" not in small.reasons["tile"]
+    bias = torch.empty(1, 1, 1, q.shape[1], dtype=torch.bfloat16)
+    assert explain(q, q, q, arch=120, attn_bias=bias).options.count("-DWARP_M=16") == 1
 
 
 @pytest.fixture
