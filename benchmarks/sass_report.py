@@ -43,7 +43,7 @@ from harness import Cell, Preset
 from sass import CHIPS, PIPES, Figures, analyse, analyse_all, constants
 from static_model import DEVICES, Device, Prediction
 
-from flash_attn_sm120 import common_kernels
+from flash_attn_sm120 import _C, common_kernels
 from flash_attn_sm120.plan import Plan, explain, explain_backward
 from flash_attn_sm120.quantized import RECIPES, explain_quantized
 
@@ -129,7 +129,7 @@ def plan_on(
     A plan counts with the multiprocessors of one card of each kind. So it is asked for as many
     heads for each of these as the device has.
     """
-    preset, sms = cell.preset, static_model.PLANNED_SMS[device.rows]
+    preset, sms = cell.preset, _C.device_of_arch(device.rows)["sms"]
     heads_kv = max(1, preset.heads_kv * sms // device.sms)
     heads_q = heads_kv * preset.heads_q // preset.heads_kv
     scaled = Preset(heads_q, heads_kv, preset.head_dim, preset.head_dim_v)

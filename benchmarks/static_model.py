@@ -22,7 +22,7 @@ from flash_attn_sm120.static_model import (
     predict,
 )
 
-__all__ = ["DEVICES", "H100_HMMA", "PLANNED_SMS", "PROXY", "Device", "Grid", "Loop", "Prediction"]
+__all__ = ["DEVICES", "H100_HMMA", "PROXY", "Device", "Grid", "Loop", "Prediction"]
 __all__ += ["makespan", "predict"]
 
 # Cycles of HMMA.16816.F32 on an H100, measured: 2495 FLOP / clock / SM.
@@ -34,7 +34,6 @@ DEVICES = {  # the H100's clock is that under load, measured
     "GeForce": GEFORCE,
     "PRO": PRO,
 }
-PLANNED_SMS = {90: 132, 120: 170, 121: 48}  # that a plan for a compute capability counts with
 
 # Shares that balance.py measured on one H100 ("The balance of sm_120" in NOTES.md, S09 and S10),
 # by call and repeat. `--proxy FILE` puts a newer run in their place.

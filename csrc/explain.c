@@ -126,6 +126,13 @@ PyObject *fa_explain_counts(const struct fa_state *state)
                          (Py_ssize_t)state->kernels.count);
 }
 
+PyObject *fa_explain_device(const char *name, const struct fa_device *device)
+{
+    return Py_BuildValue("{s:s,s:i,s:i,s:i,s:i,s:i}", "name", name, "arch", device->arch, "sms",
+                         device->sms, "smem_per_block", device->smem_per_block, "smem_per_sm",
+                         device->smem_per_sm, "l2_bytes", device->l2_bytes);
+}
+
 PyObject *fa_explain_devices(struct fa_state *state)
 {
     struct fa_driver *driver = &state->driver;
@@ -134,11 +141,8 @@ PyObject *fa_explain_devices(struct fa_state *state)
         return NULL;
     PyObject *devices = PyList_New(driver->device_count);
     for (int i = 0; devices && i < driver->device_count; i++) {
-        const struct fa_device *device = &driver->devices[i].device;
-        PyObject *entry = Py_BuildValue(
-            "{s:s,s:i,s:i,s:i,s:i,s:i}", "name", driver->devices[i].name, "arch", device->arch,
-            "sms", device->sms, "smem_per_block", device->smem_per_block, "smem_per_sm",
-            device->smem_per_sm, "l2_bytes", device->l2_bytes);
+        const struct fa_cuda_device *cuda = &driver->devices[i];
+        PyObject *entry = fa_explain_device(cuda->name, &cuda->device);
         if (!entry || PyList_SetItem(devices, i, entry) < 0)
             Py_CLEAR(devices);
     }

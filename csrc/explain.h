@@ -14,7 +14,10 @@ PyObject *fa_explain(struct fa_state *state, const struct fa_problem *problem,
 /* {"plans": n, "kernels": n}: what calls have planned and loaded so far. */
 PyObject *fa_explain_counts(const struct fa_state *state);
 
-/* (driver version, [{name, arch, sms, smem_per_block, smem_per_sm, l2_bytes}, ...]). */
+/* {name, arch, sms, smem_per_block, smem_per_sm, l2_bytes}. */
+PyObject *fa_explain_device(const char *name, const struct fa_device *device);
+
+/* (driver version, [such a dict, ...]). */
 PyObject *fa_explain_devices(struct fa_state *state);
 
 #endif

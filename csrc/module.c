@@ -226,6 +226,17 @@ static PyObject *devices(PyObject *module, PyObject *Py_UNUSED(unused))
     return fa_explain_devices(state);
 }
 
+static PyObject *device_of_arch(PyObject *Py_UNUSED(module), PyObject *arch)
+{
+    const long number = PyLong_AsLong(arch);
+    if (number == -1 && PyErr_Occurred())
+        return NULL;
+    if (number < 80 || number > 999)
+        return PyErr_Format(PyExc_ValueError, "no compute capability %ld, say 120", number);
+    const struct fa_device device = fa_device_of_arch((int)number);
+    return fa_explain_device("", &device);
+}
+
 static PyObject *counts(PyObject *module, PyObject *Py_UNUSED(unused))
 {
     return fa_explain_counts(PyModule_GetState(module));
@@ -336,6 +347,9 @@ static PyMethodDef METHODS[] = {
      "Tells what forward_if_plain() asks: see flash_attn_sm120/following.py."},
     {"devices", devices, METH_NOARGS,
      "devices($module, /)\n--\n\n(driver version, [device, ...])."},
+    {"device_of_arch", device_of_arch, METH_O,
+     "device_of_arch($module, arch, /)\n--\n\n"
+     "The device that plans of a compute capability are made for where there is none."},
     {"counts", counts, METH_NOARGS,
      "counts($module, /)\n--\n\nHow many plans calls have made, and kernels loaded, so far."},
     {"use_tiles", use_tiles, METH_O,

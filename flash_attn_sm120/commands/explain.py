@@ -15,12 +15,11 @@ from typing import Any
 
 import torch
 
-from flash_attn_sm120 import cards
+from flash_attn_sm120 import _C, cards
 from flash_attn_sm120.commands.info import dotted
 from flash_attn_sm120.plan import Plan, explain, explain_backward
 from flash_attn_sm120.quantized import RECIPES, explain_quantized
 
-PLANNED_SMS = {120: 170, 121: 48}  # csrc/device.c, without a card
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -113,7 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _planned_for(plan: Plan, arch: int | None) -> str:
     """What stands for an architecture; of a device, its reasons say which class it is of."""
-    sms = PLANNED_SMS.get(arch or 0)
+    sms = _C.device_of_arch(arch)["sms"] if arch else 0
     example = next((card for card in cards.CARDS if card.sms == sms), None)
     kind = plan.reasons.get("class", "").partition(":")[0]
     return f", planned for {example.sms} SMs: {kind}" if example else ""

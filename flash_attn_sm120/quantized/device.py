@@ -132,17 +132,14 @@ class Card(NamedTuple):
     model: Device | None  # what its speed is predicted for; None outside 12.x
 
 
-_SMEM_PER_SM = {8: 100 << 10, 9: 228 << 10, 10: 228 << 10, 12: 100 << 10}
-_SMS = {89: 128, 90: 132, 100: 148}  # as csrc/device.c has them
-
-
 def card_of_arch(arch: int) -> Card:
     """Of the card that stands for a compute capability."""
-    smem = _SMEM_PER_SM.get(arch // 10, 0)
-    if arch // 10 != BLOCK_SCALES_MAJOR:
-        return Card(arch, _SMS.get(arch, 128), smem, _target("", arch), None)
-    model = GEFORCE if arch == GEFORCE.rows else GB10
-    return Card(arch, model.sms, smem, _target("" if model is GEFORCE else "GB10", arch), model)
+    name, model = "", None
+    if arch // 10 == BLOCK_SCALES_MAJOR:
+        model = GEFORCE if arch == GEFORCE.rows else GB10
+        name = "" if model is GEFORCE else "GB10"
+    device = _C.device_of_arch(arch)
+    return Card(arch, device["sms"], device["smem_per_sm"], _target(name, arch), model)
 
 
 @functools.cache
