@@ -145,17 +145,18 @@ __device__ __forceinline__ void group_exponentials(weights &P, const float (&S_r
             if (IS_MASKED)
                 s_max = fmaxf(s_max, LOWEST_FLOAT);
             const float c = fmaf(-s_max, factor, LOG2_OF_6);
-            float scale = exp2_approx(P_SHIFT - rows.m[half] - fmaf(offset, factor, c));
+            const float c_of_scores = offset == 0.0f ? c : fmaf(offset, factor, c);
+            float scale = exp2_approx(P_SHIFT - rows.m[half] - c_of_scores);
             if (IS_MASKED && s_max == LOWEST_FLOAT)
                 scale = 0.0f;
-            float x[8], sum = 0.0f;
+            float x[8], sum;
 #pragma unroll
             for (int i = 0; i < 8; i++) {
                 const float s = S_rmem[4 * word + i / 2][2 * half + i % 2];
                 x[i] = exp2_approx(fmaf(s, factor, c));
                 if (IS_MASKED && s == -INF)
                     x[i] = 0.0f;
-                sum += x[i];
+                sum = i ? sum + x[i] : x[i];
             }
             rows.l[half] += sum * scale;
             P.words[0][half][word] = pack_e2m1(x);
@@ -182,10 +183,11 @@ __device__ __forceinline__ void weigh(weights &P, float (&S_rmem)[S_FRAGS][4],
     for (int half = 0; half < 2; half++)
 #pragma unroll
         for (int word = 0; word < 2; word++) {
-            float &s_max = largest[half][word] = -INF;
+            float s_max = S_rmem[4 * word][2 * half];
 #pragma unroll
-            for (int j = 4 * word; j < 4 * word + 4; j++)
-                s_max = fmaxf(s_max, fmaxf(S_rmem[j][2 * half], S_rmem[j][2 * half + 1]));
+            for (int i = 1; i < 8; i++)
+                s_max = fmaxf(s_max, S_rmem[4 * word + i / 2][2 * half + i % 2]);
+            largest[half][word] = s_max;
         }
     follow_row_max(O_rmem, rows, largest, factor, offset);
     if constexpr (IS_V_NVFP4)
