@@ -586,7 +586,7 @@ def test_one_code_for_both_passes(attend_with, scale):
     """As on 8.x, where the first pass looks for inf and NaN at hidden keys of V."""
     q, k, v = make_qkv(1, 140, 400, 2, 1, 64, 64, torch.bfloat16)
     v[:, -1] = torch.inf  # the last query alone sees it
-    edits = [("forward.cuh", "MASKED && __CUDA_ARCH__ >= 900", "false")]
+    edits = [("forward.cuh", "(MASKED || BLOCK_SPARSE) && __CUDA_ARCH__ >= 900", "false")]
     out, lse = attend_with(edits, q * scale, k, v, **CAUSAL)
     assert_close(out, lse, q * scale, k, v, **CAUSAL)
 
