@@ -14,13 +14,13 @@ PLAIN = "bf16"
 HEAD_DIMS = 64, 128
 ISSUED = {
     PLAIN: (159, 259),
-    "int8_fp8": (245, 280),
-    "fp8": (230, 264),
-    "mxfp8": (251, 291),
-    "nvfp4_bf16": (247, 289),
-    "nvfp4_fp8": (235, 276),
-    "int8_nvfp4": (279, 306),
-    "nvfp4": (268, 306),
+    "int8_fp8": (241, 276),
+    "fp8": (226, 260),
+    "mxfp8": (247, 287),
+    "nvfp4_bf16": (243, 285),
+    "nvfp4_fp8": (231, 272),
+    "int8_nvfp4": (270, 295),
+    "nvfp4": (256, 294),
 }
 MMA_CYCLES = 16  # of 8 and 4 bits, as a card's variant has them, and of 16 bits on PRO-like cards
 
