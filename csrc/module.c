@@ -228,12 +228,10 @@ static PyObject *devices(PyObject *module, PyObject *Py_UNUSED(unused))
 
 static PyObject *device_of_arch(PyObject *Py_UNUSED(module), PyObject *arch)
 {
-    const long number = PyLong_AsLong(arch);
-    if (number == -1 && PyErr_Occurred())
+    int number;
+    if (!PyArg_Parse(arch, "i:device_of_arch", &number))
         return NULL;
-    if (number < 80 || number > 999)
-        return PyErr_Format(PyExc_ValueError, "no compute capability %ld, say 120", number);
-    const struct fa_device device = fa_device_of_arch((int)number);
+    const struct fa_device device = fa_device_of_arch(number);
     return fa_explain_device("", &device);
 }
 

@@ -75,6 +75,8 @@ def test_what_is_not_predicted():
     assert not explain_quantized(q[:, :0], k, v, arch=120).steps
     with pytest.raises(RuntimeError, match="block-scaled products"):
         explain_quantized(q, k, v, "nvfp4", arch=90)
+    with pytest.raises(RuntimeError, match=r"8\.9 or newer"):
+        explain_quantized(q, k, v, arch=75)
     with pytest.raises(NotImplementedError, match="pack_gqa"):
         explain_quantized(q, k, v, arch=120, pack_gqa=True)
 
