@@ -252,11 +252,9 @@ static bool choose_tile(const struct fa_plan_input *input, const struct fa_plan_
     const bool is_halved = !is_own && !is_of_e4m3 && fill_waves(input, device, tile);
     if (input->varlen && !is_own)
         shrink_ring(input, tile);
-    if (input->block_q) { /* again: what needs room has another tile */
-        divide_blocks(input, tile);
+    if (input->block_q)
         fa_plan_because(plan, "blocks",
                         "a walk over lists: the tiles of listed blocks are read, and no others");
-    }
     const bool is_tma = tile->kernel == FA_KERNEL_FORWARD_TMA;
     fa_plan_because(plan, "kernel",
                     is_asked ? "forward_tma: mma.sync fed by the TMA, as the tile's row asks"
